@@ -24,9 +24,10 @@ _PLUGINS: dict[bytes, Callable[[io.BytesIO], Image.Image]] = {
 
 
 def open_image(encoded: bytes) -> Image.Image:
-    """Reads the header of a file.
+    """Reads the header of an image file (JPEG, PNG or WebP); its pixels are not decoded yet.
 
-    Raises BrokenSample: "not an image", or "image too large" for more pixels than
+    encoded: the file's bytes. Returns a Pillow image that keeps them. Raises BrokenSample: "not an
+    image" for any other content, or "image too large" for more pixels than
     `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     # Image.open would try other formats, and warn of many pixels
@@ -42,7 +43,7 @@ def open_image(encoded: bytes) -> Image.Image:
 
 
 def check_pixels(height: int, width: int) -> None:
-    """Raises BrokenSample("image too large") for more pixels than Pillow's limit."""
+    """Raises BrokenSample("image too large") above `PIL.Image.MAX_IMAGE_PIXELS`; None: no limit."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and height * width > limit:
         raise BrokenSample(
@@ -52,9 +53,11 @@ def check_pixels(height: int, width: int) -> None:
 
 
 def decode_pil(encoded: bytes | Image.Image) -> Image.Image:
-    """Decodes a file, or what `open_image` returned of it; grey becomes RGB.
+    """Returns the decoded image of a file's bytes, or of what `open_image` returned of them.
 
-    Raises BrokenSample, also "truncated image".
+    Grey becomes RGB; other modes, e.g. RGBA or P, stay. An opened image is decoded in place, and
+    returned itself unless it is grey. Raises BrokenSample: "truncated image" for damaged pixels,
+    and those of `open_image`.
     """
     image = open_image(encoded) if isinstance(encoded, bytes) else encoded
     try:
@@ -65,7 +68,7 @@ def decode_pil(encoded: bytes | Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image to RGB, without its alpha."""
+    """Returns an image in mode RGB, itself if it is RGB already; alpha is dropped, not blended."""
     if image.mode == "P" and "transparency" in image.info:  # of which Pillow would warn
         image = image.copy()
         del image.info["transparency"]
@@ -73,9 +76,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def remarks_on(image: Image.Image, size: int) -> list[str]:
-    """Returns the remarks on an image that `simplclip data pack` counts.
+    """Returns what is odd about an image's pixels, as phrases that `simplclip data pack` counts.
 
-    image: from `open_image`. size: bytes of its file.
+    There are two, "with transparency, ..." and "of one colour ..."; [] if neither holds or the
+    pixels are damaged. An opaque image with many bytes for its size is not decoded.
+
+    image: from `open_image`; it is shrunk in place. size: bytes of its file.
     """
     remarks: list[str] = []
     any_alpha = image.mode in ("LA", "RGBA") or "transparency" in image.info
@@ -95,9 +101,9 @@ def remarks_on(image: Image.Image, size: int) -> list[str]:
 
 
 def opaque(image: Image.Image) -> Image.Image:
-    """Converts an image to RGB.
+    """Returns an image in mode RGB; wholly transparent pixels of LA and RGBA become black.
 
-    What is wholly transparent becomes black, as it does when open_clip resizes an image.
+    open_clip's resizing makes them black too.
     """
     premultiplied = {"LA": "La", "RGBA": "RGBa"}.get(image.mode)
     if premultiplied is not None:

@@ -24,6 +24,11 @@ class BrokenSample(Exception):
     """A sample is broken: the reason under which it is counted, and a detail."""
 
     def __init__(self, reason: str, detail: object = "") -> None:
+        """Keeps both arguments as attributes.
+
+        reason: a few words under which the sample is counted, e.g. "missing image". detail: a text
+        or an error that says more; "" for none.
+        """
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
 
@@ -36,7 +41,11 @@ class Skipped:
     examples: dict[str, str] = field(default_factory=dict)
 
     def add(self, reason: str, name: str, detail: object = "") -> None:
-        """Counts a reason. name: of the sample or tar."""
+        """Counts one more sample under `reason`.
+
+        name: of the sample or tar; with `detail`, cut to 500 characters, it becomes the reason's
+        example if it is the first.
+        """
         self.counts[reason] += 1
         if reason in self.examples:
             return
@@ -44,11 +53,12 @@ class Skipped:
         self.examples[reason] = visible(text)  # one line, since the detail may quote a file
 
     def merge(self, other: Skipped) -> None:
+        """Adds the counts of `other` to these in place; a reason that has an example keeps it."""
         self.counts += other.counts
         self.examples = other.examples | self.examples
 
     def take(self) -> Skipped:
-        """Returns and removes what was added since the last call."""
+        """Returns what was added since the last call, and empties this object."""
         taken = Skipped(self.counts, self.examples)
         self.counts, self.examples = Counter(), {}
         return taken

@@ -25,14 +25,19 @@ Folders = Sequence[str | os.PathLike]
 
 
 def sidecar_name(shard: str) -> str:
-    """Returns the file name of a shard's sidecar: the shard's own, without the .gz of a file that a
-    command unpacks.
+    """Returns the file name that the sidecars of a shard have: the shard's own, without .gz.
+
+    shard: the `url` of its Source. The .gz (.xz, .bz2, .zst) is that of a file that a command
+    unpacks.
     """
     return re.sub(r"\.(gz|xz|bz2|zst)$", "", name_of(shard))
 
 
 def sidecars_of(shard: str, folders: Folders) -> list[str]:
-    """Returns the paths of a shard's sidecars in `folders`. Raises ShardError if one is missing."""
+    """Returns the paths of a shard's sidecars, one in each of `folders`, in their order.
+
+    shard: the `url` of its Source. Raises ShardError if one is no file.
+    """
     paths = [os.path.join(os.path.expanduser(folder), sidecar_name(shard)) for folder in folders]
     for path in paths:
         if not os.path.isfile(path):
@@ -44,7 +49,10 @@ def sidecars_of(shard: str, folders: Folders) -> list[str]:
 
 
 def by_sidecar_name(sources: Iterable[Source]) -> dict[str, Source]:
-    """Returns sources by the names of their sidecars. Raises InputError for two of one name."""
+    """Returns {file name of its sidecars: source}; a source that comes twice is there once.
+
+    Raises InputError if two sources of different urls have one name.
+    """
     named: dict[str, Source] = {}
     for source in sources:
         first = named.setdefault(sidecar_name(source.url), source)
@@ -57,11 +65,13 @@ def by_sidecar_name(sources: Iterable[Source]) -> dict[str, Source]:
 
 
 def check_sidecars(sources: Iterable[Source], folders: Folders) -> None:
-    """Raises InputError for paths that are no folders or shards of one name, ShardError for a
-    missing or stale sidecar.
+    """Raises an error unless each folder has a sidecar of each shard as the shard is now.
 
-    A shard that has changed since its sidecar was made is noticed by its size, if the sidecar's
-    meta.json has the size.
+    It reads each folder's meta.json: a shard that has changed since its sidecar was made is noticed
+    by its size, if meta.json has the size. Without folders nothing is checked.
+
+    Raises InputError if `folders` is no list of folders or two shards have one file name,
+    ShardError for a missing or stale sidecar.
     """
     if isinstance(folders, (str, os.PathLike)):
         raise InputError(f"sidecars: expected a list of folders, got {folders!r}")
@@ -79,7 +89,12 @@ def check_sidecars(sources: Iterable[Source], folders: Folders) -> None:
 
 
 def _check_size(shard: str, sidecar: str, source: Any) -> None:
-    """Raises ShardError if a shard has another size than its sidecar's entry says by "source"."""
+    """Raises ShardError if a shard has another size than when its sidecar was made.
+
+    shard, sidecar: their paths. source: the value of "source" in the sidecar's entry in meta.json,
+    {"bytes": size of the shard, ...}. Nothing is checked if it has no size or the shard is a
+    stream.
+    """
     if not isinstance(source, dict) or source.get("bytes") is None or not os.path.exists(shard):
         return
     expected, size = source["bytes"], os.path.getsize(shard)

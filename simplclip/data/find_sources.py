@@ -42,14 +42,19 @@ class Source:
 
 
 def name_of(url: str) -> str:
-    """Returns the file name of a path or URL, or the last tar that a command names."""
+    """Returns the file name of a path or URL, or of the last tar that a pipe:COMMAND names.
+
+    url: a str is a path, an `Address` a URL or command. A command that names no tar is cut as a
+    path.
+    """
     return os.path.basename(_path_of(url))
 
 
 def _path_of(url: str) -> str:
     """Returns the path whose end names a tar.
 
-    The query of a URL, which may be a signature that changes, is left out.
+    A path (plain str) stays as it is; of a URL it is host and path, without the query, which may be
+    a signature that changes; of a command the last word up to .tar, or all of it if there is none.
     """
     if not isinstance(url, Address):
         return url
@@ -59,8 +64,10 @@ def _path_of(url: str) -> str:
 
 
 def _different_names(urls: Iterable[str]) -> dict[str, str]:
-    """Returns names of tars that stay if the data move: their file names, or if these are equal the
-    shortest ends of the paths that differ.
+    """Returns {url: name} with a different name for each tar, which stays if the data move.
+
+    The name is the file name; where file names are equal, the shortest end of the path that
+    differs.
     """
     names = {url: name_of(url) for url in urls}
     urls_by_name: dict[str, list[str]] = defaultdict(list)
@@ -73,7 +80,11 @@ def _different_names(urls: Iterable[str]) -> dict[str, str]:
 
 
 def _different_ends(urls: list[str]) -> list[str]:
-    """Returns the shortest ends of paths that differ, the whole paths if none do."""
+    """Returns, in order, the shortest ends of paths or URLs in which they differ.
+
+    All have the same number of parts between slashes, e.g. a/000.tar and b/000.tar. If no length
+    tells them apart, these are the whole urls, paths made absolute.
+    """
     whole = [url if isinstance(url, Address) else os.path.abspath(url) for url in urls]
     paths = [_path_of(url).split("/") for url in whole]
     longest = max(map(len, paths))
@@ -85,7 +96,9 @@ def _different_ends(urls: list[str]) -> list[str]:
 
 
 def sources_of(shards: Any, name: str = "shards") -> list[Source]:
-    """Returns the tars that a user names:
+    """Returns the tars that a user names, in order, each with its weight and a name of its own.
+
+    shards:
 
     - a tar by path, brace pattern (train-{000000..000003}.tar) or glob;
     - the URL of tars, http:// or https://, with brace patterns, or pipe:COMMAND, whose output is a
@@ -95,8 +108,11 @@ def sources_of(shards: Any, name: str = "shards") -> list[Source]:
     - a list of these.
 
     A text that names an existing file is that file, whatever it begins with. A pathlib.Path is
-    never a URL or command. name: name of the argument in errors. Raises InputError if `shards` do
-    not exist or are none of these.
+    never a URL or command. A tar that is named twice comes twice. Files are looked up, but not
+    opened; nothing is fetched or run.
+
+    name: name of the argument in errors. Raises InputError if `shards` do not exist or are none of
+    these.
     """
     sources = list(_sources(shards, name))
     if not sources:
@@ -107,7 +123,10 @@ def sources_of(shards: Any, name: str = "shards") -> list[Source]:
 
 
 def in_words(sources: Iterable[Any]) -> str:
-    """Names sources in messages: "'a.tar' (and 3 more files)"."""
+    """Returns the names of sources for a message: "'a.tar' (and 3 more files)".
+
+    sources: at least one; those of one url count once.
+    """
     first, *more = dict.fromkeys(source.url for source in sources)
     if not more:
         return repr(str(first))
@@ -116,6 +135,11 @@ def in_words(sources: Iterable[Any]) -> str:
 
 
 def _sources(shards: Any, name: str) -> Iterator[Source]:
+    """Yields the sources of an argument of `sources_of`, or of a part of it, without their names.
+
+    The weights of mappings within each other are multiplied. name: name of the argument in
+    InputErrors.
+    """
     if isinstance(shards, (str, os.PathLike)):
         yield from map(Source, _urls(shards, name))
     elif isinstance(shards, Mapping):
@@ -136,6 +160,11 @@ def _sources(shards: Any, name: str) -> Iterator[Source]:
 
 
 def _urls(shards: str | os.PathLike, name: str) -> Iterator[str]:
+    """Yields what a text or path names: existing files (str), or URLs or commands (Address).
+
+    Braces, globs and ~ are expanded. name: name of the argument in the InputError for what does not
+    exist, or is no tar.
+    """
     text = os.fspath(shards)
     path = os.path.expanduser(text)
     if os.path.exists(path):
@@ -163,7 +192,11 @@ def _urls(shards: str | os.PathLike, name: str) -> Iterator[str]:
 
 
 def _expanded(pattern: str, name: str) -> list[str]:
-    """Expands the braces of numbers and lists; others, such as awk's, stay."""
+    """Returns the names that a pattern with {000..003} or {a,b} stands for, each once.
+
+    Other braces, such as awk's, stay; without braces it is the pattern itself. name: name of the
+    argument in the InputError for more than _MAX_NAMES names or _MAX_BRACES braces.
+    """
     names = []
     if pattern.count("{") <= _MAX_BRACES:  # braceexpand, which webdataset uses, would hang
         names = list(islice(_names(pattern), _MAX_NAMES + 1))
@@ -174,9 +207,7 @@ def _expanded(pattern: str, name: str) -> list[str]:
 
 
 def _names(pattern: str) -> Iterator[str]:
-    """Yields the names of a pattern. Of nested braces the inner ones are expanded first, which may
-    yield a name twice.
-    """
+    """Yields the names that a brace pattern stands for; with nested braces one may come twice."""
     braces = _PAIR.search(pattern)
     if not braces:
         yield pattern
@@ -188,7 +219,10 @@ def _names(pattern: str) -> Iterator[str]:
 
 
 def _numbers(first: str, last: str, step: str | None) -> Iterable[str]:
-    """Returns the numbers of braces {first..last} or {first..last..step}, padded as they are."""
+    """Returns the numbers of {first..last..step} as texts, `last` included, also counting down.
+
+    If one end begins with 0, all are padded to the longer one's width. step: None for 1.
+    """
     start, end, stride = int(first), int(last), max(1, int(step or 1))
     numbers = range(start, end + 1, stride)
     if start > end:

@@ -70,7 +70,11 @@ class HeldOut:
         return in_words(self.sources)
 
     def open(self, sample: Sample) -> Pair:
-        """Parses the files of a sample, and reads those of a row. Raises BrokenSample."""
+        """Parses the files of a sample; of a row ("__row__") it first reads them from the disk.
+
+        The image stays encoded. A sample with a label may have no captions; in a folder of classes
+        none has. Keeps the parsed json in the sample. Raises BrokenSample.
+        """
         row: Row | None = sample.get("__row__")
         if row is not None:
             sample = sample | files_of(row)
@@ -103,16 +107,19 @@ class HeldOut:
         workers: int = 0,
         use: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> Iterator[tuple[torch.Tensor, list[int], list[Pair]]]:
-        """Yields images [n, 3, S, S], n <= batch_size, uint8 or float32, their positions in the
-        data, and their samples.
+        """Yields the batches in stored order, each as (images, positions, samples).
 
-        The samples no longer have their images. Broken samples are left out and counted in
-        `skipped`.
+        images are [N, 3, S, S] with N <= batch_size, uint8 or float32. positions count the samples
+        of the data from 0, broken ones included. The samples no longer have their images, and of
+        their json only "group". Broken samples are left out.
 
-        transform: an ImageTransform, whose uint8 images still need its `finish`; or a function
-        RGB -> float32 [3, S, S]. use: function of the images whose result is yielded in their
-        place, e.g. features. Ranks then divide the batches, and the first rank yields the results
-        of all ranks.
+        transform: an ImageTransform, whose uint8 images still need its `finish`; or a function RGB
+        -> float32 [3, S, S].
+        skipped: broken samples are added to it.
+        workers: loader processes, which end with the iteration; 0 reads in this process.
+        use: function of the images whose result is yielded in their place, e.g. features. Ranks
+        then divide the batches, all have to iterate, and the first rank yields the results of all
+        ranks, the others nothing. None: each rank yields all batches.
 
         Raises ShardError for a shard that cannot be read, EmptyDataError if no sample is usable,
         WorkerError if a loader process died.
@@ -141,7 +148,12 @@ class HeldOut:
     def _results(
         self, order: StoredOrder, workers: int, use: Callable[[torch.Tensor], torch.Tensor] | None
     ) -> Iterator[tuple[Any, list[int], list[Pair], Skipped]]:
-        """Yields what `batches` yields, also without samples, and the damage."""
+        """Yields (images, positions, samples, damage) of each portion that this rank makes.
+
+        order: the data in portions. images, positions and samples are as in `batches`, but (None,
+        [], []) without a usable sample; damage is a Skipped. use: function of the images whose
+        result replaces them, or None.
+        """
         for portion in order.portions(workers):
             if portion.batch is None:
                 yield None, [], [], portion.skipped
@@ -152,9 +164,10 @@ class HeldOut:
             yield images, portion.positions, pairs, portion.skipped
 
     def pictures(self, positions: Iterable[int]) -> dict[int, Image.Image]:
-        """Returns the RGB images at these positions.
+        """Returns {position: RGB image} of the samples at `positions`, which count as in `batches`.
 
-        The data before the last one are read again.
+        The data up to the last of them are read again. Raises BrokenSample if one of them is
+        broken.
         """
         chosen = set(positions)
         samples = chain.from_iterable(self._read(source, Skipped()) for source in self.sources)
@@ -166,6 +179,11 @@ class HeldOut:
         return images
 
     def _read(self, source: Source, skipped: Skipped) -> Iterator[Sample]:
+        """Yields a source's samples in stored order; of divided training data the held-out ones.
+
+        Of a table, JSON file or folder, a sample has no files yet but "__row__". Damage of a tar is
+        added to `skipped`.
+        """
         if self.share or not is_source(source.url):
             for sample in read_tar(source, skipped, sidecars=self.sidecars or None):
                 if not self.share or is_held_out(sample, self.share):
@@ -176,6 +194,11 @@ class HeldOut:
             yield {"__key__": key, "__url__": source.url, "__shard__": source.name, "__row__": row}
 
     def _prepare(self, sample: Sample, transform: Callable) -> tuple[torch.Tensor, Pair]:
+        """Returns (pixels [3, S, S], the parsed sample without its image, and of its json "group").
+
+        What the transform draws depends on the sample's name only; global generators are restored.
+        Raises BrokenSample.
+        """
         pair = self.open(sample)
         with seeded("eval", pair.name):
             image = pixels_of(transform, pair)
@@ -184,17 +207,19 @@ class HeldOut:
 
 
 def held_out(source: Any, *, captions: int | None = None, name: str = "data") -> HeldOut:
-    """Returns held-out data: tars as `sources_of` takes them, what `pack` takes, or
-    clip-benchmark's layout.
+    """Returns the held-out data that a user names; samples are read when it is used.
 
-    Of training data that a run divides, {"shards": ..., "hold_out": SHARE, "sidecars": [...]}, it
-    returns the held-out share. Of clip-benchmark's layout it takes the split `test`; name the
-    folder of another one itself. A sample without caption and label is broken.
+    source: tars as `sources_of` takes them; a table, JSON file or folder as `pack` takes them; a
+    folder in clip-benchmark's layout, whose split `test` is taken (name the folder of another one
+    itself); or training data that a run divides, {"shards": ..., "hold_out": SHARE, "sidecars":
+    [...]}, of which the held-out share is taken. A sample without caption and label is broken.
 
     captions: number of captions to use of each sample, from the first on; 0 for all. None for all,
     except that of a json's captions only the first counts, since the others may be rephrasings for
-    training, or synthetic. Raises InputError if no data are found, or if a folder has another
-    layout.
+    training, or synthetic.
+    name: name of the argument in errors.
+
+    Raises InputError if no data are found, or if a folder has another layout.
     """
     if isinstance(source, Mapping) and "hold_out" in source:
         # some tars may come twice in training
@@ -230,9 +255,11 @@ class Division(NamedTuple):
 
 
 def divided(shards: Any, share: float, sidecars: Folders = ()) -> Division:
-    """Reads training data, of which `share` is held out, and counts.
+    """Reads all training data, of which `share` is held out, and returns counts of both parts.
 
-    Memory: 8 bytes for each caption.
+    shards: as `sources_of` takes them. share: above 0, below 1, see `samples.is_held_out`.
+    sidecars: folders whose files are joined to the samples. Broken samples are not counted. Memory:
+    8 bytes for each caption.
     """
     train = 0.0
     held_out = 0
@@ -257,13 +284,17 @@ def divided(shards: Any, share: float, sidecars: Folders = ()) -> Division:
 
 
 def _collate(prepared: list[tuple[torch.Tensor, Pair]]) -> tuple[torch.Tensor, list[Pair]]:
+    """Stacks N results of `HeldOut._prepare`: (images [N, 3, S, S], list of the samples)."""
     images, pairs = zip(*prepared)
     return torch.stack(images), list(pairs)
 
 
 def _clip_benchmark(folder: Path, captions: int | None, name: str) -> HeldOut | None:
-    """Returns the data of a folder in clip-benchmark's layout, or of one of its splits; None for
-    another layout.
+    """Returns the data of a folder in clip-benchmark's layout; None for another layout.
+
+    folder: one of its splits, with nshards.txt, or the folder with the split `test`. captions,
+    name: as in `held_out`. Raises InputError for missing shards, and for text files with other
+    content.
     """
     split, root = folder, folder.parent
     if not (split / "nshards.txt").is_file():
@@ -281,6 +312,10 @@ def _clip_benchmark(folder: Path, captions: int | None, name: str) -> HeldOut | 
 
 
 def _lines(file: Path) -> list[str] | None:
+    """Returns the lines of a text file, as `clean` returns them; None if there is no file.
+
+    Raises InputError if it is not UTF-8.
+    """
     if not file.is_file():
         return None
     try:

@@ -154,9 +154,10 @@ class Loader:
         self.positions = [(0, 0)] * max(1, self.workers)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yields the batches after the last one that was yielded.
+        """Yields batches without end, from the one after the last that was yielded.
 
-        Raises ShardError, EmptyDataError, WorkerError.
+        Starts the loader processes, which end with the iterator. Each batch moves the position that
+        `state_dict` returns, and adds to `skipped`. Raises ShardError, EmptyDataError, WorkerError.
         """
         item: WorkerItem
         for item in from_workers(self.items, self.workers, self.pin_memory):
@@ -166,8 +167,11 @@ class Loader:
             yield item.batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the position of this rank after the last batch: ints, a text, and lists of an int
-        for each worker.
+        """Returns this rank's position after the last batch yielded, for `load_state_dict`.
+
+        "rank", "world_size", "workers", "seed" and "shards_digest" say whose position it is; "turn"
+        is the worker that makes the next batch; "passes" and "consumed" are lists with each
+        worker's pass and the samples consumed in it.
         """
         passes, consumed = map(list, zip(*self.positions))
         return {
@@ -178,15 +182,16 @@ class Loader:
         }
 
     def _state_owner(self) -> dict[str, Any]:
+        """Returns what a state must agree in: {name: value} of STATE_OWNER, shards_digest."""
         names = (*STATE_OWNER, "shards_digest")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where the loader that returned `state` was: the batches are exactly those that
-        would have followed.
+        """Sets the position to `state`: iteration yields exactly the batches that would follow.
 
-        The samples before are read, but not decoded. Raises InputError for the state of another
-        rank, seed, or number of ranks or workers, or of other names or weights of shards.
+        state: from `state_dict`, also of another process. The samples before are read, but not
+        decoded. Raises InputError for the state of another rank, seed, or number of ranks or
+        workers, or of other names or weights of shards.
         """
         state = {"shards_digest": self.shards_digest, **state}
         for name, value in self._state_owner().items():
@@ -196,9 +201,10 @@ class Loader:
         self.positions = list(zip(state["passes"], state["consumed"], strict=True))
 
     def items(self, process: int, workers: int) -> Iterator[WorkerItem]:
-        """Yields the batches of one worker without end.
+        """Yields the batches of one loader process without end, each with the position after it.
 
-        Raises ShardError, and EmptyDataError as the class.
+        process: its number, 0 to workers - 1; the first one makes the next batch of the loader. The
+        loader itself is not changed. Raises ShardError, and EmptyDataError as the class.
         """
         worker = (process + self.turn) % workers
         first_pass, consumed_before = self.positions[worker]
@@ -233,9 +239,10 @@ class Loader:
                 )
 
     def _check_usable(self, pass_number: int) -> None:
-        """Reads all sources up to the first usable sample.
+        """Reads all sources up to the first usable sample; raises EmptyDataError if there is none.
 
-        Raises EmptyDataError if there is none.
+        pass_number: the pass whose captions and pixels are drawn. Damage is counted in the message
+        only.
         """
         skipped = Skipped()
         samples = self._read([(source, 0) for source in self.sources], skipped)
@@ -247,7 +254,12 @@ class Loader:
     def _rows(
         self, samples: Iterator[tuple[int, Sample]], pass_number: int, skipped: Skipped
     ) -> Iterator[tuple[int, Prepared]]:
-        """Prepares the usable samples of a pass, with their numbers; counts the broken ones."""
+        """Yields (number, prepared sample) of the usable ones among `samples`, (number, sample).
+
+        The number is the sample's in the worker's part of the pass, from 1. Captions and pixels are
+        drawn for `pass_number`. Held-out samples are left out; broken ones too, and added to
+        `skipped`.
+        """
         for consumed, sample in samples:
             if is_held_out(sample, self.hold_out):
                 continue
@@ -257,7 +269,10 @@ class Loader:
                 skipped.add(broken.reason, sample_name(sample), broken.detail)
 
     def _order(self, pass_number: int) -> list[tuple[Source, int]]:
-        """Returns the tars of a pass in order, each with the number of its copy."""
+        """Returns the tars of a pass in order, each with the number of its copy, from 0.
+
+        A tar comes as often as its weight says. All ranks and workers get the same order.
+        """
         generator = random.Random(f"{self.seed}/{pass_number}")
         order: list[tuple[Source, int]] = []
         for source in self.sources:
@@ -277,11 +292,12 @@ class Loader:
         workers: int,
         skipped: Skipped,
     ) -> Iterator[Sample]:
-        """Yields the samples of one worker in a pass: webdataset's split_by_node, then
-        split_by_worker, of the tars.
+        """Returns an iterator over one worker's samples of a pass, shuffled if `shuffle` is set.
 
-        With fewer tars than workers of all ranks, each worker reads all tars and takes its share of
-        the samples.
+        order: what `_order` returned. worker: its number of this rank's `workers`. The tars are
+        divided as by webdataset's split_by_node, then split_by_worker. With fewer tars than workers
+        of all ranks, each worker reads all tars and takes its share of the samples. Damage is added
+        to `skipped` as samples are read; if all read all tars, by the first worker only.
         """
         part, parts = self.rank * workers + worker, self.world_size * workers
         if len(order) >= parts:
@@ -296,6 +312,11 @@ class Loader:
         return filters.shuffle(size, initial=size, rng=generator)(samples)
 
     def _read(self, order: list[tuple[Source, int]], skipped: Skipped) -> Iterator[Sample]:
+        """Yields the samples of the tars in `order`, with the files of their sidecars.
+
+        order: (source, number of the copy); a number above 0 becomes the sample's "__copy__".
+        Damage is added to `skipped`. Raises ShardError as `read_tar`.
+        """
         for source, copy_number in order:
             samples = read_tar(
                 source,
@@ -310,7 +331,11 @@ class Loader:
                 yield sample
 
     def _prepare(self, sample: Sample, pass_number: int) -> Prepared:
-        """Draws captions and pixels of a sample. Raises BrokenSample."""
+        """Parses a sample and draws its captions and pixels for this pass.
+
+        Global generators are seeded for it and restored. Raises BrokenSample, and ShardError for
+        missing or stale features of a teacher.
+        """
         pair = parse(sample, self.teacher)
         seeds = [self.seed, pass_number, pair.name]
         if "__copy__" in sample:
@@ -331,7 +356,10 @@ class Loader:
         return Prepared(pixels, captions, pair.group_id, pair.key, pair.record, features)
 
     def _draw_captions(self, count: int) -> list[int]:
-        """Draws numbers of a sample's `count` captions, different ones if there are enough."""
+        """Returns `captions_per_image` random indices below `count`, different if possible.
+
+        They are drawn from the global generator of `random`.
+        """
         numbers: list[int] = []
         while len(numbers) < self.captions_per_image:
             missing = self.captions_per_image - len(numbers)
@@ -339,6 +367,7 @@ class Loader:
         return numbers
 
     def _collate(self, rows: list[Prepared]) -> Batch:
+        """Tokenises the captions of N samples; returns their batch, a dict as of the class."""
         images, captions, groups, keys, records, features = zip(*rows)
         stacked = stack_pixels if images[0].dtype == torch.uint8 else torch.stack
         tokens = self.tokenizer(list(itertools.chain.from_iterable(captions)))

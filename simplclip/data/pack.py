@@ -67,7 +67,7 @@ def pack(
     workers: int | None = None,
     progress: bool = True,
 ) -> list[str]:
-    """Makes shards of `source` in the folder `out`; returns their paths.
+    """Writes shards of `source`, and meta.json, to the folder `out`; returns the shards' paths.
 
     Rows without a usable image and caption are left out, counted and named in meta.json; most
     images are opened, not decoded. Shards that an earlier run made of the same source are kept.
@@ -80,7 +80,7 @@ def pack(
         options: of tables and JSON files.
         hold_out: share of the samples that gets shards held-*.tar, beside train-*.tar; by the hash
             of the json's group, else of the image's name in the source, so that more images change
-            no sample's side.
+            no sample's side. 0: all samples are in NAME-*.tar, NAME from the source.
         workers: processes, by default one for each core.
         progress: print lines.
 
@@ -104,13 +104,17 @@ def pack(
 
 
 def _shards_in(folder: TarFolder) -> list[str]:
-    """Returns the paths of the shards that have samples."""
+    """Returns the paths, in order of names, of tars that have samples by their entries."""
     names = [name for name, entry in sorted(folder.entries.items()) if entry["samples"]]
     return [str(folder.out / name) for name in names]
 
 
 def _print_result(folder: TarFolder, source: str, earlier: bool, hold_out: float) -> None:
-    """Prints what the folder holds. earlier: whether an earlier run has packed it."""
+    """Prints how many samples and shards the folder holds, what was left out, and remarks.
+
+    source: its name. earlier: whether an earlier run has packed it. hold_out: if not 0, the
+    held-out samples are named too.
+    """
     samples = {name: entry["samples"] for name, entry in folder.entries.items()}
     shards = _shards_in(folder)
     shard_word = "shard" if len(shards) == 1 else "shards"
@@ -135,15 +139,22 @@ def _print_result(folder: TarFolder, source: str, earlier: bool, hold_out: float
 
 
 def packed(data: Any, out: str | os.PathLike, *, progress: bool = True) -> Any:
-    """Returns `data` with shards in place of tables, JSON files and folders; `pack` makes these
-    shards in OUT/NAME first.
+    """Returns `data` with lists of shards in place of tables, JSON files and folders.
+
+    `pack` first writes these shards to OUT/NAME, NAME from the source. `data` itself is not
+    changed.
 
     data: a path or address, a mapping with "shards", or a list of these, as `Loader` takes them. A
-    mapping may also have the fields of `Options`.
+    mapping may also have the fields of `Options`, which are left out of the result. progress: print
+    lines. Raises the errors of `pack`.
     """
     folders: set[str] = set()
 
     def new_folder(source: str | os.PathLike) -> Path:
+        """Returns a folder OUT/NAME, or OUT/NAME-2 ..., that no other source of this call has.
+
+        It is noted in `folders`, not made.
+        """
         stem = _stem(os.fspath(source))
         name = stem
         for number in itertools.count(2):
@@ -154,6 +165,7 @@ def packed(data: Any, out: str | os.PathLike, *, progress: bool = True) -> Any:
         return Path(out) / name
 
     def replaced(value: Any, options: Options = Options()) -> Any:  # noqa: B008
+        """Packs the sources in `value`, a part of `data`; returns it with their shards instead."""
         if isinstance(value, Mapping):
             fields = {key: value[key] for key in OPTION_NAMES if value.get(key) is not None}
             rest = {key: value[key] for key in value if key not in OPTION_NAMES}
@@ -168,10 +180,9 @@ def packed(data: Any, out: str | os.PathLike, *, progress: bool = True) -> Any:
 
 
 def summary(shards: list[str], examples: int = 3) -> str:
-    """Describes shards that `pack` made, in lines: lengths of captions, sizes of images, and some
-    samples.
+    """Returns lines on shards that `pack` made: lengths of captions, sizes of images, some samples.
 
-    The lengths and sizes are those of the first, the middle and the last shard.
+    shards: their paths; the first, the middle and the last one are read. examples: samples shown.
     """
     shards = list(dict.fromkeys((shards[0], shards[len(shards) // 2], shards[-1])))
     records: list[dict[str, Any]] = []
@@ -200,6 +211,7 @@ def summary(shards: list[str], examples: int = 3) -> str:
 
 
 def _spread(numbers: list[int]) -> str:
+    """Returns some numbers in words: "median 9, 95 % up to 20, at most 51"."""
     median, most, largest = np.quantile(numbers, (0.5, 0.95, 1), method="higher")
     return f"median {median}, 95 % up to {most}, at most {largest}"
 
@@ -207,7 +219,12 @@ def _spread(numbers: list[int]) -> str:
 def _write(
     source: RowSource, folder: TarFolder, hold_out: float, workers: int, progress: bool
 ) -> None:
-    """Writes the shards that the folder does not have, and adds their entries one after another."""
+    """Writes the shards that the folder does not have; saves its entries after each.
+
+    Entries of tars that are no longer there are dropped, and `folder.complete` is set at the end.
+    hold_out: share of the samples in held-*.tar; 0 for none. workers: processes. progress: show it.
+    If no row is usable, it removes meta.json and the empty folder and raises InputError.
+    """
     folder.complete = False
     folder.entries = {
         name: entry for name, entry in folder.entries.items() if folder.is_whole(name)
@@ -216,6 +233,7 @@ def _write(
     stems = ("train", "held") if hold_out else (_stem(source.path),)
 
     def tasks() -> Iterator[tuple[list[Path], int, list[Row], float]]:
+        """Yields the arguments of `_write_shard` for each SAMPLES rows whose tars are missing."""
         rows = source.rows()
         for first in itertools.count(step=SAMPLES):
             shard_rows = list(itertools.islice(rows, SAMPLES))
@@ -246,10 +264,11 @@ def _write(
 def _write_shard(
     paths: list[Path], first: int, rows: list[Row], hold_out: float
 ) -> dict[str, dict[str, Any]]:
-    """Writes the shard of some rows; returns its entry by name.
+    """Writes the tar of some rows, replacing it; returns {file name: its entry of meta.json}.
 
-    Of two paths the second shard has what is held out. A shard without samples is not written. Keys
-    are the numbers of rows, of which `first` is the first.
+    paths: the tar; or two, of which the second gets the share `hold_out` of the samples. A tar
+    without samples is not left on disk. Keys are the numbers of rows, of which `first` is the
+    first.
     """
     skipped = Skipped()
     remarks = Skipped()
@@ -277,9 +296,11 @@ def _write_shard(
 
 
 def files_of(row: Row, remarks: Skipped | None = None) -> dict[str, bytes]:
-    """Returns a sample's files by suffix: the image as it is, and a json.
+    """Reads the image and texts of a row; returns {suffix: bytes}: the image as it is, and a json.
 
-    Raises BrokenSample. Adds to `remarks`.
+    The json has "captions", "source" (the row's name), and "label" and "group" if the row has a
+    label. remarks: what is odd about the image is added to it; None: it is not looked for. Raises
+    BrokenSample.
     """
     if row.problem:
         raise BrokenSample(*row.problem)
@@ -299,6 +320,10 @@ def files_of(row: Row, remarks: Skipped | None = None) -> dict[str, bytes]:
 
 
 def _read(path: str, limit: int) -> bytes:
+    """Returns the bytes of a file, at most `limit`.
+
+    Raises BrokenSample: "not a local file" for a URL, "cannot be read" or "file too large".
+    """
     if not os.path.exists(path) and is_address(path):
         detail = f"{path!r}, which is not a path; of URLs img2dataset makes shards"
         raise BrokenSample("not a local file", detail)
@@ -312,7 +337,10 @@ def _read(path: str, limit: int) -> bytes:
 
 
 def _mapped(write: Callable, tasks: Iterator[tuple], workers: int) -> Iterator[tuple[tuple, Any]]:
-    """Yields each task with write(*task), in order, done by `workers` processes."""
+    """Yields (task, write(*task)) for each task, a tuple of arguments, in order.
+
+    workers: processes that call `write`; 1 calls it in this process. Raises PackError if one died.
+    """
     if workers == 1:
         for task in tasks:
             yield task, write(*task)
@@ -330,6 +358,7 @@ def _mapped(write: Callable, tasks: Iterator[tuple], workers: int) -> Iterator[t
 
 
 def _start() -> None:
+    """Makes a process of the pool ignore Ctrl-C and, on Linux, end with its parent."""
     # Ctrl-C reaches the whole group; the pool ends when the parent has ended it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
@@ -338,11 +367,16 @@ def _start() -> None:
 
 
 def _cores() -> int:
+    """Returns the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _stem(path: str) -> str:
+    """Returns the name for shards of a source: its file name without ending and #SPLIT.
+
+    Characters other than letters, digits, _ and - become _; an empty name is "data".
+    """
     name = os.path.basename(os.path.abspath(split_of(path)[0]))
     return re.sub(r"[^\w-]+", "_", os.path.splitext(name)[0]) or "data"

@@ -17,10 +17,11 @@ from simplclip.data.samples import TEXT_BYTES, clean, file_bytes
 
 
 def open_folder(path: str) -> RowSource:
-    """Returns the images of a folder and of its subfolders, in the order of names.
+    """Returns the rows of a folder: its images and those of its subfolders, in order of names.
 
-    If no image has a text beside it, the folders in `path` are classes: the label of an image, and
-    its caption. Raises InputError if there is no image.
+    A row has the texts (.txt, .json) beside its image. If no image has one, the folders in `path`
+    are classes: the label of an image, and its caption. The names of all files are read now, and
+    again with the rows. Raises InputError if there is no image.
     """
     path = path.rstrip(os.sep) or path
     counts = Counter(bool(texts) for _, texts in _images(path))
@@ -37,6 +38,7 @@ def open_folder(path: str) -> RowSource:
         return {"images": counts[any_text], "names": _digest(path, any_text)}
 
     def rows() -> Iterator[Row]:
+        """Yields a row for each image: with its texts, or with its folder as label and caption."""
         for image, texts in _images(path):
             name = os.path.join(os.path.basename(path), os.path.splitext(image)[0])
             file = os.path.join(path, image)
@@ -55,12 +57,15 @@ def open_folder(path: str) -> RowSource:
 
 
 def label_of_folder(name: str) -> str:
-    """Returns the label of a class by the name of its folder."""
+    """Returns the label of a class by its folder's name: _ becomes a space, then as by `clean`."""
     return clean(name.replace("_", " "))
 
 
 def _digest(path: str, any_text: bool) -> str:
-    """Returns a digest of the names and texts of a folder's samples."""
+    """Returns a digest of a folder's file names and of its texts' contents, 32 hexadecimal digits.
+
+    The images' contents do not count. any_text: leave out images without a text.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for image, texts in _images(path):
         # without a text it is no sample: a run's own curves.png may lie in the folder
@@ -75,7 +80,7 @@ def _digest(path: str, any_text: bool) -> str:
 
 
 def _images(path: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields images, and by suffix the texts beside them, relative to `path`.
+    """Yields (image, {"txt" or "json": text beside it}) in order of names, relative to `path`.
 
     Subfolders of a linked folder are left out.
     """

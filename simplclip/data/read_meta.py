@@ -19,8 +19,9 @@ _OTHER_CONTENT = (OSError, ValueError, LookupError, TypeError, AttributeError, O
 
 
 def tar_entries(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
-    """Returns the entries of a folder's meta.json by the file names of the tars; {} without a valid
-    meta.json.
+    """Returns {file name of a tar: its entry} of a folder's meta.json; {} without a valid one.
+
+    An entry is a dict with "samples", "bytes" and more, see `write_tars.TarFolder`.
     """
     entries: dict[str, dict[str, Any]] = {}
     try:
@@ -34,11 +35,11 @@ def tar_entries(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
 
 
 def teacher_stamp(folders: Sequence[str | os.PathLike]) -> dict[str, Any]:
-    """Returns the teacher of the features in sidecars: "name", "width" D, "logit_scale", and
-    "views" if it saw views.
+    """Returns what sidecar folders' meta.json says of the teacher whose features they have.
 
-    The last of the folders whose meta.json names a teacher counts. Raises ShardError if there is
-    none.
+    Keys are "name", "width" (numbers of a feature), "logit_scale", "views" if it saw views, and
+    more. The last of the folders whose meta.json names a teacher counts. Raises ShardError if there
+    is none.
     """
     for folder in reversed(folders):
         try:
@@ -55,11 +56,11 @@ def teacher_stamp(folders: Sequence[str | os.PathLike]) -> dict[str, Any]:
 
 
 def dataset_size(shards: Any) -> int | None:
-    """Returns the samples of a pass over shards, with their weights, as the meta.json beside them
-    counts them.
+    """Returns the number of samples in a pass over shards, from the meta.json beside them.
 
-    None if a shard is a stream, or is not listed with its present size, and if there is less than
-    one sample.
+    A shard counts as often as its weight says. shards: as `sources_of` takes them; they are not
+    read. None if a shard is a stream, or is not listed with its present size, and if there is less
+    than one sample.
     """
     sources = sources_of(shards)
     folders = {os.path.dirname(source.url) for source in sources}
@@ -75,11 +76,15 @@ def dataset_size(shards: Any) -> int | None:
 
 
 def _read(folder: str | os.PathLike) -> Any:
+    """Returns the parsed meta.json of a folder. Raises OSError or ValueError."""
     return json_of(Path(os.path.expanduser(folder), "meta.json").read_text("utf-8"))
 
 
 def _stamp(meta: Any) -> dict[str, Any]:
-    """Returns the teacher in a meta.json. Raises one of _OTHER_CONTENT if it names none."""
+    """Returns meta["teacher"], a dict, after converting name, width and logit_scale in place.
+
+    meta: a parsed meta.json. Raises one of _OTHER_CONTENT if it names no teacher.
+    """
     stamp = meta["teacher"]
     stamp |= {
         "name": str(stamp["name"]),
@@ -93,7 +98,10 @@ def _stamp(meta: Any) -> dict[str, Any]:
 
 
 def _listed_samples(source: Source, entry: Mapping[str, Any]) -> int | None:
-    """Returns the samples of a tar by its entry; None if it is a stream or has changed."""
+    """Returns the number of samples of a tar by its entry in meta.json, without reading the tar.
+
+    None if it is a stream or has another size than "bytes" says, and for an entry of another form.
+    """
     if isinstance(source.url, Address):
         return None
     try:

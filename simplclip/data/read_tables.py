@@ -55,7 +55,11 @@ class Options:
     split: str | None = None
 
     def image(self, file: str, path: str) -> str:
-        """Returns the path of an image that `file` names `path`."""
+        """Returns where an image is that the table or JSON file `file` names `path`.
+
+        It is relative to `images`, else to the folder of `file`; a URL or pipe:COMMAND stays as it
+        is.
+        """
         if is_address(path):
             return path
         if self.images is None:
@@ -64,13 +68,14 @@ class Options:
 
 
 def is_address(text: str) -> bool:
-    """Whether a text is a URL or pipe:COMMAND."""
+    """Whether a text has the form of a URL or pipe:COMMAND; nothing is looked up."""
     return text.startswith("pipe:") or "://" in text
 
 
 def is_source(path: str | os.PathLike) -> bool:
-    """Whether `packed` makes shards of a path: of a table, a JSON file (also FILE.json#SPLIT) or a
-    folder.
+    """Whether a path is a table, a JSON file or a folder, of which `packed` makes shards.
+
+    A file is told by its ending (also FILE.json#SPLIT) and need not exist.
     """
     text = os.path.expanduser(os.fspath(path))
     if not os.path.exists(text) and is_address(text):
@@ -80,9 +85,10 @@ def is_source(path: str | os.PathLike) -> bool:
 
 
 def open_source(path: str | os.PathLike, options: Options) -> RowSource:
-    """Returns the rows of a table, a JSON file or a folder.
+    """Returns the rows of a table, a JSON file (also FILE.json#SPLIT) or a folder.
 
-    Raises InputError if it is none, or lacks a column.
+    A JSON file is parsed now; the rows of others are read when they are iterated. Raises InputError
+    if it is none or damaged, lacks a column, or has no part that one of the options names.
     """
     file, split = split_of(os.path.expanduser(os.fspath(path)))
     if split:
@@ -114,14 +120,20 @@ def open_source(path: str | os.PathLike, options: Options) -> RowSource:
 
 
 def _check_options(file: str, set_options: Mapping[str, Any], names: tuple[str, ...]) -> None:
-    """Raises InputError for an option that a source does not have."""
+    """Raises InputError for an option that a source does not have.
+
+    set_options: those that are not None, by name. names: of those that `file` may have.
+    """
     for name, value in set_options.items():
         if name not in names:
             raise InputError(f"{name}: expected none, as {file!r} has no such part, got {value!r}")
 
 
 def split_of(path: str) -> tuple[str, str]:
-    """Splits FILE.json#SPLIT, unless a file has this name."""
+    """Returns (FILE.json, SPLIT) of FILE.json#SPLIT, (path, "") of any other path.
+
+    A file that exists under the whole name is no FILE.json#SPLIT.
+    """
     file, sharp, split = path.rpartition("#")
     if sharp and file.lower().endswith(JSON) and not os.path.exists(path):
         return file, split
@@ -129,6 +141,12 @@ def split_of(path: str) -> tuple[str, str]:
 
 
 def _table(path: str, options: Options) -> tuple[int, Callable[[], Iterator[Row]]]:
+    """Returns the number of lines of a .csv or .tsv file, and a function that yields its rows.
+
+    The file is read once to count, and once by each call of the function. Neighbouring lines of one
+    image are one row. Raises InputError if the columns that `options` names, or the usual ones, are
+    missing.
+    """
     with open(path, "rb") as file:
         header = file.readline(LINE_BYTES)
         if b"\0" in header:
@@ -148,6 +166,7 @@ def _table(path: str, options: Options) -> tuple[int, Callable[[], Iterator[Row]
     image, caption = map(titles.index, _columns(titles, path, options))
 
     def rows() -> Iterator[Row]:
+        """Yields a row for each record, with `problem` for a bad one."""
         with open(path, "rb") as file:
             file.readline(LINE_BYTES)
             for number, record in enumerate(_records(file, separator)):
@@ -171,11 +190,12 @@ def _not_utf8(text: str) -> bool:
 
 
 def _records(file: BinaryIO, separator: str) -> Iterator[list[str] | str]:
-    """Yields the records of a table; in place of a bad one, the reason.
+    """Yields the records of a table as lists of fields; in place of a bad one the reason, a str.
 
-    Empty lines are no records. A quoted field may span several lines. A record with a quote that is
-    not closed, or with a field above csv's limit, ends with its first line, so that no other record
-    is lost.
+    file: open at the line after the titles, in binary mode; its position moves. separator: of
+    fields. Empty lines are no records. A quoted field may span several lines. A record with a quote
+    that is not closed, or with a field above csv's limit, ends with its first line, so that no
+    other record is lost.
     """
     while first := file.readline(LINE_BYTES):
         if not first.strip(b"\r\n"):
@@ -184,6 +204,7 @@ def _records(file: BinaryIO, separator: str) -> Iterator[list[str] | str]:
         read_all = False
 
         def lines(first: bytes = first) -> Iterator[str]:
+            """Yields the decoded lines from `first` on; sets `read_all` at the file's end."""
             nonlocal read_all
             for line in itertools.chain([first], iter(lambda: file.readline(LINE_BYTES), b"")):
                 yield line.decode(errors="surrogateescape")
@@ -201,6 +222,11 @@ def _records(file: BinaryIO, separator: str) -> Iterator[list[str] | str]:
 
 
 def _parquet(path: str, options: Options) -> tuple[int, Callable[[], Iterator[Row]]]:
+    """Returns the number of rows of a parquet file, and a function that yields them as `Row`s.
+
+    Only its schema is read now. Neighbouring rows of one image are joined. Raises InputError for
+    another file or missing columns.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -211,6 +237,7 @@ def _parquet(path: str, options: Options) -> tuple[int, Callable[[], Iterator[Ro
     columns = _columns(file.schema_arrow.names, path, options)
 
     def pairs() -> Iterator[tuple[Any, ...]]:
+        """Yields (image, captions) of each row as pyarrow scalars. Raises InputError for damage."""
         try:
             for batch in file.iter_batches(4096, columns=columns):
                 yield from zip(*(batch.column(name) for name in columns))
@@ -220,12 +247,14 @@ def _parquet(path: str, options: Options) -> tuple[int, Callable[[], Iterator[Ro
             ) from None
 
     def value(scalar: Any) -> Any:
+        """Returns the Python value of a pyarrow scalar, None if its text is not UTF-8."""
         try:
             return scalar.as_py()
         except (UnicodeDecodeError, pyarrow.ArrowException):
             return None
 
     def rows() -> Iterator[Row]:
+        """Yields a `Row` for each row; a value that is no list is one caption."""
         for number, pair in enumerate(pairs()):
             image, captions = map(value, pair)
             if captions is None:
@@ -238,13 +267,21 @@ def _parquet(path: str, options: Options) -> tuple[int, Callable[[], Iterator[Ro
 
 
 def _row(name: str, image: Any, captions: list[Any], path: str, options: Options) -> Row:
+    """Returns the row of an image that the table `path` names `image`.
+
+    If that is no text or empty, the row has the problem "missing image". name: of the row in
+    messages.
+    """
     if not isinstance(image, str) or not image:
         return Row(name, problem=("missing image", ""))
     return Row(name, options.image(path, image), captions)
 
 
 def _joined(rows: Iterator[Row]) -> Iterator[Row]:
-    """Joins neighbouring rows of one image, as tables of several captions an image have them."""
+    """Yields neighbouring rows of one image as one row with the captions of all.
+
+    The first one gives its name; a row with a problem stays alone.
+    """
     for _, group in itertools.groupby(rows, lambda row: row.name if row.problem else row.image):
         first, *more = group
         captions = [*first.captions]
@@ -254,7 +291,10 @@ def _joined(rows: Iterator[Row]) -> Iterator[Row]:
 
 
 def _columns(titles: list[str], path: str, options: Options) -> list[str]:
-    """Returns the columns of images and captions."""
+    """Returns the names of the columns of images and of captions, in this order.
+
+    titles: all columns of the table `path`. Raises InputError if one is missing.
+    """
     columns = []
     usual_names = {"image_key": IMAGE_NAMES, "caption_key": CAPTION_NAMES}
     for option, names in usual_names.items():
@@ -271,7 +311,11 @@ def _columns(titles: list[str], path: str, options: Options) -> list[str]:
 
 
 def _json(path: str, options: Options) -> tuple[int, Callable[[], Iterator[Row]]]:
-    """Several entries of one image are one sample with all captions."""
+    """Parses a JSON file; returns the number of its images, and a function that yields their rows.
+
+    Several entries of one image are one row with all captions. Raises InputError for another format
+    and if no image, or none of the split in `options`, is in it.
+    """
     captions: dict[str, list[Any]] = {}
     try:
         for image, texts in _entries(json_of(Path(path).read_text("utf-8-sig")), path, options):
@@ -295,7 +339,11 @@ def _json(path: str, options: Options) -> tuple[int, Callable[[], Iterator[Row]]
 
 
 def _entries(content: Any, path: str, options: Options) -> Iterator[tuple[str, list[Any]]]:
-    """Yields images with captions. Raises the error of any other content, e.g. KeyError."""
+    """Yields (image, captions) of a JSON file; an image, a path or file name, may come again.
+
+    content: the parsed file. path: its name in errors. Raises InputError if `options` name none of
+    several splits, and for any other content its own error, e.g. KeyError.
+    """
     images = content["images"]
     if "annotations" in content:  # COCO's captions_val2017.json
         files = {image["id"]: image["file_name"] for image in images}

@@ -54,6 +54,7 @@ class Member(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Any:
+        """Reads an archive's next header. Raises ReadError, with its place, for damage."""
         try:
             return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
@@ -62,12 +63,18 @@ class Member(tarfile.TarInfo):
             raise tarfile.ReadError(f"bad header at byte {archive.offset}: {error}") from None
 
     def _block(self, count: int) -> int:
+        """Rounds bytes up to whole blocks. Raises ReadError below 0 or above _MEMBER_BYTES."""
         # tarfile before Python 3.11.14 goes back by a negative size, for ever (CVE-2025-8194)
         if not 0 <= count <= _MEMBER_BYTES:
             raise tarfile.ReadError(f"a size of {count}")
         return super()._block(count)  # type: ignore[misc]
 
     def _proc_member(self, archive: tarfile.TarFile) -> Any:
+        """Processes this header as tarfile does, which may read more of the archive.
+
+        Counts the bytes of extended headers in a row in `archive.extended`; raises ReadError above
+        _EXTENDED_BYTES.
+        """
         extended = 0
         if self.type in _EXTENDED_TYPES:
             extended = getattr(archive, "extended", 0) + tarfile.BLOCKSIZE + self._block(self.size)
@@ -77,6 +84,7 @@ class Member(tarfile.TarInfo):
         return super()._proc_member(archive)  # type: ignore[misc]
 
     def _proc_gnusparse_10(self, member: Any, headers: Any, archive: Any) -> None:
+        """Sets `member.sparse` to an empty list in place of reading the map of its holes."""
         member.sparse = []  # a list of holes may be as long as the file; sparse files are not read
 
 
@@ -88,17 +96,17 @@ def read_tar(
     max_bytes: int = MAX_BYTES,
     on_error: str = "skip",
 ) -> Iterator[Sample]:
-    """Yields the samples of a tar with their files of SUFFIXES, in lower case, and the files of its
-    sidecars.
+    """Yields the samples of a tar in stored order, with the files of its sidecars.
 
-    Damage is counted in `skipped`. A file that was not read, since it is too large or sparse, is a
-    BrokenSample in the sample. A stream or disk that fails is tried again, from the sample where it
-    failed.
+    A sample is a dict of "__key__", "__url__", "__shard__" and its files of SUFFIXES: suffix in
+    lower case -> bytes, or a BrokenSample for a file that was not read, since it is too large or
+    sparse. A stream or disk that fails is tried again, from the sample where it failed.
 
-    sidecars: their folders, if not None; then a key that comes again is a broken sample. max_bytes:
-    most bytes of a file. Raises ShardError if it fails after several tries, if on_error is "stop"
-    and the tar is damaged, and for a sidecar that is missing or damaged, or has other samples than
-    the shard.
+    skipped: damage of the tar is added to it. sidecars: their folders, if not None; then a key that
+    comes again is a broken sample. max_bytes: most bytes of a file.
+
+    Raises ShardError if it fails after several tries, if on_error is "stop" and the tar is damaged,
+    and for a sidecar that is missing or damaged, or has other samples than the shard.
     """
     yielded = 0  # samples, in all tries
     for wait in (*RETRIES, None):
@@ -124,6 +132,12 @@ def read_tar(
 
 
 def _joined(samples: Iterator[Sample], shard: str, folders: Folders) -> Iterator[Sample]:
+    """Yields the samples of a shard, to which the files of its sidecars are added in place.
+
+    shard: its url. A sidecar's file replaces one of the same suffix. A sample whose key came before
+    has a BrokenSample as "__double__". Raises ShardError for a sidecar that is missing or damaged,
+    and at the end for one with other samples than the shard.
+    """
     paths = sidecars_of(shard, folders)
     sidecars = [_sidecar_samples(path) for path in paths]
     # of each sidecar the first sample that is not joined yet
@@ -154,6 +168,7 @@ def _joined(samples: Iterator[Sample], shard: str, folders: Folders) -> Iterator
 
 
 def _sidecar_samples(path: str) -> Iterator[Sample]:
+    """Yields the samples of the sidecar `path`. Raises ShardError, also for any damage."""
     try:
         yield from read_tar(Source(path, name=path), Skipped(), on_error="stop")
     except ShardError as error:
@@ -163,6 +178,11 @@ def _sidecar_samples(path: str) -> Iterator[Sample]:
 
 
 def _samples(source: Source, skipped: Skipped, max_bytes: int, on_error: str) -> Iterator[Sample]:
+    """Yields the samples of a tar in one try; they end at damage, without a sample it cut short.
+
+    Damage is added to `skipped`, or raises ShardError if on_error is "stop". Raises OSError if a
+    stream or disk fails.
+    """
     damage: list[str] = []
 
     def count_double(error: Exception) -> bool:
@@ -185,9 +205,11 @@ def _samples(source: Source, skipped: Skipped, max_bytes: int, on_error: str) ->
 def _files(
     source: Source, skipped: Skipped, max_bytes: int, damage: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """Yields the files of a tar that belong to samples.
+    """Yields the files of a tar that belong to samples, as webdataset's `group_by_keys` takes them.
 
-    It ends at a damaged part, and notes the reason in `damage`.
+    Each is {"fname": name, "data": bytes or a BrokenSample, "__url__"}. It ends at a damaged part
+    and appends the reason to `damage`; names that are too long are added to `skipped`. Raises
+    OSError if a stream or disk fails, ShardError for what is no regular file.
     """
     try:
         with (
@@ -215,6 +237,11 @@ def _files(
 
 
 def _contents(archive: Any, member: tarfile.TarInfo, limit: int) -> bytes | BrokenSample:
+    """Returns the bytes of an archive's current member.
+
+    A BrokenSample takes their place if it is sparse or has more than `limit` bytes. Raises
+    ReadError if the archive ends before or its size is wrong.
+    """
     if member.issparse():
         return BrokenSample("sparse file", member.name)
     if member.size < 0 or member.offset_data + member.size > archive.offset:
@@ -233,9 +260,10 @@ def _contents(archive: Any, member: tarfile.TarInfo, limit: int) -> bytes | Brok
 
 @contextlib.contextmanager
 def _opened(url: str) -> Iterator[tuple[Any, Any]]:
-    """Context with the bytes of a tar, and tarfile's mode for them.
+    """Context with a file object of a tar's bytes, and tarfile's mode for it.
 
-    Raises OSError if a stream ends by an error.
+    url: a path; or an Address, whose curl or command is started, and killed at the end. Raises
+    OSError if a stream ends by an error, ShardError for a path of no regular file.
     """
     if not isinstance(url, Address):
         # reading a named pipe or a device may take for ever
@@ -266,10 +294,10 @@ def _opened(url: str) -> Iterator[tuple[Any, Any]]:
 
 
 def _curl(url: str) -> Any:
-    """Opens a URL as webdataset's gopen_curl does, but gives up on a server that sends nothing for
-    STALL seconds.
+    """Starts curl on a URL; returns webdataset's Pipe of its output.
 
-    curl's own retries would start the output again, in the middle of the tar.
+    Unlike webdataset's gopen_curl it gives up on a server that sends nothing for STALL seconds, and
+    has no retries, which would start the output again in the middle of the tar.
     """
     limits = ["--connect-timeout", "30", "--speed-limit", "1", "--speed-time", str(STALL)]
     schemes = ["--proto", "=http,https", "--proto-redir", "=http,https", "--globoff"]

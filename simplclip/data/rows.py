@@ -33,4 +33,5 @@ class RowSource:
 
     @property
     def name(self) -> str:
+        """The last part of the path, which names the source in messages."""
         return os.path.basename(os.path.abspath(self.path))

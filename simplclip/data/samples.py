@@ -61,7 +61,10 @@ class Pair:
 
     @property
     def image(self) -> Image.Image:
-        """The decoded image, RGB, black where it is transparent. Raises BrokenSample."""
+        """The image, decoded anew each time: RGB, black where it is wholly transparent.
+
+        Raises BrokenSample.
+        """
         return opaque(decode_pil(self.encoded))
 
     def check_image(self) -> None:
@@ -70,12 +73,12 @@ class Pair:
 
     @property
     def name(self) -> str:
-        """The name of the sample in messages and seeds."""
+        """The name of the sample in messages and seeds, SHARD/KEY."""
         return f"{self.shard}/{self.key}"
 
     @property
     def group(self) -> str | None:
-        """The name of the thing that the image shows.
+        """The json's "group", a name of the thing that the image shows; None without one.
 
         Samples of one group match each other, so they are no negatives.
         """
@@ -89,16 +92,17 @@ class Pair:
 
 
 def _group_id(group: object, name: str) -> int:
+    """Returns a hash, below 2**63, of a group, or of the sample's `name` if the group is None."""
     # by the shard's name too, since keys often repeat in every shard
     text = f"key/{name}" if group is None else f"group/{group}"
     return stable_hash(text) >> 1
 
 
 def is_held_out(sample: Sample, share: float) -> bool:
-    """Whether a sample is of the share that evaluation has and training skips, by its group, else
-    its shard's name and key.
+    """Whether a sample is in the share, 0 to 1, that evaluation reads and training skips.
 
-    A sample whose json is broken is not held out; its reader counts it.
+    It is told by the hash of its group, else of its shard's name and key. The parsed json is kept
+    in the sample. A sample whose json is broken is not held out; its reader counts it.
     """
     if not share or isinstance(sample.get("json"), BrokenSample):
         return False
@@ -115,10 +119,11 @@ def sample_name(sample: Sample) -> str:
 
 
 def parse(sample: Sample, teacher: bool = False) -> Pair:
-    """Parses the files of a sample. teacher: also a teacher's features.
+    """Returns the parsed files of a sample; the image is not decoded.
 
-    Raises BrokenSample, and ShardError if the features are missing or belong to another image or
-    other captions.
+    teacher: also parse a teacher's features. The parsed json is kept in the sample. Raises
+    BrokenSample, and ShardError if the features are missing or belong to another image or other
+    captions.
     """
     check_files(sample)
     record = record_of(sample)
@@ -152,13 +157,17 @@ def image_of(sample: Sample) -> bytes:
 
 
 def record_of(sample: Sample) -> dict[str, Any]:
-    """Returns the json of a sample, {} without one; it is parsed once. Raises BrokenSample."""
+    """Returns the parsed json of a sample, {} without one, and keeps it in the sample.
+
+    It is under "__record__", and not parsed again. Raises BrokenSample.
+    """
     if "__record__" not in sample:
         sample["__record__"] = _parsed_record(sample)
     return sample["__record__"]
 
 
 def _parsed_record(sample: Sample) -> dict[str, Any]:
+    """Parses the json of a sample, {} without one. Raises BrokenSample if it is no JSON object."""
     try:
         record = json_of(sample.get("json", b"{}"))
     except ValueError as error:
@@ -169,10 +178,11 @@ def _parsed_record(sample: Sample) -> dict[str, Any]:
 
 
 def captions_of(sample: Sample, record: dict[str, Any], *, txt_lines: bool = False) -> list[str]:
-    """Returns the captions of a sample, at least one.
+    """Returns a sample's captions, at least one: the json's "captions", else "caption", else txt.
 
-    txt_lines: each line of the txt is a caption, as in clip-benchmark's layout; else the txt is
-    one, its white space joined. Raises BrokenSample.
+    record: the parsed json. txt_lines: each line of the txt is a caption, as in clip-benchmark's
+    layout; else the txt is one, its white space joined. Raises BrokenSample if there is no caption
+    or the txt is not UTF-8.
     """
     several = record.get("captions")
     json_texts = [
@@ -192,10 +202,15 @@ def captions_of(sample: Sample, record: dict[str, Any], *, txt_lines: bool = Fal
 
 
 def _texts_in(values: list[Any]) -> list[str]:
+    """Returns those of some values that are texts."""
     return [value for value in values if isinstance(value, str)]
 
 
 def _txt_texts(content: bytes, txt_lines: bool) -> list[str]:
+    """Returns the captions of a txt: each of its lines, or all of it with its white space joined.
+
+    Raises BrokenSample if it is not UTF-8.
+    """
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -209,7 +224,10 @@ def _cleaned(texts: list[str]) -> list[str]:
 
 
 def label_of(sample: Sample, record: dict[str, Any]) -> str | int | None:
-    """Returns the name or number of a sample's class, None if it has none. Raises BrokenSample."""
+    """Returns a sample's class: the number in its cls, else the json's "label" as text, else None.
+
+    record: the parsed json. Raises BrokenSample for a cls that is no number.
+    """
     if "cls" in sample:
         content = sample["cls"]
         try:
@@ -222,7 +240,12 @@ def label_of(sample: Sample, record: dict[str, Any]) -> str | int | None:
 
 
 def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
-    """Returns a teacher's features of a sample, float16 [V + C, D], and the views that it saw."""
+    """Returns a teacher's features of a sample, and the views it saw, None for the plain image.
+
+    The features are float16 [V + C, D] of V views (1 for the plain image) and C captions. pair: the
+    parsed sample. Raises BrokenSample for damaged ones, ShardError for missing ones and those of
+    another image or other captions.
+    """
     sample_words = f"sample {pair.key!r} of shard {pair.url!r}"
     if TEACHER not in sample:
         pair.check_image()  # a broken image has no features
@@ -255,25 +278,26 @@ def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, An
 
 
 def digests_of(pair: Pair) -> dict[str, str]:
-    """Returns what a sidecar records with features: digests of the captions and of the image's
-    file.
+    """Returns {"captions", "image"}: digests of the captions and of the image's file.
+
+    A sidecar records them with features, to tell whether the sample has changed since.
     """
     return {"captions": digest_of(pair.captions), "image": f"{zlib.crc32(pair.encoded):08x}"}
 
 
 def digest_of(values: list[Any]) -> str:
-    """Returns a digest of values of JSON, 16 hexadecimal digits."""
+    """Returns a digest of a list of JSON values, 16 hexadecimal digits."""
     return f"{stable_hash(json.dumps(values)):016x}"
 
 
 def stable_hash(text: str) -> int:
-    """Returns a hash of 64 bits, the same in every process and version."""
+    """Returns a hash of a text, 0 to 2**64 - 1, the same in every process and version."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
 
 def clean(text: str) -> str:
-    """Strips a caption or name and cuts it to LONGEST characters.
+    """Returns a caption or name without white space at its ends, cut to LONGEST characters.
 
     Lone surrogates and NUL become U+FFFD.
     """
@@ -281,7 +305,7 @@ def clean(text: str) -> str:
 
 
 def json_of(data: str | bytes) -> Any:
-    """Parses JSON.
+    """Returns the value that a JSON text stands for.
 
     Raises ValueError for any error in it, also for more than DEEPEST levels of lists and objects.
     """
@@ -294,6 +318,7 @@ def json_of(data: str | bytes) -> Any:
 
 
 def _check_depth(content: dict | list, levels: int) -> None:
+    """Raises RecursionError for more than `levels` levels of lists and objects in `content`."""
     if levels < 0:
         raise RecursionError
     values = content.values() if isinstance(content, dict) else content
@@ -303,9 +328,9 @@ def _check_depth(content: dict | list, levels: int) -> None:
 
 
 def file_bytes(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:
-    """Reads a file.
+    """Returns the bytes of a file.
 
-    Raises OSError, also for what is no regular file, and BrokenSample if it is too large.
+    Raises OSError, also for what is no regular file, and BrokenSample for more than `limit` bytes.
     """
     about = os.stat(path)
     if not stat.S_ISREG(about.st_mode):  # reading a named pipe or a device may take for ever
@@ -318,6 +343,6 @@ def file_bytes(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:
 
 
 def state_of(path: str | os.PathLike) -> dict[str, int]:
-    """Returns size and time of a file, which tell in a meta.json whether it has changed."""
+    """Returns {"bytes", "mtime_ns"} of a file, which tell in a meta.json whether it has changed."""
     about = os.stat(path)
     return {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns}

@@ -54,15 +54,17 @@ class StoredOrder:
     divide_sources: bool = False
 
     def portions(self, workers: int = 0) -> Generator[Portion, None, None]:
-        """Yields the portions, from `workers` processes.
+        """Yields this rank's portions, made by `workers` processes; 0 makes them in this process.
 
-        Raises ShardError, and WorkerError if a process died.
+        The processes start with the first portion, and end with the generator. If a source is a
+        stream there is at most one. Raises ShardError, and WorkerError if a process died.
         """
         if any(isinstance(source.url, Address) for source in self.sources):
             workers = min(workers, 1)  # each worker would fetch a stream whole
         return from_workers(self._portions, workers)
 
     def _portions(self, worker: int, workers: int) -> Iterator[Portion]:
+        """Yields the portions that process `worker` of `workers` makes for this rank."""
         turn, turns = worker * self.world_size + self.rank, workers * self.world_size
         sources = list(enumerate(self.sources))
         if self.divide_sources and len(sources) >= workers:
@@ -83,6 +85,11 @@ class StoredOrder:
             number += 1
 
     def _portion(self, source: int, start: int, rows: list[Sample]) -> Portion:
+        """Prepares the samples `rows` of a source and returns their portion.
+
+        source: its index. start: position of the first sample. Broken samples are left out, and
+        counted in the portion.
+        """
         prepared = []
         positions = []
         keys = []

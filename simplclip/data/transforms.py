@@ -55,6 +55,10 @@ class ImageTransform:
     def __init__(
         self, cfg: PreprocessCfg, augment: AugmentationCfg | Mapping[str, Any] | str | None = None
     ) -> None:
+        """Takes the settings, see the class; draws nothing.
+
+        Raises InputError for an augmentation with parts of timm or values out of range.
+        """
         self.size: tuple[int, int] = tuple(cfg.input_size[1:])
         self.mean, self.std = tuple(cfg.mean), tuple(cfg.std)
         self.resize_mode, self.fill = cfg.resize_mode, cfg.fill_color
@@ -73,8 +77,10 @@ class ImageTransform:
                 self._jitter = ColorJitter(*self.augment.color_jitter)
 
     def draw(self, height: int, width: int) -> View:
-        """Draws a view of an image of this size, from torch's global generator on the CPU; {} for
-        evaluation.
+        """Draws a view of an image of this size in pixels; {} for evaluation.
+
+        It is for `apply`, and may be stored as JSON. Draws from torch's global generator on the
+        CPU.
         """
         view: View = {}
         if self.augment == "affine":
@@ -93,16 +99,16 @@ class ImageTransform:
         return view
 
     def apply(self, encoded: bytes | Image.Image, view: View) -> Tensor:
-        """Returns the pixels of a file, or of what `open_image` returned of it, in a view, uint8
-        [3, S, S].
+        """Returns the pixels of an image in a view, uint8 [3, S, S].
 
-        Raises BrokenSample. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop is that
-        many times as large as S.
+        encoded: a file's bytes, or what `open_image` returned of them. view: from `draw`. A JPEG is
+        decoded at 1/2, 1/4 or 1/8 of its size if the crop is that many times as large as S. Raises
+        BrokenSample.
         """
         return self.apply_views(encoded, [view])[0]
 
     def apply_views(self, encoded: bytes | Image.Image, views: Sequence[View]) -> list[Tensor]:
-        """Returns the pixels of a file in several views, as `apply` does.
+        """Returns the pixels of an image in each of several views, as `apply` does.
 
         It is decoded once, as large as they need it.
         """
@@ -115,11 +121,10 @@ class ImageTransform:
         return [self.apply_decoded(image, view) for view in views]
 
     def apply_decoded(self, image: Tensor | Image.Image, view: View) -> Tensor:
-        """Returns the pixels, as `apply` does, of what `decode_image` returned: uint8 [3, H, W] on
-        any device, or a PIL image.
+        """Returns the pixels of a decoded image in a view, uint8 [3, S, S].
 
-        The image may be smaller than the one that the view was drawn for; the crop is then scaled
-        down too.
+        image: uint8 [3, H, W] on any device, or a PIL image, as `decode_image` returns them. It may
+        be smaller than the one that the view was drawn for; the crop is then scaled down too.
         """
         if "crop" in view:
             pixels = self._crop_and_resize(image, view)
@@ -134,8 +139,9 @@ class ImageTransform:
         return pixels
 
     def finish(self, images: Tensor, *, channels_last: bool = False) -> Tensor:
-        """Normalises images, uint8 [N, 3, S, S], on their device: the model's input, float32 [N, 3,
-        S, S].
+        """Normalises images, uint8 [N, 3, S, S]: returns the model's input, float32 [N, 3, S, S].
+
+        That is a new tensor on their device. channels_last: its memory format, else contiguous.
         """
         layout = torch.channels_last if channels_last else torch.contiguous_format
         floats = images.to(torch.float32, memory_format=layout)
@@ -145,6 +151,11 @@ class ImageTransform:
         return floats
 
     def __call__(self, image: bytes | Image.Image) -> Tensor:
+        """Draws a view of an image and returns its pixels in it.
+
+        image: a file's bytes -> uint8 [3, S, S]; a PIL image -> float32 [3, S, S], normalised.
+        Draws from torch's global generator on the CPU if it augments. Raises BrokenSample.
+        """
         if not isinstance(image, Image.Image):
             file = open_image(image)
             return self.apply(file, self.draw(file.height, file.width))
@@ -153,13 +164,20 @@ class ImageTransform:
         return self.finish(pixels[None])[0]
 
     def _size_for_crop(self, view: View) -> list[int]:
-        """Returns height and width of a whole image whose crop is as large as the model's input."""
+        """Returns the least [height, width] of a whole image whose crop has the model's input size.
+
+        view: one with a "crop"; its image may be decoded that small.
+        """
         return [
             math.ceil(whole * side / max(1, part))
             for whole, side, part in zip(view["image"], self.size, view["crop"][2:])
         ]
 
     def _crop_and_resize(self, image: Tensor | Image.Image, view: View) -> Tensor:
+        """Returns a view's crop at the model's input size, uint8 [3, S, S].
+
+        image: uint8 [3, H, W] or a PIL image. view: one with a "crop".
+        """
         top, left, bottom, right = _crop_of(view, F.get_size(image))
         crop = F.crop(image, top, left, bottom - top, right - left)
         # copied, since resizing contiguous rows saves more time than the copy takes
@@ -168,6 +186,10 @@ class ImageTransform:
         return to_tensor(F.resize(crop, list(self.size), BICUBIC))
 
     def _warp(self, image: Tensor | Image.Image, view: View) -> Tensor:
+        """Returns an image at the model's input size, warped by a view's "affine"; uint8 [3, S, S].
+
+        image: uint8 [3, H, W] or a PIL image. What comes into the picture is white.
+        """
         angle, x, y, zoom, *shear = view["affine"]
         height, width = view["size"]
         shift = [x * (self.size[1] / width), y * (self.size[0] / height)]
@@ -177,8 +199,9 @@ class ImageTransform:
         return ~F.affine(negative, angle, shift, zoom, shear, interpolation=BILINEAR)
 
     def _evaluation_size(self, height: int, width: int) -> tuple[list[int], InterpolationMode]:
-        """Returns the size to which evaluation resizes an image before it crops or pads, and the
-        interpolation.
+        """Returns ([height, width], interpolation) of evaluation's resizing before it crops.
+
+        height, width: the image's own. Raises BrokenSample for a result of too many pixels.
         """
         if self.resize_mode == "squash":
             return list(self.size), self.interpolation
@@ -204,8 +227,11 @@ class ImageTransform:
 def finish_on_device(
     transform: Any, images: Tensor, device: torch.device, *, channels_last: bool = False
 ) -> Tensor:
-    """Moves a loader's images to the device, and completes uint8 ones by `transform.finish` there;
-    others are complete.
+    """Returns a loader's images on `device` as the model's input, float32 [N, 3, S, S].
+
+    images: uint8 ones are normalised there by `transform.finish`; others are complete and only
+    moved. The move does not block. channels_last: memory format of normalised ones, else
+    contiguous.
     """
     images = images.to(device, non_blocking=True)
     if images.dtype != torch.uint8:
@@ -214,8 +240,9 @@ def finish_on_device(
 
 
 def augmentation(transform: Any) -> Any:
-    """Returns the augmentation that a transform draws, as a JSON value to compare: "none", "affine"
-    or open_clip's fields.
+    """Returns what a transform draws as a JSON value, to compare: "none", "affine" or a dict.
+
+    The dict has open_clip's fields. Of a transform other than ImageTransform it is the repr.
     """
     augment = getattr(transform, "augment", repr(transform))
     if isinstance(augment, AugmentationCfg):
@@ -226,11 +253,12 @@ def augmentation(transform: Any) -> Any:
 def decode_image(
     encoded: bytes | Image.Image, *, least: tuple[int, int] | None = None
 ) -> Tensor | Image.Image:
-    """Decodes a file, as `decode_pil` does: RGB to uint8 [3, H, W], other modes to a PIL image.
+    """Decodes an image: RGB to uint8 [3, H, W]; other modes to a PIL image, as `decode_pil` does.
 
-    least: height and width that are enough. A JPEG that is 2, 4 or 8 times as large is decoded at
-    that fraction of its sides (rounded up), which is faster; other formats stay as they are.
-    Raises BrokenSample.
+    Grey is RGB here. encoded: a file's bytes, or what `open_image` returned of them, which is
+    changed. least: height and width that are enough, None for all. A JPEG that is 2, 4 or 8 times
+    as large is decoded at that fraction of its sides (rounded up), which is faster; other formats
+    stay as they are. Raises BrokenSample.
     """
     image: Any = open_image(encoded) if isinstance(encoded, bytes) else encoded
     size = image.size
@@ -245,22 +273,22 @@ def decode_image(
 
 
 def _resizable(image: Image.Image) -> Tensor | Image.Image:
-    """Returns RGB and grey as uint8 [3, H, W], which is resized faster, and other modes as they
-    are.
+    """Returns an RGB or grey image as RGB, uint8 [3, H, W]; one of another mode as it is.
+
+    A tensor is resized faster, but other modes have to be resized before they become RGB.
     """
     return to_tensor(image) if image.mode in ("RGB", "L") else image
 
 
 def to_tensor(image: Image.Image | Tensor) -> Tensor:
-    """Converts an image to RGB, uint8 [3, H, W]; returns a tensor as it is."""
+    """Returns an image as RGB, uint8 [3, H, W]; a tensor as it is."""
     if isinstance(image, Tensor):
         return image
     return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
 
 
 def stack_pixels(images: Sequence[Tensor]) -> Tensor:
-    """Stacks pixels [3, S, S] to a batch [N, 3, S, S], channels last as the pixels are; torch.stack
-    would transpose each.
+    """Returns N images [3, S, S] as a batch [N, 3, S, S], channels last in memory as they are.
 
     In a loader process the batch is written straight into shared memory.
     """
@@ -268,7 +296,10 @@ def stack_pixels(images: Sequence[Tensor]) -> Tensor:
 
 
 def _crop_of(view: View, size: Sequence[int]) -> tuple[int, int, int, int]:
-    """Returns top, left, bottom and right of a view's crop in its image, which now has `size`."""
+    """Returns (top, left, bottom, right) of a view's crop in pixels, at least one pixel.
+
+    size: height and width that the image now has; the view has those it was drawn for.
+    """
     top, left, height, width = view["crop"]
     y, x = size[0] / view["image"][0], size[1] / view["image"][1]
     first_row, first_column = int(top * y + 0.5), int(left * x + 0.5)
@@ -277,6 +308,10 @@ def _crop_of(view: View, size: Sequence[int]) -> tuple[int, int, int, int]:
 
 
 def _checked(augment: Any) -> Any:
+    """Returns the argument `augment` of ImageTransform as None, "affine" or an AugmentationCfg.
+
+    Raises InputError for anything else, parts of timm, and values out of range.
+    """
     if augment is None or augment == "affine":
         return augment
     if not isinstance(augment, AugmentationCfg):
@@ -307,6 +342,7 @@ def _checked(augment: Any) -> Any:
 
 
 def _is_range(ends: Any) -> bool:
+    """Whether `ends` are two numbers above 0, the first not above the second."""
     if not isinstance(ends, (list, tuple)) or len(ends) != 2:
         return False
     first, last = ends
@@ -316,10 +352,11 @@ def _is_range(ends: Any) -> bool:
 
 
 def _draw_colour(jitter: ColorJitter | None, jitter_prob: float, grey_prob: float) -> list[float]:
-    """Draws as open_clip's color_jitter and gray_scale do, from torch's global generator.
+    """Draws a change of colour as open_clip's color_jitter and gray_scale do.
 
-    Returns a parameter for each of CHANGES, their order (four indices), and whether the image
-    becomes grey (1 or 0).
+    Returns nine numbers: a parameter for each of CHANGES, their order (four indices), and whether
+    the image becomes grey (1 or 0). jitter: the ranges, None for no change. jitter_prob, grey_prob:
+    probabilities of the change and of grey. Draws from torch's global generator.
     """
     change, grey = torch.rand(2).tolist()
     factors = list(UNCHANGED)
@@ -336,7 +373,10 @@ def _draw_colour(jitter: ColorJitter | None, jitter_prob: float, grey_prob: floa
 
 
 def _change_colour(image: Tensor, colour: Sequence[float]) -> Tensor:
-    """Changes the colours of an image, uint8 [3, H, W], by what `_draw_colour` returned."""
+    """Returns an image, uint8 [3, H, W], with its colours changed.
+
+    colour: what `_draw_colour` returned.
+    """
     factors, order, grey = colour[:4], colour[4:8], colour[8]
     for index in map(int, order):
         if factors[index] != UNCHANGED[index]:

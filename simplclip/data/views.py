@@ -23,7 +23,11 @@ _NUMPY_GENERATOR = np.random.MT19937(0)
 
 @contextlib.contextmanager
 def seeded(*parts: object) -> Iterator[None]:
-    """Seeds the global generators that transforms use by `parts`, and restores them afterwards."""
+    """Context in which the generators of torch (CPU), random and numpy are seeded by `parts`.
+
+    These are the global generators; their states are restored afterwards. parts: values whose texts
+    give the seed.
+    """
     seed = stable_hash("/".join(map(str, parts)))
     torch_state = torch.get_rng_state()
     python_state = random.getstate()
@@ -45,11 +49,11 @@ def seeded(*parts: object) -> Iterator[None]:
 def pixels_of(
     transform: ImageTransform | Callable, pair: Pair, view: View | None = None
 ) -> torch.Tensor:
-    """Returns the transformed image of a sample.
+    """Returns the transformed image of a sample, [3, S, S]: uint8 by an ImageTransform.
 
-    view: the view to replay; by default the transform draws one. Raises BrokenSample, and
-    ShardError for a view that a caller's own transform cannot replay. Errors of such a transform
-    name the sample.
+    transform: an ImageTransform; or a caller's function of an RGB image, whose result is returned
+    and whose errors name the sample. view: the view to replay; None: the transform draws one, from
+    global generators. Raises BrokenSample, and ShardError for a view that a function cannot replay.
     """
     if not isinstance(transform, ImageTransform):
         return _pixels_of_other(transform, pair, view)
@@ -65,6 +69,11 @@ def pixels_of(
 
 
 def _pixels_of_other(transform: Callable, pair: Pair, view: View | None) -> torch.Tensor:
+    """Returns what a caller's own transform makes of a sample's decoded image.
+
+    An error of the transform gets a note with the sample's name. Raises ShardError if a view, not
+    None, is to be replayed; BrokenSample.
+    """
     if view is not None:
         raise ShardError(
             f"sample {pair.name!r} has the views that a teacher saw, which only simplclip's "

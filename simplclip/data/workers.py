@@ -33,11 +33,15 @@ Items = Callable[[int, int], Iterator[Any]]
 def from_workers(
     items: Items, workers: int, pin_memory: bool = False
 ) -> Generator[Any, None, None]:
-    """Yields the items of each of `workers` processes in turn; with 0 those of this process.
+    """Starts `workers` processes and yields their items, one of each in turn.
+
+    items: function of a process's number and their number -> its items, called in the process; with
+    0 workers it is called in this one with 0 and 1. pin_memory: copy their tensors to page-locked
+    memory.
 
     Raises a user's errors without the worker's traceback, and WorkerError if a process cannot send
     an item or died; that is noticed within 5 seconds, and never while the caller uses an item. The
-    processes end within seconds of this one.
+    processes end with the generator, and within seconds of this process.
     """
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
     if workers:
@@ -88,7 +92,10 @@ def from_workers(
 
 
 def _shut_down(iterator: Any, pin_memory: bool) -> None:
-    """Ends the processes of a DataLoader's iterator, for which torch has no public method."""
+    """Ends the loader processes of a DataLoader's iterator, for which torch has no public method.
+
+    pin_memory: the DataLoader's.
+    """
     queues_ended = any(
         queue._close and not queue._close.still_active() for queue in iterator._index_queues
     )
@@ -106,6 +113,10 @@ class _Items(IterableDataset):
         self.items = items
 
     def __iter__(self) -> Iterator[Any]:
+        """Yields this process's items; in a loader process as messages of `_pack`.
+
+        A UserError there is the last message.
+        """
         info = get_worker_info()
         if info is None:
             yield from self.items(0, 1)
@@ -121,7 +132,7 @@ Message = tuple[list[torch.Tensor], torch.Tensor]
 
 
 def _pack(item: Any) -> Message:
-    """Returns the tensors of an item, and a tensor with its pickle.
+    """Returns the message of an item: its tensors, and a uint8 tensor with the pickle of the rest.
 
     Tensors go through shared memory. The pipe has some 200 bytes for each: a message of up to 4,096
     bytes is written whole or not at all. Raises WorkerError for an item that cannot be pickled.
@@ -136,6 +147,7 @@ def _pack(item: Any) -> Message:
 
 
 def _unpack(message: Message) -> Any:
+    """Returns the item of a message that `_pack` made."""
     tensors, pickled = message
     unpickler = pickle.Unpickler(io.BytesIO(pickled.numpy().tobytes()))
     unpickler.persistent_load = tensors.__getitem__  # type: ignore[method-assign]
@@ -148,6 +160,7 @@ class _Pickler(pickle.Pickler):
         self.tensors: list[torch.Tensor] = []
 
     def persistent_id(self, value: Any) -> int | None:
+        """Appends a tensor to `tensors` and returns its index; None for a value that is pickled."""
         if type(value) is not torch.Tensor:
             return None
         self.tensors.append(value)
@@ -161,13 +174,16 @@ class _Event:
         self._value = RawValue("b", 0)
 
     def is_set(self) -> bool:
+        """Whether `set` was called, in any process."""
         return bool(self._value.value)
 
     def set(self) -> None:
+        """Sets the event for all processes that share it."""
         self._value.value = 1
 
 
 def _unchanged(item: Any) -> Any:
+    """Returns `item`: the collate_fn of items that are batches already."""
     return item
 
 
@@ -181,6 +197,11 @@ def _died(error: Exception) -> bool:
 
 
 def _start(worker: int) -> None:
+    """Sets up signals, errors and the end of a loader process.
+
+    It ignores Ctrl-C, heeds only its parent's SIGTERM, ends with its parent (by a thread), and
+    sends an error for an item that it cannot send. worker: its number, which is not used.
+    """
     # Ctrl-C, and SIGTERM at the end of a job, reach all processes; but the trainer needs a batch to
     # finish its step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -190,7 +211,7 @@ def _start(worker: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this process when its parent sends SIGTERM or has ended.
+    """Waits until the parent sends SIGTERM or has ended, then ends this process; never returns.
 
     DataLoader looks only between two items.
     """
@@ -203,11 +224,14 @@ def _end_with_parent() -> None:
 
 
 def _send_error(queue: Any, error: Exception, message: tuple[int, Any]) -> None:
-    """Sends an error in place of tensors that cannot be sent, for which the parent would wait
-    without end.
+    """Sends an error to the parent in place of an item whose tensors cannot be sent.
+
+    The parent would wait for it without end. queue: the process's queue of items. message: (index,
+    item) that failed.
     """
     queue.put((message[0], _pack(_not_sent(error))))
 
 
 def _not_sent(error: Exception) -> WorkerError:
+    """Returns the WorkerError for an item that cannot be sent because of `error`."""
     return WorkerError(f"data.workers: a loader process cannot send an item: {error!r}")

@@ -62,13 +62,13 @@ def write_sidecars(
     title: str = "samples",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Writes a sidecar of each of `shards` to the folder `out`, with the files that are made for
-    its samples.
+    """Writes a sidecar of each of `shards`, and meta.json, to the folder `out`.
 
-    Broken samples are left out and counted by reason. The bytes of a sidecar depend only on its
-    shard, the functions and `batch_size`, not on the number of workers or ranks. Finished sidecars
-    of an earlier run are kept, unless the size or time of their shard, or of a joined sidecar, is
-    another one. A second command may add other shards.
+    A sidecar has the files that are made for the shard's samples. Broken samples are left out and
+    counted by reason. The bytes of a sidecar depend only on its shard, the functions and
+    `batch_size`, not on the number of workers or ranks. Finished sidecars of an earlier run are
+    kept, unless the size or time of their shard, or of a joined sidecar, is another one. A second
+    command may add other shards. All ranks have to call it.
 
     Args:
         shards: tars, as `sources_of` takes them, of different file names.
@@ -153,12 +153,18 @@ def write_sidecars(
 
 
 def _prepared(sample: Sample, prepare: Callable[[Pair], Any]) -> Any:
+    """Parses a sample and returns what `prepare` makes of it. Raises BrokenSample."""
     return prepare(parse(sample))
 
 
 def _unfinished(
     sources: Mapping[str, Source], folder: TarFolder, sidecars: Folders
 ) -> dict[str, Source]:
+    """Returns those of `sources`, by sidecar name, whose sidecar is missing or of older files.
+
+    folder: has the entries of the sidecars. sidecars: folders whose files were joined; a change of
+    the shard or of these counts. Raises ShardError if one of these is missing.
+    """
     unfinished = {}
     for name, source in sources.items():
         whole = folder.is_whole(name)
@@ -168,7 +174,11 @@ def _unfinished(
 
 
 def _origin(source: Source, sidecars: Folders) -> dict[str, Any]:
-    """Returns the part of a sidecar's entry in meta.json that says from which files it was made."""
+    """Returns the part of a sidecar's entry in meta.json that says from which files it was made.
+
+    {"source": size and time of the shard, {} of a stream, "sidecars": [size and time of the shard's
+    sidecar in each of these folders]}. Raises ShardError if one is missing.
+    """
     source_state = {} if isinstance(source.url, Address) else state_of(source.url)
     return {
         "source": source_state,
@@ -182,10 +192,11 @@ def _write(
     process: Callable[[Any], Files],
     advance: Callable[[int], None],
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Writes the sidecars of the sources of `portions`; yields the path and the entry of each when
-    it is complete.
+    """Writes the sidecars of the sources of `portions`; yields (path, entry) of each complete one.
 
-    advance: is called with the number of samples that are done.
+    targets: the sidecar's path for each source; it is replaced. process: function of a portion's
+    batch that returns {suffix: bytes} for each sample. advance: is called with the number of
+    samples that are done.
     """
     unfinished: dict[int, UnfinishedTar] = {}
     with contextlib.ExitStack() as all_tars:

@@ -34,6 +34,11 @@ class TarFolder:
     """
 
     def __init__(self, out: Path, about: Mapping[str, Any]) -> None:
+        """Notes the arguments; nothing is read or written before `claimed`.
+
+        out: path of the folder. about: what meta.json says of how the tars are made, JSON types
+        only.
+        """
         self.out = out
         self.about = json.loads(json.dumps(dict(about)))
         self.entries: dict[str, dict[str, Any]] = {}
@@ -41,10 +46,11 @@ class TarFolder:
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """Context that makes the folder, or takes over that of an earlier run, and locks it for
-        this process.
+        """Context in which the folder exists and is locked for this process.
 
-        Raises InputError if the folder holds other files, or tars of something else.
+        A new folder gets a meta.json; of an earlier run's, `entries` and `complete` are read, and
+        its temporary files are removed. Raises InputError if the folder holds other files, or tars
+        of something else, FileExistsError if another process has locked it.
         """
         with locked(self.out, "out"):
             names = sorted(path.name for path in self.out.iterdir())
@@ -64,6 +70,10 @@ class TarFolder:
             yield
 
     def _read(self) -> None:
+        """Sets `entries` and `complete` to those of meta.json.
+
+        Raises InputError if it has another form, or was made with another `about`.
+        """
         try:
             former = json_of((self.out / "meta.json").read_text("utf-8"))
             self.entries = former.pop("splits")["data"]["shards"]
@@ -84,7 +94,7 @@ class TarFolder:
             )
 
     def save(self) -> None:
-        """Writes meta.json."""
+        """Replaces meta.json by `about`, `entries` and `complete` as they are now."""
         samples = sum(entry["samples"] for entry in self.entries.values())
         content = dict(self.about)
         if self.complete:
@@ -94,13 +104,19 @@ class TarFolder:
         write_atomically(self.out / "meta.json", json.dumps(content, indent=1) + "\n")
 
     def is_whole(self, name: str) -> bool:
-        """Whether an earlier run has finished the tar, and it is still there."""
+        """Whether a tar has an entry, and its file the size in it.
+
+        name: its file name. An entry of 0 bytes, without samples, has no file.
+        """
         entry = self.entries.get(name)
         return entry is not None and entry["bytes"] == _size_of(self.out / name)
 
 
 def _check_entries(entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises LookupError, TypeError, ValueError or AttributeError for entries of another form."""
+    """Raises an error unless each entry has the form that TarFolder describes.
+
+    The error is a LookupError, TypeError, ValueError or AttributeError.
+    """
     for name in ("skipped", "remarks"):
         skipped_in(entries.values(), name)
     for entry in entries.values():
@@ -108,15 +124,17 @@ def _check_entries(entries: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _size_of(tar: Path) -> int:
+    """Returns the bytes of a file, 0 if there is none."""
     return tar.stat().st_size if tar.is_file() else 0
 
 
 def entry_of(
     tar: Path, samples: int, skipped: Skipped, remarks: Skipped | None = None
 ) -> dict[str, Any]:
-    """Returns the entry of a tar; a tar that was not written has 0 bytes.
+    """Returns the entry of a tar for meta.json, see TarFolder; its bytes are 0 if it is no file.
 
-    remarks: counts of samples that were kept.
+    samples: their number. skipped: what was left out. remarks: counts of samples that were kept.
+    Without any, or with None, the entry lacks that key.
     """
     entry: dict[str, Any] = {"samples": samples, "bytes": _size_of(tar)}
     if skipped.counts:
@@ -127,12 +145,16 @@ def entry_of(
 
 
 def _with_examples(skipped: Skipped) -> dict[str, list[Any]]:
+    """Returns {reason: [count, the first example]} in order of reasons."""
     counts = sorted(skipped.counts.items())
     return {reason: [count, skipped.examples[reason]] for reason, count in counts}
 
 
 def skipped_in(entries: Iterable[Mapping[str, Any]], name: str = "skipped") -> Skipped:
-    """Returns what was left out of tars, or their "remarks"."""
+    """Returns the sum over entries of what was left out of tars, or of their "remarks".
+
+    name: the entries' key, "skipped" or "remarks".
+    """
     skipped = Skipped()
     for entry in entries:
         for reason, (count, first) in entry.get(name, {}).items():
@@ -142,9 +164,10 @@ def skipped_in(entries: Iterable[Mapping[str, Any]], name: str = "skipped") -> S
 
 @contextlib.contextmanager
 def new_tar(path: str | Path) -> Iterator[tarfile.TarFile]:
-    """Context with a tar that gets its name when the block ends without an error.
+    """Context with a tar to write; it gets its name when the block ends without an error.
 
-    Raises InputError if the disk is full.
+    It replaces a file of this name, which stays after an error. Raises InputError if the disk is
+    full.
     """
     try:
         with (
@@ -162,7 +185,10 @@ def new_tar(path: str | Path) -> Iterator[tarfile.TarFile]:
 
 
 def add(tar: tarfile.TarFile, key: str, files: Mapping[str, bytes]) -> None:
-    """Adds the files of a sample, by suffix. The bytes depend on nothing else."""
+    """Appends the files of a sample, {suffix: content}, to a tar, as KEY.SUFFIX.
+
+    The tar's bytes depend on nothing else, such as time or user.
+    """
     for suffix, content in files.items():
         member = tarfile.TarInfo(f"{key}.{suffix}")
         member.size = len(content)

@@ -65,6 +65,11 @@ class Prepare:
     sampling: Sampling
 
     def __call__(self, sample: Pair) -> tuple[Tensor, Tensor, list[str], dict[str, Any]]:
+        """Returns (pixels uint8 [3, S, S], draws, captions, json) of a sample.
+
+        draws: float64 [n, max_tokens], uniform in [0, 1), by the seed and the sample's name: a row
+        for each caption that is to be drawn. captions: the sample's own. Raises BrokenSample.
+        """
         seed = stable_hash(f"{self.sampling.seed}/{sample.name}") >> 1
         draws = torch.rand(
             (self.sampling.n, self.sampling.max_tokens),
@@ -74,6 +79,10 @@ class Prepare:
         return self.transform(sample.encoded), draws, sample.captions, sample.record
 
     def collate(self, prepared: list[tuple]) -> tuple[Tensor, Tensor, tuple, tuple]:
+        """Joins the results of N calls to (pixels, draws, captions, jsons).
+
+        pixels: [N, 3, S, S]. draws: [N, n, max_tokens]. captions, jsons: tuples of N.
+        """
         images, draws, captions, records = zip(*prepared)
         return stack_pixels(images), torch.stack(draws), captions, records
 
@@ -98,7 +107,7 @@ def run(
     A sidecar holds the json of each sample with "captions", first the sample's own, and
     "synthetic", the number of captions by a model at the end. Empty captions, and captions that
     differ from an earlier one only in case and spaces, are dropped. The captions of a sample depend
-    only on the seed, its shard and its key, not on the batch.
+    only on the seed, its shard and its key, not on the batch. All ranks have to call it.
 
     Args:
         data: as `data.pack.packed` takes them; shards of tables, JSON files and folders are made in
@@ -109,6 +118,7 @@ def run(
         batch_size: images at a time; sampling.n captions of each are drawn together.
         workers, sidecars, progress: see `data.write_sidecars.write_sidecars`, which also documents
             errors and continuation.
+        device, precision: as `simplclip.load` takes them.
 
     Returns the dict of `write_sidecars` with "captions", "duplicate", "empty": counts of this run.
     Raises InputError for an argument out of range, a model that is no CoCa, and weights that do not
@@ -128,6 +138,10 @@ def run(
     counts: Counter[str] = Counter()
 
     def process(batch: tuple[Tensor, Tensor, tuple, tuple]) -> list[dict[str, bytes]]:
+        """Returns {"json": bytes} for each sample of a collated batch, with the captions it draws.
+
+        What is new or dropped is added to `counts`.
+        """
         images, draws, captions, records = batch
         images = finish_on_device(prepare.transform, images, torch_device)
         with hardware.autocast(precision, torch_device):
@@ -172,9 +186,10 @@ def run(
 def load_model(
     name: str, *, checkpoint: str | os.PathLike | None = None, pretrained: str | None = None
 ) -> CoCa:
-    """Loads a CoCa of open_clip in eval mode with the weights of a local file or of a tag.
+    """Returns a CoCa of open_clip in eval mode, on the CPU, with given weights.
 
-    Raises the errors of `run`.
+    name: with or without "open_clip:". checkpoint, pretrained: a local file, or a tag that
+    open_clip downloads if needed; exactly one of them. Raises the errors of `run`.
     """
     plain = name.removeprefix(models.PLAIN)
     if "multimodal_cfg" not in (open_clip.get_model_config(plain) or {}):
@@ -194,6 +209,7 @@ def load_model(
 
 
 def tokenizer_of(name: str) -> SimpleTokenizer:
+    """Returns the tokenizer of a CoCa model; InputError if it is not of open_clip's vocabulary."""
     tokenizer = models.tokenizer(models.PLAIN + name.removeprefix(models.PLAIN))
     if not isinstance(tokenizer, SimpleTokenizer):
         raise InputError(
@@ -216,11 +232,12 @@ def generate(
     top_p: float,
     temperature: float,
 ) -> Tensor:  # int64 [B, n, T]
-    """Generates captions of T tokens: start of text, drawn tokens, end of text (repeated).
+    """Returns n captions of each of B images, in T tokens: start of text, drawn ones, ends of text.
 
     Token t of a caption is drawn from softmax(logits / temperature), restricted to the most likely
     tokens that together have at least the probability `top_p`, by the uniform number draws[..., t]
-    in [0, 1). Each step processes the whole text so far: nothing is cached between steps.
+    in [0, 1). Each step processes the whole text so far: nothing is cached between steps. Raises
+    InputError if logits are not finite.
     """
     count, n, length = draws.shape
     start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
@@ -250,8 +267,12 @@ def generate(
     return tokens.unflatten(0, (count, n))
 
 
-# float32 [R, V], float64 [R] -> int64 [R]
 def _draw(logits: Tensor, uniform: Tensor, top_p: float) -> Tensor:
+    """Returns a token for each of R rows of logits over V tokens: int64 [R].
+
+    logits: float32 [R, V]. uniform: float64 [R] in [0, 1), which decides each draw. top_p: only the
+    most likely tokens that together have at least this probability are drawn.
+    """
     probabilities, order = logits.double().softmax(-1).sort(dim=-1, descending=True, stable=True)
     total = probabilities.cumsum(-1)
     # position of the token that reaches `top_p`
@@ -261,7 +282,10 @@ def _draw(logits: Tensor, uniform: Tensor, top_p: float) -> Tensor:
 
 
 def decode(rows: list[list[int]], tokenizer: SimpleTokenizer) -> list[str]:
-    """Returns the texts between start and end of text, with single spaces between words."""
+    """Returns the text of each row of tokens, with single spaces between words.
+
+    rows: tokens with start of text first and an end of text, after which all is left out.
+    """
     end = tokenizer.eot_token_id
     return [" ".join(tokenizer.decode(row[1 : row.index(end)]).split()) for row in rows]
 
@@ -269,9 +293,11 @@ def decode(rows: list[list[int]], tokenizer: SimpleTokenizer) -> list[str]:
 def joined_record(
     record: dict[str, Any], captions: list[str], drawn: list[str], counts: Counter[str]
 ) -> bytes:
-    """Returns the json of a sample with its own captions and the drawn ones that are new.
+    """Returns the json of a sample, encoded, with its own captions and the drawn ones that are new.
 
-    Adds to `counts` the "captions" that are new, "empty" and "duplicate" ones.
+    record: its json so far, which is not changed. captions: its own. drawn: those of the model.
+    "synthetic" in it counts the new ones, and those of an earlier run. Adds to `counts` the
+    "captions" that are new, "empty" and "duplicate" ones.
     """
     seen = {_normal(caption) for caption in captions}
     new = []
@@ -293,4 +319,5 @@ def joined_record(
 
 
 def _normal(caption: str) -> str:
+    """Returns a caption to compare by: case folded, with single spaces."""
     return " ".join(caption.split()).casefold()

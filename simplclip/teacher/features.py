@@ -67,9 +67,10 @@ class Views:
             )
 
     def draw(self, sample: Pair) -> list[View]:
-        """Draws the views of a sample's image.
+        """Returns `number` views of a sample's image, drawn for its size; JSON values.
 
-        A view depends on the seed, the shard's name, the key and its number only.
+        A view depends on the seed, the shard's name, the key and its number only; global generators
+        are restored. Raises BrokenSample.
         """
         image = open_image(sample.encoded)
         views = []
@@ -79,6 +80,7 @@ class Views:
         return views
 
     def stamp(self) -> dict[str, Any]:
+        """Returns what meta.json says of the views: {"number", "augment", "seed"}."""
         return {"number": self.number, "augment": augmentation(self.transform), "seed": self.seed}
 
 
@@ -100,6 +102,11 @@ class Prepare:
     views: Views | None
 
     def __call__(self, sample: Pair) -> tuple[list[Tensor], Tensor, dict[str, Any]]:
+        """Returns (images, tokens, about) of a sample with C captions.
+
+        images: uint8 [3, S, S] of each view, or of the plain image. tokens: int64 [C, L]. about:
+        the content of its teacher.json. Raises BrokenSample.
+        """
         about: dict[str, Any] = digests_of(sample)
         if self.views is None:
             images = [self.transform(sample.encoded)]
@@ -110,6 +117,7 @@ class Prepare:
         return images, self.tokenizer(sample.captions), about
 
     def collate(self, prepared: list[tuple]) -> Batch:
+        """Joins the results of N calls to a Batch."""
         images, tokens, about = zip(*prepared)
         counts = [len(captions) for captions in tokens]
         return Batch(
@@ -128,18 +136,22 @@ def write_features(
     sidecars: Folders = (),
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Writes a sidecar of each shard to the folder `out`; meta.json has the teacher.
+    """Writes a sidecar of each shard, with a teacher's features, to the folder `out`.
+
+    Its meta.json says which teacher. All ranks have to call it.
 
     Args:
         shards: tars, see `data.write_sidecars.write_sidecars`, which also documents `workers`,
             `sidecars`, `progress`, errors, continuation and the returned dict.
-        views: views of the images in place of the images, not augmented. Training replays one of
-            them in each epoch.
+        teacher: the model that encodes images and captions.
+        views: views that are encoded in place of the images; training replays one of them in each
+            epoch. None: the images, not augmented.
         batch_size: samples, views or captions that are encoded at a time.
     """
     prepare = Prepare(transform_of(teacher), teacher.tokenizer, views)
 
     def process(batch: Batch) -> list[dict[str, bytes]]:
+        """Encodes a batch; returns {suffix: bytes} of each sample: teacher.npy, teacher.json."""
         pixels = finish_on_device(prepare.transform, batch.images, teacher.device)
         images = [teacher.features("image", part) for part in pixels.split(batch_size)]
         texts = encode_tokens(teacher, batch.tokens, batch_size).cpu()
@@ -172,9 +184,10 @@ def write_features(
 
 
 def encode_tokens(teacher: Encoder, tokens: Tensor, batch_size: int) -> Tensor:
-    """Returns features float32 [N, width] of captions, as int64 [N, L].
+    """Returns a teacher's features of N captions, float32 [N, D], on its device.
 
-    Equal captions are encoded once, long ones together.
+    tokens: int64 [N, L], 0 where a caption is padded. batch_size: captions encoded at a time. Equal
+    captions are encoded once, long ones together.
     """
     different, rows = tokens.unique(dim=0, return_inverse=True)
     order = (different != 0).sum(1).argsort(stable=True)
@@ -186,7 +199,7 @@ def encode_tokens(teacher: Encoder, tokens: Tensor, batch_size: int) -> Tensor:
 def transform_of(teacher: Encoder) -> ImageTransform:
     """Returns the ImageTransform that makes the pixels of a teacher's preprocessing.
 
-    Raises InputError for another one.
+    Raises InputError for a preprocessing that is neither one nor open_clip's for evaluation.
     """
     if isinstance(teacher.preprocess, ImageTransform):
         return teacher.preprocess
@@ -202,7 +215,8 @@ def transform_of(teacher: Encoder) -> ImageTransform:
 def student_transform(config: str | os.PathLike) -> ImageTransform:
     """Returns the training transform of a student's config, a file or the name of a built-in one.
 
-    Raises InputError for an augmentation whose draws cannot be stored, such as timm's.
+    It draws the views. Raises InputError for an augmentation whose draws cannot be stored, such as
+    timm's.
     """
     student = configs.load(config, ())
     transform = image_transform(
@@ -231,14 +245,18 @@ def run(
     device: str = "auto",
     precision: str = "auto",
 ) -> dict[str, Any]:
-    """Writes the features of a teacher, see `simplclip.load`, to the folder `out`.
+    """Loads a teacher, writes its features of `data` to the folder `out`, and prints a summary.
 
-    Returns the summary of `write_features`, which documents batch_size, workers and sidecars.
+    Returns the dict of `write_features`, which documents batch_size, workers and sidecars. All
+    ranks have to call it.
 
     data: as `data.pack.packed` takes them; shards of tables, JSON files and folders are made in
     OUT/shards.
-    views, config, seed: number of views, the student whose augmentation they have, and the seed of
-    their draws.
+    name, checkpoint, device, precision: arguments of `simplclip.load`, which loads the teacher.
+    views, config, seed: number of views, the student whose augmentation they have (a config's file
+    or name), and the seed of their draws. Both 0 and None: the plain images.
+
+    Raises InputError for views without config or the reverse, and the errors of these functions.
     """
     if bool(views) != (config is not None):
         raise InputError(
@@ -275,7 +293,9 @@ def run(
 def own_recall(shards: Any, sidecars: Folders, most: int = 1000) -> str:
     """Returns a sentence on how well a teacher finds the first pairs by its stored features.
 
-    It shows whether the teacher is of any use.
+    It shows whether the teacher is of any use, and ends in a warning if it is hardly any. shards:
+    as `sources_of` takes them. sidecars: folders with the features. most: number of pairs that are
+    read.
     """
     pairs = _taught_pairs(shards, sidecars, most)
     if not pairs:
@@ -299,7 +319,10 @@ def own_recall(shards: Any, sidecars: Folders, most: int = 1000) -> str:
 
 
 def _taught_pairs(shards: Any, sidecars: Folders, most: int) -> list[Pair]:
-    """Returns the first pairs that have a teacher's features, at most `most`."""
+    """Returns the first pairs that have a teacher's features, at most `most`, not broken ones.
+
+    shards, sidecars: tars, and folders of sidecars that are joined to them.
+    """
     pairs: list[Pair] = []
     for source in sources_of(shards):
         for sample in read_tar(source, Skipped(), sidecars=sidecars):
@@ -313,6 +336,7 @@ def _taught_pairs(shards: Any, sidecars: Folders, most: int) -> list[Pair]:
 
 
 def _npy(rows: Tensor) -> bytes:
+    """Returns rows of features as the bytes of a .npy file, in float16."""
     file = io.BytesIO()
     np.save(file, rows.half().numpy(), allow_pickle=False)
     return file.getvalue()
