@@ -33,9 +33,13 @@ from simplclip.models.trained import load_model, model_options
 def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict[str, Any]:
     """Exports a checkpoint to the folder `out`, and returns the content of export.json.
 
-    checkpoint: a file, or the folder of a run (its best.pt, else last.pt). `out` does not change
-    before all files are written. With `force` they replace an earlier export. Prints the lines that
-    load the export.
+    checkpoint: a file, or the folder of a run (its best.pt, else last.pt). `out` is made if it does
+    not exist, and does not change before all files are written. With `force` they replace an
+    earlier export, except README.md, which is kept. Prints the files and the lines that load the
+    export. Leftovers of interrupted exports beside `out` that are older than an hour are removed.
+
+    The dict has "model" (name), "options", "step", "checkpoint" (path), "versions" and "files"
+    (name -> bytes and sha256 of the weights).
 
     Raises: FileNotFoundError, CheckpointError (not a checkpoint, or of another architecture),
     FileExistsError (`out` has an export), OSError (the disk is full).
@@ -93,9 +97,11 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
 
 
 def write_preprocessing(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Writes preprocessing.json, and the files of a tokenizer of Hugging Face.
+    """Writes preprocessing.json into a folder, and the files of a tokenizer of Hugging Face.
 
-    open_clip reads the tokenizer from the folder too.
+    model: an open_clip model, whose preprocessing and context length are written. tokenizer: one
+    with `save_pretrained` writes its files, of which open_clip reads tokenizer.json too; of another
+    one only the class name is written. Files of these names are overwritten.
     """
     text = {
         "context_length": get_model_tokenize_cfg(model)["context_length"],
@@ -109,10 +115,11 @@ def write_preprocessing(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 def card(model: Any, state: dict[str, Any], file: Path, lines: str) -> str:
-    """Returns a model card in Markdown.
+    """Returns a model card in Markdown; writes nothing.
 
-    file: the checkpoint, whose evaluation.json, if it is of this step, has the figures. lines: that
-    load the export.
+    model: of it the parameters are counted. state: the checkpoint's content, as `load_model`
+    returns it. file: the checkpoint, whose evaluation.json, if it is of this step, has the figures.
+    lines: that load the export.
     """
     config = state["config"]
     text = CARD.format(
@@ -139,9 +146,11 @@ def card(model: Any, state: dict[str, Any], file: Path, lines: str) -> str:
 
 
 def _figures(file: Path, step: int) -> list[str]:
-    """Returns the rows of the table of figures, from the evaluation.json of a checkpoint.
+    """Returns the rows of the card's table of retrieval figures, in Markdown, one a direction.
 
-    There is no row if the results are of another step or checkpoint.
+    file: a checkpoint, or its folder, beside or in which evaluation.json lies. The list is empty if
+    its first result is of another step or checkpoint. Raises OSError, ValueError, LookupError,
+    TypeError or AttributeError if the file is missing or has another content.
     """
     folder = file if file.is_dir() else file.parent
     content = json.loads((folder / "evaluation.json").read_text("utf-8"))
@@ -176,7 +185,10 @@ It knows what its captions say, and may repeat what prejudice they hold.
 
 
 def loading(out: Path, needs_simplclip: bool) -> str:
-    """Returns the lines that load an export."""
+    """Returns the lines of text and Python that load an export, for the card and the terminal.
+
+    out: the export's folder. needs_simplclip: whether open_clip needs `register_models` for it.
+    """
     lines = ["import open_clip"]
     if needs_simplclip:
         lines += [
@@ -193,9 +205,10 @@ def loading(out: Path, needs_simplclip: bool) -> str:
 
 
 def open_clip_config(model: Any, name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Returns open_clip's configuration of the model before it was simplified.
+    """Returns the content of open_clip_config.json, for a model as it was before it was simplified.
 
-    From its part "simplclip" `register_models` makes the model. An unchanged model of open_clip
+    name, options: as `models.create` took them. Keys: "model_cfg", "preprocess_cfg". From the part
+    "simplclip" of model_cfg `register_models` makes the model. An unchanged model of open_clip
     needs no such part and has none.
     """
     ours = {key: options[key] for key in ("simplified", "simplify_options") if key in options}

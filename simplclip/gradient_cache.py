@@ -127,9 +127,11 @@ def backward(
 
 
 def _loss_and_terms(result: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """Returns the loss and its terms from what `loss` returned.
+    """Returns the loss [] and its terms by name, from what the user's `loss` returned.
 
-    It is checked before a backward pass changes any gradient.
+    result: a tensor [], which becomes the term "loss"; a mapping of them, whose sum is the loss; or
+    (loss, mapping). Raises TypeError for anything else, before a backward pass changes any
+    gradient.
     """
     match result:
         case (total, Mapping() as terms):
@@ -155,6 +157,11 @@ class _Tower:
     """
 
     def __init__(self, key: str | None, encode: Encode, micro_batches: Any) -> None:
+        """Stores an encoder and its micro-batches; nothing is encoded yet.
+
+        key: the tower's name, None if it is the only one. Raises TypeError unless micro_batches is
+        a sequence, ValueError if it is empty.
+        """
         self.key = key
         self.encode = encode
         suffix = "" if key is None else f"[{key!r}]"
@@ -176,6 +183,12 @@ class _Tower:
         self.last_outputs: Named = {}
 
     def encode_once(self, ranks: _Ranks) -> None:
+        """Encodes each micro-batch, all but the last without autograd (step 1).
+
+        Stores the outputs, detached, the states of the random generators before each micro-batch,
+        and the last one's outputs with their graph. Raises ValueError if names or shapes of the
+        outputs, but for the first dimension of features, differ between micro-batches.
+        """
         first: dict[Any, list] = {}
         for index in range(self.count):
             self.states.append(generators())
@@ -201,7 +214,10 @@ class _Tower:
             self.rows.append(rows)
 
     def leaves(self) -> Named:
-        """Returns the outputs of all micro-batches as new tensors and forgets them."""
+        """Returns the outputs of all micro-batches by name as new tensors, and forgets the parts.
+
+        Features are concatenated [sum of m, ...]; of scalars it is that of the last micro-batch.
+        """
         parts = self.parts
         self.parts = []
         leaves = dict(parts[-1])
@@ -210,7 +226,11 @@ class _Tower:
         return leaves
 
     def encode_again(self, ranks: _Ranks, gradients: Named) -> None:
-        """Backpropagates all micro-batches but the one that `last` returns."""
+        """Backpropagates all micro-batches but the one that `last` returns (step 3).
+
+        gradients: of `leaves`, by name. Adds to `.grad` of the parameters, without an exchange
+        between ranks, and sets the generators of random numbers.
+        """
         self.gradients: list[Named] = [{} for _ in self.rows]
         for name in self.names:
             if name in gradients and name in self.rows[0]:
@@ -227,25 +247,39 @@ class _Tower:
                 _backpropagate([self._encoded_again(index)])
 
     def last(self) -> tuple[Named, Named]:
-        """Returns outputs and gradients of the last micro-batch that is encoded again.
+        """Returns outputs and gradients, by name, of the last micro-batch of step 3.
 
-        If none is encoded again, those of the only micro-batch.
+        It is encoded for this; if none is encoded again, they are those of the only micro-batch,
+        from step 1. Call it once, after `encode_again`.
         """
         if not self.recomputed:
             return self._last_encoded()
         return self._encoded_again(self.recomputed - 1)
 
     def _last_encoded(self) -> tuple[Named, Named]:
+        """Returns the last micro-batch's outputs of step 1, with graph, and their gradients.
+
+        Both are dicts by name. The outputs are forgotten: a second call returns none.
+        """
         outputs = self.last_outputs
         self.last_outputs = {}  # so that its graph does not outlive its backward pass
         return outputs, self.gradients[-1]
 
     def _encoded_again(self, index: int) -> tuple[Named, Named]:
+        """Encodes a micro-batch with step 1's random numbers; returns outputs and gradients.
+
+        Sets the generators of random numbers. Both are dicts by the outputs' names.
+        """
         restore(self.states[index])
         return self._outputs(self.micro_batches[index]), self.gradients[index]
 
     def _outputs(self, batch: Any) -> Named:
-        """Encodes a micro-batch and checks the outputs."""
+        """Encodes a micro-batch and returns the outputs by name or, of a sequence, by position.
+
+        A single tensor is named by the tower's key, or 0. Raises TypeError or ValueError for
+        outputs that are not floating tensors with one element or two or more dimensions. Stores the
+        names.
+        """
         outputs: Any = self.encode(batch)
         kinds: Any = Mapping
         several = "a mapping"
@@ -274,7 +308,11 @@ class _Tower:
 
 
 def _towers(encode: Any, micro_batches: Any) -> list[_Tower]:
-    """Checks that the arguments fit each other, and makes the towers."""
+    """Returns the towers, one for each item of a mapping `encode`, or the only one of a function.
+
+    Arguments as in `backward`. Raises TypeError or ValueError if they do not fit each other;
+    nothing is encoded.
+    """
     if callable(encode):
         return [_Tower(None, encode, micro_batches)]
     if not isinstance(encode, Mapping) or not encode:
@@ -292,10 +330,10 @@ def _towers(encode: Any, micro_batches: Any) -> list[_Tower]:
 
 
 def check(model: nn.Module) -> None:
-    """Rejects modules that use statistics of their batch, or update running ones.
+    """Raises InputError for a module that uses statistics of its batch, or updates running ones.
 
-    Micro-batches change both. Raises: ValueError that names the first such module, e.g. a batch
-    norm in training mode.
+    Micro-batches change both. The message of the error, a ValueError, names the first such module,
+    e.g. a batch norm in training mode. Changes nothing.
     """
     checks.instance("model", model, nn.Module, "an nn.Module")
     for name, module in model.named_modules():
@@ -323,6 +361,11 @@ class _Ranks:
     """
 
     def __init__(self, model: nn.Module | None, towers: list[_Tower]) -> None:
+        """Finds the DistributedDataParallel wrappers in a model; None means that there are none.
+
+        Raises InputError for a wrapper that several towers share and that has
+        find_unused_parameters=True.
+        """
         self.wrappers: list[DistributedDataParallel] = []
         if model is not None:
             self.wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
@@ -340,7 +383,10 @@ class _Ranks:
             )
 
     def no_sync(self, enabled: bool) -> ExitStack:
-        """Returns a context without the exchange of gradients, if `enabled`."""
+        """Returns a context in which backward exchanges no gradients; an empty one if not enabled.
+
+        It is entered already: leave it by `with`.
+        """
         stack = ExitStack()
         if enabled:
             for wrapper in self.wrappers:
@@ -348,6 +394,12 @@ class _Ranks:
         return stack
 
     def encode_again(self, gradients: Named) -> None:
+        """Backpropagates every micro-batch of all towers; the last pass exchanges gradients.
+
+        gradients: of all outputs, by name. Adds to `.grad` of the parameters. The last
+        micro-batches of towers that share a wrapper are backpropagated in one pass, else tower by
+        tower.
+        """
         for tower in self.towers:
             tower.encode_again(self, gradients)
             if not self.together:
@@ -357,7 +409,11 @@ class _Ranks:
 
 
 def _backpropagate(parts: list[tuple[Named, Named]]) -> None:
-    """Backpropagates outputs from their gradients, in one pass."""
+    """Backpropagates outputs from their gradients in one pass, which adds to `.grad`.
+
+    parts: (outputs, gradients) of each micro-batch, dicts by name; every name of the gradients is
+    one of the outputs. Outputs without a graph are left out.
+    """
     outputs: list[Tensor] = []
     gradients: list[Tensor] = []
     for named_outputs, named_gradients in parts:
@@ -376,12 +432,15 @@ def _autocast_off(tensor: Tensor) -> torch.autocast:
 
 
 def generators() -> tuple[Tensor, list[Tensor]]:
-    """Returns the states of the generators of the CPU and of CUDA devices."""
+    """Returns the states of torch's random generators: of the CPU, and a list of all CUDA devices.
+
+    The list is empty while CUDA is not initialised.
+    """
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return torch.get_rng_state(), cuda
 
 
 def restore(states: tuple[Tensor, list[Tensor]]) -> None:
-    """Puts the generators into states that `generators` returned."""
+    """Sets torch's random generators to states that `generators` returned."""
     torch.set_rng_state(states[0])
     torch.cuda.set_rng_state_all(states[1])

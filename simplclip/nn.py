@@ -55,6 +55,11 @@ class ShapedAttention(nn.Module):
         output: bool = False,
         gamma: float = 1.0,
     ) -> None:
+        """Makes the parameters, see the class; initial weights are drawn from torch's generator.
+
+        Raises InputError for a width or heads below 1, ValueError for heads that do not divide the
+        width, TypeError for a flag that is no bool.
+        """
         super().__init__()
         check_count("width", width, 1)
         check_count("heads", heads, 1)
@@ -79,6 +84,11 @@ class ShapedAttention(nn.Module):
                 nn.init.orthogonal_(projection.weight)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Returns the attention's output [B, L, C] for x [B, L, C].
+
+        lengths: int [B], the valid tokens at the start of each sequence; None if all are valid.
+        Raises ValueError or TypeError for another shape of x, and as `ops.shaped_attention`.
+        """
         self._check(x)
         shape = (*x.shape[:2], self.heads, self.width // self.heads)
         q, k = self.qk(x).chunk(2, dim=-1)
@@ -92,12 +102,13 @@ class ShapedAttention(nn.Module):
         return out if self.output is None else self.output(out)
 
     def _check(self, x: Tensor) -> None:
-        """Checks the shape of x; the ops check everything else."""
+        """Raises ValueError unless x is a tensor [B, L, width]; the ops check everything else."""
         if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[-1] != self.width:
             got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"x: expected [B, L, {self.width}], got {got}")
 
     def extra_repr(self) -> str:
+        """Returns width, heads and causal for `repr`."""
         return f"width={self.width}, heads={self.heads}, causal={self.causal}"
 
 
@@ -146,6 +157,11 @@ class SimplifiedBlock(ShapedAttention):
         drop_path: float = 0.0,
         recompute: bool = False,
     ) -> None:
+        """Makes the parameters, see the class; initial weights are drawn from torch's generator.
+
+        Raises as `ShapedAttention`, and ValueError or TypeError for an unknown norm or act, a
+        drop_path outside [0, 1) or an mlp_ratio without a hidden unit.
+        """
         super().__init__(width, heads, causal=causal, value=value, output=output, gamma=gamma)
         checks.choice("norm", norm, tuple(NORMS))
         checks.choice("act", act, tuple(ACTIVATIONS))
@@ -173,6 +189,13 @@ class SimplifiedBlock(ShapedAttention):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Returns the block's output [B, L, C] for x [B, L, C].
+
+        lengths: int [B], the valid tokens at the start of each sequence; None if all are valid. In
+        training with drop_path it draws random numbers. Raises TypeError if a linear layer or norm
+        was replaced or hooked (LoRA, pruning), ValueError for another shape of x, and as
+        `ops.simplified_block`.
+        """
         self._check(x)
         for name, part in self._modules.items():
             if part is None:
@@ -219,6 +242,7 @@ class SimplifiedBlock(ShapedAttention):
         )
 
     def extra_repr(self) -> str:
+        """Returns width, heads, causal, act and, if not 0, drop_path for `repr`."""
         text = f"{super().extra_repr()}, act={self.act}"
         if self.drop_path:
             text += f", drop_path={self.drop_path}"
@@ -226,7 +250,10 @@ class SimplifiedBlock(ShapedAttention):
 
 
 def neighbour_groups(count: int, size: int = 2) -> list[list[int]]:
-    """Returns groups of ``size`` neighbours: ``neighbour_groups(5) == [[0, 1], [2, 3], [4]]``."""
+    """Returns groups of ``size`` neighbours: ``neighbour_groups(5) == [[0, 1], [2, 3], [4]]``.
+
+    count: the number of blocks, whose indices are grouped.
+    """
     check_count("size", size, 1)
     return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
 
@@ -309,7 +336,7 @@ def share_weights(
 
 
 def _share(source: SimplifiedBlock, block: SimplifiedBlock, names: list[str]) -> None:
-    """Lets a block use the source's modules and parameters of these names, where both have them."""
+    """Sets the source's modules and parameters of these names in a block, where both have them."""
     for name in names:
         shared = getattr(source, name)
         if shared is not None and getattr(block, name) is not None:

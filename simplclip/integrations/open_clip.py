@@ -67,6 +67,7 @@ class use_losses(contextlib.AbstractContextManager):
     """
 
     def __init__(self) -> None:
+        """Replaces open_clip's losses in all loaded modules at once, until `undo`."""
         # names that stood for open_clip's classes
         self._replaced: list[tuple[ModuleType, str]] = []
         for original, replacement in _PAIRS:
@@ -75,7 +76,7 @@ class use_losses(contextlib.AbstractContextManager):
                 setattr(module, name, replacement)
 
     def undo(self) -> None:
-        """Puts open_clip's losses back."""
+        """Puts open_clip's losses back in all loaded modules; a second call does nothing."""
         replaced = self._replaced
         self._replaced = []
         if not replaced:
@@ -127,7 +128,10 @@ def register_models() -> list[str]:
 
 
 def _replace(function: str, ours: Callable[..., Any]) -> None:
-    """Replaces a function of open_clip's factory in all loaded modules; ours gets the original."""
+    """Replaces a function of open_clip's factory in all loaded modules, for this process.
+
+    function: its name. ours: gets the original as its first argument, then those of the call.
+    """
     original = getattr(open_clip.factory, function)
     replacement = functools.wraps(original)(functools.partial(ours, original))
     for module, name in list(_names_of(original)):
@@ -135,9 +139,12 @@ def _replace(function: str, ours: Callable[..., Any]) -> None:
 
 
 def _part_of(name: str) -> dict[str, Any] | None:
-    """Returns this library's part of the configuration of a registered model or of a folder.
+    """Returns the part "simplclip" of the configuration of a registered model or of an export.
 
-    None means that there is no part.
+    name: as open_clip takes it; local-dir: and hf-hub: stand for exports, whose configuration is
+    read, and fetched from the hub. The part has "model", a name, and options of `models.create`,
+    either of which may be missing. None means that there is no part. Raises InputError for a part
+    of another form, or for options that `check_options` refuses.
     """
     if name not in _registered and not name.startswith((FOLDER, HUB)):
         return None
@@ -161,9 +168,12 @@ def _part_of(name: str) -> dict[str, Any] | None:
 def _create_model(
     original: Callable[..., nn.Module], model_name: str, *args: Any, **options: Any
 ) -> nn.Module:
-    """Calls open_clip's create_model, with this library's model in it.
+    """Calls open_clip's create_model, with this library's model in it, and returns the model.
 
-    open_clip sets precision, loads weights and so on.
+    original: open_clip's function, which gets all other arguments and sets precision, loads weights
+    and so on. A name of another model is passed on as it is. During the call global names of
+    open_clip's factory are replaced. Raises CheckpointError if a folder's weights are not those of
+    its export.json, and as `_part_of`.
     """
     if model_name.startswith(FOLDER):
         check_digest(Path(model_name.removeprefix(FOLDER), EXPORTED_WEIGHTS))
@@ -190,9 +200,17 @@ def _create_model(
 
 
 def _builder(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """Returns a function that takes the place of open_clip's class `kind` of models."""
+    """Returns a function that takes the place of open_clip's class `kind` of models.
+
+    It is called with a configuration and makes the model by `models.create`: that of the name in
+    the part "simplclip", or else a simplified `kind`.
+    """
 
     def build(cast_dtype: Any = None, **config: Any) -> nn.Module:
+        """Makes the model of a configuration of open_clip with its part "simplclip".
+
+        cast_dtype: passed to open_clip's class only.
+        """
         options = {**config.pop(OURS, {}), **config}
         # A simplified model of open_clip has no name in this library, but all of its configuration.
         unnamed = Spec(build=functools.partial(kind, cast_dtype=cast_dtype))
@@ -208,7 +226,12 @@ def _get_tokenizer(
     *args: Any,
     **options: Any,
 ) -> Any:
-    """Returns open_clip's tokenizer, or the one of a model of this library."""
+    """Returns open_clip's tokenizer, or the one of a model of this library.
+
+    original: open_clip's get_tokenizer, for other names. model_name: also local-dir: or hf-hub: and
+    an export. context_length: None or 0 means the model's. Further arguments count for open_clip's
+    tokenizers only.
+    """
     name = (_part_of(model_name) or {}).get("model")
     if name is None:
         return original(model_name, context_length, *args, **options)
@@ -218,7 +241,10 @@ def _get_tokenizer(
 
 
 def _names_of(item: Any) -> Iterator[tuple[ModuleType, str]]:
-    """Yields the global names of loaded modules that stand for this class or function."""
+    """Yields each module and global name, of all loaded modules, that stands for `item`.
+
+    item: a class or function, compared by identity.
+    """
     for module in list(sys.modules.values()):
         if not isinstance(module, ModuleType):
             continue

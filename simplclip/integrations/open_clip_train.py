@@ -38,7 +38,7 @@ DISTILLATION = ("relational_weight", "interactive_weight", "interactive", "featu
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the options that are added to open_clip's."""
+    """Returns a new parser of the options that are added to open_clip's; it parses nothing yet."""
     ours = argparse.ArgumentParser(
         prog="simplclip-open-clip",
         add_help=False,
@@ -84,6 +84,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _weight(text: str) -> float:
+    """Returns an option's text as a weight; ArgumentTypeError below 0 or if not finite.
+
+    Raises ValueError, which argparse reports too, if it is no number.
+    """
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a weight of 0 or more, got {text}")
@@ -91,7 +95,11 @@ def _weight(text: str) -> float:
 
 
 def command() -> Any:
-    """Runs `main` as a command, which prints an error that the user can fix as one line."""
+    """Runs `main` as a command, and returns its result.
+
+    A UserError is printed as one line and exits with status 2, but is raised if SIMPLCLIP_DEBUG is
+    set in the environment.
+    """
     try:
         return main()
     except UserError as error:
@@ -103,7 +111,9 @@ def command() -> Any:
 def main(argv: list[str] | None = None) -> Any:
     """Runs open_clip_train.main.main with our losses and returns its result.
 
-    Wrong arguments exit as in argparse.
+    argv: the options of both, None for those of the command line. Wrong arguments, or another
+    version of open_clip, exit as in argparse. `register_models` changes open_clip for the whole
+    process; other names are replaced only while the trainer runs.
     """
     ours = parser()
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -134,12 +144,22 @@ def main(argv: list[str] | None = None) -> Any:
 def _replacements(
     options: argparse.Namespace, args: argparse.Namespace, trainer: ModuleType
 ) -> dict[str, Callable[..., Any]]:
-    """Returns the functions that make models and losses, by their names in open_clip_train.main."""
+    """Returns functions for names in open_clip_train.main: name -> function; replaces nothing.
+
+    They are create_model_and_transforms, which also makes the loss and crops texts if asked, and
+    create_loss, which returns that loss. options: of `parser`; args: of the trainer; trainer: the
+    module open_clip_train.main.
+    """
     create_model = trainer.create_model_and_transforms
     create_loss = trainer.create_loss
     losses_made: list[nn.Module] = []  # at most one
 
     def create_model_and_transforms(*arguments: Any, **keywords: Any) -> tuple:
+        """Returns model and transforms as open_clip's function does, and takes its arguments.
+
+        The first call makes the loss, and makes it a part of the model if it learns. With
+        --crop-texts the model's texts are cropped.
+        """
         model, *transforms = create_model(*arguments, **keywords)
         if options.crop_texts:
             if args.torchcompile or args.ddp_static_graph:
@@ -160,7 +180,11 @@ def _replacements(
 
 
 def _attach(loss: nn.Module, model: nn.Module, args: argparse.Namespace) -> None:
-    """Makes a loss that learns a part of the model, which has no wrapper and no optimizer yet."""
+    """Sets a loss that has parameters as the model's submodule `simplclip_loss`.
+
+    Hooks divide its gradients by args.accum_freq. The model has no wrapper and no optimizer yet. A
+    loss without parameters changes nothing. Raises InputError with --fsdp.
+    """
     learned = list(loss.parameters())
     if not learned:
         return
@@ -176,9 +200,11 @@ def _attach(loss: nn.Module, model: nn.Module, args: argparse.Namespace) -> None
 
 
 def _shards_of_webdataset_1() -> contextlib.AbstractContextManager:
-    """Lets open_clip, made for webdataset 0.2.86, read shards by webdataset 1.0.
+    """Returns a context in which open_clip, made for webdataset 0.2.86, reads shards by 1.0.
 
-    That ends each shard with an empty sample, on which open_clip would raise KeyError: 'fname'.
+    It replaces a global name of open_clip_train.data meanwhile; with the old webdataset nothing.
+    webdataset 1.0 ends each shard with an empty sample, on which open_clip would raise KeyError:
+    'fname'.
     """
     data = importlib.import_module("open_clip_train.data")
     expander = getattr(data, "tar_file_expander", None)
@@ -190,7 +216,11 @@ def _shards_of_webdataset_1() -> contextlib.AbstractContextManager:
 def _check(
     ours: argparse.ArgumentParser, options: argparse.Namespace, args: argparse.Namespace
 ) -> None:
-    """Raises errors for options that do not go together, or would be ignored silently."""
+    """Exits as argparse does for options that do not go together, or would be ignored silently.
+
+    ours: the parser, with its defaults and `error`. options: what it parsed. args: what the
+    trainer's parser returned.
+    """
     # the same test as in open_clip
     distilled = args.distill_model is not None and args.distill_pretrained is not None
     if distilled and args.siglip:
@@ -222,7 +252,11 @@ def _check(
 def replacement(
     options: argparse.Namespace, args: argparse.Namespace, loss: nn.Module | None
 ) -> nn.Module:
-    """Returns this library's loss with the settings of `loss`, open_clip's, on args.device."""
+    """Returns this library's loss with the settings of `loss`, open_clip's, on args.device.
+
+    options: of `parser`; args: of open_clip's trainer. Raises InputError for a loss that has no
+    replacement, also None. Changes nothing.
+    """
     from open_clip import loss as originals
 
     shared: dict[str, Any] = {
@@ -275,6 +309,11 @@ class OneSweepSigLipLoss(losses.SigLipLoss):
         logit_bias: Tensor | None = None,  # []
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
+        """Returns the weighted sum [] of sigmoid and pair matching.
+
+        With output_dict: {"contrastive_loss": ..., "pair_matching_loss": ...}, the weighted terms,
+        where only the first has a gradient, that of the sum.
+        """
         weights = {"sigmoid": 1.0, "pair_matching": self.pm_weight}
         total, terms = self.terms(
             image_features, text_features, logit_scale, weights=weights, logit_bias=logit_bias
@@ -288,9 +327,9 @@ class OneSweepSigLipLoss(losses.SigLipLoss):
 
 
 def _width(model: str) -> int | None:
-    """Returns the embedding width in open_clip's configs.
+    """Returns the embedding width D of a model by its name, from open_clip's configs.
 
-    None for a model without a config (hf-hub:, local-dir:).
+    None for a model without a config there.
     """
     import open_clip
 

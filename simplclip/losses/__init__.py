@@ -64,4 +64,5 @@ if not TYPE_CHECKING:  # a type checker would take any name for known
 
 
 def __dir__() -> list[str]:
+    """Returns the sorted names of this package, also those that are imported at their first use."""
     return sorted({*globals(), *__all__})

@@ -23,6 +23,11 @@ TEACHER_TERMS = ("relational", "interactive", "feature")
 
 
 def checked_weight(name: str, value: float) -> float:
+    """Returns the weight of a term as a float.
+
+    name: the argument's name, for errors. Raises ValueError for a negative or infinite number,
+    TypeError for another type.
+    """
     number = checks.number(name, value)
     if number < 0:
         raise ValueError(f"{name}: expected a weight of 0 or more, got {value!r}")
@@ -30,6 +35,10 @@ def checked_weight(name: str, value: float) -> float:
 
 
 def checked_width(name: str, value: int | None) -> int | None:
+    """Returns the width of features as it is; None, for no width, passes.
+
+    name: the argument's name, for errors. Raises InputError if the width is no integer above 0.
+    """
     if value is not None:
         check_count(name, value, 1)
     return value
@@ -56,7 +65,7 @@ class Pairs:
     teacher: Teacher | None = None
 
     def swapped(self) -> Pairs:
-        """Returns the pairs with image and text exchanged."""
+        """Returns new pairs with image and text exchanged, those of the teacher too."""
         teacher = self.teacher
         if teacher is not None:
             teacher = Teacher(teacher.text, teacher.image, teacher.scale)
@@ -93,6 +102,11 @@ class DistributedLoss(nn.Module):
         use_horovod: bool = False,
         **unknown: Never,  # an error when it runs, and one of type checkers
     ) -> None:
+        """Stores the modes, see the class. The process group is looked up at the first call only.
+
+        Raises TypeError for an unknown argument, ValueError if rank is not below world_size, or for
+        use_horovod with several ranks.
+        """
         # not super().__init__: a subclass may also inherit from open_clip's loss
         nn.Module.__init__(self)
         if unknown:
@@ -123,6 +137,10 @@ class DistributedLoss(nn.Module):
         self._same_parameters = False  # whether all ranks have the first rank's parameters
 
     def _group(self) -> Any:
+        """Returns the default process group, which must have this loss's world_size and rank.
+
+        Raises RuntimeError if it has others or does not exist.
+        """
         size: int | str = "no process group"
         if torch.distributed.is_initialized():
             size = torch.distributed.get_world_size()
@@ -136,9 +154,10 @@ class DistributedLoss(nn.Module):
         return torch.distributed.group.WORLD
 
     def _check_and_scale_with_all_ranks(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns this rank's features, with gradients scaled as in open_clip's mode.
+        """Returns image and text of this rank, with gradients scaled as in open_clip's mode.
 
-        A collective call: it checks that all ranks have equal shapes.
+        Without local_loss and gather_with_grad backward divides their gradients by world_size. A
+        collective call: it raises ValueError on every rank if shapes differ between ranks.
         """
         self._shapes.check(image, text, self._group())
         if self.local_loss or self.gather_with_grad:
@@ -147,13 +166,21 @@ class DistributedLoss(nn.Module):
         return distributed.scale_gradient(image, share), distributed.scale_gradient(text, share)
 
     def _gathered(self, rows: Any) -> Any:
-        """Returns the rows of all ranks as constants; None for None."""
+        """Returns the rows of all ranks in the order of ranks, without a gradient; None for None.
+
+        A collective call if world_size > 1; else the rows are returned as they are.
+        """
         if rows is None or self.world_size <= 1:
             return rows
         return distributed.gather(rows.detach(), self._group())
 
     def _learned(self, *parameters: Tensor) -> tuple[Tensor, ...]:
-        """Returns parameters of the loss; backward averages their gradients over the ranks."""
+        """Returns parameters of the loss; backward averages their gradients over the ranks.
+
+        If world_size > 1, the first call overwrites all parameters of this module by the first
+        rank's, a collective call, as backward is each time. Under torch.compile nothing is
+        overwritten. With one rank the parameters are returned as they are.
+        """
         if self.world_size <= 1:
             return parameters
         if not torch.compiler.is_compiling() and not self._same_parameters:
@@ -162,17 +189,28 @@ class DistributedLoss(nn.Module):
         return distributed.learned(parameters, self._group())
 
     def _value(self, loss: Tensor) -> Tensor:
-        """Returns the loss as open_clip's mode reports it: of this rank, or the mean of all."""
+        """Returns the loss [] as open_clip's mode reports it: of this rank, or the mean of all.
+
+        The mean, without local_loss, is a collective call; its gradient reaches this rank's value
+        unchanged.
+        """
         return loss if self.local_loss else distributed.mean(loss, self._group())
 
 
 def why_teacher(terms: tuple[str, ...]) -> str | None:
-    """Returns why a teacher is needed, None if no term needs one."""
+    """Returns why a teacher is needed, a clause for errors; None if no term needs one.
+
+    terms: names; "relational", "interactive" and "feature" need a teacher.
+    """
     return next((f"the term {term!r} needs it" for term in terms if term in TEACHER_TERMS), None)
 
 
 def checked_teacher(values: Any, terms: tuple[str, ...]) -> Teacher | None:
-    """Returns the teacher of an argument (image, text, scale), if a term needs it."""
+    """Returns the Teacher of a tuple or list (image, text, scale), or None if no term needs one.
+
+    terms: names. Raises ValueError if a term needs a teacher and `values` does not have three
+    items; the items are not checked.
+    """
     why = why_teacher(terms)
     if why is None:
         return None
@@ -211,6 +249,13 @@ class SimilarityLoss(DistributedLoss):
         embed_dim: int | None = None,
         **unknown: Never,
     ) -> None:
+        """Stores the settings and, with pm_weight above 0, makes the plane's parameters.
+
+        pm_weight: weight of pair matching; at 0 plane_weight and plane_bias are None. plane:
+        "scalar" (its weight is []) or "hadamard" ([embed_dim], which is then needed). embed_dim:
+        the width D that all features must have; None for any. Other arguments as in
+        `DistributedLoss`, also the errors; ValueError or TypeError for a value that is not valid.
+        """
         super().__init__(
             local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, **unknown
         )
@@ -241,11 +286,14 @@ class SimilarityLoss(DistributedLoss):
         ids: Tensor | None = None,  # [N] int64
         teacher: tuple[Tensor, Tensor, Tensor] | None = None,  # [N, D̂], [N, D̂], []
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the sum [] of the weighted terms, and each of them without a gradient.
+        """Returns the sum [] of the weighted terms, and a dict of them without gradients.
 
-        `weights` names the terms. Their names are "contrastive", "sigmoid", "pair_matching" (if the
-        loss has a plane, by pm_weight above 0) and "relational"; of WIKDLoss "interactive" and
-        "feature" too. The weights that the constructor got do not count here.
+        weights: name -> weight, for the terms to compute; the weights that the constructor got do
+        not count here. The names are "contrastive", "sigmoid", "pair_matching" (if the loss has a
+        plane, by pm_weight above 0) and "relational"; of WIKDLoss "interactive" and "feature" too.
+        ids: pairs with equal ids are not each other's negatives. teacher: (image, text, scale),
+        which the last three names need. The values of the dict are weighted. A collective call if
+        world_size > 1.
         """
         names = tuple(weights)
         record = checked_teacher(teacher, names)
@@ -257,9 +305,11 @@ class SimilarityLoss(DistributedLoss):
     def _values(
         self, pairs: Pairs, terms: tuple[str, ...], weights: Mapping[str, float] | None = None
     ) -> dict[str, Tensor]:
-        """Returns the terms before weighting, each with its gradient.
+        """Returns the terms [] by name, before weighting, each with its gradient.
 
-        With `weights` the terms have no gradient, and "loss", their weighted sum, has it.
+        terms: names as in `terms`. weights: name -> weight of each of them. With it the terms have
+        no gradient, and "loss", their weighted sum, has it. A collective call if world_size > 1.
+        Raises ValueError or TypeError for features, ids or a teacher that do not fit.
         """
         checks.features("image_features", pairs.image, "[N, D]")
         checks.features("text_features", pairs.text, "[N, D]")
@@ -281,7 +331,12 @@ class SimilarityLoss(DistributedLoss):
     def _constants(
         self, teacher: Teacher, image: Tensor, text: Tensor, terms: tuple[str, ...]
     ) -> Teacher | None:
-        """Returns the teacher of the terms that need one, checked and detached."""
+        """Returns the teacher, checked and detached; None if no term, by its name, needs one.
+
+        image, text: the student's features, whose rows and device the teacher's must have. A scale
+        of None is refused only for "relational". Raises ValueError or TypeError; warns once if a
+        tensor of the teacher requires a gradient.
+        """
         why = why_teacher(terms)
         if why is None:
             return None
@@ -294,7 +349,11 @@ class SimilarityLoss(DistributedLoss):
     def _similarity(
         self, pairs: Pairs, terms: tuple[str, ...], weights: Mapping[str, float] | None
     ) -> dict[str, Tensor]:
-        """Returns the terms of this rank's rows, by ops.similarity_loss."""
+        """Returns the terms [] of this rank's rows by name, by ops.similarity_loss.
+
+        Arguments and keys as in `_values`, which has checked them. With several ranks the columns
+        are those of all ranks, gathered by collective calls.
+        """
         compute: Any = partial(
             ops.similarity_loss,
             logit_scale=pairs.scale,
@@ -339,7 +398,11 @@ class SimilarityLoss(DistributedLoss):
         return {name: 0.5 * (by_image[name] + by_text[name]) for name in by_image}
 
     def _plane(self, width: int) -> tuple[Tensor, Tensor] | None:
-        """Returns weight and bias of the plane for features of a width; None without a plane."""
+        """Returns weight ([width] if hadamard, else []) and bias [] of the plane; None without one.
+
+        width: that of the features; a hadamard weight is cut to its first columns. With several
+        ranks the tensors are those of `_learned`.
+        """
         weight: Any = self.plane_weight
         bias: Any = self.plane_bias
         if weight is None:
@@ -351,6 +414,7 @@ class SimilarityLoss(DistributedLoss):
         return weight, bias
 
     def _check_width(self, embed_dim: int, image: Tensor, text: Tensor) -> None:
+        """Raises ValueError unless features have embed_dim columns (with `prefixes`: at most)."""
         for name, features in (("image_features", image), ("text_features", text)):
             width = features.shape[-1]
             fits = width == embed_dim or (self.prefixes and width < embed_dim)
@@ -370,19 +434,22 @@ class _Widen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
+        """Returns the float16 rows [N, D] in float32; saves which rows are not all zero."""
         ctx.save_for_backward(value.any(-1, keepdim=True))
         return value.float()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Returns the gradient in float16; in rows of zeros it is clamped to float16's range."""
         (nonzero,) = ctx.saved_tensors
         most = torch.finfo(torch.float16).max
         return torch.where(nonzero, gradient, gradient.clamp(-most, most)).half()
 
 
 def widen(features: Tensor) -> Tensor:
-    """Casts float16 to float32, whose range F.normalize needs.
+    """Returns float16 features [N, D] in float32, others as they are, for F.normalize.
 
-    Its eps is 1e-12, and the gradient of a row of zeros is multiplied by 1/eps.
+    Its eps, 1e-12, is outside of float16's range, and the gradient of a row of zeros is multiplied
+    by 1/eps; backward clamps it to float16's range.
     """
     return _Widen.apply(features) if features.dtype == torch.float16 else features

@@ -15,6 +15,7 @@ class PairLoss(SimilarityLoss):
     TERM = "contrastive"
 
     def extra_repr(self) -> str:
+        """Returns pm_weight and plane for `repr`; an empty string without pair matching."""
         return f"pm_weight={self.pm_weight}, plane={self.plane!r}" if self.pm_weight else ""
 
     def forward(
@@ -89,5 +90,9 @@ class ClipPMLoss(PairLoss):
         embed_dim: int | None = None,
         **unknown: Never,
     ) -> None:
+        """Stores the settings and makes the plane's parameters, see `SimilarityLoss`.
+
+        Pair matching has weight 1 by default. Raises as `SimilarityLoss`.
+        """
         modes = local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod
         super().__init__(*modes, pm_weight=pm_weight, plane=plane, embed_dim=embed_dim, **unknown)

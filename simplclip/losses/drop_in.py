@@ -71,6 +71,12 @@ class CoCaLoss(ClipLoss, open_clip_loss.CoCaLoss):
         use_horovod: bool = False,
         **unknown: Never,
     ) -> None:
+        """Stores the weights, and makes a cross-entropy for the caption that leaves out pad_id.
+
+        With clip_loss_weight=0 the contrastive loss is not computed. Other arguments, and errors,
+        as in `DistributedLoss`; TypeError for a weight that is no number or a pad_id that is no
+        integer.
+        """
         super().__init__(
             local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, **unknown
         )
@@ -88,9 +94,11 @@ class CoCaLoss(ClipLoss, open_clip_loss.CoCaLoss):
         logit_scale: Tensor,  # []
         output_dict: bool = False,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
-        """Returns the weighted contrastive and caption losses.
+        """Returns the weighted contrastive and caption losses, each [].
 
-        With output_dict they are a dict with the keys `contrastive_loss` and `caption_loss`.
+        With output_dict they are a dict with the keys `contrastive_loss` and `caption_loss`. Labels
+        equal to pad_id do not count in the caption loss, the mean over the others. With
+        clip_loss_weight=0 the contrastive loss is a constant, the integer 0.
         """
         contrastive: Any = torch.tensor(0, device=logits.device)
         if self.clip_loss_weight:
@@ -138,6 +146,12 @@ class SigLipLoss(PairLoss, open_clip_loss.SigLipLoss):
         embed_dim: int | None = None,
         **unknown: Never,
     ) -> None:
+        """Stores the settings and, with pm_weight above 0, makes the plane's parameters.
+
+        The distributed mode is always local_loss with gather_with_grad. dist_impl: "bidir" (also
+        None), "shift", "reduce" or "gather", which has no effect, like cache_labels and chunk_size.
+        Other arguments, and errors, as in `SimilarityLoss`.
+        """
         modes = True, True, cache_labels, rank, world_size
         super().__init__(*modes, pm_weight=pm_weight, plane=plane, embed_dim=embed_dim, **unknown)
         self.dist_impl = dist_impl or "bidir"

@@ -34,6 +34,13 @@ class MatryoshkaLoss(nn.Module):
     def __init__(
         self, loss: nn.Module, widths: Sequence[int], weights: Sequence[float] | None = None
     ) -> None:
+        """Stores the loss with the widths and their weights; weights=None means 1 each.
+
+        A SimilarityLoss is changed: its `prefixes` becomes True, so that it takes features narrower
+        than its embed_dim. Raises TypeError for a loss that is no module, ValueError for widths
+        that are not ascending integers above 0, or weights that are negative, all 0 or of another
+        number.
+        """
         super().__init__()
         checks.instance("loss", loss, nn.Module, "an nn.Module")
         self.loss, self.widths = loss, tuple(widths)
@@ -53,9 +60,10 @@ class MatryoshkaLoss(nn.Module):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Returns what the wrapped loss returns, with each term summed over the widths.
+        """Returns what the wrapped loss returns, each term the weighted sum over the widths.
 
-        args, kwargs: its other arguments.
+        args, kwargs: its other arguments. Each width with a weight above 0 calls the wrapped loss
+        once. Raises ValueError if the features are narrower than the largest width.
         """
         if image_features.shape[-1] < self.widths[-1]:
             raise ValueError(
@@ -75,13 +83,17 @@ class MatryoshkaLoss(nn.Module):
 
 
 def _check_widths(widths: tuple[int, ...]) -> None:
+    """Raises ValueError unless the widths are ascending integers above 0, at least one."""
     integers = bool(widths) and all(type(width) is int for width in widths)
     if not integers or widths[0] < 1 or list(widths) != sorted(set(widths)):
         raise ValueError(f"widths: expected ascending integers above 0, got {widths}")
 
 
 def _unit_prefix(features: Tensor, width: int) -> Tensor:
-    """Returns the first columns [N, width], normalised in float32, or in float64 of float64."""
+    """Returns the first `width` columns [N, width] of features [N, D], normalised, in their dtype.
+
+    They are normalised in float32, or in float64 of float64.
+    """
     dtype = torch.promote_types(features.dtype, torch.float32)
     prefix = widen(features[:, :width]).to(dtype)
     return F.normalize(prefix, dim=1).to(features.dtype)

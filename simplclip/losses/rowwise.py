@@ -72,6 +72,11 @@ class RowwiseLoss(DistributedLoss):
         symmetric: bool = True,
         **unknown: Never,
     ) -> None:
+        """Stores fn, see the class; the parameters of an nn.Module become parameters of this loss.
+
+        symmetric: whether the columns count too. Other arguments, and errors, as in
+        `DistributedLoss`; TypeError if fn cannot be called.
+        """
         super().__init__(
             local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, **unknown
         )
@@ -82,6 +87,7 @@ class RowwiseLoss(DistributedLoss):
         self.symmetric = symmetric
 
     def extra_repr(self) -> str:
+        """Returns symmetric, and the name of an fn that is no module, for `repr`."""
         symmetric = f"symmetric={self.symmetric}"
         if isinstance(self.fn, nn.Module):
             return symmetric
@@ -150,7 +156,11 @@ class RowwiseLoss(DistributedLoss):
         return {"rowwise_loss": value} if output_dict else value
 
     def _columns(self, pairs: Pairs) -> Pairs:
-        """Returns the pairs of all ranks."""
+        """Returns the pairs of all ranks in the order of ranks, by collective calls.
+
+        Features keep their gradients, except with local_loss and without gather_with_grad; a
+        teacher's are constants. With one rank the pairs are returned as they are.
+        """
         if self.world_size <= 1:
             return pairs
         image, text = pairs.image, pairs.text
@@ -166,7 +176,11 @@ class RowwiseLoss(DistributedLoss):
         return replace(pairs, image=image, text=text, teacher=teacher)
 
     def _with_learned_parameters(self) -> Callable[..., Tensor]:
-        """Returns fn; backward averages the gradients of its parameters over the ranks."""
+        """Returns fn as a function whose parameters' gradients backward averages over the ranks.
+
+        As in `_learned`, the first call overwrites the parameters by the first rank's, a collective
+        call. An fn without parameters is returned as it is.
+        """
         parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
         learned = self._learned(*parameters.values())
         if not learned:
@@ -176,7 +190,12 @@ class RowwiseLoss(DistributedLoss):
         return partial(_call, module, dict(zip(names, learned)))
 
     def _mean(self, fn: Callable[..., Tensor], direction: Pairs) -> Any:
-        """Returns the mean of fn over the images as rows, with the texts as columns."""
+        """Returns the mean [] of fn over the images as rows, with the texts as columns.
+
+        fn: as in the class. direction: this rank's images [N, D] and the texts [M, D] of all ranks,
+        with the teacher's in the same way. Chunks of rows are computed, and again in backward.
+        Raises ValueError for a result of fn that is not [R].
+        """
         rows = direction.image
         n = len(rows)
         dtype = accumulate_dtype(rows.dtype)
@@ -186,6 +205,11 @@ class RowwiseLoss(DistributedLoss):
         def chunk_sum(
             chunk: Tensor, columns: Tensor, teacher_chunk: Tensor | None, index: Tensor
         ) -> Tensor:
+            """Returns the sum [] of fn over a chunk of R rows.
+
+            chunk [R, D], columns [M, D]; teacher_chunk [R, D̂], or None: fn then gets no teacher;
+            index [R]: the rows' numbers in the batch of all ranks.
+            """
             product = torch.mm(chunk.to(product_dtype), columns.to(product_dtype).T)
             logits = direction.scale * product.to(dtype)
             if direction.bias is not None:
@@ -219,7 +243,10 @@ class RowwiseLoss(DistributedLoss):
 
 
 def _direction(rows: Pairs, columns: Pairs) -> Pairs:
-    """Returns pairs of the rows' images and the columns' texts."""
+    """Returns pairs of the rows' images and the columns' texts, those of the teacher too.
+
+    Everything else is that of the rows.
+    """
     teacher = None
     if rows.teacher is not None and columns.teacher is not None:
         teacher = replace(rows.teacher, text=columns.teacher.text)
@@ -227,7 +254,7 @@ def _direction(rows: Pairs, columns: Pairs) -> Pairs:
 
 
 def _with_texts(pairs: Pairs, n: int) -> Pairs:
-    """Returns pairs with only the first n texts: further ones are positives of no image."""
+    """Returns new pairs with only the first n texts, those of the teacher too; all images stay."""
     teacher = pairs.teacher
     if teacher is not None:
         teacher = replace(teacher, text=teacher.text[:n])
@@ -235,10 +262,12 @@ def _with_texts(pairs: Pairs, n: int) -> Pairs:
 
 
 def _call(module: nn.Module, parameters: dict[str, Tensor], *args: Tensor) -> Tensor:
+    """Returns module(*args), computed with these parameters, by name, in the place of its own."""
     return torch.func.functional_call(module, parameters, args)
 
 
 def _check_result(result: Any, rows: int) -> None:
+    """Raises ValueError unless `result`, what the user's fn returned, is a tensor [rows]."""
     if not isinstance(result, Tensor):
         got = type(result).__name__
     elif result.shape != (rows,):

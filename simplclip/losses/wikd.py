@@ -87,6 +87,13 @@ class WIKDLoss(SimilarityLoss):
         teacher_dim: int | None = None,
         **unknown: Never,
     ) -> None:
+        """Stores the settings, and makes the plane's parameters and the projections if needed.
+
+        The projections are None unless embed_dim and teacher_dim differ and the interactive or the
+        feature term counts; initial weights are drawn from torch's generator. Raises ValueError or
+        TypeError for a value that is not valid, if all weights are 0, or for a teacher_dim without
+        embed_dim.
+        """
         modes = local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod
         super().__init__(*modes, pm_weight=pm_weight, plane=plane, embed_dim=embed_dim, **unknown)
         self.contrastive_weight = checked_weight("contrastive_weight", contrastive_weight)
@@ -114,12 +121,13 @@ class WIKDLoss(SimilarityLoss):
             self.text_projection = nn.Parameter(torch.randn(teacher_dim, dim) * dim**-0.5)
 
     def extra_repr(self) -> str:
+        """Returns the weights, interactive and divergence for `repr`."""
         names = ("contrastive", "relational", "interactive", "feature", "pm")
         weights = ", ".join(f"{name}_weight={getattr(self, f'{name}_weight')}" for name in names)
         return f"{weights}, interactive={self.interactive!r}, divergence={self.divergence!r}"
 
     def _weights(self) -> dict[str, float]:
-        """Returns the weights above 0 by the terms' names."""
+        """Returns name -> weight of the terms with a weight above 0, as `terms` names them."""
         names = ("contrastive", "relational", "interactive", "feature")
         weights = {name: getattr(self, f"{name}_weight") for name in names}
         weights["pair_matching"] = self.pm_weight
@@ -137,10 +145,13 @@ class WIKDLoss(SimilarityLoss):
         *,
         ids: Tensor | None = None,  # [N] int64
     ) -> tuple[Tensor, ...] | dict[str, Tensor]:
-        """Returns the weighted terms, without those of weight 0.
+        """Returns the weighted terms, each [] with its gradient, without those of weight 0.
 
         With output_dict they are a dict; the keys, in this order, are `contrastive_loss`,
         `distill_loss` (relational), `interactive_loss`, `feature_loss`, `pair_matching_loss`.
+
+        dist_...: the teacher's features and scale, constants. ids: pairs with equal ids are not
+        each other's negatives. A collective call if world_size > 1.
         """
         teacher = Teacher(dist_image_features, dist_text_features, dist_logit_scale)
         weights = self._weights()
@@ -155,6 +166,10 @@ class WIKDLoss(SimilarityLoss):
     def _similarity(
         self, pairs: Pairs, terms: tuple[str, ...], weights: Mapping[str, float] | None
     ) -> dict[str, Tensor]:
+        """Returns the terms [] by name as in `SimilarityLoss`, interactive and feature included.
+
+        Arguments as in `_values`, which has checked them; "loss" is the weighted sum of all.
+        """
         swept = tuple(name for name in terms if name not in ("interactive", "feature"))
         values: dict[str, Any] = {}
         if swept:
@@ -180,10 +195,10 @@ class WIKDLoss(SimilarityLoss):
         return values
 
     def _interactive(self, pairs: Pairs, teacher: Teacher) -> Tensor:
-        """Returns the interactive term, the mean of two directions.
+        """Returns the interactive term [], the mean of two directions.
 
-        The rows are this rank's features of the student; the columns are the teacher's features of
-        all ranks, constants.
+        The rows are this rank's features of the student, in the teacher's width; the columns are
+        the teacher's features of all ranks, constants, gathered by collective calls.
         """
         dtype = pairs.image.dtype
         teacher_image = teacher.image.to(dtype)
@@ -206,9 +221,11 @@ class WIKDLoss(SimilarityLoss):
     def _interactive_direction(
         self, pairs: Pairs, rows: Tensor, teacher: Teacher, text_ids: Tensor | None
     ) -> Tensor:
-        """Returns the interactive term of the student's rows.
+        """Returns the interactive term [] of the student's rows, image or text features [N, D̂].
 
-        teacher: its image features are the teacher's rows, its text features are the columns.
+        pairs: of which only scale, ids and the dtype count. teacher: its image features are the
+        teacher's rows [N, D̂] of the same modality, its text features the columns [M, D̂] of the
+        other one, of all ranks. text_ids: the ids [M] of all ranks, or None.
         """
         if self.image_projection is not None:
             rows = F.normalize(rows, dim=-1).to(pairs.image.dtype)
@@ -237,9 +254,10 @@ class WIKDLoss(SimilarityLoss):
     def _in_teachers_width(
         self, image: Tensor, text: Tensor, teacher: Teacher
     ) -> tuple[Tensor, Tensor]:
-        """Returns the student's features in the teacher's width, projected where they have another.
+        """Returns the student's image and text features [N, D̂], projected if it has projections.
 
-        Projected features are not normalised again.
+        Projected features are not normalised again. Raises ValueError if the teacher's width is not
+        that of the result. With several ranks as `_learned`.
         """
         if self.image_projection is None:
             width: Any = image.shape[1]
@@ -263,7 +281,10 @@ class WIKDLoss(SimilarityLoss):
 
 
 def _projected(features: Tensor, weight: Tensor) -> Tensor:
-    """Returns features · weightᵀ in float32, or in float64 of float64."""
+    """Returns features [N, D] · weightᵀ [D, D̂] in float32, or in float64 of float64.
+
+    Of a weight [D̂, width] only the first D columns are used.
+    """
     dtype = torch.promote_types(features.dtype, torch.float32)
     with no_autocast(features.device):
         return F.linear(widen(features).to(dtype), weight[:, : features.shape[1]].to(dtype))

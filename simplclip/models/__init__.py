@@ -12,4 +12,5 @@ __all__ = ["PLAIN", "Spec", "create", "names", "spec_of", "tokenizer", "transfor
 if not TYPE_CHECKING:  # a type checker would take any name for known
     # imported late, so that sources.py checks names before torch is imported
     def __getattr__(name: str) -> Any:
+        """Returns a public name of registry.py, imported then; AttributeError for others."""
         return attribute(__name__, {"registry": tuple(__all__)}, name)

@@ -34,10 +34,14 @@ class TransformerBlock(SimplifiedBlock):
 
     @cached_property
     def _accepted(self) -> dict[int, tuple[tuple, Tensor]]:
-        """The accepted masks by length, each with its address, layout and version."""
+        """The cache of masks found causal: L -> (key, mask).
+
+        key: address, shape, strides and version of the mask, which is kept alive. Empty at first.
+        """
         return {}
 
     def get_weight_dtype(self) -> torch.dtype:
+        """Returns the dtype of the block's weights, which open_clip asks for."""
         return self.fc1.weight.dtype
 
     def forward(
@@ -47,6 +51,11 @@ class TransformerBlock(SimplifiedBlock):
         v_x: Tensor | None = None,
         attn_mask: Tensor | None = None,
     ) -> Tensor:
+        """Returns the block's output [B, L, C] for x [B, L, C].
+
+        k_x, v_x: None. attn_mask: the causal mask [L, L] of a causal block (see `is_causal_mask`),
+        the lengths [B] of one with masks_padding, else None. Raises InputError for anything else.
+        """
         if k_x is not None or v_x is not None:
             raise InputError(
                 "k_x, v_x: expected None, since a simplified block has no cross-attention, got a "
@@ -56,6 +65,7 @@ class TransformerBlock(SimplifiedBlock):
         return super().forward(x, attn_mask if self.masks_padding else None)
 
     def _check_mask(self, x: Tensor, mask: Tensor | None) -> None:
+        """Raises InputError unless the mask is the one that `forward` describes for x [B, L, C]."""
         batch, length = x.shape[:2]
         kind = "no mask"
         shape: tuple | None = None
@@ -72,6 +82,10 @@ class TransformerBlock(SimplifiedBlock):
             raise InputError(f"attn_mask: expected {kind}, {shape}, got another mask of this shape")
 
     def _accepts(self, mask: Tensor) -> bool:
+        """Whether a mask [L, L] is causal; one that is goes into the cache and is kept alive.
+
+        True without a check while torch.compile traces, and for fake, meta and inference tensors.
+        """
         # While tracing and for fake tensors, which have no values, the check made by `simplify` has
         # to suffice; so it has for inference tensors, which have no version.
         has_values = not torch.compiler.is_compiling() and type(mask) is Tensor and not mask.is_meta
@@ -94,6 +108,10 @@ class TimmBlock(SimplifiedBlock):
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
+        """Returns the block's output [B, L, C] for x [B, L, C].
+
+        Raises InputError for an attn_mask or is_causal=True, which other blocks of timm take.
+        """
         if attn_mask is not None or is_causal:
             raise InputError(
                 "attn_mask, is_causal: expected None and False, since this block attends to every "
@@ -106,6 +124,7 @@ class MapBlock(SimplifiedBlock):
     """A block on timm's feature maps [B, C, H, W] (FastViT): full attention over H·W positions."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Returns the block's output [B, C, H, W] for x [B, C, H, W]."""
         batch, width, height, breadth = x.shape
         tokens = super().forward(x.permute(0, 2, 3, 1).reshape(batch, height * breadth, width))
         return tokens.reshape(batch, height, breadth, width).permute(0, 3, 1, 2)
@@ -121,5 +140,9 @@ class MaskedTextTransformer(TextTransformer):
     masks_padding = True
 
     def _embeds(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the tokens' embeddings [B, L, C], and the lengths [B] in the place of a mask.
+
+        text: token ids [B, L]. A length counts the tokens up to and including the pooled one.
+        """
         ends = text if self.pool_type == "argmax" else (text == self.eos_id).int()
         return super()._embeds(text)[0], ends.argmax(1) + 1

@@ -56,6 +56,10 @@ class TextCrop:
     """
 
     def __init__(self, model: nn.Module, multiple: int = 8, groups: int = 4) -> None:
+        """Replaces the model's `encode_text` at once, until `undo`; see `crop_texts`, which checks.
+
+        With open_clip 4 it is `_encode_text`. The model gets it as an attribute of the instance.
+        """
         # Since open_clip 4 forward() and encode_text() call _encode_text().
         self.name = "_encode_text" if hasattr(type(model), "_encode_text") else "encode_text"
         self.model = model
@@ -64,16 +68,26 @@ class TextCrop:
         vars(model)[self.name] = self
 
     def undo(self) -> None:
-        """Restores the model's own `encode_text`."""
+        """Restores the model's own `encode_text`; a second call does nothing."""
         vars(self.model).pop(self.name, None)
 
     def __call__(self, text: Tensor, *args: Any, **options: Any) -> Any:
+        """Returns the model's result for token ids [N, L]: features [N, D] in the same order.
+
+        args, options: further arguments of `encode_text`, e.g. normalize. While torch exports,
+        texts are not cropped.
+        """
         if torch.compiler.is_exporting():
             return self._encode(text, args, options)
         return self._cropped(text, args, options)
 
     @torch.compiler.disable(recursive=False)
     def _cropped(self, text: Tensor, args: tuple, options: dict[str, Any]) -> Any:
+        """Returns features [N, D] of texts [N, L], which are cropped, sorted and grouped by length.
+
+        args, options: further arguments of `encode_text`. Texts are moved to the tower's device.
+        Other threads wait meanwhile. Texts that have no values (fake tensors) are encoded whole.
+        """
         device = next(_tower(self.model).parameters()).device
         with _LOCK:
             if not _has_lengths(text):
@@ -94,9 +108,10 @@ class TextCrop:
             return torch.cat(features).index_select(0, positions)
 
     def split(self, text: Tensor, tokens: int) -> list[Tensor]:
-        """Returns the rows of texts [N, L] in each micro-batch, longest texts first.
+        """Returns the rows of texts [N, L] in each micro-batch, int64 on the CPU.
 
-        A micro-batch has at most `tokens` tokens with padding.
+        The longest texts come first. A micro-batch has at most `tokens` tokens with padding, but at
+        least one text.
         """
         lengths = self.rounded(text)
         order = lengths.argsort(descending=True, stable=True)
@@ -127,9 +142,10 @@ class TextCrop:
         return rounded.clamp(max=text.shape[1])
 
     def _encode(self, text: Tensor, args: tuple, options: dict[str, Any]) -> Any:
-        """Encodes texts [N, L] of any L.
+        """Encodes texts [N, L] of any L by the model's own function, and returns its result.
 
-        The tower is given the first L positions, and the mask of L tokens.
+        args, options: its further arguments. While it runs, the tower has only the first L
+        positions, and the mask of L tokens, so that one thread at a time may call it.
         """
         encode = getattr(type(self.model), self.name)
         tower = _tower(self.model)
@@ -158,7 +174,7 @@ def _has_lengths(text: Any) -> bool:
 
 
 def _why_not(model: Any) -> str:
-    """Returns why a model's texts cannot be cropped, or an empty string."""
+    """Returns why a model's texts cannot be cropped, the end of an error, or an empty string."""
     if not hasattr(model, "encode_text") or not hasattr(model, "visual"):
         return type(model).__name__
     if hasattr(model, "text_decoder"):
@@ -185,19 +201,25 @@ def _why_not(model: Any) -> str:
 
 
 def _tower(model: Any) -> Any:
+    """Returns the text tower of an open_clip model; open_clip's CLIP is its own."""
     return getattr(model, "text", model)  # open_clip's CLIP is its own text tower
 
 
 def _cuts(lengths: Tensor, groups: int) -> list[int]:
-    """Returns where texts sorted by length are cut: the ends of at most `groups` groups.
+    """Returns where texts sorted by length are cut: the ends of at most `groups` groups, ascending.
 
-    Each cut is where it saves most; no cut is made that saves less than a call of the tower costs.
+    lengths [N], in any order, decide. The last cut is N. Each cut is where it saves most; no cut is
+    made that saves less than a call of the tower costs.
     """
     values, counts = lengths.unique(return_counts=True)
     # the end of the texts of each length -> the length
     length_at = dict(zip(itertools.accumulate(counts.tolist()), values.tolist()))
 
     def cost(cuts: list[int]) -> int:  # in tokens
+        """Returns what the groups that end at these cuts cost, in tokens with padding.
+
+        Each call of the tower counts as GROUP_TOKENS.
+        """
         return sum(
             (stop - start) * length_at[stop] + GROUP_TOKENS
             for start, stop in itertools.pairwise((0, *cuts))

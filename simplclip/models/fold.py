@@ -74,13 +74,15 @@ def fold(model: Model) -> Model:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        """Whether a child is not traced into: True for every child."""
         return True
 
 
 def _pairs(module: nn.Module, owners: Counter[int]) -> list[tuple[str, str]]:
-    """Returns the names of children that can be merged: a convolution, and its batch norm.
+    """Returns names of a module's children (convolution, its batch norm) that can be merged.
 
-    Only the batch norm gets the convolution's output.
+    Only the batch norm gets the convolution's output. owners: id of a module -> the number of its
+    places in the model; children with several are left out. Empty if `module` cannot be traced.
     """
     convs = set()
     norms = set()
@@ -123,7 +125,7 @@ def _pairs(module: nn.Module, owners: Counter[int]) -> list[tuple[str, str]]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a module has hooks or a forward of its own."""
+    """Whether a module has forward or backward hooks, or a forward set on the instance."""
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
@@ -134,6 +136,11 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _merge(module: nn.Module, conv_name: str, norm_name: str) -> None:
+    """Folds a batch norm into the convolution before it, both children of `module`, in place.
+
+    The norm's child becomes its drop and activation in a Sequential, or an Identity. Uses running
+    statistics, as in eval mode.
+    """
     conv: Any = module._modules[conv_name]
     norm: Any = module._modules[norm_name]
     statistics = norm.running_mean, norm.running_var, norm.eps
@@ -152,7 +159,8 @@ def fold_frozen(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str,
     """Lets frozen modules of a model (see `freeze`) run as folded copies from now on.
 
     These are the modules with convolutions and without hooks, the largest that are frozen as one.
-    The copies run in channels_last. Returns them by the modules' names.
+    Their `forward` is replaced, in place. The copies run in channels_last. Returns them by the
+    modules' names.
 
     dtype: the dtype of the run's autocast, None for fp32. Convolutions and linear layers of the
     copies are stored in it, and pointwise convolutions run as products on a GPU. Other tensors stay
@@ -180,6 +188,10 @@ def _run_folded(
     *args: Any,
     **options: Any,
 ) -> Any:
+    """Returns folded(x, ...), or under another autocast than `dtype` the module's own forward.
+
+    dtype: None stands for no autocast. args, options: further arguments of both.
+    """
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     if autocast != dtype:
@@ -188,9 +200,10 @@ def _run_folded(
 
 
 def _copy(module: nn.Module, dtype: torch.dtype | None) -> nn.Module | None:
-    """Returns a folded copy of a module.
+    """Returns a folded copy of a module in channels_last; the module stays as it is.
 
-    Returns None if it would save next to nothing or compute something else.
+    dtype: as in `fold_frozen`. None if a copy would save next to nothing (no convolution, or a
+    single one with nothing to fold) or compute something else (hooks inside).
     """
     inside = list(module.modules())
     convolutions = sum(isinstance(inner, _ConvNd) for inner in inside)
@@ -209,7 +222,10 @@ def _copy(module: nn.Module, dtype: torch.dtype | None) -> nn.Module | None:
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Stores convolutions and linear layers in a dtype; pointwise convolutions become products."""
+    """Stores a model's convolutions and linear layers in a dtype, in place.
+
+    A 1x1 convolution, see `_is_pointwise`, becomes a `_Pointwise`.
+    """
     for module in list(model.modules()):
         if isinstance(module, (_ConvNd, nn.Linear)):
             module.to(dtype)
@@ -220,7 +236,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def _fold_scales(model: nn.Module) -> None:
-    """Multiplies the layer scales of RepMixer blocks into the last layer of their MLP.
+    """Multiplies the layer scales of RepMixer blocks into the last layer of their MLP, in place.
 
     An fp32 scale would make its product, and the sum after it, fp32 tensors, which the next layer
     rounds again.
@@ -243,6 +259,7 @@ def _fold_scales(model: nn.Module) -> None:
 
 
 def _is_pointwise(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is 1x1 with stride 1, one group and a bias, and without padding."""
     plain = conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
     return plain and conv.kernel_size == (1, 1) and conv.bias is not None
 
@@ -255,10 +272,12 @@ class _Pointwise(nn.Module):
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
+        """Stores a convolution for which `_is_pointwise` is true; it becomes a submodule."""
         super().__init__()
         self.conv = conv
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns [N, C', H, W] for x [N, C, H, W]; a product on a GPU for x in channels_last."""
         if not x.is_cuda or not x.is_contiguous(memory_format=torch.channels_last):
             return self.conv(x)
         pixels = x.permute(0, 2, 3, 1)

@@ -24,6 +24,7 @@ class _WithoutLayer(nn.Module):
     """A base class to name before transformers' layer, which then makes no modules of its own."""
 
     def __init__(self) -> None:
+        """Initialises a bare nn.Module; transformers' layer makes nothing."""
         nn.Module.__init__(self)
 
 
@@ -55,6 +56,12 @@ class EncoderBlock(SimplifiedBlock, _WithoutLayer):
         checkpointing: Callable | None = None,
         **options: Any,
     ) -> None:
+        """Makes the block, see the class; initial weights are drawn from torch's generator.
+
+        width, heads, mlp_ratio, options: as in `SimplifiedBlock`. config: that of the tower, which
+        says whether attention weights are asked for. checkpointing: None if gradient checkpointing
+        is disabled.
+        """
         super().__init__(width, heads, mlp_ratio, **options)
         # makes a block that has just begun
         self.fresh = partial(SimplifiedBlock, width, heads, mlp_ratio, **options)
@@ -68,6 +75,12 @@ class EncoderBlock(SimplifiedBlock, _WithoutLayer):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
+        """Returns the block's output [B, L, C] for hidden_states [B, L, C].
+
+        attention_mask: as in `_lengths`; None if all tokens are valid. kwargs: ignored but for
+        output_attentions. Raises InputError for output_attentions=True, also of the config, or a
+        mask that is refused.
+        """
         if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
             raise InputError(
                 "output_attentions: expected False, since simplified blocks store no attention "
@@ -77,9 +90,10 @@ class EncoderBlock(SimplifiedBlock, _WithoutLayer):
         return super().forward(hidden_states, lengths)
 
     def _lengths(self, mask: Tensor) -> Tensor:
-        """Returns the lengths [B] of the texts of a mask.
+        """Returns the lengths [B] of the texts of a mask, counts of valid tokens.
 
-        mask: [B, L] with 0 for hidden, or [B, 1, L, L] boolean or additive.
+        mask: [B, L] with 0 for hidden, or [B, 1, L, L] boolean (True for valid) or additive (0 for
+        valid). Raises InputError for another shape and, in a tower's first block, as `_check_mask`.
         """
         if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):  # flex attention has no tensor
             raise InputError(
@@ -98,6 +112,12 @@ class EncoderBlock(SimplifiedBlock, _WithoutLayer):
         return lengths
 
     def _check_mask(self, visible: Tensor, lengths: Tensor) -> None:
+        """Raises InputError unless valid tokens come first, and padding behind them.
+
+        visible: boolean [B, L] or [B, 1, L, L], True where a token may be attended to; of causal
+        blocks the latter must also be causal. lengths [B]: the valid tokens of each text. Padding
+        is refused if the tower pools the last token. The check makes a GPU wait.
+        """
         tokens = torch.arange(visible.shape[-1], device=visible.device)
         expected = tokens < lengths[:, None]
         if visible.dim() == 4:
@@ -141,7 +161,12 @@ _BLOCKS |= {entry[0]: entry for entry in _BLOCKS.values()}  # a block can be rep
 def encoder_layers(
     model: nn.Module, tower: str
 ) -> Iterator[tuple[str, nn.Module, type[EncoderBlock], dict[str, Any]]]:
-    """Yields the layers of a tower: path, layer, class and options of the replacing block."""
+    """Yields (path, layer, class, options) for each encoder layer of a tower.
+
+    tower: "text" or "image". class, options: of the block that may replace the layer, and its
+    keyword arguments beside `SimplifiedBlock`'s. A layer that is an `EncoderBlock` counts, too.
+    Raises InputError for another encoder. Nothing is replaced.
+    """
     encoder_model: Any = getattr(model, TOWERS[tower], None)
     layers = getattr(getattr(encoder_model, "encoder", None), "layers", None)
     for index, layer in enumerate(layers or [encoder_model]):
@@ -163,9 +188,14 @@ class InitWeights:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        """Stores the model; `prepare_loading` sets the object as its `_init_weights`."""
         self.model = model
 
     def __call__(self, module: nn.Module) -> None:
+        """Initialises a module's parameters in place, of a block only those that were not loaded.
+
+        Other modules are left to the model's class. Random numbers come from torch's generator.
+        """
         if not isinstance(module, EncoderBlock):
             type(self.model)._init_weights(self.model, module)
             return
@@ -177,9 +207,11 @@ class InitWeights:
 
 
 def prepare_loading(model: Any) -> None:
-    """Tells transformers which parameters are shared, and how blocks begin.
+    """Tells transformers which parameters a model shares, and how its blocks begin, in place.
 
-    So save_pretrained writes one of those that are shared, and from_pretrained sets the others.
+    Sets `_init_weights` of each PreTrainedModel in it, and `_tied_weights_keys` and
+    `all_tied_weights_keys` (name -> the first name of the same parameter) of the model. So
+    save_pretrained writes one of those that are shared, and from_pretrained sets the others.
     transformers 5.0 needs both attributes for it; 5.24 needs only the first.
     """
     for part in model.modules():

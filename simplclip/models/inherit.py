@@ -104,9 +104,13 @@ def inherit(
 def _start_blocks(
     model: nn.Module, transfer: Transfer, states: list[dict[str, Tensor]], label: str, merge: str
 ) -> None:
-    """Starts the simplified blocks that were not copied.
+    """Starts the simplified blocks that were not copied, in place, from a source's blocks.
 
-    Each starts from the first source with a block in its place.
+    transfer: what the model took; the units of those blocks become Status.STARTED. states: the
+    sources' tensors by the model's names, of which the first with a block in the same place is
+    used. label: the sources, for errors. merge: "average" or "first", see `init_blocks.start`.
+    Raises InputError if the model has no simplified block, merge is another word, or no source has
+    a block in a place.
     """
     simplified = {block for block in transfer.blocks.values() if block}
     if not simplified or merge not in init_blocks.MERGES:
@@ -128,22 +132,30 @@ def _start_blocks(
 
 
 def _inside(path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of a module, by their names in it."""
+    """Returns the tensors of the module at `path`, by their names in it; without any, {}.
+
+    state: a model's tensors by name.
+    """
     prefix = f"{path}."
     names = [name for name in state if name.startswith(prefix)]
     return {name.removeprefix(prefix): state[name] for name in names}
 
 
 def _matches(pattern: str, unit: str, names: list[str]) -> bool:
+    """Whether a pattern (fnmatch) matches a unit, a module that contains it, or one of its tensors.
+
+    unit: the path of a module or tensor, see `Transfer`. names: the full names of its tensors.
+    """
     paths = accumulate(unit.split("."), "{}.{}".format)
     return any(fnmatchcase(name, pattern) for name in (*paths, *names))
 
 
 def freeze(model: nn.Module, names: Iterable[str]) -> None:
-    """Freezes modules and parameters by name, as `inherit` does.
+    """Freezes modules and parameters by name, in place, as `inherit` does.
 
-    They get no gradient and stay in eval mode. Raises InputError for a name that the model does not
-    have, and then leaves the model unchanged.
+    names: as of get_submodule or named_parameters; "" is the whole model. Parameters get no
+    gradient, and modules stay in eval mode even after `train()`. Raises InputError for a name that
+    the model does not have, and then leaves the model unchanged.
     """
     try:
         parts: list[Any] = [attrgetter(name)(model) if name else model for name in names]
@@ -158,7 +170,7 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def freeze_norms(model: nn.Module) -> None:
-    """Keeps all batch norms in eval mode, so that their statistics do not change.
+    """Keeps all batch norms in eval mode from now on, so that their statistics do not change.
 
     Their weights and biases are trained.
     """
@@ -179,7 +191,7 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 def frozen_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields the modules that are frozen, the largest that are frozen as one, with their names."""
+    """Yields (name, module) of the modules that are frozen, the largest that are frozen as one."""
     inside: tuple[str, ...] = ()  # beginnings of the names within those
     for name, module in model.named_modules():
         if not name.startswith(inside) and is_frozen(module):
@@ -189,10 +201,12 @@ def frozen_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _stays_in_eval(module: nn.Module) -> bool:
+    """Whether `_hold_in_eval` was called on a module itself; its children are not looked at."""
     return getattr(vars(module).get("train"), "func", None) is _eval_only
 
 
 def _hold_in_eval(module: nn.Module) -> None:
+    """Puts a module into eval mode and replaces its `train`, so that it stays there."""
     # `train` is an attribute of the instance: a subclass would change type(module), and with a
     # forward hook `training` would be wrong until the module runs. The partial of a module-level
     # function can be copied and pickled.
@@ -201,4 +215,5 @@ def _hold_in_eval(module: nn.Module) -> None:
 
 
 def _eval_only(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Puts a module into eval mode whatever `mode` is, and returns it."""
     return nn.Module.train(module, False)

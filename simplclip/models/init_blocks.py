@@ -124,10 +124,12 @@ def start(
 ) -> None:
     """Starts simplified blocks from pretrained blocks, in place.
 
-    blocks: path -> block, and the argument for `convert`.
+    blocks: path -> block, and the argument for `convert`: the old block's tensors by names relative
+    to it.
+
     merge: the value of a tensor that blocks share: the "average" of their folded tensors, or the
-        tensor of the "first" block. The two differ in meaning: units of two blocks' attention or
-        MLP need not correspond to each other.
+    tensor of the "first" block. The two differ in meaning: units of two blocks' attention or MLP
+    need not correspond to each other.
 
     Raises InputError, before anything is changed, if a block is of no known kind or has other
     shapes.
@@ -161,9 +163,10 @@ def start(
 
 @torch.no_grad()
 def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns tensors with which a `SimplifiedBlock` starts as a pretrained block, in float32.
+    """Returns float32 tensors by name with which a `SimplifiedBlock` starts as a pretrained block.
 
-    They are qk, fc1, fc2 and the outer gains.
+    They are qk, fc1, fc2 and the outer gains; no argument is changed.
+
     tensors: those of a block of _KINDS by names relative to the block; of a simplified block they
     are returned as they are. Raises InputError for another block, or one whose q, k or MLP have
     more parts (qk norms, gated MLPs); KeyError for a part that is missing.
@@ -205,7 +208,10 @@ def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _kind_of(tensors: Mapping[str, Tensor]) -> _Kind:
-    """Returns the kind of a block. Raises InputError for a block with further parts."""
+    """Returns the kind of a block. Raises InputError for an unknown kind or one with further parts.
+
+    tensors: the block's, by names relative to it.
+    """
     kind = next((kind for kind in _KINDS if set(kind.qk) <= set(tensors)), None)
     if kind is None:
         kinds = ", ".join(kind.name for kind in _KINDS)
@@ -223,7 +229,10 @@ def _kind_of(tensors: Mapping[str, Tensor]) -> _Kind:
 
 
 def _linear(t: Mapping[str, Tensor], layer: str) -> tuple[Tensor, Tensor]:
-    """Returns weight and bias of a linear layer or pointwise convolution."""
+    """Returns weight [out, in] and bias [out] of a linear layer or 1x1 convolution.
+
+    t: a block's tensors by name. layer: the layer's name. Without a bias it is zeros.
+    """
     weight = t[f"{layer}.weight"].flatten(1)
     return weight, t.get(f"{layer}.bias", weight.new_zeros(len(weight)))
 
@@ -231,7 +240,9 @@ def _linear(t: Mapping[str, Tensor], layer: str) -> tuple[Tensor, Tensor]:
 def _affine(t: Mapping[str, Tensor], norm: str, width: int) -> tuple[Tensor, Tensor]:
     """Returns factor and shift [C] of a norm.
 
-    For a batch norm they apply to its input, else to the normalised input.
+    For a batch norm they apply to its input, with running statistics, else to the normalised input.
+    t: a block's tensors by name. norm: the norm's name; factors of 1 and shifts of 0 if t lacks
+    them. width: C.
     """
     like = next(iter(t.values()))
     factor = t.get(f"{norm}.weight", like.new_ones(width))

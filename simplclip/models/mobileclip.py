@@ -45,7 +45,10 @@ _SQUEEZED = ("pos_embed.pos_embed", "convffn.fc1.weight", "convffn.fc2.weight", 
 
 
 def _conv_norm(width: int) -> ConvNormAct:
-    """A depthwise convolution over the tokens and a batch norm: [B, C, 1, L] -> [B, C, 1, L]."""
+    """Returns a depthwise convolution over 11 tokens and a batch norm: [B, C, 1, L] -> the same.
+
+    width: C.
+    """
     shape: Any = (1, 11)
     return ConvNormAct(width, width, shape, padding=(0, 5), groups=width, apply_act=False)
 
@@ -57,19 +60,21 @@ class RepMixer(nn.Module):
     """
 
     def __init__(self, width: int) -> None:
+        """Makes the parameters for C = width; initial weights are drawn from torch's generator."""
         super().__init__()
         self.layer_scale = nn.Parameter(torch.full((width, 1, 1), 1e-5))
         self.norm, self.skip = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
         self.conv = _conv_norm(width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns mixed tokens [B, C, 1, L]; in training it updates the norms' statistics."""
         return x + self.layer_scale * (self.skip(x) + self.conv(x) - self.norm(x))
 
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
         """Returns a depthwise convolution that computes the same in eval mode.
 
-        timm puts it in the place of this module.
+        timm puts it in the place of this module, whose own tensors become float64.
         """
         dtype = self.layer_scale.dtype
         self.double()  # differences of the responses would lose digits
@@ -91,6 +96,7 @@ class RepMixerBlock(nn.Module):
     """
 
     def __init__(self, width: int) -> None:
+        """Makes the parameters for C = width; initial weights are drawn from torch's generator."""
         super().__init__()
         self.mixer = RepMixer(width)
         self.conv = _conv_norm(width)
@@ -99,7 +105,10 @@ class RepMixerBlock(nn.Module):
         self.layer_scale: Tensor | None = nn.Parameter(torch.full((width,), 1e-5))
 
     def forward(self, x: Tensor, token: Tensor | None = None) -> Tensor:
-        """Computes all tokens, or of each text only the one with the index `token`, int64 [B]."""
+        """Returns [B, L, C] for tokens x [B, L, C], or [B, C] of one token of each text.
+
+        token: the index of that token, int64 [B]; None for all tokens.
+        """
         mixed = self.mixer(x.transpose(1, 2).unsqueeze(2))  # [B, C, 1, L]
         x = mixed.squeeze(2).transpose(1, 2)
         hidden = self.conv(mixed).squeeze(2).transpose(1, 2)
@@ -133,6 +142,11 @@ class TextTower(TextTransformer):
         *,
         output_dim: int,
     ) -> None:
+        """Makes the tower; initial weights are drawn from torch's generator.
+
+        context_length: L at most. width: C, a multiple of heads. layers: transformer layers,
+        without the two RepMixer blocks. output_dim: D.
+        """
         super().__init__(
             context_length,
             vocab_size,
@@ -145,6 +159,10 @@ class TextTower(TextTransformer):
         self.first, self.last = RepMixerBlock(width), RepMixerBlock(width)
 
     def forward(self, text: Tensor) -> Tensor:
+        """Returns features [B, output_dim], not normalised, of token ids int64 [B, L].
+
+        The token with the highest id, the end of a text, is pooled.
+        """
         x, mask = self._embeds(text)
         x = self.transformer(self.first(x), attn_mask=mask)
         # The last block's MLP, a seventh of the tower's work, is needed at only one token.
@@ -152,9 +170,10 @@ class TextTower(TextTransformer):
         return ends @ self.text_projection.to(ends.dtype)
 
     def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        """Freezes all but the last groups of parameters, as open_clip does.
+        """Freezes all but the last `unlocked_layers` groups of parameters, as open_clip does.
 
-        The groups are the embeddings, each layer, and the projection.
+        The groups are the embeddings with the first RepMixer block, each layer (the last one with
+        the last RepMixer block), and the projection.
         """
         super().lock(unlocked_layers, freeze_layer_norm)
         self.first.requires_grad_(unlocked_layers > len(self.transformer.resblocks) + 1)
@@ -164,9 +183,10 @@ class TextTower(TextTransformer):
 def create(
     embed_dim: int, vision_cfg: Mapping[str, Any], text_cfg: Mapping[str, Any], **options: Any
 ) -> CustomTextCLIP:
-    """Makes an open_clip model with a `TextTower`.
+    """Makes an open_clip model with a `TextTower` and random weights.
 
-    text_cfg: arguments of `TextTower`; all others: of CustomTextCLIP.
+    embed_dim: D. vision_cfg: open_clip's, of a timm model. text_cfg: arguments of `TextTower`.
+    options: of CustomTextCLIP.
     """
     # open_clip's tower, which ours replaces
     placeholder = {"layers": 1, "width": 8, "heads": 1, "vocab_size": 1}
@@ -178,9 +198,9 @@ def create(
 
 
 def from_published(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Renames a state dict of the published layout to the names of `model`.
+    """Returns a state dict of the published layout by the names of `model`, in a new dict.
 
-    A state dict of another layout stays as it is, and so does any state dict if the model has no
+    A state dict of another layout keeps its names, and so does any state dict if the model has no
     `TextTower`.
     """
     published = any(name.startswith((IMAGE, TEXT)) for name in state)

@@ -68,6 +68,11 @@ def _small(
     tokenizer: Callable[..., Tokenizer],
     preprocess: Mapping[str, Any] | None = None,
 ) -> Spec:
+    """Returns the recipe of a small SiCLIP: images of 48 x 48, 16 tokens, D = 256.
+
+    trunk: the name of a timm model of siclip_small.py. text: open_clip's text_cfg beside length and
+    layers. tokenizer, preprocess: as in `Spec`; None means open_clip's preprocessing.
+    """
     return Spec(
         config={
             "embed_dim": 256,
@@ -124,17 +129,17 @@ _SPECS = {
 
 
 def names() -> list[str]:
-    """Returns the names of MobileCLIP-S0 and this library's SiCLIPs.
+    """Returns a new list of the names of MobileCLIP-S0 and this library's SiCLIPs.
 
-    ``open_clip:NAME`` is a name, too.
+    ``open_clip:NAME`` is a name, too, but not listed.
     """
     return list(NAMES)
 
 
 def configuration(spec: Spec, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns open_clip's configuration of a model before it is simplified.
+    """Returns open_clip's configuration of a model before it is simplified, a copy.
 
-    overrides: as for `create`.
+    overrides: as for `create`. Its options that would fetch pretrained weights are set to False.
     """
     config = copy.deepcopy(dict(spec.config))
     for key, value in overrides.items():
@@ -213,7 +218,8 @@ create_model = create  # simplclip.create_model
 def tokenizer(name: str, context_length: int | None = None) -> Tokenizer:
     """Returns a model's tokenizer: list of strings -> token ids, int64 [B, L].
 
-    context_length: L, by default the model's.
+    context_length: L, None or 0 for the model's. Raises InputError for an unknown name. A tokenizer
+    of a Hugging Face model may be downloaded.
     """
     spec = spec_of(name)
     length = context_length or spec.config["text_cfg"].get("context_length", 77)
@@ -227,7 +233,7 @@ def transforms(
     augment: str | Mapping[str, Any] | AugmentationCfg | None = None,
     image_size: int | tuple[int, int] | None = None,
 ) -> ImageTransform:
-    """The image transform of a model.
+    """Returns the image transform of a model.
 
     Called with a PIL image, it returns float32 [3, S, S], as open_clip's preprocess does.
 
@@ -237,7 +243,8 @@ def transforms(
         augment: the augmentation for training: open_clip's AugmentationCfg or its fields (random
             resized crop and more); "affine" (small rotations, shifts, zooms and changes of colour
             without mirroring, for drawings on white); "none"; or None for the model's default.
-        image_size: S, if the model was created with another size than its default.
+        image_size: S, or (height, width), if the model was created with another size than its
+            default.
     """
     spec = spec_of(name)
     size = image_size or spec.config["vision_cfg"].get("image_size", PreprocessCfg.size)
@@ -250,7 +257,10 @@ def transforms(
 
 
 def spec_of(name: str) -> Spec:
-    """Returns the recipe of the model of this name. Raises InputError for an unknown name."""
+    """Returns the recipe of the model of this name. Raises InputError for an unknown name.
+
+    name: as for `create`; open_clip's model names have the prefix "open_clip:".
+    """
     if name in _SPECS:
         return _SPECS[name]
     check_name(name)

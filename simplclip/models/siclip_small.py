@@ -30,10 +30,11 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def siclip_tiny_trunk(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """Image trunk of siclip-tiny before it is simplified.
+    """Returns the image trunk of siclip-tiny before it is simplified; timm registers it by name.
 
     It is a residual conv net of stride 8 under a ViT of one block. Its norms are group norms of one
-    group, which know nothing of other images: a batch may be computed in parts.
+    group, which know nothing of other images: a batch may be computed in parts. pretrained: False,
+    there are no weights. kwargs: timm's, of a VisionTransformer.
     """
     # The first stages take most of the time, so they have one residual block each and few channels.
     stages = tuple(
@@ -48,11 +49,12 @@ def siclip_tiny_trunk(pretrained: bool = False, **kwargs: Any) -> VisionTransfor
 
 @register_model
 def siclip_lite0_trunk(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """Image trunk of siclip-lite0 before it is simplified.
+    """Returns the image trunk of siclip-lite0 before it is simplified; timm registers it by name.
 
     It is the first five of EfficientNet-Lite0's seven stages under a ViT. The stages have stride 16
     and 112 channels. The net is ``patch_embed.backbone``, with the names of timm's
-    tf_efficientnet_lite0: conv_stem, bn1, blocks.0 ...
+    tf_efficientnet_lite0: conv_stem, bn1, blocks.0 ... pretrained: False, there are no weights.
+    kwargs: timm's, of a VisionTransformer.
     """
     whole: Any = timm.create_model("tf_efficientnet_lite0")
     net = nn.Sequential(
@@ -62,6 +64,12 @@ def siclip_lite0_trunk(pretrained: bool = False, **kwargs: Any) -> VisionTransfo
 
 
 def _vit(name: str, pretrained: bool, net: nn.Module, options: dict[str, Any]) -> VisionTransformer:
+    """Builds timm's VisionTransformer over the feature map of a conv net, with random weights.
+
+    name: the registered trunk's. pretrained: False. net: [B, 3, S, S] -> [B, C', H, W], whose
+    positions are the tokens. options: arguments of VisionTransformer, before the defaults here (48
+    px, width 256, 8 heads, average pooling).
+    """
     size: dict[str, Any] = {"img_size": 48, "patch_size": 1, "embed_dim": 256, "num_heads": 8}
     options = size | {"class_token": False, "global_pool": "avg"} | options
     return build_model_with_cfg(
@@ -84,6 +92,7 @@ class ShortVocabTokenizer(SimpleTokenizer):
     encoder: dict[str, int]
 
     def __init__(self, vocab_size: int, context_length: int = 77) -> None:
+        """Makes a tokenizer of vocab_size ids, at least 514, whose texts have context_length."""
         super().__init__(context_length=context_length)
         merges = vocab_size - 2 * len(self.byte_encoder) - 2
         self.bpe_ranks = dict(list(self.bpe_ranks.items())[:merges])
@@ -100,7 +109,9 @@ class ShortVocabTokenizer(SimpleTokenizer):
 def minilm_tokenizer(context_length: int) -> Callable[..., Tensor]:
     """Returns MiniLM's WordPiece tokenizer: texts -> int64 [B, context_length].
 
-    A text is [CLS] ... [SEP], padded by 0. Longer texts are truncated and still end in [SEP].
+    A text is [CLS] ... [SEP], padded by 0. Longer texts are truncated and still end in [SEP]. It is
+    cached, one for each length. Reads a file of an installed package (ModuleNotFoundError without
+    it) and sets TOKENIZERS_PARALLELISM=false in the environment unless it is set.
     """
     from tokenizers import Tokenizer
 
@@ -111,6 +122,7 @@ def minilm_tokenizer(context_length: int) -> Callable[..., Tensor]:
     tokenizer.enable_padding(length=context_length)
 
     def tokenize(texts: str | list[str], context_length: int | None = None) -> Tensor:
+        """Returns token ids int64 [B, L] of one text or several; its context_length is ignored."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
         return torch.tensor(ids, dtype=torch.int64)

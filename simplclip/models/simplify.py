@@ -31,6 +31,7 @@ class SimplifyReport:
     after: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        """Returns lines: the replaced blocks, and the parameters of each part now and before."""
         lines = [f"{len(self.replaced)} blocks replaced: {', '.join(self.replaced)}"]
         for part, size in self.after.items():
             lines.append(f"{part}: {size:,} parameters, {self.before[part]:,} before")
@@ -38,9 +39,9 @@ class SimplifyReport:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Counts the parameters of a model by part: image, text, other (scale, bias, decoder), total.
+    """Counts the parameters of a model: the keys are "image", "text", "other" and "total".
 
-    A shared parameter counts once.
+    "other" has scale, bias and a decoder. A shared parameter counts once.
     """
     named = list(model.named_parameters(remove_duplicate=False))
     every = {p for _, p in named}
@@ -145,13 +146,17 @@ def simplify(
 
 
 def _check_names(argument: str, names: Iterable[str], allowed: Iterable[str]) -> None:
+    """Raises InputError, which names `argument`, for names that are not allowed."""
     unknown = sorted({*names} - {*allowed})
     if unknown:
         raise InputError(f"{argument}: expected names out of {list(allowed)}, got {unknown}")
 
 
 def _chosen(indices: Sequence[int] | None, count: int, tower: str) -> list[int]:
-    """Returns the sorted indices of the blocks to replace: by default all of a tower."""
+    """Returns the sorted indices of the blocks to replace; all `count` of a tower for None.
+
+    tower: its name, for errors. Raises InputError if there is no index, or one out of range.
+    """
     chosen = sorted(range(count) if indices is None else indices)
     if not chosen or not {*chosen} <= {*range(count)}:
         raise InputError(
@@ -177,9 +182,11 @@ def _check_maskable(model: nn.Module, replaced: int) -> None:
 def groups_of(
     share: Groups | Mapping[str, Groups], chosen: list[int]
 ) -> dict[str, list[list[int]]]:
-    """Returns a tower's groups by the part that they share.
+    """Returns a tower's groups of block indices by what they share: "attention", "mlp" or "all".
 
-    Raises InputError if they are not disjoint groups of `chosen`.
+    share: groups (of "all"), or such a mapping. chosen: the indices of the replaced blocks. Parts
+    without groups are left out. Raises InputError for another part, or if the groups are not
+    disjoint groups of `chosen`.
     """
     parts: Mapping[str, Groups] = share if isinstance(share, Mapping) else {"all": share}
     unknown = sorted({*parts} - {*SHARED_PARTS})

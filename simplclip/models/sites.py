@@ -45,7 +45,11 @@ class Site:
 
 
 def block_sites(model: nn.Module, tower: str) -> list[Site]:
-    """The blocks of a tower that `simplify` can replace, in the order of their indices."""
+    """Returns the blocks of a tower that `simplify` can replace, in the order of their indices.
+
+    tower: "text" or "image". Nothing is replaced. Raises InputError for a tower without such
+    blocks, or with a mask that is not causal.
+    """
     encoders = module_for_transformers(model)
     if encoders is not None:
         return [Site(*layer) for layer in encoders.encoder_layers(model, tower)]
@@ -53,7 +57,7 @@ def block_sites(model: nn.Module, tower: str) -> list[Site]:
 
 
 def module_for_transformers(model: nn.Module) -> Any:
-    """Returns `hugging_face` if `model` is a model of transformers, else None."""
+    """Returns the module `hugging_face`, imported then, for a model of transformers, else None."""
     # imported already if `model` is of transformers
     transformers = sys.modules.get("transformers.modeling_utils")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
@@ -64,6 +68,11 @@ def module_for_transformers(model: nn.Module) -> Any:
 
 
 def _text_sites(model: nn.Module) -> Iterable[Site]:
+    """Returns the sites of an open_clip model's text tower in order.
+
+    Raises InputError for another text tower than open_clip's transformer, for a class token, or for
+    a mask that is not causal.
+    """
     tower: Any = getattr(model, "text", None)
     path = "text.transformer"
     if tower is None:  # open_clip's CLIP is its own text tower
@@ -89,6 +98,12 @@ def _text_sites(model: nn.Module) -> Iterable[Site]:
 
 
 def _image_sites(model: nn.Module) -> Iterable[Site]:
+    """Returns the sites of an open_clip model's image tower in order.
+
+    It is open_clip's VisionTransformer, or any module with blocks of exactly timm's class Block or
+    FastViT's AttentionBlock; blocks that are simplified already count. Raises InputError if there
+    is none.
+    """
     visual: Any = getattr(model, "visual", None)
     transformer = getattr(visual, "transformer", None)
     if isinstance(transformer, Transformer):
@@ -117,6 +132,11 @@ def _image_sites(model: nn.Module) -> Iterable[Site]:
 def _transformer_sites(
     transformer: Transformer, path: str, causal: bool = False, masks_padding: bool = False
 ) -> Iterator[Site]:
+    """Yields the sites of open_clip's Transformer in order.
+
+    path: its name in the model. causal: whether the blocks get a causal mask. masks_padding:
+    whether they get lengths instead. Raises InputError for a block of another class.
+    """
     known = ResidualAttentionBlock | CustomResidualAttentionBlock | SimplifiedBlock
     options = {"causal": causal}
     for index, block in enumerate(transformer.resblocks):
@@ -129,7 +149,11 @@ def _transformer_sites(
 
 
 def attention_of(block: Any) -> Any:
-    """Returns the attention of a block that is not simplified."""
+    """Returns the attention module of a block of open_clip, timm or transformers.
+
+    It is the attribute "attn", "self_attn" or "token_mixer"; StopIteration for other blocks, also
+    simplified ones.
+    """
     return next(
         getattr(block, name)
         for name in ("attn", "self_attn", "token_mixer")
@@ -138,9 +162,11 @@ def attention_of(block: Any) -> Any:
 
 
 def build_block(site: Site, mlp_ratio: float | None = None, gamma: float = 1.0) -> SimplifiedBlock:
-    """Builds the block that replaces the block of a site.
+    """Returns a new block with random weights for the place of a site; replaces nothing.
 
-    mlp_ratio: None keeps that of the old block. gamma: the initial value of the new block's gamma.
+    It has the old block's width, heads, activation, drop path, eps, device, dtype and mode.
+    mlp_ratio: F / C, None for that of the old block. gamma: the initial value of the new block's
+    gamma.
     """
     block: Any = site.block
     norm = "layernorm"
@@ -178,5 +204,6 @@ def _first_dense(mlp: nn.Module) -> Any:
 
 
 def _act_of(mlp: nn.Module) -> str:
+    """Returns the name of an MLP's activation in `nn.ACTIVATIONS`; "gelu" for an unknown one."""
     names = (_ACT_NAMES.get(type(m).__name__) for m in mlp.modules())
     return next(filter(None, names), "gelu")

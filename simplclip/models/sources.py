@@ -21,7 +21,11 @@ URL = "https://docs-assets.developer.apple.com/ml-research/datasets/mobileclip/m
 
 
 def open_clip_names() -> list[str]:
-    """Returns the names of open_clip's models, from its files while it is not imported."""
+    """Returns the names of open_clip's models, without the prefix "open_clip:".
+
+    They are those of its configuration files while it is not imported. Raises ModuleNotFoundError
+    if it is not installed.
+    """
     if "open_clip" in sys.modules:  # perhaps with names that this process has added
         return sys.modules["open_clip"].list_models()
     package = importlib.util.find_spec("open_clip")
@@ -32,7 +36,10 @@ def open_clip_names() -> list[str]:
 
 
 def check_name(name: str, argument: str = "name") -> None:
-    """Raises InputError, with the nearest names, for a name of no model."""
+    """Raises InputError, with the nearest names, for a name of no model.
+
+    name: one of NAMES or "open_clip:NAME". argument: its name in errors.
+    """
     names = [*NAMES, *(PLAIN + plain for plain in open_clip_names())]
     if name not in names:
         near = get_close_matches(name, names, 3) or get_close_matches(PLAIN + name, names, 3)
@@ -42,9 +49,9 @@ def check_name(name: str, argument: str = "name") -> None:
 
 
 def in_run(source: str | os.PathLike, last: bool = False) -> str | os.PathLike:
-    """Returns the best.pt in the folder of a run, if it has one, or with `last` its last.pt.
+    """Returns the path of best.pt in the folder of a run, if it has one, or with `last` of last.pt.
 
-    Any other source is returned as it is.
+    Any other source is returned as it is, also the folder of a run that has only last.pt.
     """
     if not Path(source, BEST).is_file():
         return source
@@ -52,7 +59,10 @@ def in_run(source: str | os.PathLike, last: bool = False) -> str | os.PathLike:
 
 
 def about_best(file: str | os.PathLike, step: int) -> str:
-    """Says that `in_run` chose the best weights of a run's folder."""
+    """Returns the line for the terminal which says that `in_run` chose a run's best weights.
+
+    file: that best.pt. step: the step of its weights.
+    """
     return f"weights: {os.fspath(file)}, of the best evaluation, step {step}; --last takes last.pt"
 
 
@@ -61,7 +71,9 @@ def check_weights(
 ) -> None:
     """Raises FileNotFoundError, which names `argument`, if weights are not there.
 
-    source: as `weights.read` takes it. files: one of them, or a best.pt, is in a folder.
+    source: as `weights.read` takes it: a file, a folder, a name in PACKAGED or open_clip's
+    NAME/TAG, whose TAG is not checked. files: one of them, or a best.pt, has to be in a folder. No
+    file is read.
     """
     name, slash, _ = os.fspath(source).removeprefix(PLAIN).partition("/")
     if Path(source).is_dir():

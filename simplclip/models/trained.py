@@ -66,16 +66,16 @@ _WIDEST, _DEEPEST = 1_000_000, 1000  # the largest width and number of layers th
 
 
 def shape_of(section: Mapping[str, Any], name: str) -> Any:
-    """Returns the image_size or context_length of a config's part "model", or of its options.
+    """Returns a size of the model of a config's part "model": its own key, or that of its options.
 
-    None means the model's own.
+    name: "image_size" or "context_length". None means the model's own.
     """
     options = section.get("options") or {}
     return section.get(name) or (options.get(_SHAPE[name]) or {}).get(name)
 
 
 def model_options(section: Mapping[str, Any], base: str = "contrastive") -> dict[str, Any]:
-    """Returns arguments of `models.create` for a config's part "model".
+    """Returns a new dict of keyword arguments of `models.create` for a config's part "model".
 
     base: loss.base of the config. With "sigmoid" the scale and the bias start as SigLIP's, unless
     the options have them.
@@ -124,7 +124,7 @@ def build_model(section: Mapping[str, Any], base: str = "contrastive") -> nn.Mod
 
 
 def tokenizer(section: Mapping[str, Any]) -> Tokenizer:
-    """Returns the tokenizer of a config's part "model": texts -> int64 [N, L]."""
+    """Returns the tokenizer of a config's part "model": list of texts -> int64 [N, L]."""
     return registry.tokenizer(section["name"], shape_of(section, "context_length"))
 
 
@@ -133,7 +133,7 @@ def image_transform(
 ) -> ImageTransform:
     """Returns the image transform of a config's part "model", see `models.transforms`.
 
-    augment: used if `train`.
+    augment: as there; it counts only if `train`, which says whether the transform is for training.
     """
     return registry.transforms(
         section["name"], train=train, augment=augment, image_size=shape_of(section, "image_size")
@@ -141,13 +141,11 @@ def image_transform(
 
 
 def check_options(options: Mapping[str, Any], file: str) -> None:
-    """Checks that model.options describe an architecture.
+    """Raises InputError unless model.options only describe an architecture.
 
-    file: the file that has them, for the message.
-
-    Raises InputError for an option that could fetch, unpickle or run files (pretrained,
-    weights_only, hf_model_name, a path or a URL in place of a model's name), and for a model of
-    absurd size.
+    options: as `models.create` takes them. file: the file that has them, for the message. Refused
+    are options that could fetch, unpickle or run files (pretrained, weights_only, hf_model_name, a
+    path or a URL in place of a model's name), and a model of absurd size.
     """
     values = {key: (key, value) for key, value in options.items()}
     for key, part in options.items():
@@ -169,6 +167,11 @@ def check_options(options: Mapping[str, Any], file: str) -> None:
 
 
 def _fetches(name: str, value: Any) -> bool:
+    """Whether an option of an architecture could fetch or run files by its name or value.
+
+    name: without the part before the dot. The options are timm_model_name with a path or URL,
+    tokenizer_kwargs with unknown keys, and all that begin with "hf_".
+    """
     if name == "timm_model_name":  # timm takes hf-hub:OWNER/NAME and local-dir:PATH for names, too
         return bool(set(":/\\") & set(str(value)))
     if name == "tokenizer_kwargs":
@@ -179,8 +182,9 @@ def _fetches(name: str, value: Any) -> bool:
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint, or the best.pt or else last.pt of a run's folder, to the CPU.
 
-    Returns a dict with at least "model", "config" and "step". Raises FileNotFoundError;
-    CheckpointError for a file that is damaged, no checkpoint, or of a newer version.
+    Returns the dict that the module describes, checked for "model", "config" and "step". Raises
+    FileNotFoundError; CheckpointError for a file that is damaged, no checkpoint, or of a newer
+    version.
     """
     check_weights(path, "checkpoint", (LAST,))
     path = Path(in_run(path))
@@ -268,6 +272,11 @@ def load_source(
 
 
 def _export(folder: Path) -> dict[str, Any]:
+    """Returns what `load_source` returns for a folder of `simplclip export`: also "step".
+
+    Raises CheckpointError for an export.json or weights that are damaged or do not fit, InputError
+    for options that are refused, FileNotFoundError for missing weights.
+    """
     file = folder / EXPORT
     try:
         about = json.loads(file.read_text("utf-8"))
@@ -291,9 +300,10 @@ def _export(folder: Path) -> dict[str, Any]:
 
 
 def _parts(name: str, model: Any) -> dict[str, Any]:
-    """Returns what `load_source` returns for a model of this library.
+    """Returns "name", "model", "preprocess" and "tokenizer", as `load_source` does.
 
-    The model's image size and context length may differ from its default.
+    name: of this library. The model's image size and context length, which may differ from the
+    name's default, decide the last two.
     """
     transform = registry.transforms(name, train=False, image_size=model.visual.image_size)
     length = get_model_tokenize_cfg(model).get("context_length")
@@ -306,9 +316,11 @@ def _parts(name: str, model: Any) -> dict[str, Any]:
 
 
 def _open_clip(plain: str, rest: str, checkpoint: str | os.PathLike | None) -> dict[str, Any]:
-    """Returns what `load_source` returns for a model of open_clip.
+    """Returns "name", "model", "preprocess" and "tokenizer", as `load_source` does, of open_clip.
 
-    rest: a tag of open_clip, a file of weights, or an empty string.
+    plain: open_clip's name of the model. rest: a tag, a file of weights, or an empty string.
+    checkpoint: a file of weights, or None. With a tag alone open_clip may download. Raises
+    FileNotFoundError unless there is one source of weights.
     """
     name = PLAIN + plain
     tokenizer = registry.tokenizer(name)  # raises an error that lists the nearest names

@@ -53,6 +53,7 @@ class WeightTable:
         return [name for name, (status, _) in self.rows.items() if status == Status.INHERITED]
 
     def __str__(self) -> str:
+        """Returns the table as text: a line for each row, totals by status, the sources above."""
         totals = dict.fromkeys(Status, 0)
         for status, count in self.rows.values():
             totals[status] += count
@@ -87,6 +88,7 @@ class Transfer:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        """Lists the tensors of a model, its units and blocks; nothing is taken yet."""
         self.model = model
         self.tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
         self.units: dict[str, list[str]] = {}
@@ -107,24 +109,31 @@ class Transfer:
         self.taken: dict[str, Tensor] = {}
 
     def is_taken(self, unit: str) -> bool:
+        """Whether a unit has tensors from a source."""
         return self.units[unit][0] in self.taken
 
     def reset(self, unit: str, status: Status = Status.NEW) -> None:
+        """Sets a unit's status and forgets the tensors that it took; the model stays as it is."""
         self.status[unit] = status
         for name in self.units[unit]:
             self.taken.pop(name, None)
 
     def take(self, state: dict[str, Tensor], label: str) -> None:
-        """Takes the tensors of each unit that fits and has none from an earlier source.
+        """Notes the tensors of each unit that fits and has none from an earlier source.
 
-        Raises CheckpointError if too few tensors fit for a model of the same architecture.
+        state: the source's tensors by the model's names. label: the source, for errors. The model
+        changes only in `copy`. A resized positional embedding gives way to an exact one. Raises
+        CheckpointError if too few tensors fit for a model of the same architecture.
         """
         match = self.match(state)
         self._check_enough(match, label)
         self._apply(match)
 
     def match(self, state: dict[str, Tensor]) -> Match:
-        """Compares the tensors of a source with those of the model."""
+        """Compares the tensors of a source with those of the model; takes nothing.
+
+        state: the source's tensors by the model's names.
+        """
         resized: dict[str, Tensor] = {}
         differing: set[str] = set()
         for name, tensor in self.tensors.items():
@@ -148,7 +157,10 @@ class Transfer:
         return match
 
     def _check_enough(self, match: Match, label: str) -> None:
-        """Raises CheckpointError if too few tensors fit for a model of the same architecture."""
+        """Raises CheckpointError if too few tensors fit for a model of the same architecture.
+
+        label: the source, for the message.
+        """
         state = match.state
         comparable = self._names(match.comparable)
         fitting = self._names(match.fitting)
@@ -163,11 +175,11 @@ class Transfer:
         )
 
     def _names(self, units: list[str]) -> list[str]:
-        """Returns the names of the tensors in these units, without those of scales."""
+        """Returns the names of the tensors in these units, but for logit scale and bias."""
         return [name for unit in units if not unit.endswith(_SCALES) for name in self.units[unit]]
 
     def _apply(self, match: Match) -> None:
-        """Takes the units that fit, and notes those of another shape."""
+        """Takes the units that fit into `taken`, and notes the status of those of another shape."""
         for unit in match.differing:
             if not self.is_taken(unit):
                 self.status[unit] = Status.DIFFERS
@@ -188,7 +200,10 @@ class Transfer:
                 self.status[unit] = Status.INHERITED
 
     def _is_whole(self, unit: str, state: Mapping[str, Tensor]) -> bool:
-        """Whether a state dict has the names of a unit, and no others inside it."""
+        """Whether a state dict has the names of a unit, and no others inside it.
+
+        Counters of batch norms do not count. state: tensors by the model's names.
+        """
         if unit in self.tensors:
             present = {unit} & state.keys()
         else:
@@ -197,7 +212,10 @@ class Transfer:
         return all(name.endswith(_COUNTERS) for name in unequal)
 
     def drop_half_tied(self) -> None:
-        """Resets units that own the same tensor, unless all of them take the same value for it."""
+        """Resets units that own the same tensor, unless all of them take the same value for it.
+
+        A reset unit is new, and takes nothing.
+        """
         owners: dict[int, list[tuple[str, str]]] = defaultdict(list)
         for unit, names in self.units.items():
             for name in names:
@@ -213,12 +231,19 @@ class Transfer:
 
     @torch.no_grad()
     def copy(self, labels: Sequence[str]) -> WeightTable:
-        """Copies what the units take into the model, and returns the table."""
+        """Copies what the units take into the model, in place, and returns the table.
+
+        labels: the sources, for the table.
+        """
         for name, value in self.taken.items():
             self.tensors[name].copy_(value.reshape(self.tensors[name].shape))
         counted: set[Tensor] = set()
 
         def rows(path: str, inside: list[str]) -> Iterator[tuple[str, tuple[Status, int]]]:
+            """Yields rows of the table for the units inside `path`, each of one status.
+
+            inside: those units. Their tensors are added to `counted`.
+            """
             if len({self.status[unit] for unit in inside}) == 1:
                 tensors = {self.tensors[name] for unit in inside for name in self.units[unit]}
                 tensors -= counted
@@ -235,14 +260,19 @@ class Transfer:
 
 
 def _block_of(unit: str, blocks: list[str]) -> str:
-    """Returns the path of the block that contains a unit, or an empty string."""
+    """Returns the path of the block that contains a unit, or an empty string.
+
+    unit, blocks: paths in the model.
+    """
     return next((block for block in blocks if unit.startswith(f"{block}.")), "")
 
 
 def _resized(model: nn.Module, name: str, target: Tensor, value: Tensor) -> Tensor | None:
-    """Returns a positional embedding [..., tokens, C] of another length in the target's shape.
+    """Returns a positional embedding [..., tokens, C] in the target's shape, interpolated.
 
-    Returns None for other tensors.
+    model: of it the image's grid is read. name: the tensor's. value: the source's tensor, of
+    another length than target's; the result has its dtype. Returns None for a tensor that is no
+    positional embedding, or has another width or no square grid.
     """
     if name.rpartition(".")[2] not in ("positional_embedding", "pos_embed", "pos_embedding"):
         return None
@@ -268,7 +298,7 @@ def _resized(model: nn.Module, name: str, target: Tensor, value: Tensor) -> Tens
 
 
 def _alike(target: Tensor, value: Tensor) -> bool:
-    """Whether shape and kind of number are the same.
+    """Whether two tensors have the same shape, and both or neither are floating.
 
     A scalar may be [] or [1], since checkpoints differ in that shape.
     """
@@ -279,4 +309,5 @@ def _alike(target: Tensor, value: Tensor) -> bool:
 
 
 def _first_names(path: str, count: int) -> str:
+    """Returns the first `count` names of a dotted path: "a.b" of "a.b.c" for 2."""
     return ".".join(path.split(".")[:count])

