@@ -32,11 +32,12 @@ class NamelessError(InputError):
 
 
 def class_names(classnames: str | os.PathLike | None) -> tuple[list[str] | None, list[str] | None]:
-    """Returns names of classes and, for ImageNet's classes, their synsets (n01440764, ...) in the
-    same order.
+    """Returns the names of classes and, for ImageNet's classes, their synsets in the same order.
 
-    classnames: "imagenet" for open_clip's list, or a file with a name a line. Raises InputError,
-    FileNotFoundError.
+    A synset (n01440764, ...) is the name of a class's folder in ImageNet.
+    classnames: "imagenet" for open_clip's list; a file with a name a line, for which the synsets
+    are None; or None, for which both are None.
+    Raises InputError for fewer than two names or a file that is not UTF-8, FileNotFoundError.
     """
     if classnames is None:
         return None, None
@@ -51,11 +52,12 @@ def class_names(classnames: str | os.PathLike | None) -> tuple[list[str] | None,
 
 
 def named(data: HeldOut, names: list[str] | None, synsets: list[str] | None) -> HeldOut:
-    """Returns the data with `names` in place of its class names, in the order of the classes'
-    numbers.
+    """Returns the data with `names` in place of its class names, in the order of class numbers.
 
-    synsets: the synsets of ImageNet's `names`, in order. Folders that are named by them, all or
-    some, are matched by synset.
+    `data` itself stays as it is, and is returned if `names` is None. If the data has a folder for
+    each class there must be a name for each folder, else InputError is raised.
+    synsets: the synsets of ImageNet's `names`, in order, or None. If all folders are named by them,
+    each gets the name of its synset, and names of other synsets are left out.
     """
     if names is None:
         return data
@@ -74,8 +76,9 @@ def named(data: HeldOut, names: list[str] | None, synsets: list[str] | None) -> 
 def phrases(templates: str | Sequence[str]) -> list[str]:
     """Returns phrases, each with one {} for the name of a class.
 
-    templates: phrases with {} or {c}, names of open_clip's lists ("openai", "simple"), or .txt
-    files with a phrase a line. Raises InputError, FileNotFoundError.
+    templates: one or several of: a phrase with {} or {c}; "openai" or "simple", a list of
+    open_clip; a .txt file with a phrase a line.
+    Raises InputError for a phrase without exactly one {}, FileNotFoundError.
     """
     if isinstance(templates, str):
         templates = [templates]
@@ -98,6 +101,11 @@ def phrases(templates: str | Sequence[str]) -> list[str]:
 
 
 def _lines(path: str | os.PathLike, expected: str) -> list[str]:
+    """Returns the lines of a UTF-8 text file, stripped, without empty lines.
+
+    expected: how errors begin, e.g. "classnames: expected ...". Raises FileNotFoundError, and
+    InputError for a file that is not UTF-8.
+    """
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{expected}, got {str(file)!r}, which does not exist")
@@ -110,12 +118,13 @@ def _lines(path: str | os.PathLike, expected: str) -> list[str]:
 
 @torch.no_grad()
 def zero_shot(towers: Towers, split: Split, templates: Sequence[str]) -> Classification | None:
-    """Returns accuracies over the labels of an encoded split, or None if it has fewer than two
-    classes or no label.
+    """Returns zero-shot accuracies of an encoded split, by the labels of its images.
 
+    None if the split has fewer than two classes or no label. Images without a label are skipped.
     Each class's weight is the mean of its features over `templates`, see `phrases` (open_clip's
-    build_zero_shot_classifier). Images without a label are skipped. mean_per_class is the mean over
-    the classes of the share of their images that are right.
+    build_zero_shot_classifier). mean_per_class is the mean over the classes of the share of their
+    images that are right.
+    towers: those that encoded the split; here they encode the names of the classes.
 
     Raises: NamelessError for labels that are numbers if there are no names; InputError for a label
     that is not a known class.
@@ -150,7 +159,10 @@ def zero_shot(towers: Towers, split: Split, templates: Sequence[str]) -> Classif
 
 
 def _weights(towers: Towers, split: Split, classes: list[str], templates: list[str]) -> Tensor:
-    """Returns the features float32 [D, classes] of the class names."""
+    """Returns the features float32 [D, classes] of the class names, on the device of the towers.
+
+    Each column is the normalised mean over `templates`, phrases with one {}.
+    """
     weights = []
     with hardware.autocast(towers.precision, towers.device):
         for start in range(0, len(classes), CLASSES_AT_A_TIME):
@@ -170,7 +182,8 @@ def _weights(towers: Towers, split: Split, classes: list[str], templates: list[s
 def _classes(split: Split) -> tuple[list[str], list[int]]:
     """Returns the class names, and each sample's class number (-1: no label).
 
-    Raises InputError for an unknown label.
+    The names are those of the data, or else the different labels that are texts, sorted.
+    Raises NamelessError for a number if there are no names, InputError for another unknown label.
     """
     names = split.data.classes.names
     if names is None:
@@ -189,7 +202,11 @@ def _classes(split: Split) -> tuple[list[str], list[int]]:
 
 
 def _class_number(label: str | int | None, by_name: dict[str, int]) -> int:
-    """Returns the number of a label's class; -1 for no label and for an unknown name."""
+    """Returns the number of a label's class; -1 for no label and for an unknown name.
+
+    A label that is a number, or a text of digits that is no name in `by_name`, is its own number,
+    which the caller has to compare with the number of classes.
+    """
     if label is None:
         return -1
     if not isinstance(label, str):

@@ -62,6 +62,7 @@ class Encoder:
 
     @property
     def towers(self) -> Towers:
+        """The model as `evaluation.encode` takes it, without its transform and tokenizer."""
         return Towers(self.model, self.device, self.precision, self.source or self.name)
 
     @property
@@ -71,7 +72,10 @@ class Encoder:
         return scale.exp().item()
 
     def fingerprint(self) -> str:
-        """A hash of the weights and the image transform, equal for equal encoders."""
+        """Returns a hash, 16 hex digits, of the weights and the image transform.
+
+        It is equal for equal encoders, in any process and on any device.
+        """
         addresses = r" at 0x\w+"  # of functions, which differ between processes
         transform = re.sub(addresses, "", repr(self.preprocess))
         digest = hashlib.sha256(transform.encode())
@@ -81,7 +85,11 @@ class Encoder:
         return digest.hexdigest()[:16]
 
     def stamp(self) -> dict[str, Any]:
-        """Returns the description of this encoder that files of its features contain."""
+        """Returns the description of this encoder that files of its features contain.
+
+        A dict of "name", "width", "logit_scale" (the factor), "weights" (the fingerprint) and
+        "precision".
+        """
         return {
             "name": self.name,
             "width": self.width,
@@ -128,17 +136,26 @@ class Encoder:
         return self._joined(features)[[rows[text] for text in texts]]
 
     def features(self, tower: str, inputs: Tensor) -> Tensor:
-        """Returns features float32 [N, width] of preprocessed images [N, 3, S, S] (tower "image")
-        or token ids [N, L] ("text").
+        """Returns features float32 [N, width], L2-normalised, of inputs of one tower.
+
+        tower: "image", for preprocessed images [N, 3, S, S], or "text", for token ids [N, L].
+        Raises InputError if a feature is not finite.
         """
         return self.towers.features(tower, inputs)
 
     def _joined(self, features: list[Tensor]) -> Tensor:
+        """Returns the features of several batches as one tensor [N, width]; [0, width] of none."""
         if not features:
             return torch.empty(0, self.width, device=self.device)
         return torch.cat(features)
 
     def _pixels(self, image: Picture) -> Tensor:
+        """Returns one image as the model takes it, float32 [3, S, S].
+
+        Paths are read; paths, PIL images and uint8 tensors go through `preprocess`; float tensors
+        [3, S, S] are taken as preprocessed.
+        Raises FileNotFoundError, and InputError for anything that is no image.
+        """
         if isinstance(image, Tensor):
             if image.ndim != 3 or len(image) != 3:
                 raise InputError(
@@ -168,13 +185,14 @@ def load(
     device: str | torch.device = "auto",
     precision: str = "fp32",
 ) -> Encoder:
-    """Loads the encoder that `source` names: a run, a checkpoint, an export, or a model's name with
-    weights.
+    """Loads the encoder that `source` names, and moves it to the device.
 
-    source, checkpoint: see `models.trained.load_source`.
+    source, checkpoint: a run, a checkpoint, an export, or a model's name with weights, see
+    `models.trained.load_source`. Of a run's folder best.pt is taken, if there is one. open_clip may
+    download its weights.
     device: cpu, cuda, cuda:1 ..., or auto: a GPU if there is one.
-    precision: fp32, bf16, fp16, or auto: bf16 if the device has it. Features are float32 in each of
-    them.
+    precision: fp32, bf16, fp16, or auto: bf16 if the device has it, else fp32. Features are float32
+    in each of them.
 
     Raises: InputError if the source is unknown, FileNotFoundError, CheckpointError if a file is not
     a checkpoint of that model.

@@ -11,9 +11,10 @@ from simplclip.evaluation.retrieval import KS
 
 
 def table(results: Results) -> Table:
-    """Returns the figures in per cent, for 80 columns.
+    """Returns a table of all figures in per cent, which fits a terminal of 80 columns.
 
-    Figures of several models stand above their common chance.
+    Each row is a direction of retrieval or an accuracy of a split, each column a k of KS. Figures
+    of several models stand above their common chance.
     """
     models = results.models
     several = len(models) > 1
@@ -50,7 +51,11 @@ def table(results: Results) -> Table:
 
 
 def _rows(result: SplitResult) -> dict[str, list[Figure]]:
-    """Returns the figures of each row of the table by what they are among."""
+    """Returns the figures of the table's rows for one split, by what is searched.
+
+    These are R@1, R@5 and R@10 of e.g. "5000 texts" (image to text) and "1000 images", top 1 and
+    top 5 of e.g. "10 classes", and the one of "mean per class".
+    """
     rows = {}
     if retrieval := result.retrieval:
         rows[f"{result.texts} texts"] = list(retrieval.image_to_text.values())
@@ -63,8 +68,9 @@ def _rows(result: SplitResult) -> dict[str, list[Figure]]:
 
 
 def percent(share: float) -> str:
-    """Writes a share in per cent, as "12.3%"; a small share with one significant digit, as
-    "0.002%".
+    """Returns a share as text in per cent, as "12.3%".
+
+    A share below 0.0005 has one significant digit, as "0.002%".
     """
     if share >= 5e-4 or not share:
         return f"{share:.1%}"
@@ -73,7 +79,10 @@ def percent(share: float) -> str:
 
 
 def in_words(figures: Recall, among: int) -> str:
-    """Returns the figures and their chance as one line of text for a picture."""
+    """Returns R@k of one direction as a line, e.g. "R@1 12.3%, ... of 1000 (chance 0.1, ...%)".
+
+    among: number of the candidates.
+    """
     values = ", ".join(f"{name} {percent(figure.value)}" for name, figure in figures.items())
     chance = ", ".join(percent(figure.chance).rstrip("%") for figure in figures.values())
     return f"{values} of {among} (chance {chance}%)"

@@ -27,6 +27,7 @@ class Retrieval:
 
     @property
     def directions(self) -> dict[str, Recall]:
+        """R@k by the name of the direction, "image_to_text" and "text_to_image"."""
         return {"image_to_text": self.image_to_text, "text_to_image": self.text_to_image}
 
 
@@ -54,6 +55,11 @@ class SplitResult:
     contact_sheet: str | None = None  # path of the picture
 
     def to_json(self) -> dict[str, Any]:
+        """Returns the value of this split in evaluation.json, which `from_json` reads.
+
+        Without retrieval the keys "image_to_text" and "text_to_image" are missing; without
+        classification "zero_shot" is None.
+        """
         values: dict[str, Any] = {"images": self.images, "texts": self.texts}
         if self.retrieval is not None:
             values |= asdict(self.retrieval)
@@ -64,6 +70,10 @@ class SplitResult:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> SplitResult:
+        """Returns the result of a split from its value in evaluation.json.
+
+        Raises KeyError or TypeError for other content.
+        """
         retrieval = classification = None
         if "image_to_text" in values:
             retrieval = Retrieval(
@@ -85,6 +95,7 @@ class SplitResult:
 
 
 def _recall(values: Mapping[str, Any]) -> Recall:
+    """Returns R@k from its form in evaluation.json, {"R@1": {"value": ..., "chance": ...}, ...}."""
     return {name: Figure(**figure) for name, figure in values.items()}
 
 
@@ -99,6 +110,7 @@ class ModelResult:
     splits: dict[str, SplitResult] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        """Returns a model's value in evaluation.json: the fields, with "splits" by name."""
         return {
             "checkpoint": self.checkpoint,
             "model": self.model,
@@ -109,6 +121,10 @@ class ModelResult:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelResult:
+        """Returns the result of a model from its value in evaluation.json; other keys are ignored.
+
+        Raises KeyError, TypeError or AttributeError for other content.
+        """
         return cls(
             values["checkpoint"],
             values["model"],
@@ -130,10 +146,15 @@ class Results:
 
     @property
     def models(self) -> list[ModelResult]:
+        """The results of all models, the first model's at the beginning."""
         return [self.first, *self.baselines.values()]
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the content of evaluation.json."""
+        """Returns the content of evaluation.json.
+
+        The values of the first model and "versions" are at the top; "baselines" has the other
+        models by source, and is missing if there are none.
+        """
         values = self.first.to_json()
         splits = values.pop("splits")
         values |= {"versions": self.versions, "splits": splits}

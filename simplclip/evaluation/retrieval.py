@@ -22,6 +22,7 @@ def recall_of(split: Split, device: torch.device | str = "cpu") -> Retrieval | N
 
     R@k is defined as for COCO and Flickr30k: an image is right if any of its captions is among the
     first k; each caption is a query.
+    device: where similarities are computed; the features of the split stay where they are.
     """
     x, y = split.image_features, split.text_features
     if x is None or y is None:
@@ -35,12 +36,13 @@ def recall_of(split: Split, device: torch.device | str = "cpu") -> Retrieval | N
 def loss_of(
     split: Split, batch_size: int, logit_scale: Tensor, logit_bias: Tensor | None = None
 ) -> float | None:
-    """Returns the contrastive loss of an encoded split, with `logit_bias` [] the sigmoid loss; None
-    without captions.
+    """Returns the mean contrastive loss of an encoded split; None for one without captions.
 
-    It is the mean over batches of `batch_size` pairs, an image and its first caption, in a fixed
-    random order. The pairs that fill no batch are left out, if there is one; fewer pairs have a
-    lower loss. Pairs of a group are no negatives.
+    It is the mean over batches of `batch_size` pairs, an image and the first caption of its group,
+    in a fixed random order. The pairs that fill no batch are left out; if there are fewer pairs
+    than `batch_size` they are one batch, whose loss is lower. Pairs of a group are no negatives.
+    logit_scale: factor [] of the similarities, not its logarithm. logit_bias: bias [] of the
+    sigmoid loss; None for the softmax loss.
     """
     if split.image_features is None or split.text_features is None:
         return None
@@ -70,12 +72,12 @@ def loss_of(
 def nearest(
     queries: Tensor, candidates: Tensor, k: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yields the k most similar `candidates` [m, D] of each of `queries` [n, D], for a part of the
-    queries at a time.
+    """Yields the k most similar candidates of each query, for a part of the queries at a time.
 
-    A part is the number of its first query, and the similarities [q, k] and rows [q, k] of the
-    candidates, the most similar first (min(k, m) of them). The similarities are computed in tiles
-    of at most 64 MiB, on `device`.
+    queries: [n, D], candidates: [m, D], compared by their dot products.
+    A part of q queries is the number of its first query, the similarities [q, k] and the rows [q,
+    k] of the candidates, the most similar first (min(k, m) of them), both on `device`. The
+    similarities are computed there in tiles of at most 64 MiB.
     """
     width = min(len(candidates), _TILE_COLUMNS)
     height = max(1, _TILE_BYTES // (4 * width))
@@ -101,13 +103,14 @@ def recall(
     candidate_groups: Tensor,
     device: torch.device | str = "cpu",
 ) -> Recall:
-    """Returns the fraction of queries that have a candidate of their own group among the k nearest,
-    for each k of KS.
+    """Returns, for each k of KS, the share of queries with a right answer among the k nearest.
 
-    queries: [n, D], candidates: [m, D], groups: int64 [n] and [m]. With as many groups as pairs
-    this is the usual R@k. Its chance is the fraction if candidates are ranked at random: 1 - C(m-r,
-    k)/C(m, k) for r right candidates of m, averaged over the queries. Extra memory: a tile of
-    similarities, 64 MiB; never [n, m].
+    A candidate is right if it is of the query's group.
+    queries: [n, D], candidates: [m, D], groups: int64 [n] and [m] on the CPU. device: where
+    similarities are computed.
+    With as many groups as pairs this is the usual R@k. Its chance is the share if candidates are
+    ranked at random: 1 - C(m-r, k)/C(m, k), with binomial coefficients C, for r right candidates of
+    m, averaged over the queries. Extra memory: a tile of similarities, 64 MiB; never [n, m].
     """
     m = len(candidates)
     hits = torch.zeros(len(KS), dtype=torch.int64)

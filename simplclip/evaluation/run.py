@@ -71,21 +71,22 @@ def evaluate(
     out: str | os.PathLike | None = None,
     console: Console | None = None,
 ) -> Results:
-    """Evaluates models on splits, by retrieval where there are captions and by classification where
-    there are labels.
+    """Evaluates models on splits; writes evaluation.json and pictures, and prints a table.
 
-    Writes OUT/evaluation.json, and for each split with captions OUT/evaluation-SPLIT.png; prints a
-    table and returns the results, whose `to_json` is the content of the JSON. There the figures of
-    the first model are under "splits", those of other models under "baselines" by model. The JSON
-    replaces an earlier one, and is written after each split. Ranks divide the images and captions;
-    the first rank compares, writes and prints.
+    Retrieval is evaluated where there are captions, classification where there are labels. Writes
+    OUT/evaluation.json, and for each split with captions OUT/evaluation-SPLIT.png; returns the
+    results, whose `to_json` is the content of the JSON. There the figures of the first model are
+    under "splits", those of other models under "baselines" by model. The JSON replaces an earlier
+    one, and is written after each split. Ranks divide the images and captions; the first rank
+    compares, writes and prints.
 
     Args:
         models: one or several sources of `evaluation.load`. Names of pictures end with the model's
-            name for all but the first.
+        name for all but the first.
         splits: name -> first argument of `data.held_out`.
         settings: by default those of `Settings`.
         out: by default the folder of the first model.
+        console: where lines and the table are printed; by default the standard output.
 
     Raises: FileNotFoundError, CheckpointError (not a checkpoint, or of another architecture),
     InputError.
@@ -148,6 +149,7 @@ def evaluate(
 
 
 def _sources(models: Models) -> list[str]:
+    """Returns one or several models as a list of texts; InputError for none, or one twice."""
     if isinstance(models, (str, os.PathLike)):
         models = [models]
     sources = [os.fspath(model) for model in models]
@@ -159,7 +161,11 @@ def _sources(models: Models) -> list[str]:
 
 
 def _folder(out: str | os.PathLike | None, model: str) -> Path:
-    """Returns the folder of the results: `out`, by default that of the model."""
+    """Returns the folder of the results: `out`, by default that of the model.
+
+    It is not made here. Raises InputError if there is no `out` and `model`, a source, is no file or
+    folder.
+    """
     if out:
         return Path(out)
     if not Path(model).exists():
@@ -171,7 +177,10 @@ def _folder(out: str | os.PathLike | None, model: str) -> Path:
 
 
 def _templates_of(config: Mapping[str, Any] | None) -> Sequence[str]:
-    """Returns eval.templates of a checkpoint's config, if it has them."""
+    """Returns eval.templates of a checkpoint's config, phrases with {}.
+
+    Returns TEMPLATES, "a photo of {}", for no config or one without such phrases.
+    """
     section = (config or {}).get("eval")
     templates = section.get("templates") if isinstance(section, Mapping) else None
     if not isinstance(templates, list) or not templates:
@@ -182,14 +191,21 @@ def _templates_of(config: Mapping[str, Any] | None) -> Sequence[str]:
 
 
 def file_name(name: str) -> str:
-    """Replaces characters of `name` that file systems do not allow in names."""
+    """Returns `name` with "_" for characters that file names may not have; "_" if none is left."""
     return re.sub(r'[\x00-\x1f<>:"/\\|?*]+', "_", name).strip(" ._") or "_"
 
 
 def _result(
     encoder: Encoder, split: Split, name: str, templates: list[str], picture: Path
 ) -> SplitResult:
-    """Returns the figures of an encoded split, and draws its picture."""
+    """Returns the figures of an encoded split, and writes its picture if it has captions.
+
+    name: of the split. templates: phrases around the names of classes. picture: path of the PNG,
+    which is replaced; it becomes the result's `contact_sheet`.
+    Raises InputError if the split has neither captions nor labels of at least two classes, or a
+    label of an unknown class; NamelessError if it has no captions, and labels that are numbers
+    without names.
+    """
     retrieval = recall_of(split, encoder.device)
     classification = None
     left_out = []
@@ -220,6 +236,10 @@ def _result(
 
 
 def _draw(encoder: Encoder, split: Split, name: str, retrieval: Retrieval, picture: Path) -> None:
+    """Writes the contact sheet of an encoded split to the file `picture`, which is replaced.
+
+    name: of the split, for the title, which also has the model's name and step.
+    """
     title = encoder.name
     if encoder.step is not None:
         title += f", step {encoder.step}"
@@ -231,5 +251,6 @@ def _draw(encoder: Encoder, split: Split, name: str, retrieval: Retrieval, pictu
 
 
 def _write(file: Path, results: Results) -> None:
+    """Replaces `file` by the results as UTF-8 JSON, completely or not at all."""
     text = json.dumps(results.to_json(), indent=2, ensure_ascii=False) + "\n"
     write_atomically(file, text.encode("utf-8", "backslashreplace"))

@@ -36,8 +36,10 @@ class Answers(NamedTuple):
     missed: bool  # whether none of the nearest is right
 
     def shown(self) -> list[tuple[int, str]]:
-        """Returns the candidates to draw with their labels: the nearest, and the right one, if it
-        is missed.
+        """Returns the rows of the candidates to draw, each with its label.
+
+        These are the nearest, labelled by their similarity ("0.31"), and, if the right one is
+        missed, that one, labelled by its rank and similarity ("#23: 0.18").
         """
         shown = [(row, f"{score:.2f}") for row, score in zip(self.rows, self.scores)]
         if self.missed:
@@ -48,18 +50,21 @@ class Answers(NamedTuple):
 def contact_sheet(
     path: str | Path, split: Split, title: str, subtitles: Sequence[str] = ("", "")
 ) -> Path:
-    """Writes a picture of captions with their TOP nearest images, and of images with their nearest
-    captions.
+    """Writes a PNG of queries of a split with their nearest answers to `path`; returns the path.
+
+    It shows captions with their TOP nearest images, and images with their nearest captions. A file
+    at `path` is replaced. split, title, subtitles: see `sheet_of`.
     """
     return sheet_of(split, title, subtitles).write(path)
 
 
 def sheet_of(split: Split, title: str, subtitles: Sequence[str] = ("", "")) -> Sheet:
-    """Draws what `contact_sheet` writes.
+    """Returns the drawing that `contact_sheet` writes; it writes nothing itself.
 
-    split: an encoded split. Of all queries it shows some of the best, of the middle and of the
-    worst, by the rank of the right answer (same group), which is framed green and, where it is not
-    among the nearest, comes last with its rank. subtitles: a line for each half, e.g. its metrics.
+    split: an encoded split with captions, whose images are read again. Of all queries it shows some
+    of the best, of the middle and of the worst, by the rank of the right answer (same group), which
+    is framed green and, where it is not among the nearest, comes last with its rank. subtitles: a
+    line for each half, e.g. its metrics.
     """
     texts = (split.text_features, split.caption_groups)
     images = (split.image_features, split.groups)
@@ -93,6 +98,10 @@ def sheet_of(split: Split, title: str, subtitles: Sequence[str] = ("", "")) -> S
 
 
 def _draw_images(sheet: Sheet, split: Split, pictures: dict, answers: Answers) -> None:
+    """Draws a caption and the images that answer it in a row; moves `sheet.y` below them.
+
+    pictures: row of an image in the split -> the PIL image. answers: of a query that is a caption.
+    """
     sheet.line(split.captions[answers.query], 10.5, 2)
     sheet.y += 0.05
     group = split.caption_groups[answers.query]
@@ -107,6 +116,10 @@ def _draw_images(sheet: Sheet, split: Split, pictures: dict, answers: Answers) -
 
 
 def _draw_captions(sheet: Sheet, split: Split, pictures: dict, answers: Answers) -> None:
+    """Draws an image and, beside it, the captions that answer it; moves `sheet.y` below them.
+
+    pictures: row of an image in the split -> the PIL image. answers: of a query that is an image.
+    """
     side = 1.1
     x = MARGIN + side + GAP
     sheet.tile(pictures[answers.query], MARGIN, sheet.y, side)
@@ -126,10 +139,13 @@ def _draw_captions(sheet: Sheet, split: Split, pictures: dict, answers: Answers)
 def _chosen(
     queries: Tensor, groups: Tensor, candidates: Tensor, candidate_groups: Tensor
 ) -> list[tuple[str, Answers]]:
-    """Returns the answers to show, each with a heading, which is "" for all but the first one of a
-    kind.
+    """Returns the queries to show, with their answers, each with a heading.
 
-    They are in the order of the rank of the right answer, then of its similarity.
+    The heading is "Best", "Middle" or "Worst" at the first of each kind, otherwise "". Of fewer
+    than 12 queries all are returned, without headings. They are in the order of the rank of the
+    right answer, then of its similarity.
+    queries, candidates: features [n, D] and [m, D]. groups, candidate_groups: int64 [n] and [m];
+    the right answers are the candidates of the query's group.
     """
     answers = list(_answers(queries, groups, candidates, candidate_groups))
     answers.sort(key=lambda answer: (answer.rank, -answer.right_score))
@@ -152,9 +168,10 @@ def _chosen(
 def _answers(
     queries: Tensor, groups: Tensor, candidates: Tensor, candidate_groups: Tensor
 ) -> Iterator[Answers]:
-    """Yields the answers of each query that has a right one.
+    """Yields the answers of each query that has a right one, in the order of the queries.
 
-    A wrong one of the same similarity ranks before it.
+    The arguments are those of `_chosen`. A wrong candidate of the same similarity as the right one
+    ranks before it.
     """
     near_scores: list[list[float]] = []
     near_rows: list[list[int]] = []

@@ -36,12 +36,18 @@ class Split:
     def __init__(
         self, data: HeldOut, tokenizer: Callable[[list[str]], Tensor], transform: Any
     ) -> None:
+        """Makes an empty split; nothing is read yet.
+
+        tokenizer: texts -> int64 [N, L]. transform: the model's image transform, an ImageTransform
+        or a function of an RGB image -> float32 [3, S, S].
+        """
         self.data = data
         self.tokenizer = tokenizer
         self.transform = transform
         self.clear()
 
     def clear(self) -> None:
+        """Forgets what was read and encoded: samples, groups, features, counts of skipped ones."""
         self.keys: list[str] = []  # n
         self.captions: list[str] = []  # m
         self.labels: list[str | int | None] = []  # n
@@ -55,11 +61,13 @@ class Split:
     def read(
         self, batch_size: int, workers: int = 0, use: Callable[[Tensor], Tensor] | None = None
     ) -> Iterator[Tensor]:
-        """Yields the images in batches, uint8 or float32 [N, 3, S, S], and collects their keys,
-        captions, labels and groups.
+        """Yields the images in batches, and collects their keys, captions, labels and groups.
 
+        What the split had is cleared first. The images are uint8 or float32 [N, 3, S, S], N <=
+        batch_size, and are not kept. `groups` and `caption_groups` are set after the last batch.
+        workers: processes that decode images; 0: this one.
         use: as in `data.HeldOut.batches`; its results, e.g. features, are then yielded in place of
-        the images.
+        the images, on the first rank, while the ranks divide the batches.
         """
         self.clear()
         # name of a group, or row of an image without one -> number of the group
@@ -92,7 +100,10 @@ class Split:
         return len(self.keys)
 
     def pictures(self, rows: list[int]) -> dict[int, Image.Image]:
-        """Reads the images of these rows again, and crops them as the model sees them."""
+        """Returns the RGB images of these rows, by row, cropped as the model sees them.
+
+        The data are read again, up to the last of the rows.
+        """
         images = self.data.pictures([self._positions[row] for row in rows])
         return {row: cropped(self.transform, images[self._positions[row]]) for row in rows}
 
@@ -102,8 +113,11 @@ class Split:
 
 
 def cropped(transform: Any, image: Image.Image) -> Image.Image:
-    """Returns the part of an image that a model sees, at a multiple of the model's size that has at
-    least 160 pixels.
+    """Returns the part of an image that a model sees, as a PIL image to look at.
+
+    transform: the model's. Of an ImageTransform the picture has the smallest multiple of the
+    model's size with at least 160 pixels a side; of others it has the model's size. A transform
+    without steps leaves the image whole.
     """
     if isinstance(transform, ImageTransform):
         larger = copy.copy(transform)
@@ -122,6 +136,8 @@ def cropped(transform: Any, image: Image.Image) -> Image.Image:
 def load_splits(splits: Mapping[str, Any], tokenizer: Any, transform: Any) -> dict[str, Split]:
     """Returns the eval.splits of a run whose model has this tokenizer and image transform.
 
+    splits: name -> data as `data.held_out` takes them. The result has the same names; its splits
+    are not encoded yet. A batch of one sample of each is read as a check.
     Raises InputError, which names the split's key, for data that `data.held_out` rejects or that
     have no usable sample.
     """
@@ -148,9 +164,10 @@ class Towers:
 
     @torch.no_grad()
     def features(self, tower: str, inputs: Tensor) -> Tensor:
-        """Returns features float32 [N, D], L2-normalised, of images [N, 3, S, S] (tower "image") or
-        token ids [N, L] ("text").
+        """Returns features float32 [N, D], L2-normalised, of inputs of one tower.
 
+        tower: "image", for images [N, 3, S, S], or "text", for token ids [N, L]; they are moved to
+        the device.
         Raises InputError, which names the source, if a feature is not finite.
         """
         encode: Any = self.model.encode_image if tower == "image" else self.model.encode_text
@@ -172,14 +189,14 @@ def encode(
     workers: int = 0,
     progress: str | None = None,
 ) -> None:
-    """Reads a split and computes its features, which stay on the CPU: 4 D bytes for each image and
-    caption.
+    """Reads a split and computes its features, which stay on the CPU, in place of what it had.
 
-    Ranks divide the images and captions. The first rank gets all of them; on other ranks `split`
-    stays empty.
+    They take 4 D bytes for each image and caption. Ranks divide the images and captions. The first
+    rank gets all of them; on other ranks `split` stays empty.
 
-    workers: processes that decode images. progress: title of the progress that is shown. Raises:
-    InputError if features are not finite; the errors of `data.HeldOut.batches`.
+    workers: processes that decode images; 0: this one. progress: title of the progress that is
+    shown; None: nothing is shown. Raises: InputError if features are not finite; the errors of
+    `data.HeldOut.batches`.
     """
 
     def image_features(batch: Tensor) -> Tensor:

@@ -62,9 +62,13 @@ MAY_CHANGE = (
 
 
 def former(out: Path, resume: bool) -> dict[str, Any] | None:
-    """Reads the checkpoint to continue from.
+    """Returns the checkpoint to continue from, or None for a run that begins; only reads files.
 
-    Returns None for a run that begins, in a folder that must not hold a run.
+    out: folder of the run. With `resume` it is last.pt, if there is one, on the CPU; its key "best"
+    has "recall", "step" and "config" of best.pt, all None without that file. Without `resume` the
+    folder must not hold a run.
+    Raises ConfigError if it does, CheckpointError for files that `simplclip train` does not write
+    so.
     """
     last = out / "last.pt"
     if not resume or not last.exists():
@@ -86,7 +90,7 @@ def former(out: Path, resume: bool) -> dict[str, Any] | None:
 
 
 def _is_whole(checkpoint: dict[str, Any]) -> bool:
-    """Whether a checkpoint has what a run needs to continue."""
+    """Whether a checkpoint has valid "rng", "data", "step" and "frozen", which a run needs."""
     try:
         torch.Generator().set_state(checkpoint["rng"]["torch"])
         positions = [position.keys() >= {*STATE} for position in checkpoint["data"]]
@@ -101,7 +105,11 @@ def _is_whole(checkpoint: dict[str, Any]) -> bool:
 
 
 def check_settings(checkpoint: dict[str, Any], config: Config) -> None:
-    """Raises ConfigError if `config` cannot continue the run of this checkpoint, see MAY_CHANGE."""
+    """Raises ConfigError if `config` cannot continue the run of this checkpoint, see MAY_CHANGE.
+
+    Neither can it with fewer steps than are done. Raises CheckpointError if the checkpoint's own
+    settings are those of another version.
+    """
     last = Path(config.run.out) / "last.pt"
     try:
         old, new = from_dict(checkpoint["config"]).to_dict(), config.to_dict()
@@ -130,8 +138,9 @@ def check_settings(checkpoint: dict[str, Any], config: Config) -> None:
 
 
 def _without_folders(data: Any) -> Any:
-    """Returns data.train or data.sidecars without the folders of its paths; a command stays
-    whole.
+    """Returns data.train or data.sidecars with the last parts of its paths in their places.
+
+    A pipe:COMMAND stays whole, and so do weights of shards.
     """
     if isinstance(data, str):
         return data if data.startswith("pipe:") else Path(data).name
@@ -152,6 +161,11 @@ class Snapshot:
     def __init__(
         self, state: State, former: dict[str, Any] | None = None, images: int | None = None
     ) -> None:
+        """Takes the present state as the last whole step.
+
+        former: what the function `former` returned. images: number of images of an epoch, for
+        checkpoints; None if they are not counted.
+        """
         self.state, self.out = state, Path(state.config.run.out)
         self.go_on = f"To go on: simplclip train {self.out / 'config.yaml'} --resume"
         former = former or {}
@@ -171,20 +185,24 @@ class Snapshot:
         self.take()
 
     def take(self) -> None:
-        """Copies the state after a whole step; to be called after each."""
+        """Copies the state after a whole step, in place of the last one; to be called after each.
+
+        Copied are buffers, the step, the loaders' states and the generators' states.
+        """
         for buffer, copy in self._buffers.values():
             copy.copy_(buffer)
         self.progress |= {"step": self.state.step, "data": self.state.data, "rng": rng_state()}
 
     def restore_buffers(self) -> None:
-        """Gives the model's buffers the values after the last whole step."""
+        """Overwrites the model's buffers by their values after the last whole step."""
         for buffer, copy in self._buffers.values():
             buffer.copy_(copy)
 
     def save(self) -> None:
-        """Writes config.yaml, whose settings may have changed on resume, and last.pt.
+        """Writes last.pt with the last whole step, and config.yaml, in place of the old ones.
 
-        Other ranks write nothing.
+        config.yaml may have changed on resume. Other ranks write nothing. Parameters are written as
+        they are: not to be called while `state.updating`.
         """
         if not ranks.first():
             return
@@ -199,8 +217,9 @@ class Snapshot:
     def keep_best(self, recall: float) -> bool:
         """Writes best.pt, with the model's present weights, if their R@1 is the highest so far.
 
-        R@1 of other eval.splits does not count. Also writes config.yaml, by which `simplclip
-        evaluate` finds the splits. Returns whether the weights are the best ones.
+        recall: the mean R@1 of an evaluation; that of other eval.splits does not count. Also writes
+        config.yaml, by which `simplclip evaluate` finds the splits. Returns whether the weights are
+        the best ones, on all ranks; only the first one writes.
         """
         state = self.state
         if self.best and recall <= self.best[0]:
@@ -219,10 +238,10 @@ class Snapshot:
         return True
 
     def save_after_error(self) -> str | None:
-        """Saves the last whole step after an error.
+        """Writes the last whole step to last.pt after an error, unless it is there already.
 
-        Returns a sentence: what is saved, or why not and what is intact. Returns None if there was
-        no whole step, in this run or in one that it continues.
+        Gradients are freed. Returns a sentence: what is saved, or why not and what is intact.
+        Returns None if there was no whole step, in this run or in one that it continues.
         """
         last, step = self.out / "last.pt", self.progress["step"]
         self.state.optimizer.zero_grad(set_to_none=True)  # saving may need the memory
@@ -241,9 +260,10 @@ class Snapshot:
 
 
 def save(folder: Path, contents: dict[str, Any], name: str = LAST) -> None:
-    """Writes a checkpoint, FOLDER/last.pt or FOLDER/NAME.
+    """Writes a checkpoint, FOLDER/last.pt or FOLDER/NAME, in place of the old one.
 
-    A crash, a full disk or a signal at any moment leaves the old one or the new one, complete.
+    contents: its keys but "format" and "version", which are added. A crash, a full disk or a signal
+    at any moment leaves the old one or the new one, complete.
     """
     path = folder / name
     with replacing(path) as file:
@@ -259,7 +279,11 @@ def save(folder: Path, contents: dict[str, Any], name: str = LAST) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """Returns the states of torch's random generators; the loader draws from its own."""
+    """Returns the states of torch's random generators; the loader draws from its own.
+
+    They are "torch", a tensor for the CPU, and on machines with GPUs "cuda", a list of one for
+    each.
+    """
     states: dict[str, Any] = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state_all()

@@ -17,7 +17,10 @@ WORTH_SECONDS = 600.0  # of the run, for which compilation of minutes pays
 
 
 def may_compile(state: State) -> bool:
-    """Several ranks would have to agree; on a CPU compilation changes results, and gains little."""
+    """Whether run.compile=auto may compile the towers of a run: on a GPU, with one rank.
+
+    Several ranks would have to agree; on a CPU compilation changes results, and gains little.
+    """
     return state.device.type == "cuda" and ranks.count() == 1
 
 
@@ -30,6 +33,11 @@ class Compilation:
     """
 
     def __init__(self, state: State, snapshot: Snapshot, log: Log) -> None:
+        """Compiles nothing yet.
+
+        snapshot: gives the buffers back if the first compiled step fails. log: gets a line when the
+        towers are compiled, and one if that fails.
+        """
         self.state = state
         self.snapshot = snapshot
         self.log = log
@@ -38,7 +46,11 @@ class Compilation:
         self.began = 0.0  # the time after the first step, which chose and compiled kernels
 
     def step(self, train: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Runs a step by `train`, which may be called a second time if compilation fails."""
+        """Calls `train`, which runs one step, and returns the figures that it returned.
+
+        The step after EAGER_STEPS may begin with the compilation; if that fails, `train` is called
+        a second time, from the same buffers and generators.
+        """
         if self.undecided and self.steps == 1:
             self.began = time.monotonic()
         if self.undecided and self.steps == EAGER_STEPS:
@@ -53,10 +65,15 @@ class Compilation:
         return train()
 
     def _decide(self, compiled: bool) -> None:
+        """Sets run.compile in the state's config, in place of "auto"."""
         self.state.config = self.state.config.replaced(run={"compile": compiled})
 
     def _first_compiled(self, train: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Compiles the towers, and runs a step; if it fails, runs it without compilation."""
+        """Compiles the towers, and runs a step; if it fails, runs it without compilation.
+
+        Returns the figures of the step. A failure undoes the compilation for good, and sets
+        run.compile to False; a TrainingError, and an error within the update, are raised.
+        """
         state, crop = self.state, self.state.crop
         generators = gradient_cache.generators()
         sizes = (crop.multiple, crop.groups) if crop else (0, 0)

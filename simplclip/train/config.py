@@ -48,6 +48,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _equal_micro_batches(self) -> Config:
+        """Raises ValueError if data.micro_batch is a number that does not divide batch_size."""
         size, micro = self.data.batch_size, self.data.micro_batch
         if micro != "auto" and size % self.data.images_at_a_time:
             raise ValueError(
@@ -57,6 +58,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _a_weight_at_every_step(self) -> Config:
+        """Raises ValueError if no term of the loss has a weight above 0 at some step of the run.
+
+        Nothing is checked while run.steps is None.
+        """
         steps = self.run.steps
         if steps is None:
             return self  # the config is checked again when run.steps is known
@@ -82,14 +87,18 @@ class Config(Section):
         return {"held_out": split}
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns a plain dict with all defaults."""
+        """Returns the values of all sections, with all defaults, as plain JSON values."""
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
+        """Returns the text of a YAML file with all values, defaults included."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def replaced(self, **sections: dict[str, Any]) -> Config:
-        """Returns the config with some values of some sections replaced, checked as a whole."""
+        """Returns a new config with some values of some sections replaced, checked as a whole.
+
+        sections: name of a section -> {key: value}. Raises ConfigError.
+        """
         values = self.to_dict()
         for name, changes in sections.items():
             values[name] |= changes
@@ -97,7 +106,10 @@ class Config(Section):
 
 
 def _corners(schedules: Iterable[Schedule], steps: int) -> list[int]:
-    """Returns the steps of a run between which all schedules are linear."""
+    """Returns the steps, in order, between which the weights of all schedules are linear.
+
+    They lie in the run, from 0 to steps - 1.
+    """
     corners = {0, steps}
     for schedule in schedules:
         corners |= {schedule.start, schedule.end or 0, schedule.until or 0}
@@ -112,6 +124,7 @@ class _Loader(yaml.SafeLoader):
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        """Builds the next node as SafeLoader does, but raises YAMLError for an alias."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("expected no aliases (*name)")
         return super().compose_node(parent, index)
@@ -125,7 +138,10 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str | bytes, source: str) -> Any:
-    """Returns the value of a YAML text; an error names its source."""
+    """Returns the value of a YAML text; None for an empty one.
+
+    source: how a ConfigError about text that is not valid names it.
+    """
     try:
         return yaml.load(text, _Loader)
     # e.g. of !!bool, or a date
@@ -140,7 +156,7 @@ def builtin() -> dict[str, Path]:
 
 
 def load(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Reads a config.
+    """Returns a config, read from a file, changed and checked.
 
     source: path of a YAML file, or the name of a built-in config.
     overrides: "key=value" with dotted keys; values are parsed as YAML. Raises ConfigError, which
@@ -150,7 +166,11 @@ def load(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Con
 
 
 def read(source: str | Path) -> dict[str, Any]:
-    """Returns the values of a YAML file or a built-in config, unchecked."""
+    """Returns the values of a YAML file or a built-in config by section, unchecked.
+
+    source: path of the file, or name of the config. Raises ConfigError if there is neither, or for
+    content that is no mapping.
+    """
     file: Path | None = Path(source)
     if not file.is_file():
         file = builtin().get(str(source))
@@ -176,13 +196,21 @@ def _no_config(source: str) -> ConfigError:
 
 
 def overridden(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    """Changes `values` by "key=value" items, and returns them."""
+    """Changes `values`, the sections of a config, in place by "key=value" items; returns them.
+
+    Keys are dotted (optim.lr=1e-3). Raises ConfigError.
+    """
     for override in overrides:
         _override(values, override)
     return values
 
 
 def _override(values: dict[str, Any], override: str) -> None:
+    """Sets one "key=value" in `values`, in place; the value is parsed as YAML.
+
+    Keys are dotted; sections that are missing are added. Of run.steps and run.epochs the one that
+    is set removes the other, unless it is set to null. Raises ConfigError.
+    """
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -204,7 +232,10 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Makes a config of plain values and checks it."""
+    """Makes a config of plain values by section, and checks it.
+
+    Raises ConfigError, with a line for each wrong key.
+    """
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -213,7 +244,7 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def check_out(out: Path, resume: bool) -> None:
-    """Raises ConfigError for a folder with a run that is not to be continued."""
+    """Raises ConfigError if the folder `out` has files of a run and `resume` is false."""
     if resume:
         return
     if any((out / name).exists() for name in ("last.pt", "best.pt", "config.yaml", "metrics.csv")):
@@ -235,7 +266,7 @@ END_OF_DOCUMENT = "...\n"  # which yaml writes after a scalar
 
 
 def describe() -> str:
-    """Returns all keys as a YAML file with defaults; descriptions are in comments."""
+    """Returns the text of a YAML file of all keys with defaults; descriptions are in comments."""
     lines = []
     for key, field in keys().items():
         section, _, name = key.rpartition(".")
@@ -247,7 +278,10 @@ def describe() -> str:
 
 
 def _described(name: str, field: Any) -> str:
-    """Returns the line of a key within its section."""
+    """Returns the line of a key within its section, with its default and description.
+
+    field: the key's pydantic field.
+    """
     if field.is_required():
         assignment, meaning = f"{name}:", f"required: {field.description}"
     else:
@@ -268,7 +302,10 @@ WORDS = {  # of pydantic -> of our errors
 
 
 def _line(error: Any) -> str:
-    """Returns an error of pydantic as one line."""
+    """Returns an error as one line, "section.key: expected ..., got ...".
+
+    error: an item of ValidationError.errors() of pydantic.
+    """
     # without the tags of the forms that a value may have
     parts = [str(part) for part in error["loc"] if part not in ("plain", "section", "[key]", "str")]
     key = ".".join(part for part in parts if not part.startswith(("dict[", "list[")))

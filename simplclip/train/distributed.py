@@ -22,9 +22,10 @@ from simplclip.train.config import ConfigError
 
 
 def share_norms(model: nn.Module, device: torch.device) -> None:
-    """Makes training batch norms use the statistics of all ranks.
+    """Makes batch norms in training mode use the statistics of all ranks, in place.
 
-    Raises ConfigError on a CPU, where torch cannot do that.
+    They are replaced by synchronised ones in `model`. With one rank nothing changes. Raises
+    ConfigError on a CPU, where torch cannot do that.
     """
     if ranks.count() == 1:
         return
@@ -52,13 +53,16 @@ class _Tower(nn.Module):
         self.weights = nn.ParameterList(parameters)
 
     def forward(self, encode: Callable[[Any], Tensor], batch: Any) -> Tensor:
+        """Returns encode(batch)."""
         return encode(batch)
 
 
 def wrap(model: nn.Module) -> dict[str, DistributedDataParallel]:
-    """Returns a wrapper for each tower that trains, to be called as wrapper(encode, batch).
+    """Returns a wrapper of each tower that trains, by "image" and "text"; {} with one rank.
 
-    One rank has none. All ranks have to call it: it gives the model the first rank's values.
+    wrapper(encode, batch) calls encode(batch), and lets backward average the tower's gradients over
+    the ranks. All ranks have to call `wrap`: it overwrites the model's weights that train, and
+    logit scale and bias, by the first rank's values.
     """
     if ranks.count() == 1:
         return {}
@@ -80,7 +84,10 @@ def wrap(model: nn.Module) -> dict[str, DistributedDataParallel]:
 
 
 def averaged(scale: Tensor | None) -> Tensor | None:
-    """Returns logit scale or bias; backward averages its gradient over the ranks. None for None."""
+    """Returns logit scale or bias; backward averages its gradient over the ranks. None for None.
+
+    All ranks have to run backward. With one rank, or if it does not train, it is returned as it is.
+    """
     if ranks.count() == 1 or scale is None or not scale.requires_grad:
         return scale
     return distributed.learned([scale], dist.group.WORLD)[0]

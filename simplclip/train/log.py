@@ -47,6 +47,10 @@ class Log:
     """
 
     def __init__(self, state: State, console: Console) -> None:
+        """Starts the time of the first step; opens TensorBoard's files if run.tensorboard is set.
+
+        The CSV files are not touched before their first row.
+        """
         self.state = state
         self.console = console
         self.live = console.is_terminal
@@ -65,6 +69,7 @@ class Log:
         self.restart_clock()
 
     def print(self, message: str) -> None:
+        """Prints a message as plain text, with escapes in place of control characters."""
         text = visible(message, keep="\n")
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -77,9 +82,11 @@ class Log:
         self._loaded = time.perf_counter()
 
     def step(self, row: dict[str, float]) -> None:
-        """Adds times and memory to the figures of a step; shows and writes them when they are due.
+        """Shows the figures of a step and writes them to metrics.csv, when they are due.
 
-        A line is due by time, a row of metrics.csv every run.log_every steps, both at the end.
+        row: what `train_step` returned. It gets, in place, "samples_per_s", "data_share" (share of
+        the time that waits for data) and "peak_mb" (peak memory in MiB). A line is due by time, a
+        row of metrics.csv every run.log_every steps, both at the end.
         """
         run, now = self.state.config.run, time.perf_counter()
         share = 0.05 if self.seconds else 1.0
@@ -99,6 +106,7 @@ class Log:
             self.write("metrics", row)
 
     def _line(self, row: Mapping[str, float]) -> str:
+        """Returns the line of a step: figures of `row`, the time gone and the time left."""
         step, steps = self.state.step, self.state.config.run.steps or 0
         left = duration(self.seconds * (steps - step))
         parts = [
@@ -120,9 +128,10 @@ class Log:
         return "  ".join(parts)
 
     def evaluation(self, split: str, direction: str, recall: Recall, loss: float) -> None:
-        """Writes and shows R@k of one direction, with its chance.
+        """Writes a row of R@k of one direction to evaluation.csv, with its chance, and prints it.
 
-        The row also has the loss of the split, which is that of both directions.
+        split: its name. direction: "image_to_text" or "text_to_image". loss: of the split, which is
+        that of both directions.
         """
         row: dict[str, float | str] = {
             "step": self.state.step,
@@ -140,9 +149,10 @@ class Log:
         self.print(f"evaluation {split} {direction.replace('_', ' ')}: {figures}")
 
     def write(self, name: str, row: Mapping[str, float | str]) -> None:
-        """Adds a row to NAME.csv: "step", and figures or words.
+        """Appends a row to NAME.csv in the run's folder, on the first rank, and to TensorBoard.
 
-        The first row of the file decides the columns.
+        row: "step", and figures or words by column. The first row of the file decides the columns;
+        others are left out.
         """
         if not ranks.first():
             return
@@ -160,7 +170,11 @@ class Log:
             self.board.flush()  # before a checkpoint of this step is written
 
     def _columns_of(self, path: Path, row: Mapping[str, float | str]) -> list[str]:
-        """Removes rows of later steps from a CSV file, or begins it; returns its columns."""
+        """Removes rows of later steps from a CSV file, or begins it; returns its columns.
+
+        The file is rewritten. `row`, which is to be written next, is not: it has the columns of a
+        new file. Raises InputError for a file whose rows have no number of a step.
+        """
         former = read_csv(path)
         if any(not old.get("step", "").isdigit() for old in former):
             raise InputError(
@@ -173,7 +187,10 @@ class Log:
         return columns
 
     def sheet(self, name: str, split: Any) -> None:
-        """Shows the evaluation sheet of an encoded split in TensorBoard."""
+        """Adds the evaluation sheet of an encoded split to TensorBoard, if run.tensorboard is set.
+
+        name: of the split. A split without captions has none.
+        """
         if self.board and split.image_features is not None and split.text_features is not None:
             figure = sheet_of(split, f"step {self.state.step}: {name}").figure
             pixels = np.asarray(Image.open(io.BytesIO(png(figure))).convert("RGB"))
@@ -210,7 +227,11 @@ def first_lines(
 
 
 def _data_lines(config: Config, samples: int | None, division: Division | None) -> Iterator[str]:
-    """Yields the lines about the data, see `first_lines`."""
+    """Yields the lines about the data: its size, and what is held out.
+
+    samples: images of an epoch; None if they are not counted. division: what eval.hold_out makes of
+    the data; None if it holds nothing out.
+    """
     size = config.data.batch_size
     steps = config.run.steps or 0
     captions = config.data.captions_per_image
@@ -237,7 +258,7 @@ def _data_lines(config: Config, samples: int | None, division: Division | None) 
 
 
 def _loss(state: State) -> str:
-    """Returns the class of the loss, its terms, teacher, scale and bias."""
+    """Returns the loss of a run in words: its class, terms, teacher, scale and bias."""
     terms = ", ".join(term.replace("_", " ") for term in state.config.loss.weights)
     if state.teacher:
         terms += f", to stored features of {state.teacher['name']}"
@@ -248,7 +269,7 @@ def _loss(state: State) -> str:
 
 
 def _backends(state: State) -> str:
-    """Returns the ops of a step with their backends."""
+    """Returns the ops of a step with their backends in words, "OP by BACKEND, ..."."""
     calls: dict[str, dict[str, Any]] = {}
     for module in state.model.modules():
         if isinstance(module, SimplifiedBlock):
@@ -267,7 +288,10 @@ def _backends(state: State) -> str:
 
 
 def curves(run: Path) -> None:
-    """Draws RUN/curves.png from RUN/metrics.csv and, if there is one, RUN/evaluation.csv."""
+    """Draws RUN/curves.png from RUN/metrics.csv and, if there is one, RUN/evaluation.csv.
+
+    A former picture is replaced. Without a row of metrics.csv nothing is drawn.
+    """
     rows, evaluated = read_csv(run / "metrics.csv"), read_csv(run / "evaluation.csv")
     if not rows:
         return
@@ -310,7 +334,10 @@ def _recalls(split: str, rows: list[dict[str, str]]) -> Panel:
 
 
 def _best_step(evaluated: list[dict[str, str]]) -> int | None:
-    """Returns the first step of the highest mean R@1."""
+    """Returns the first step of the highest mean R@1; None for no rows.
+
+    evaluated: rows of evaluation.csv, whose R@1 is averaged over splits and directions.
+    """
     recalls: dict[int, list[float]] = {}
     for row in evaluated:
         recalls.setdefault(int(row["step"]), []).append(float(row["R@1"]))
@@ -321,7 +348,11 @@ def _best_step(evaluated: list[dict[str, str]]) -> int | None:
 def _lines(
     rows: list[dict[str, str]], columns: list[str]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns steps and values of columns, by the label of the column."""
+    """Returns a line of each column, its steps and values, by the label of the column.
+
+    rows: of a CSV file, by column. An empty value becomes NaN. The label is the name in words, of a
+    term without "_loss".
+    """
     steps = np.array([int(row["step"]) for row in rows])
     terms = terms_of(columns)
     lines = {}

@@ -120,10 +120,10 @@ def _start(
 ) -> tuple[State, dict[str, evaluation.Split], int | None, data.Division | None]:
     """Makes the state of a run, packs its data and loads its held-out data.
 
-    A run that begins makes its state first, since packing may take an hour. A run that continues
-    has packed; its settings are checked first.
+    A run that begins makes its state first, since packing may take an hour. A run that continues,
+    from the checkpoint `former`, has packed; its settings are checked first.
 
-    Returns the state, the held-out data, and the counts of `_with_data`.
+    Returns the state, the held-out data by name, and the two counts of `_with_data`.
     """
     state: Any = None
     with ranks.agreed():
@@ -144,7 +144,10 @@ def _start(
 
 
 def _splits(config: Config, splits: dict[str, Any]) -> dict[str, evaluation.Split]:
-    """Loads held-out data for the model; none if the run does not evaluate."""
+    """Returns held-out data, by name, for the model; {} if the run does not evaluate.
+
+    splits: name -> data as `data.held_out` takes them.
+    """
     if not config.eval.every:
         return {}
     section = config.model.model_dump()
@@ -161,7 +164,7 @@ def _train(
     stop: StopSignals,
     log: Log,
 ) -> None:
-    """Runs the steps until the last one or a stop, and saves the state."""
+    """Runs the steps until the last one or a stop; logs, evaluates and writes last.pt when due."""
     # an evaluation at the checkpoint's step had failed
     if evaluate_if_due(state, splits, snapshot, log):
         snapshot.save()
@@ -201,7 +204,11 @@ def _print_end(snapshot: Snapshot, log: Log, seconds: float) -> None:
 
 
 def steps(state: State, loader: data.Loader, log: Log) -> Iterator[list[Batch]]:
-    """Yields the micro-batches of each step, one or several, without end."""
+    """Yields the micro-batches of each step, one or several, without end.
+
+    Before each step `state.data` is set to the loaders' states of all ranks, which have to iterate
+    together. New reasons for which samples are left out are printed to `log`.
+    """
     _, count = _micro_batches(state.config)
     batches: list[Batch] = []
     reported = 0  # reasons for which samples are left out
@@ -228,7 +235,10 @@ def _copied(batch: Batch) -> Batch:
 
 
 def _micro_batches(config: Config) -> tuple[int, int]:
-    """Returns the images of a rank's micro-batch, and the number of micro-batches of its step."""
+    """Returns the images of a rank's micro-batch, and the number of micro-batches of its step.
+
+    Raises ConfigError if the ranks cannot divide data.batch_size so.
+    """
     rows, rest = divmod(config.data.batch_size, ranks.count())
     size = min(config.data.images_at_a_time, max(1, rows))
     if rest or rows % size:
@@ -242,7 +252,8 @@ def _micro_batches(config: Config) -> tuple[int, int]:
 def make_loader(state: State) -> data.Loader:
     """Makes this rank's loader, whose batches are micro-batches of a step.
 
-    It continues as `state.data` says, if it can.
+    It continues as `state.data` says; if ranks, workers or shards were others it starts a new pass,
+    and appends a line to `state.lines`.
     """
     config, section = state.config, state.config.data
     readers: dict[str, Any] = {
@@ -282,7 +293,7 @@ def make_loader(state: State) -> data.Loader:
 def evaluate_if_due(
     state: State, splits: dict[str, evaluation.Split], snapshot: Snapshot, log: Log
 ) -> bool:
-    """Evaluates after a step that has an evaluation, once; returns whether it did."""
+    """Calls `evaluate`, once, after a step that has an evaluation; returns whether it did."""
     every, step = state.config.eval.every, state.step
     if not every or snapshot.progress["evaluated"] == step:
         return False
@@ -298,7 +309,8 @@ def evaluate(
 ) -> None:
     """Evaluates the model on the splits, with the averages of its weights if it has some.
 
-    Keeps the best weights.
+    Prints R@k and the loss, and writes them to evaluation.csv, and the weights to best.pt if they
+    are the best so far. The model is in training mode afterwards. All ranks have to call it.
     """
     recalls = []
     with state.ema.in_place() if state.ema else nullcontext():
@@ -327,7 +339,7 @@ def evaluate(
 def _figures(
     state: State, split: evaluation.Split
 ) -> tuple[evaluation.Retrieval | None, float | None]:
-    """Returns R@k and the loss of an encoded split; nothing for one without captions."""
+    """Returns R@k and the loss of an encoded split; (None, None) for one without captions."""
     scale, bias = state.model.logit_scale.detach().exp().cpu(), state.logit_bias
     if bias is not None:
         bias = bias.detach().cpu()
@@ -340,9 +352,12 @@ def _with_data(
 ) -> tuple[Config, int | None, data.Division | None]:
     """Packs tables and folders, counts the data, and sets the number of steps.
 
+    The shards are written to RUN/shards; leftovers of killed processes in the run's folder are
+    removed.
+
     Returns the config with shards in place of tables and folders, and with steps in place of
     epochs; the samples of an epoch, None if they are not counted; and the counts of what
-    eval.hold_out divides.
+    eval.hold_out divides, None if it is 0.
 
     Raises ConfigError if the samples are not counted, or if the config cannot continue the run of
     the checkpoint `former`.
@@ -398,7 +413,8 @@ def _division(config: Config) -> data.Division:
 def _save_after(error: Exception, snapshot: Snapshot) -> None:
     """Saves the last whole step, and raises a TrainingError in place of `error`.
 
-    Returns if no step has been done.
+    Returns if no step has been done, unless memory ran out or `error` is a TrainingError itself.
+    Other ranks than the first end, see `_end_rank`.
     """
     step = snapshot.progress["step"]
     if not ranks.first():
@@ -420,9 +436,10 @@ def _save_after(error: Exception, snapshot: Snapshot) -> None:
 
 
 def _end_rank(error: Exception, step: int) -> Never:
-    """Ends a rank that is not the first one, which reports a TrainingError by itself.
+    """Ends a rank that is not the first one, by SystemExit or a TrainingError; never returns.
 
-    The end of another rank is reported by one rank of each node.
+    The first rank reports a TrainingError, and one rank of each node a RankError; other errors
+    become a TrainingError that names the step after `step`, the last whole one.
     """
     if isinstance(error, ranks.RankError) and os.environ.get("LOCAL_RANK") != "0":
         raise SystemExit(1)
@@ -432,6 +449,7 @@ def _end_rank(error: Exception, step: int) -> Never:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that there is no memory left, on a GPU or a CPU."""
     # For CPU tensors torch has no class of this error.
     on_cpu = "DefaultCPUAllocator: can't allocate memory" in str(error)
     return on_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))

@@ -18,7 +18,10 @@ SUFFIX = "_loss"  # a term's column in metrics.csv is its name with this end
 
 
 def terms_of(columns: Iterable[str]) -> dict[str, str]:
-    """Returns the terms that have a column among `columns` of metrics.csv, by column."""
+    """Returns terms of the loss by their columns, those of metrics.csv that `columns` has.
+
+    E.g. {"pair_matching_loss": "pair_matching"}; other columns are left out.
+    """
     return {column: column.removesuffix(SUFFIX) for column in columns if column.endswith(SUFFIX)}
 
 
@@ -28,15 +31,19 @@ class Objective:
     `loss` is a WIKDLoss with a teacher, else a SigLipLoss for the base sigmoid and a ClipPMLoss for
     the base contrastive. It is made with the largest weight of each term, so that it has the
     parameters of all terms of the run; each step computes its terms with the weights of the step.
-
-    width: D of the student's features.
-    teacher: the teacher's "width" D̂ and "logit_scale", if any step has a term that needs a
-    teacher. If D̂ is not D, learned projections map the student's features to width D̂.
     """
 
     def __init__(
         self, config: LossConfig, steps: int, width: int, teacher: Mapping[str, Any] | None
     ):
+        """Makes `loss` for the present ranks, on torch's default device.
+
+        steps: of the whole run, for schedules without an end.
+        width: D of the student's features.
+        teacher: the teacher's "width" D̂ and "logit_scale", if any step has a term that needs a
+        teacher, else None. If D̂ is not D, learned projections map the student's features to width
+        D̂.
+        """
         self.schedules, self.steps = config.weights, steps
         self.loss: Any = _make_loss(config, width, teacher)
 
@@ -50,12 +57,11 @@ class Objective:
         group: Tensor | None,  # [N] int64; None: all are different
         *teacher: Tensor,  # features of images [N, D̂] and of texts [N k, D̂], if there is a teacher
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the sum of the weighted terms, which has the gradient, and the terms without
-        gradients by their columns in metrics.csv.
+        """Returns the sum of the weighted terms, and the terms by their columns in metrics.csv.
 
-        The terms have one order for the whole run. A term of weight 0 at `step` is not computed and
-        is 0. Each caption of an image makes a pair with the image; pairs of one group are not each
-        other's negatives.
+        Only the sum has gradients. The terms have one order for the whole run. A term of weight 0
+        at `step` is not computed and is 0. Each caption of an image makes a pair with the image;
+        pairs of one group are not each other's negatives.
         """
         captions = len(text) // len(image)
         if captions > 1:
@@ -81,7 +87,11 @@ class Objective:
 
 
 def _make_loss(config: LossConfig, width: int, teacher: Mapping[str, Any] | None) -> Any:
-    """Returns the loss of an `Objective`, whose docstring explains the arguments."""
+    """Returns the loss of an `Objective`, made with the largest weight of each term.
+
+    width: D of the student's features. teacher: the teacher's "width" and "logit_scale", or None
+    for a loss without a teacher.
+    """
     largest = {term: schedule.largest for term, schedule in config.weights.items()}
     options: dict[str, Any] = {
         "pm_weight": largest.get("pair_matching", 0.0),

@@ -31,6 +31,10 @@ class Prefix:
     """
 
     def __init__(self, modules: list[nn.Module], compiled: bool = False) -> None:
+        """Replaces `forward` of the modules, in the order in which they run, until `remove`.
+
+        compiled: whether torch.compile compiles the tower: what keeps outputs is then not compiled.
+        """
         function = torch.compiler.disable(_forward, recursive=False) if compiled else _forward
         self.modules = modules
         # forwards that were set on a module itself before
@@ -43,9 +47,11 @@ class Prefix:
             module.forward = partial(function, self, last, module.forward)  # type: ignore[method-assign]
 
     def encode(self, function: Encode, batch: Batch) -> Tensor:
-        """Encodes a micro-batch by `function`.
+        """Returns function(batch), the features of a micro-batch, which keeps or uses outputs.
 
-        The first time, without autograd, the outputs are kept; the second time they are used.
+        Without autograd, the first time, outputs of the last module are kept for this object
+        `batch`. With autograd, the second time, they are used in place of running the modules, and
+        forgotten; if none are kept the modules run.
         """
         if torch.is_grad_enabled():
             # none are kept of the last micro-batch, which is encoded once
@@ -61,7 +67,7 @@ class Prefix:
             self._recorded = self._replayed = None
 
     def remove(self) -> None:
-        """Lets the modules run as before."""
+        """Gives the modules back the `forward` that they had."""
         for module, forward in zip(self.modules, self._forwards):
             if forward is None:
                 del module.forward
@@ -70,6 +76,11 @@ class Prefix:
 
 
 def _forward(prefix: Prefix, last: bool, forward: Callable, *args: Any, **options: Any) -> Any:
+    """Runs as `forward` of a module in `prefix`, and keeps or uses outputs, see `Prefix.encode`.
+
+    last: whether it is the last module. forward: the module's own, called with `args` and
+    `options`. If outputs are used, other modules return an empty tensor on the meta device.
+    """
     if prefix._replayed is not None:
         return prefix._replayed.pop(0) if last else torch.empty(0, device="meta")
     output = forward(*args, **options)
@@ -91,10 +102,11 @@ def find(
 ) -> tuple[Prefix, int] | None:
     """Finds the frozen beginning of a tower by encoding `batch`, of one text or image.
 
-    compiled: whether torch.compile compiles the tower, which leaves out what depends on the pass.
+    encode: batch -> features of the tower. compiled: see `Prefix`.
 
-    Returns the beginning and the bytes of its output; None if there is none with weights that
-    multiply, or if the tower cannot run from its output.
+    Returns the beginning and the bytes of its output for `batch`; its modules already have another
+    `forward`, until `remove`. Returns None, with the modules as before, if there is none with
+    weights that multiply, or if the tower cannot run from its output. Generators are restored.
     """
     modules = [
         module for _, module in frozen_modules(model) if not isinstance(module, nn.Embedding)
@@ -125,7 +137,11 @@ def find(
 
 
 def _trial(modules: list[nn.Module], encode: Encode, batch: Batch) -> tuple[Tensor, list[_Call]]:
-    """Encodes a batch; returns its features and the chain of calls of the modules."""
+    """Encodes a batch; returns its features and the calls that make the frozen beginning.
+
+    modules: the frozen modules, whose calls are noted by hooks that are removed again. There are no
+    calls if there is no beginning, see `_chain`.
+    """
     calls: list[_Call] = []
 
     def note(module: nn.Module, args: tuple, output: Any) -> None:
@@ -152,7 +168,8 @@ def _nothing_saved() -> saved_tensors_hooks:
 def _chain(calls: list[_Call]) -> list[_Call]:
     """Returns the calls that make the frozen beginning; none if keeping its output gains nothing.
 
-    It gains nothing without matrices. Modules that are called twice make no beginning.
+    calls: of frozen modules, in their order. It gains nothing without matrices. Modules that are
+    called twice make no beginning.
     """
     calls = [
         call for call in calls if isinstance(call.output, Tensor) and not call.output.requires_grad

@@ -29,12 +29,15 @@ class Section(BaseModel):
 
 
 def setting(default: Any, description: str, **limits: Any) -> Any:
-    """Returns a field of a section. The default `...` means that the key is required."""
+    """Returns a field of a section. The default `...` means that the key is required.
+
+    description: for --help-config. limits: arguments of pydantic's Field, such as ge=1.
+    """
     return Field(default, description=description, **limits)
 
 
 def shown(value: Any) -> str:
-    """Returns a value and its type as an error shows them."""
+    """Returns a value, cut to 60 letters, and its type as errors show them: "VALUE (TYPE)"."""
     text = repr(value)
     if len(text) > 60:
         text = f"{text[:57]}..."
@@ -62,6 +65,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _one_shape(self) -> ModelConfig:
+        """Raises ValueError if image_size or context_length has another value in `options`."""
         for section, name in (("vision_cfg", "image_size"), ("text_cfg", "context_length")):
             options = self.options.get(section) or {}
             if not isinstance(options, dict):
@@ -166,6 +170,7 @@ class Schedule(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> Schedule:
+        """Raises ValueError if `end` or `until` is not after `start`, or `end` has no `to`."""
         for name, last in (("end", self.end), ("until", self.until)):
             if last is not None and last <= self.start:
                 raise ValueError(f"expected {name} after start = {self.start}, got {last}")
@@ -175,6 +180,7 @@ class Schedule(Section):
 
     @property
     def largest(self) -> float:
+        """The larger one of the weights `value` and `to`."""
         return max(self.value, self.to or 0.0)
 
     def at(self, step: int, steps: int) -> float:
@@ -192,7 +198,10 @@ class Schedule(Section):
 
 
 def _form(weight: Any) -> str:
-    """Returns the tag of the form in which a weight is written, which an error is about."""
+    """Returns "section" for a weight written as a schedule, "plain" for one written as a number.
+
+    The tag chooses the form that is checked, and that errors are about.
+    """
     return "section" if isinstance(weight, dict | Section) else "plain"
 
 
@@ -241,10 +250,12 @@ class LossConfig(Section):
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether a term with a weight above 0 at some step needs a teacher's features."""
         return not TEACHER_TERMS.isdisjoint(self.weights)
 
 
 def _schedule(weight: float | Schedule) -> Schedule:
+    """Returns the schedule of a weight; a number is one that is constant."""
     if isinstance(weight, Schedule):
         return weight
     return Schedule(value=weight)
@@ -294,6 +305,7 @@ class EvalConfig(Section):
 
     @model_validator(mode="after")
     def _one_name(self) -> EvalConfig:
+        """Raises ValueError if one of `splits` has the name of the split of hold_out."""
         if self.hold_out and "held_out" in self.splits:
             raise ValueError(
                 "splits: expected another name than held_out, which is that of eval.hold_out"
@@ -353,13 +365,14 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _no_default(cls, values: Any) -> Any:
-        """Leaves steps without a default if epochs are given."""
+        """Returns the values with steps set to None if epochs are given without steps."""
         if isinstance(values, dict) and values.get("epochs") is not None:
             return {"steps": None} | values
         return values
 
     @model_validator(mode="after")
     def _one_length(self) -> RunConfig:
+        """Raises ValueError unless exactly one of steps and epochs is given."""
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
                 f"expected one of steps and epochs, got steps = {self.steps} and epochs = "

@@ -81,13 +81,16 @@ class State(PreparedRun):
 
     @property
     def logit_bias(self) -> Tensor | None:
-        """The bias that the loss uses."""
+        """The model's bias [] of the sigmoid loss; None for the contrastive loss."""
         if self.config.loss.base != "sigmoid":
             return None
         return getattr(self.model, "logit_bias", None)
 
     def parts(self) -> dict[str, Any]:
-        """Returns the parts that a checkpoint holds by their state_dict."""
+        """Returns the objects whose state_dict a checkpoint holds, by its keys.
+
+        The keys are "model", "loss", "optimizer", "scaler" and, if the run has averages, "ema".
+        """
         parts = {
             "model": self.model,
             "loss": self.objective.loss,
@@ -104,8 +107,9 @@ def load_model(
 ) -> tuple[Any, list[str], list[str]]:
     """Makes a run's model on the CPU with its weights.
 
-    These are the weights of `checkpoint`, or else those from which the run starts: of
-    model.checkpoint, of inherit.source, or random ones.
+    These are the weights of `checkpoint`, the content of a last.pt, or else those from which the
+    run starts: of model.checkpoint, of inherit.source, or random ones. Files are read, and
+    open_clip may download weights.
 
     Returns the model, the names of its frozen modules and parameters, and lines for the log. Raises
     as `make_state`.
@@ -143,9 +147,11 @@ def prepare_model(
     precision: str,
     device: torch.device,
 ) -> PreparedModel:
-    """Prepares what `load_model` returned for training: norms, recomputation, cropped texts,
-    layout, folded copies, compilation.
+    """Prepares what `load_model` returned for training, in place; `lines` is copied.
 
+    As the config says: norms, recomputation, cropped texts, layout, folded copies, compilation.
+
+    precision: "fp32", "bf16" or "fp16", of autocast.
     device: the device of the training, where the model need not be yet.
     """
     lines = list(lines)
@@ -189,7 +195,7 @@ def runs_channels_last(model: Any, config: Config, device: torch.device) -> bool
 
 
 def compiled_parts(prepared: PreparedModel) -> list[Any]:
-    """Returns what `compile_towers` compiles.
+    """Returns the modules that `compile_towers` compiles: towers' trunks and folded copies.
 
     The token embedding is not, since its compiled gradient adds in an order that changes.
     """
@@ -198,10 +204,11 @@ def compiled_parts(prepared: PreparedModel) -> list[Any]:
 
 
 def compile_towers(prepared: PreparedModel) -> None:
-    """Lets the towers run by torch.compile from now on.
+    """Makes the towers run by torch.compile from their next call on.
 
-    Sizes are fixed, since the choice of sizes that dynamo makes dynamic depends on earlier
-    compilations. A tower is compiled anew for each size, so it gets few.
+    A batch of texts is then cropped to one length, a multiple of 16. Sizes are fixed, since the
+    choice of sizes that dynamo makes dynamic depends on earlier compilations. A tower is compiled
+    anew for each size, so it gets few.
     """
     if prepared.crop is not None:
         prepared.crop.multiple, prepared.crop.groups = 16, 1
@@ -220,7 +227,9 @@ def make_state(
 ) -> State:
     """Makes the state of a run that begins, or that continues from `checkpoint`.
 
-    prepared: what `prepare_model` returned, with all tensors on `device`; made here if None.
+    checkpoint: the content of a last.pt; None for a run that begins.
+    prepared: what `prepare_model` returned, with all tensors on `device`; made here if None. Its
+    model is put into training mode, and its batch norms may become synchronised ones.
     teacher: name, width and logit_scale of the teacher, by default read from the data if a term
     needs a teacher.
 
@@ -266,7 +275,11 @@ def _has_channels_last(prepared: PreparedModel) -> bool:
 
 
 def _continue_from(checkpoint: Mapping[str, Any], state: State) -> None:
-    """Loads all but the weights, which the model has, and the position of the run."""
+    """Loads a checkpoint into `state`: all but the model's weights, which it has already.
+
+    Overwrites objective, optimizer, scaler, averages and the position of the run, and appends a
+    line to `state.lines`.
+    """
     for name, part in state.parts().items():
         if name != "model":
             _load(part, checkpoint.get(name))
@@ -279,7 +292,10 @@ def _continue_from(checkpoint: Mapping[str, Any], state: State) -> None:
 
 
 def _load(part: Any, saved: Any) -> None:
-    """Loads a part's state dict; raises CheckpointError if it does not fit."""
+    """Loads a state dict into an object; raises CheckpointError if it does not fit.
+
+    part: a module, optimizer, scaler or Average. saved: its state dict, or anything in its place.
+    """
     try:
         part.load_state_dict(saved)
         if isinstance(part, torch.optim.Optimizer):
@@ -329,6 +345,7 @@ class Average:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
+        """Copies the weights of `model` that train, at which the averages start."""
         self.averages = {
             weight: weight.detach().clone() for weight in model.parameters() if weight.requires_grad
         }
@@ -339,11 +356,15 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Moves the averages towards the present weights; to be called after each step."""
         self._average(list(self.averages.values()), list(self.averages), 0)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Context in which the model has the averages as its parameters."""
+        """Context in which the model has the averages as its parameters.
+
+        Afterwards it has its own again. Nothing is copied.
+        """
         self._swap()
         try:
             yield
@@ -351,6 +372,7 @@ class Average:
             self._swap()
 
     def _swap(self) -> None:
+        """Exchanges the weights of the model and the averages, without copying them."""
         for weight, average in self.averages.items():
             weight.data, self.averages[weight] = average, weight.data
 
@@ -359,14 +381,16 @@ class Average:
         return {name: self.averages[weight] for name, weight in self.names.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Overwrites the averages by those of a state dict; KeyError if one is missing."""
         for name, weight in self.names.items():
             self.averages[weight].copy_(state[name])
 
 
 def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.optim.AdamW:
-    """Returns an AdamW that decays matrices only.
+    """Returns an AdamW of the parameters of `model` and `loss` that train; only matrices decay.
 
-    Norms, biases, gains, scales, class tokens and parameters of the loss have no decay.
+    Norms, biases, gains, scales, class tokens and parameters of the loss have no decay. Raises
+    ConfigError for optim.options that AdamW does not take.
     """
     options = config.optim.options
     decayed: list[nn.Parameter] = []

@@ -29,6 +29,7 @@ class StopSignals:
     """
 
     def __init__(self, console: Console) -> None:
+        """Sets no handlers yet; entering the context does."""
         self.console = console
         self.reason: str | None = None
         self._process = os.getpid()
@@ -49,13 +50,21 @@ class StopSignals:
             signal.signal(number, handler)
 
     def agreed(self) -> bool:
-        """Whether all ranks stop now, between two steps."""
+        """Whether any rank has noted a stop, so that all stop now; sets `reason` on all of them.
+
+        All ranks have to call it, between two steps.
+        """
         stopped = any(ranks.exchanged(self.reason is not None))
         if stopped and self.reason is None:
             self.reason = "signal to another rank"
         return stopped
 
     def _handle(self, number: int, frame: Any) -> None:
+        """Notes a signal in `reason` and, on the first rank, says so on the standard error.
+
+        With one rank, a second signal raises KeyboardInterrupt. In a forked process, e.g. of the
+        loader, nothing happens. frame: as Python passes it, unused.
+        """
         if os.getpid() != self._process:  # a loader process, which the last step needs
             return
         several = ranks.count() > 1  # torchrun repeats the signals that it gets
@@ -73,7 +82,10 @@ class StopSignals:
             os.write(2, f"{message}\n".encode())
 
     def _drop_output(self) -> None:
-        """Drops all further output. rich calls this instead of raising BrokenPipeError."""
+        """Sends all further output of the console to /dev/null, and sets `reason` if there is none.
+
+        rich calls this instead of raising BrokenPipeError.
+        """
         self.reason = self.reason or "closed pipe"
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), self.console.file.fileno())

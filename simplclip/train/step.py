@@ -34,9 +34,14 @@ class TrainingError(UserError, RuntimeError):
 
 
 def train_step(state: State, batches: list[Batch]) -> dict[str, float]:
-    """Runs one step on its micro-batches and returns its figures.
+    """Runs one step: changes the weights by the gradient over its micro-batches; returns figures.
 
-    The state counts the step when it is whole.
+    batches: of a loader, dicts with "image", "text", "group" and, with a teacher, "teacher_image"
+    and "teacher_text".
+    Returns "step" (steps that are now done), "loss", its weighted terms, "logit_scale", with the
+    sigmoid loss "logit_bias", "grad_norm" before clipping, and "lr". Raises TrainingError, before
+    the update, if one of them is not finite. With fp16 the norm may be infinite: the step is then
+    counted, and the scaler leaves the weights as they are.
     """
     optimizer, scaler = state.optimizer, state.scaler
     optimizer.zero_grad(set_to_none=True)
@@ -68,7 +73,7 @@ def train_step(state: State, batches: list[Batch]) -> dict[str, float]:
 
 
 def gradients(state: State, batches: list[Batch]) -> dict[str, Tensor]:
-    """Adds the gradients of a step to `.grad`.
+    """Adds the gradients of a step to `.grad` of the parameters, scaled by `state.scaler`.
 
     Returns "loss", then its weighted terms by their columns, without gradients.
     """
@@ -104,7 +109,11 @@ def gradients(state: State, batches: list[Batch]) -> dict[str, Tensor]:
 
 
 def update(state: State, lr: float) -> None:
-    """Changes the weights by their gradients, and counts the step."""
+    """Changes the weights by their gradients, and counts the step.
+
+    It also sets the optimizer's learning rate to `lr`, clamps the logit scale, and updates the
+    scaler and the averages of the weights. `state.updating` is set meanwhile.
+    """
     state.updating = True
     for group in state.optimizer.param_groups:
         group["lr"] = lr
@@ -121,8 +130,9 @@ def update(state: State, lr: float) -> None:
 def losses(
     state: State, batches: list[Batch], image: Tensor, text: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the loss over all `batches` from their features, and its weighted terms without
-    gradients.
+    """Returns the loss over all `batches`, and its weighted terms by column, without gradients.
+
+    image, text: features [N, D] and [N k, D] of all batches, with k captions of each image.
     """
     teacher = _teacher_features(state, batches) if state.teacher else []
     groups = _groups(state, batches)
@@ -132,7 +142,11 @@ def losses(
 
 
 def _teacher_features(state: State, batches: list[Batch]) -> list[Tensor]:
-    """Returns the teacher's features of the images [N, D̂] and of the texts [N k, D̂] of a step."""
+    """Returns the teacher's features of the images [N, D̂] and of the texts [N k, D̂] of a step.
+
+    They are moved to the device. D̂ is the teacher's width, k the captions of each image. Raises
+    InputError for features of another width.
+    """
     features = []
     for name in ("teacher_image", "teacher_text"):
         rows = torch.cat([batch[name] for batch in batches]).flatten(0, -2)
@@ -147,7 +161,10 @@ def _teacher_features(state: State, batches: list[Batch]) -> list[Tensor]:
 
 
 def encode_image(state: State, batch: Batch) -> Tensor:
-    """Returns normalised features [N, D] of a batch's images, which are completed on the device."""
+    """Returns normalised features [N, D] of batch["image"] [N, 3, S, S].
+
+    The images are moved to the device, and uint8 ones are normalised there.
+    """
     images = finish_on_device(
         state.transform, batch["image"], state.device, channels_last=state.channels_last
     )
@@ -156,8 +173,9 @@ def encode_image(state: State, batch: Batch) -> Tensor:
 
 
 def encode_text(state: State, batch: Batch) -> Tensor:
-    """Returns normalised features [N k, D] of the k captions of each image, or [M, D] of M
-    captions.
+    """Returns normalised features of batch["text"], a row for each caption.
+
+    These are [N k, D] of token ids [N, k, L], k captions of each image, or [n, D] of [n, L].
     """
     text = batch["text"].flatten(0, -2)
     if state.crop is None:  # otherwise TextCrop needs the text on the CPU, and moves it
@@ -167,9 +185,11 @@ def encode_text(state: State, batch: Batch) -> Tensor:
 
 
 def keep_frozen(state: State, memory: int | None = None) -> None:
-    """Finds the frozen beginnings of the towers for gradient caching.
+    """Finds the frozen beginnings of the towers, whose outputs gradient caching then keeps.
 
-    Their outputs are kept where there is room.
+    They are added to `state.prefixes`, with a line in `state.lines`, where there is room: all
+    outputs may take a tenth of the memory. Nothing happens without micro-batches or
+    run.keep_frozen.
 
     memory: bytes of the device, by default of this machine's.
     """
@@ -206,7 +226,7 @@ def keep_frozen(state: State, memory: int | None = None) -> None:
 
 
 def _trial_batch(model: Any, tower: str) -> Batch:
-    """Returns a batch of one image or of one text."""
+    """Returns a batch of one image [1, 3, S, S] (tower "image") or one text [1, L] ("text")."""
     if tower == "image":
         side = model.visual.image_size
         height, width = (side, side) if isinstance(side, int) else side
@@ -218,13 +238,12 @@ def _trial_batch(model: Any, tower: str) -> Batch:
 
 
 def text_batches(state: State, batches: list[Batch]) -> tuple[list[Batch], Tensor | None]:
-    """Splits the captions of a step for the text tower.
+    """Returns the captions of a step as micro-batches of the text tower, and where each went.
 
-    Also returns the row of each caption's features, None if they are in order.
-
-    If texts are cropped, a micro-batch has at most as many tokens as the configured number of texts
-    of full length. Ranks may have different numbers of micro-batches, since they exchange nothing
-    between two of them.
+    That is the row of each caption's features, int64 [N k] on the device, None if they are in
+    order. If texts are cropped, a micro-batch has at most as many tokens as the configured number
+    of texts of full length. Ranks may have different numbers of micro-batches, since they exchange
+    nothing between two of them.
     """
     if state.crop is None or len(batches) == 1:
         return batches, None
@@ -235,7 +254,10 @@ def text_batches(state: State, batches: list[Batch]) -> tuple[list[Batch], Tenso
 
 
 def _groups(state: State, batches: list[Batch]) -> Tensor | None:
-    """Returns the groups [N] of a step; None if they are known to differ, on all ranks."""
+    """Returns the groups of a step, int64 [N] on the device; None if all are known to differ.
+
+    With several ranks they are not known.
+    """
     # on the CPU, where reading them waits for nothing
     groups = torch.cat([batch["group"] for batch in batches])
     if ranks.count() == 1 and len(set(groups.tolist())) == len(groups):
