@@ -242,7 +242,7 @@ class _Tower:
                 self.gradients[self.recomputed - 1][name] = gradients[name]
         with ranks.no_sync(True):
             if self.recomputed:
-                _backpropagate([self._last_encoded()])
+                _backpropagate([self._take_last_outputs()])
             for index in range(self.recomputed - 1):
                 _backpropagate([self._encoded_again(index)])
 
@@ -253,10 +253,10 @@ class _Tower:
         from step 1. Call it once, after `encode_again`.
         """
         if not self.recomputed:
-            return self._last_encoded()
+            return self._take_last_outputs()
         return self._encoded_again(self.recomputed - 1)
 
-    def _last_encoded(self) -> tuple[Named, Named]:
+    def _take_last_outputs(self) -> tuple[Named, Named]:
         """Returns the last micro-batch's outputs of step 1, with graph, and their gradients.
 
         Both are dicts by name. The outputs are forgotten: a second call returns none.

@@ -199,14 +199,14 @@ def _expanded(pattern: str, name: str) -> list[str]:
     """
     names = []
     if pattern.count("{") <= _MAX_BRACES:  # braceexpand, which webdataset uses, would hang
-        names = list(islice(_names(pattern), _MAX_NAMES + 1))
+        names = list(islice(_expansions(pattern), _MAX_NAMES + 1))
     if not 0 < len(names) <= _MAX_NAMES:
         expected = f"a brace pattern of at most {_MAX_NAMES:,} names"
         raise InputError(f"{name}: expected {expected}, got {pattern[:200]!r}")
     return list(dict.fromkeys(names))
 
 
-def _names(pattern: str) -> Iterator[str]:
+def _expansions(pattern: str) -> Iterator[str]:
     """Yields the names that a brace pattern stands for; with nested braces one may come twice."""
     braces = _PAIR.search(pattern)
     if not braces:
@@ -215,7 +215,7 @@ def _names(pattern: str) -> Iterator[str]:
     first, last, step, listed = braces.groups()
     values = _numbers(first, last, step) if listed is None else listed.split(",")
     for value in values:
-        yield from _names(pattern[: braces.start()] + value + pattern[braces.end() :])
+        yield from _expansions(pattern[: braces.start()] + value + pattern[braces.end() :])
 
 
 def _numbers(first: str, last: str, step: str | None) -> Iterable[str]:

@@ -96,7 +96,7 @@ def pack(
     with folder.claimed():
         earlier = folder.complete and all(map(folder.is_whole, folder.entries))
         if not earlier:
-            _write(rows, folder, hold_out, workers or _cores(), progress)
+            _write_missing_shards(rows, folder, hold_out, workers or _cores(), progress)
         shards = _shards_in(folder)
     if progress:
         _print_result(folder, rows.name, earlier, hold_out)
@@ -216,7 +216,7 @@ def _spread(numbers: list[int]) -> str:
     return f"median {median}, 95 % up to {most}, at most {largest}"
 
 
-def _write(
+def _write_missing_shards(
     source: RowSource, folder: TarFolder, hold_out: float, workers: int, progress: bool
 ) -> None:
     """Writes the shards that the folder does not have; saves its entries after each.
@@ -347,7 +347,7 @@ def _mapped(write: Callable, tasks: Iterator[tuple], workers: int) -> Iterator[t
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     try:
-        with ProcessPoolExecutor(workers, context, _start) as pool:
+        with ProcessPoolExecutor(workers, context, _set_up_process) as pool:
             while started := list(itertools.islice(tasks, 4 * workers)):
                 yield from zip(started, pool.map(write, *zip(*started)))
     except BrokenProcessPool:
@@ -357,7 +357,7 @@ def _mapped(write: Callable, tasks: Iterator[tuple], workers: int) -> Iterator[t
         ) from None
 
 
-def _start() -> None:
+def _set_up_process() -> None:
     """Makes a process of the pool ignore Ctrl-C and, on Linux, end with its parent."""
     # Ctrl-C reaches the whole group; the pool ends when the parent has ended it
     signal.signal(signal.SIGINT, signal.SIG_IGN)

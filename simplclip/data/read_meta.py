@@ -43,7 +43,7 @@ def teacher_stamp(folders: Sequence[str | os.PathLike]) -> dict[str, Any]:
     """
     for folder in reversed(folders):
         try:
-            stamp = _stamp(_read(folder))
+            stamp = _converted_stamp(_read(folder))
         except _OTHER_CONTENT:
             continue
         if 1 <= stamp["width"] <= _MAX_WIDTH and 0 < stamp["logit_scale"] < math.inf:
@@ -80,7 +80,7 @@ def _read(folder: str | os.PathLike) -> Any:
     return json_of(Path(os.path.expanduser(folder), "meta.json").read_text("utf-8"))
 
 
-def _stamp(meta: Any) -> dict[str, Any]:
+def _converted_stamp(meta: Any) -> dict[str, Any]:
     """Returns meta["teacher"], a dict, after converting name, width and logit_scale in place.
 
     meta: a parsed meta.json. Raises one of _OTHER_CONTENT if it names no teacher.

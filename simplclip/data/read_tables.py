@@ -181,7 +181,7 @@ def _table(path: str, options: Options) -> tuple[int, Callable[[], Iterator[Row]
                 else:
                     yield _row(name, record[image].strip(), [record[caption]], path, options)
 
-    return max(1, total), lambda: _joined(rows())
+    return max(1, total), lambda: _merged_by_image(rows())
 
 
 def _not_utf8(text: str) -> bool:
@@ -263,7 +263,7 @@ def _parquet(path: str, options: Options) -> tuple[int, Callable[[], Iterator[Ro
                 captions = [str(captions)]
             yield _row(f"{os.path.basename(path)}/{number:09d}", image, captions, path, options)
 
-    return file.metadata.num_rows, lambda: _joined(rows())
+    return file.metadata.num_rows, lambda: _merged_by_image(rows())
 
 
 def _row(name: str, image: Any, captions: list[Any], path: str, options: Options) -> Row:
@@ -277,7 +277,7 @@ def _row(name: str, image: Any, captions: list[Any], path: str, options: Options
     return Row(name, options.image(path, image), captions)
 
 
-def _joined(rows: Iterator[Row]) -> Iterator[Row]:
+def _merged_by_image(rows: Iterator[Row]) -> Iterator[Row]:
     """Yields neighbouring rows of one image as one row with the captions of all.
 
     The first one gives its name; a row with a problem stays alone.

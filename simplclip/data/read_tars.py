@@ -113,7 +113,7 @@ def read_tar(
         damage = Skipped()
         samples = _samples(source, damage, max_bytes, on_error)
         if sidecars is not None:
-            samples = _joined(samples, source.url, sidecars)
+            samples = _with_sidecars(samples, source.url, sidecars)
         try:
             for number, sample in enumerate(samples):
                 new_damage = damage.take()
@@ -131,7 +131,7 @@ def read_tar(
             time.sleep(wait)
 
 
-def _joined(samples: Iterator[Sample], shard: str, folders: Folders) -> Iterator[Sample]:
+def _with_sidecars(samples: Iterator[Sample], shard: str, folders: Folders) -> Iterator[Sample]:
     """Yields the samples of a shard, to which the files of its sidecars are added in place.
 
     shard: its url. A sidecar's file replaces one of the same suffix. A sample whose key came before
@@ -189,7 +189,7 @@ def _samples(source: Source, skipped: Skipped, max_bytes: int, on_error: str) ->
         skipped.add("duplicate file in tar", source.name, error.args[0])
         return True
 
-    for sample in group_by_keys(_files(source, skipped, max_bytes, damage), handler=count_double):
+    for sample in group_by_keys(_members(source, skipped, max_bytes, damage), handler=count_double):
         # If the sample before the damage is incomplete, only the damage is counted.
         any_caption = not {"txt", "json"}.isdisjoint(sample)
         any_image = not {*IMAGE_SUFFIXES}.isdisjoint(sample)
@@ -202,7 +202,7 @@ def _samples(source: Source, skipped: Skipped, max_bytes: int, on_error: str) ->
         skipped.add("damaged tar", source.name, damage[0])
 
 
-def _files(
+def _members(
     source: Source, skipped: Skipped, max_bytes: int, damage: list[str]
 ) -> Iterator[dict[str, Any]]:
     """Yields the files of a tar that belong to samples, as webdataset's `group_by_keys` takes them.

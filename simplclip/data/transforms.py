@@ -63,7 +63,7 @@ class ImageTransform:
         self.mean, self.std = tuple(cfg.mean), tuple(cfg.std)
         self.resize_mode, self.fill = cfg.resize_mode, cfg.fill_color
         self.interpolation = BILINEAR if cfg.interpolation == "bilinear" else BICUBIC
-        self.augment: Any = _checked(augment)  # None, "affine" or an AugmentationCfg
+        self.augment: Any = _parsed_augment(augment)  # None, "affine" or an AugmentationCfg
         self._jitter = None
         self._jitter_prob = 0.0
         self._grey_prob = 0.0
@@ -307,7 +307,7 @@ def _crop_of(view: View, size: Sequence[int]) -> tuple[int, int, int, int]:
     return first_row, first_column, max(end_row, first_row + 1), max(end_column, first_column + 1)
 
 
-def _checked(augment: Any) -> Any:
+def _parsed_augment(augment: Any) -> Any:
     """Returns the argument `augment` of ImageTransform as None, "affine" or an AugmentationCfg.
 
     Raises InputError for anything else, parts of timm, and values out of range.

@@ -50,7 +50,7 @@ def from_workers(
         context.Event = _Event
         options |= {
             "prefetch_factor": 2,
-            "worker_init_fn": _start,
+            "worker_init_fn": _set_up_process,
             "multiprocessing_context": context,
         }
     former = None
@@ -63,7 +63,7 @@ def from_workers(
         loader = DataLoader(
             _Items(items),
             batch_size=None,
-            collate_fn=_unchanged,
+            collate_fn=_identity,
             generator=torch.Generator(),
             **options,
         )
@@ -182,7 +182,7 @@ class _Event:
         self._value.value = 1
 
 
-def _unchanged(item: Any) -> Any:
+def _identity(item: Any) -> Any:
     """Returns `item`: the collate_fn of items that are batches already."""
     return item
 
@@ -196,7 +196,7 @@ def _died(error: Exception) -> bool:
     return cut_off and "in DataLoader worker" not in message
 
 
-def _start(worker: int) -> None:
+def _set_up_process(worker: int) -> None:
     """Sets up signals, errors and the end of a loader process.
 
     It ignores Ctrl-C, heeds only its parent's SIGTERM, ends with its parent (by a thread), and

@@ -116,7 +116,7 @@ def write_sidecars(
         order = StoredOrder(
             [unfinished[name] for name in rank_names],
             partial(read_tar, sidecars=sidecars, max_bytes=max_bytes),
-            partial(_prepared, prepare=prepare),
+            partial(_parse_and_prepare, prepare=prepare),
             batch_size,
             collate,
             divide_sources=True,
@@ -152,7 +152,7 @@ def write_sidecars(
     }
 
 
-def _prepared(sample: Sample, prepare: Callable[[Pair], Any]) -> Any:
+def _parse_and_prepare(sample: Sample, prepare: Callable[[Pair], Any]) -> Any:
     """Parses a sample and returns what `prepare` makes of it. Raises BrokenSample."""
     return prepare(parse(sample))
 

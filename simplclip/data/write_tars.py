@@ -58,7 +58,7 @@ class TarFolder:
             # `packed` makes the folder "shards" for this command
             other_names = [name for name in visible_names if name != "shards"]
             if "meta.json" in names:
-                self._read()
+                self._load_meta()
             elif not other_names:
                 self.save()
             else:
@@ -69,7 +69,7 @@ class TarFolder:
             remove_leftovers(self.out, lambda name: True)
             yield
 
-    def _read(self) -> None:
+    def _load_meta(self) -> None:
         """Sets `entries` and `complete` to those of meta.json.
 
         Raises InputError if it has another form, or was made with another `about`.

@@ -133,7 +133,7 @@ def evaluate(
             say(f"{label}: {split.report()}")
             picture = folder / f"evaluation-{file_name(name)}{ending}.png"
             texts = templates or phrases(held.classes.templates or config_templates)
-            result = ranks.on_first(partial(_result, encoder, split, name, texts, picture))
+            result = ranks.on_first(partial(_evaluate_split, encoder, split, name, texts, picture))
             for line in result.left_out:
                 say(f"{label}: {line}")
             model.splits[name] = result
@@ -195,7 +195,7 @@ def file_name(name: str) -> str:
     return re.sub(r'[\x00-\x1f<>:"/\\|?*]+', "_", name).strip(" ._") or "_"
 
 
-def _result(
+def _evaluate_split(
     encoder: Encoder, split: Split, name: str, templates: list[str], picture: Path
 ) -> SplitResult:
     """Returns the figures of an encoded split, and writes its picture if it has captions.

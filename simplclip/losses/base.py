@@ -165,7 +165,7 @@ class DistributedLoss(nn.Module):
         share = 1 / self.world_size
         return distributed.scale_gradient(image, share), distributed.scale_gradient(text, share)
 
-    def _gathered(self, rows: Any) -> Any:
+    def _gather_constants(self, rows: Any) -> Any:
         """Returns the rows of all ranks in the order of ranks, without a gradient; None for None.
 
         A collective call if world_size > 1; else the rows are returned as they are.
@@ -174,7 +174,7 @@ class DistributedLoss(nn.Module):
             return rows
         return distributed.gather(rows.detach(), self._group())
 
-    def _learned(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def _synchronised_parameters(self, *parameters: Tensor) -> tuple[Tensor, ...]:
         """Returns parameters of the loss; backward averages their gradients over the ranks.
 
         If world_size > 1, the first call overwrites all parameters of this module by the first
@@ -188,7 +188,7 @@ class DistributedLoss(nn.Module):
             self._same_parameters = True
         return distributed.learned(parameters, self._group())
 
-    def _value(self, loss: Tensor) -> Tensor:
+    def _averaged_over_ranks(self, loss: Tensor) -> Tensor:
         """Returns the loss [] as open_clip's mode reports it: of this rank, or the mean of all.
 
         The mean, without local_loss, is a collective call; its gradient reaches this rank's value
@@ -326,7 +326,7 @@ class SimilarityLoss(DistributedLoss):
         values = self._similarity(pairs, terms, weights)
         if self.world_size <= 1:
             return values
-        return {name: self._value(value) for name, value in values.items()}
+        return {name: self._averaged_over_ranks(value) for name, value in values.items()}
 
     def _constants(
         self, teacher: Teacher, image: Tensor, text: Tensor, terms: tuple[str, ...]
@@ -382,7 +382,7 @@ class SimilarityLoss(DistributedLoss):
         # The directions are computed apart, each with this rank's rows and the columns of all
         # ranks, which are constants.
         image, text = autocast(image, text)  # before they travel
-        gather = self._gathered
+        gather = self._gather_constants
         compute = partial(
             compute,
             symmetric=False,
@@ -401,14 +401,14 @@ class SimilarityLoss(DistributedLoss):
         """Returns weight ([width] if hadamard, else []) and bias [] of the plane; None without one.
 
         width: that of the features; a hadamard weight is cut to its first columns. With several
-        ranks the tensors are those of `_learned`.
+        ranks the tensors are those of `_synchronised_parameters`.
         """
         weight: Any = self.plane_weight
         bias: Any = self.plane_bias
         if weight is None:
             return None
         if self.world_size > 1:
-            weight, bias = self._learned(weight, bias)
+            weight, bias = self._synchronised_parameters(weight, bias)
         if self.plane == "hadamard":
             weight = weight[:width]
         return weight, bias

@@ -152,7 +152,7 @@ class RowwiseLoss(DistributedLoss):
             means = [self._mean(fn, direction) for direction in directions]
             value = sum(means) / len(means)
         if self.world_size > 1:
-            value = self._value(value)
+            value = self._averaged_over_ranks(value)
         return {"rowwise_loss": value} if output_dict else value
 
     def _columns(self, pairs: Pairs) -> Pairs:
@@ -170,19 +170,19 @@ class RowwiseLoss(DistributedLoss):
         text = distributed.gather(text, self._group())
         teacher = pairs.teacher
         if teacher is not None:
-            teacher_image = self._gathered(teacher.image)
-            teacher_text = self._gathered(teacher.text)
+            teacher_image = self._gather_constants(teacher.image)
+            teacher_text = self._gather_constants(teacher.text)
             teacher = replace(teacher, image=teacher_image, text=teacher_text)
         return replace(pairs, image=image, text=text, teacher=teacher)
 
     def _with_learned_parameters(self) -> Callable[..., Tensor]:
         """Returns fn as a function whose parameters' gradients backward averages over the ranks.
 
-        As in `_learned`, the first call overwrites the parameters by the first rank's, a collective
-        call. An fn without parameters is returned as it is.
+        As in `_synchronised_parameters`, the first call overwrites the parameters by the first
+        rank's, a collective call. An fn without parameters is returned as it is.
         """
         parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        learned = self._learned(*parameters.values())
+        learned = self._synchronised_parameters(*parameters.values())
         if not learned:
             return self.fn
         names = [name.removeprefix("fn.") for name in parameters]

@@ -203,17 +203,17 @@ class WIKDLoss(SimilarityLoss):
         dtype = pairs.image.dtype
         teacher_image = teacher.image.to(dtype)
         teacher_text = teacher.text.to(dtype)
-        text_ids = self._gathered(pairs.ids)
+        text_ids = self._gather_constants(pairs.ids)
         by_image = self._interactive_direction(
             pairs,
             rows=pairs.image,
-            teacher=Teacher(teacher_image, self._gathered(teacher_text), teacher.scale),
+            teacher=Teacher(teacher_image, self._gather_constants(teacher_text), teacher.scale),
             text_ids=text_ids,
         )
         by_text = self._interactive_direction(
             pairs,
             rows=pairs.text,
-            teacher=Teacher(teacher_text, self._gathered(teacher_image), teacher.scale),
+            teacher=Teacher(teacher_text, self._gather_constants(teacher_image), teacher.scale),
             text_ids=text_ids,
         )
         return 0.5 * by_image + 0.5 * by_text
@@ -257,7 +257,7 @@ class WIKDLoss(SimilarityLoss):
         """Returns the student's image and text features [N, D̂], projected if it has projections.
 
         Projected features are not normalised again. Raises ValueError if the teacher's width is not
-        that of the result. With several ranks as `_learned`.
+        that of the result. With several ranks as `_synchronised_parameters`.
         """
         if self.image_projection is None:
             width: Any = image.shape[1]
@@ -276,7 +276,9 @@ class WIKDLoss(SimilarityLoss):
             )
         if self.image_projection is None or self.text_projection is None:
             return image, text
-        image_weight, text_weight = self._learned(self.image_projection, self.text_projection)
+        image_weight, text_weight = self._synchronised_parameters(
+            self.image_projection, self.text_projection
+        )
         return _projected(image, image_weight), _projected(text, text_weight)
 
 

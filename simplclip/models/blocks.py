@@ -78,10 +78,10 @@ class TransformerBlock(SimplifiedBlock):
         got = None if mask is None else tuple(mask.shape)
         if got != shape:
             raise InputError(f"attn_mask: expected {kind}, {shape}, got {got}")
-        if mask is not None and not self.masks_padding and not self._accepts(mask):
+        if mask is not None and not self.masks_padding and not self._check_causal_and_cache(mask):
             raise InputError(f"attn_mask: expected {kind}, {shape}, got another mask of this shape")
 
-    def _accepts(self, mask: Tensor) -> bool:
+    def _check_causal_and_cache(self, mask: Tensor) -> bool:
         """Whether a mask [L, L] is causal; one that is goes into the cache and is kept alive.
 
         True without a check while torch.compile traces, and for fake, meta and inference tensors.

@@ -202,7 +202,7 @@ def frozen_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _stays_in_eval(module: nn.Module) -> bool:
     """Whether `_hold_in_eval` was called on a module itself; its children are not looked at."""
-    return getattr(vars(module).get("train"), "func", None) is _eval_only
+    return getattr(vars(module).get("train"), "func", None) is _set_eval
 
 
 def _hold_in_eval(module: nn.Module) -> None:
@@ -210,10 +210,10 @@ def _hold_in_eval(module: nn.Module) -> None:
     # `train` is an attribute of the instance: a subclass would change type(module), and with a
     # forward hook `training` would be wrong until the module runs. The partial of a module-level
     # function can be copied and pickled.
-    module.train = partial(_eval_only, module)  # type: ignore[method-assign]
+    module.train = partial(_set_eval, module)  # type: ignore[method-assign]
     module.eval()
 
 
-def _eval_only(module: nn.Module, mode: bool = True) -> nn.Module:
+def _set_eval(module: nn.Module, mode: bool = True) -> nn.Module:
     """Puts a module into eval mode whatever `mode` is, and returns it."""
     return nn.Module.train(module, False)

@@ -260,18 +260,18 @@ def load_source(
     source = os.fspath(source)
     name, _, rest = source.removeprefix(PLAIN).partition("/")
     if source.startswith(PLAIN):
-        return _open_clip(name, rest, checkpoint)
+        return _load_open_clip(name, rest, checkpoint)
     path = Path(source)
     if checkpoint is None and path.exists():
         if (path / EXPORT).is_file() and not any((path / file).exists() for file in (BEST, LAST)):
-            return _export(path)
+            return _load_export(path)
         model, state = load_model(path)
         parts = _parts(state["config"]["model"]["name"], model)
         return parts | {"config": state["config"], "step": state["step"]}
     return _parts(name, create(name, checkpoint=checkpoint or rest))
 
 
-def _export(folder: Path) -> dict[str, Any]:
+def _load_export(folder: Path) -> dict[str, Any]:
     """Returns what `load_source` returns for a folder of `simplclip export`: also "step".
 
     Raises CheckpointError for an export.json or weights that are damaged or do not fit, InputError
@@ -315,7 +315,7 @@ def _parts(name: str, model: Any) -> dict[str, Any]:
     }
 
 
-def _open_clip(plain: str, rest: str, checkpoint: str | os.PathLike | None) -> dict[str, Any]:
+def _load_open_clip(plain: str, rest: str, checkpoint: str | os.PathLike | None) -> dict[str, Any]:
     """Returns "name", "model", "preprocess" and "tokenizer", as `load_source` does, of open_clip.
 
     plain: open_clip's name of the model. rest: a tag, a file of weights, or an empty string.

@@ -75,7 +75,7 @@ def former(out: Path, resume: bool) -> dict[str, Any] | None:
         check_out(out, resume)
         return None
     checkpoint = read_checkpoint(last)
-    if not _is_whole(checkpoint):
+    if not _can_continue(checkpoint):
         raise CheckpointError(
             f"{last}: expected the values that simplclip train writes, got others"
         )
@@ -89,7 +89,7 @@ def former(out: Path, resume: bool) -> dict[str, Any] | None:
     return checkpoint | {"best": {key: best.get(key) for key in ("recall", "step", "config")}}
 
 
-def _is_whole(checkpoint: dict[str, Any]) -> bool:
+def _can_continue(checkpoint: dict[str, Any]) -> bool:
     """Whether a checkpoint has valid "rng", "data", "step" and "frozen", which a run needs."""
     try:
         torch.Generator().set_state(checkpoint["rng"]["torch"])
@@ -118,7 +118,7 @@ def check_settings(checkpoint: dict[str, Any], config: Config) -> None:
             f"{last}: expected settings that this version of simplclip has, got others: {error}"
         ) from None
     for key in ("train", "sidecars"):  # folders may have moved
-        if _without_folders(old["data"][key]) == _without_folders(new["data"][key]):
+        if _names_of_paths(old["data"][key]) == _names_of_paths(new["data"][key]):
             old["data"][key] = new["data"][key]
     changes = [
         f"{key} was {before!r}, now {now!r}"
@@ -137,7 +137,7 @@ def check_settings(checkpoint: dict[str, Any], config: Config) -> None:
         )
 
 
-def _without_folders(data: Any) -> Any:
+def _names_of_paths(data: Any) -> Any:
     """Returns data.train or data.sidecars with the last parts of its paths in their places.
 
     A pipe:COMMAND stays whole, and so do weights of shards.
@@ -145,8 +145,8 @@ def _without_folders(data: Any) -> Any:
     if isinstance(data, str):
         return data if data.startswith("pipe:") else Path(data).name
     if isinstance(data, dict):
-        return data | {"shards": _without_folders(data["shards"])}
-    return [_without_folders(part) for part in data]
+        return data | {"shards": _names_of_paths(data["shards"])}
+    return [_names_of_paths(part) for part in data]
 
 
 class Snapshot:

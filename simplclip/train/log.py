@@ -158,7 +158,7 @@ class Log:
             return
         path = self.out / f"{name}.csv"
         if name not in self._columns:
-            self._columns[name] = self._columns_of(path, row)
+            self._columns[name] = self._begin_csv(path, row)
         with path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self._columns[name], "", "ignore", lineterminator="\n")
             writer.writerow(row)
@@ -169,7 +169,7 @@ class Log:
                 self.board.add_scalar(tag, row[key], int(row["step"]))
             self.board.flush()  # before a checkpoint of this step is written
 
-    def _columns_of(self, path: Path, row: Mapping[str, float | str]) -> list[str]:
+    def _begin_csv(self, path: Path, row: Mapping[str, float | str]) -> list[str]:
         """Removes rows of later steps from a CSV file, or begins it; returns its columns.
 
         The file is rewritten. `row`, which is to be written next, is not: it has the columns of a
@@ -306,7 +306,7 @@ def curves(run: Path) -> None:
         "Logit bias": ["logit_bias"],
     }
     panels = [
-        Panel(title, _lines(rows, names), from_zero=title not in SCALES)
+        Panel(title, _series(rows, names), from_zero=title not in SCALES)
         for title, names in columns.items()
         if names[0] in rows[0]
     ]
@@ -315,7 +315,7 @@ def curves(run: Path) -> None:
         split_rows = [row for row in evaluated if row["split"] == split]
         panels.insert(position, _recalls(split, split_rows))
         if "loss" in split_rows[0]:  # of both directions
-            panels[0].lines[split] = _lines(split_rows[::2], ["loss"])["loss"]
+            panels[0].lines[split] = _series(split_rows[::2], ["loss"])["loss"]
     draw_curves(run / "curves.png", panels, _best_step(evaluated))
 
 
@@ -326,7 +326,7 @@ def _recalls(split: str, rows: list[dict[str, str]]) -> Panel:
     for direction, words in DIRECTIONS.items():
         directed = [row for row in rows if row["direction"] == direction]
         for column in [column for column in directed[0] if column.startswith("R@")]:
-            (line,) = _lines(directed, [column]).values()
+            (line,) = _series(directed, [column]).values()
             panel.lines[f"{words} {column}"] = line
             if f"chance {column}" in directed[0]:
                 panel.chance[f"{words} {column}"] = float(directed[-1][f"chance {column}"])
@@ -345,7 +345,7 @@ def _best_step(evaluated: list[dict[str, str]]) -> int | None:
     return max(means, key=lambda step: (means[step], -step), default=None)
 
 
-def _lines(
+def _series(
     rows: list[dict[str, str]], columns: list[str]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Returns a line of each column, its steps and values, by the label of the column.

@@ -88,7 +88,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
                 _train(state, loader, splits, snapshot, stop, log)
             ranks.on_first(curves, out)
         except Exception as error:
-            _save_after(ranks.as_rank_error(error), snapshot)
+            _save_and_raise(ranks.as_rank_error(error), snapshot)
             raise
         # inside of StopSignals, where a closed pipe raises nothing
         if state.step == config.run.steps:
@@ -123,15 +123,15 @@ def _start(
     A run that begins makes its state first, since packing may take an hour. A run that continues,
     from the checkpoint `former`, has packed; its settings are checked first.
 
-    Returns the state, the held-out data by name, and the two counts of `_with_data`.
+    Returns the state, the held-out data by name, and the two counts of `_pack_and_count`.
     """
     state: Any = None
     with ranks.agreed():
-        _micro_batches(config)
+        _micro_batch_size_and_count(config)
         if not former:
             state = make_state(config, device, precision)
         splits = _splits(config, config.eval.splits)
-    config, samples, division = ranks.on_first(_with_data, config, former)
+    config, samples, division = ranks.on_first(_pack_and_count, config, former)
     with ranks.agreed():
         data.sources_of(config.data.train, "data.train")  # which a node may lack
         splits |= _splits(config, config.held_out)
@@ -209,7 +209,7 @@ def steps(state: State, loader: data.Loader, log: Log) -> Iterator[list[Batch]]:
     Before each step `state.data` is set to the loaders' states of all ranks, which have to iterate
     together. New reasons for which samples are left out are printed to `log`.
     """
-    _, count = _micro_batches(state.config)
+    _, count = _micro_batch_size_and_count(state.config)
     batches: list[Batch] = []
     reported = 0  # reasons for which samples are left out
     for batch in loader:
@@ -234,7 +234,7 @@ def _copied(batch: Batch) -> Batch:
     return {name: t if t.is_pinned() else t.clone() for name, t in tensors.items()}
 
 
-def _micro_batches(config: Config) -> tuple[int, int]:
+def _micro_batch_size_and_count(config: Config) -> tuple[int, int]:
     """Returns the images of a rank's micro-batch, and the number of micro-batches of its step.
 
     Raises ConfigError if the ranks cannot divide data.batch_size so.
@@ -265,7 +265,7 @@ def make_loader(state: State) -> data.Loader:
         section.train,
         tokenizer=tokenizer(config.model.model_dump()),
         transform=state.transform,
-        batch_size=_micro_batches(config)[0],
+        batch_size=_micro_batch_size_and_count(config)[0],
         captions_per_image=section.captions_per_image,
         teacher=config.loss.needs_teacher,
         sidecars=section.sidecars,
@@ -347,7 +347,7 @@ def _figures(
     return evaluation.recall_of(split, state.device), loss
 
 
-def _with_data(
+def _pack_and_count(
     config: Config, former: dict[str, Any] | None
 ) -> tuple[Config, int | None, data.Division | None]:
     """Packs tables and folders, counts the data, and sets the number of steps.
@@ -410,7 +410,7 @@ def _division(config: Config) -> data.Division:
     return division
 
 
-def _save_after(error: Exception, snapshot: Snapshot) -> None:
+def _save_and_raise(error: Exception, snapshot: Snapshot) -> None:
     """Saves the last whole step, and raises a TrainingError in place of `error`.
 
     Returns if no step has been done, unless memory ran out or `error` is a TrainingError itself.

@@ -41,7 +41,7 @@ class StopSignals:
                 # nohup, and a shell's background job, ignore signals
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self._former[number] = signal.signal(number, self._handle)
-        self.console.on_broken_pipe = self._drop_output  # type: ignore[method-assign]
+        self.console.on_broken_pipe = self._redirect_to_null  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -81,7 +81,7 @@ class StopSignals:
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, f"{message}\n".encode())
 
-    def _drop_output(self) -> None:
+    def _redirect_to_null(self) -> None:
         """Sends all further output of the console to /dev/null, and sets `reason` if there is none.
 
         rich calls this instead of raising BrokenPipeError.

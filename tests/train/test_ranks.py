@@ -389,13 +389,13 @@ def test_ranks_that_do_not_divide_the_batch(tmp_path, monkeypatch):
         with pytest.raises(
             ConfigError, match=f"data.batch_size: expected a multiple of {count} ranks and of"
         ):
-            loop._micro_batches(
+            loop._micro_batch_size_and_count(
                 tiny.settings(tmp_path, f"data.batch_size={batch}", f"data.micro_batch={micro}")
             )
-    assert loop._micro_batches(
+    assert loop._micro_batch_size_and_count(
         tiny.settings(tmp_path, "data.batch_size=12", "data.micro_batch=6")
     ) == (6, 1)
-    assert loop._micro_batches(
+    assert loop._micro_batch_size_and_count(
         tiny.settings(tmp_path, "data.batch_size=12", "data.micro_batch=12")
     ) == (6, 1)
 

@@ -175,7 +175,7 @@ def test_micro_batches_give_the_whole_batches_gradient(tmp_path, monkeypatch, mi
             "encode_text",
             lambda t, f=original, s=seen, **k: s.append(len(t)) or f(t, **k),
         )
-        size, count = loop._micro_batches(state.config)
+        size, count = loop._micro_batch_size_and_count(state.config)
         loader = iter(loop.make_loader(state))
         monkeypatch.setattr(state.optimizer, "step", lambda: None)
         row = train_step(state, [next(loader) for _ in range(count)])

@@ -255,9 +255,9 @@ def test_epochs_and_tables(tmp_path, capsys):
             f"data.train={out}/shards/t/*.tar",
         ]
         changes += [f"data.samples={samples or 'null'}"]
-        assert loop._with_data(tiny.settings(tmp_path, *changes), None)[0].run.steps == expected, (
-            changes
-        )
+        assert (
+            loop._pack_and_count(tiny.settings(tmp_path, *changes), None)[0].run.steps == expected
+        ), changes
     torch.save({"x": torch.zeros(1)}, tmp_path / "no-clip.pt")
     for change in (
         "optim.options.beta=1",
