@@ -14,7 +14,7 @@ INF: tl.constexpr = tl.constexpr(float("inf"))
 
 @triton.jit
 def rounded_to_tf32(x):
-    """Rounds x to the nearest TF32 number; the tensor cores would cut the last bits off."""
+    """Rounds float32 x to the nearest TF32 number; the tensor cores would cut the last bits off."""
     return tl.inline_asm_elementwise(
         "cvt.rna.tf32.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
     )
@@ -36,7 +36,7 @@ def reciprocal(x):
 
 @triton.jit
 def block_of_program(row_blocks, column_blocks, GROUP: tl.constexpr):
-    """Returns the row and the column, in blocks, of a program's block of a matrix.
+    """Returns (row, column), in blocks, of this program's block of a matrix of blocks.
 
     Programs go through GROUP blocks of rows in turn, so that those that run together read the same
     rows and columns.

@@ -19,7 +19,7 @@ repeated: Callable[[int], contextlib.AbstractContextManager] | None = None
 
 
 def starts(size: int, step: int) -> Iterator[int]:
-    """Yields the first rows of chunks of `step` rows.
+    """Yields the first rows of chunks of `step` of the rows 0..size - 1.
 
     In a plan, yields only those of the first two chunks and of the last: the others would do the
     same as the second, which therefore runs in the context `repeated(count)`.
@@ -34,23 +34,24 @@ def starts(size: int, step: int) -> Iterator[int]:
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Context that makes the tensor's device the current one."""
+    """Returns a context that makes the tensor's device the current one."""
     return torch.cuda.device_of(tensor)
 
 
 @functools.cache
 def _device(index: int) -> tuple[int, int]:
+    """Returns (architecture, multiprocessors) of the GPU of this index, e.g. (90, 132). Cached."""
     properties = torch.cuda.get_device_properties(index)
     return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
 def architecture_and_processors(tensor: Tensor) -> tuple[int, int]:
-    """Returns architecture and number of multiprocessors of the tensor's device."""
+    """Returns the architecture of the tensor's GPU, e.g. 90, and its number of multiprocessors."""
     return _device(tensor.device.index)
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """Returns the precision of products, of tuning.PRECISIONS."""
+    """Returns the precision of products: "half", or of float32 "tf32" (if allowed) or "ieee"."""
     if dtype != torch.float32:
         return "half"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
@@ -58,6 +59,7 @@ def precision_of(dtype: torch.dtype) -> str:
 
 @functools.cache
 def _warn(name: str, spills: int, architecture: int) -> None:
+    """Warns, once for each set of arguments, that kernel `name` spills so many registers."""
     from triton import __version__ as version
 
     warnings.warn(
@@ -69,7 +71,7 @@ def _warn(name: str, spills: int, architecture: int) -> None:
 
 
 def product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
-    """Writes left right to out [M, N], or adds it if `add`.
+    """Writes the matrix product left right to out [M, N] in place, or adds it to out if `add`.
 
     out is float32, since cuBLAS may add parts of a long sum in the dtype of out.
     """
@@ -81,12 +83,15 @@ def product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
 
 
 def start(kernel: Any, programs: int, args: tuple, options: dict[str, Any]) -> Any:
-    """Starts a kernel. Returns the compiled kernel."""
+    """Starts a Triton kernel with a grid of `programs`; returns the compiled kernel.
+
+    args, options: the kernel's positional and keyword arguments, num_warps etc. among the latter.
+    """
     return kernel[(programs,)](*args, **options)
 
 
 def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-    """Starts a kernel with this number of programs.
+    """Starts a Triton kernel with this number of programs; args and options are its arguments.
 
     Warns, once per kernel, if the compiler spilled registers. The gates (make aot) check that no
     kernel spills with their versions of Triton; other versions may spill.
@@ -98,12 +103,11 @@ def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
 
 @functools.cache
 def splits(blocks: int, tiles: int, slots: int) -> tuple[int, int]:
-    """Returns the number of ranges of each block's tiles, and the tiles in a range, if `slots`
-    programs run at a time.
+    """Returns (ranges, tiles per range): how each block's tiles are divided among programs.
 
-    The cost is the number of rounds of programs times tiles per range; half a tile is added for the
-    other work of a program, so that few large ranges are preferred if they fill the device equally
-    well.
+    blocks: of rows. tiles: of each block. slots: programs that run at a time. The cost is the
+    number of rounds of programs times tiles per range; half a tile is added for the other work of a
+    program, so that few large ranges are preferred if they fill the device equally well. Cached.
     """
     limit = min(tiles, max(8, -(-2 * slots // blocks)))
 

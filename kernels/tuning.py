@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
+    """Blocks, warps and pipeline stages of a kernel that multiplies matrices, [m, k] by [k, n]."""
+
     block_m: int
     block_n: int
     block_k: int
@@ -21,6 +23,7 @@ class Tile(NamedTuple):
     registers: int | None = None
 
     def options(self) -> dict[str, int]:
+        """Returns a launch's arguments BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages by name."""
         return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), self))
 
 
@@ -28,7 +31,7 @@ PRECISIONS = ("half", "tf32", "ieee")
 
 
 def dot_precision(precision: str) -> str:
-    """Returns the input_precision of tl.dot for a precision of PRECISIONS."""
+    """Returns tl.dot's input_precision, "tf32" or "ieee", for "half", "tf32" or "ieee"."""
     return "tf32" if precision == "tf32" else "ieee"
 
 
@@ -48,7 +51,9 @@ _TILES = {
 
 
 def lookup(op: str, precision: str, architecture: int) -> Tile:
-    """Returns the op's tile in a precision of PRECISIONS, or the architecture's own where it has
-    one.
+    """Returns the tile of an op on a GPU: its architecture's own, or else that of all.
+
+    op: "similarity" or "parallel_mlp". precision: "half", "tf32" or "ieee". architecture: e.g. 90.
+    Raises KeyError for others.
     """
     return _TILES.get((op, precision, architecture)) or _TILES[op, precision]

@@ -18,17 +18,22 @@ WARPS = 4
 
 
 def tile(width: int) -> dict[str, int]:
-    """Returns the kernels' block of tokens for heads of a width."""
+    """Returns a kernel's block, ROWS tokens by COLUMNS, and num_warps, for heads of a width."""
     columns = max(16, triton.next_power_of_2(width))
     return {"ROWS": max(1, ELEMENTS // columns), "COLUMNS": columns, "num_warps": WARPS}
 
 
 def _heads(*tensors: Tensor) -> list[Heads]:
+    """Returns tensors [B, L, H, K] with contiguous rows [K] as Heads, arguments of kernels."""
     return [Heads(t, *t.stride()[:3]) for t in tensors]
 
 
 def shaped_attention_terms(call: AttentionCall, av: Tensor, out: Tensor) -> None:
-    """Writes out; av may hold anything at padded tokens."""
+    """Writes alpha v + beta A v − gamma C v to `out` [B, L, H, K], and 0 at padded tokens.
+
+    av: A v = softmax(q kᵀ scale) v, [B, L, H, K]; it may hold anything at padded tokens. C v: the
+    mean of v over the keys that a query sees.
+    """
     batch, tokens, heads, width = call.q.shape
     with device_of(call.q):
         launch(
@@ -44,9 +49,10 @@ def shaped_attention_terms(call: AttentionCall, av: Tensor, out: Tensor) -> None
 def shaped_attention_gradients(
     call: AttentionInto, ordinary: tuple[Tensor, Tensor, Tensor], sign: int
 ) -> Tensor:
-    """Writes dq, dk and dv; returns the gains' gradients [3, H].
+    """Overwrites call.dq, call.dk and call.dv; returns the gains' gradients [3, H].
 
-    ordinary: the gradients of ordinary attention, arbitrary at padding. sign: factor of dq.
+    ordinary: the gradients of q, k and v [B, L, H, K] of ordinary attention, arbitrary at padding.
+    sign: a factor of dq. call.av must hold A v.
     """
     batch, tokens, heads, width = call.q.shape
     parts = torch.empty(3, batch, heads, dtype=torch.float32, device=call.q.device)

@@ -81,7 +81,10 @@ def _shaped_attention_terms_kernel(
     tokens, heads, width,
     CAUSAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Writes out = alpha v + beta A v - gamma C v, and 0 at padded tokens."""
+    """Writes out = alpha v + beta A v - gamma C v of one head of one sequence; 0 at padded tokens.
+
+    av holds A v, the softmax attention; C v is the mean of v over the keys that a query sees.
+    """
     alpha, beta, gamma = _gains(gains, heads)
     valid = _valid(lengths, tokens, heads)
     columns = tl.arange(0, COLUMNS)
@@ -113,8 +116,9 @@ def _shaped_attention_gradients_kernel(
     sign,  # factor of dq
     CAUSAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Writes dq, dk and dv, from the last token to the first, since a token's value is in the means
-    of all later tokens.
+    """Writes dq, dk, dv and parts of one head of one sequence; gradients are 0 at padded tokens.
+
+    From the last token to the first, since a token's value is in the means of all later tokens.
     """
     alpha, beta, gamma = _gains(gains, heads)
     valid = _valid(lengths, tokens, heads)

@@ -15,7 +15,7 @@ def _parallel_mlp_activate_kernel(
     ACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes act(h)."""
+    """Writes act(h) to `activated`; a program computes BLOCK elements."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     offset = tl.arange(0, BLOCK)
     inside = offset < count - first
@@ -42,8 +42,9 @@ def _parallel_mlp_hidden_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Overwrites h by (grad weight) ∘ act'(h); a program reads only the part of h that it
-    overwrites.
+    """Overwrites h by (grad weight) ∘ act'(h); a program computes a block [BLOCK_M, BLOCK_N].
+
+    It reads only the part of h that it overwrites.
     """
     row_block, column_block = block_of_program(
         tl.cdiv(tokens, BLOCK_M), tl.cdiv(hidden, BLOCK_N), GROUP

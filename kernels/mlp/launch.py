@@ -30,7 +30,10 @@ SCRATCH_BYTES = 16 << 20  # of the rows of act(h) that exist at a time
 
 
 def _chunks(h: Tensor) -> list[slice]:
-    """Returns ranges of rows of nearly equal size, for each of which act(h) fits SCRATCH_BYTES."""
+    """Returns ranges of the rows of h [T, F], nearly equal, for each of which act(h) fits 16 MiB.
+
+    A range of up to 64 rows may need more.
+    """
     tokens = h.shape[0]
     limit = max(64, SCRATCH_BYTES // (h.shape[1] * h.itemsize))
     step = -(-tokens // -(-tokens // limit))
@@ -38,7 +41,10 @@ def _chunks(h: Tensor) -> list[slice]:
 
 
 def _activated(h: Tensor, act: str, scratch: Tensor) -> Tensor:  # [rows, F], contiguous
-    """Writes act(h) to the first rows of the scratch and returns these rows."""
+    """Writes act(h) to the first rows of the scratch and returns these rows, a view.
+
+    h: [rows, F]. act: the activation's name. scratch: from `_scratch`.
+    """
     out = scratch[: h.shape[0]]
     programs = triton.cdiv(h.numel(), BLOCK)
     launch(_parallel_mlp_activate_kernel, programs, h, out, h.numel(), ACT=act, BLOCK=BLOCK)
@@ -46,14 +52,14 @@ def _activated(h: Tensor, act: str, scratch: Tensor) -> Tensor:  # [rows, F], co
 
 
 def _scratch(h: Tensor, chunks: list[slice]) -> Tensor:
-    """Returns memory for act(h) of the largest chunk."""
+    """Returns uninitialised memory for act(h) of the largest of the chunks of rows, [rows, F]."""
     return torch.empty_like(h[chunks[0]])
 
 
 def parallel_mlp_fwd(call: HiddenCall) -> None:
-    """Writes act(h) weightᵀ + bias to out, or adds it.
+    """Writes act(h) weightᵀ + bias to call.out [T, C], or adds it if call.accumulate.
 
-    Scratch: SCRATCH_BYTES, or 64 rows of act(h).
+    Scratch: SCRATCH_BYTES (16 MiB), or 64 rows of act(h).
     """
     h = call.h
     out = call.out
@@ -78,8 +84,7 @@ def parallel_mlp_fwd(call: HiddenCall) -> None:
 
 
 def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], [0, F] if not needed
-    """Computes dweight = gradᵀ act(h), then overwrites h by dh = (grad weight) ∘ act'(h); returns
-    dweight.
+    """Overwrites h by dh = (grad weight) ∘ act'(h); returns dweight = gradᵀ act(h), of the old h.
 
     Scratch: that of forward, and if it does not hold all of act(h), also dweight in float32.
     """
@@ -94,7 +99,7 @@ def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], [0, F] if not n
 
 
 def _overwrite_hidden(grad: Tensor, weight: Tensor, h: Tensor, act: str) -> None:
-    """Overwrites h [T, F] by dh; grad [T, C], weight [C, F]."""
+    """Overwrites h [T, F] by (grad weight) ∘ act'(h); grad [T, C], weight [C, F]."""
     precision = precision_of(h.dtype)
     tile = tuning.lookup("parallel_mlp", precision, architecture_and_processors(h)[0])
     tokens, width = grad.shape
@@ -116,7 +121,7 @@ def _overwrite_hidden(grad: Tensor, weight: Tensor, h: Tensor, act: str) -> None
 
 
 def _weight_gradient(grad: Tensor, h: Tensor, act: str) -> Tensor:  # [C, F]
-    """Returns gradᵀ act(h); grad [T, C], h [T, F]."""
+    """Returns gradᵀ act(h) in the dtype of h; grad [T, C], h [T, F], act: the activation's name."""
     if not h.numel():
         return h.new_zeros(grad.shape[1], h.shape[1])
     chunks = _chunks(h)

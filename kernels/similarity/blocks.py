@@ -21,12 +21,12 @@ RANGE = {"BLOCK": 2048}  # of the range kernel, which has no tile in tuning.py
 def range_factor(
     call: SimilarityGradient | SigmoidCall, **inputs: Any
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Returns the power of two by which float16 matrices are multiplied before they are rounded,
-    and its reciprocal.
+    """Returns the power of two by which G is multiplied before it is rounded, and its reciprocal.
 
-    With a mean over N rows, G has entries of about s/N² for a scale s, below float16's least
-    number, 2^-24, from N = 4,096 √s on. No value is read from the device. inputs: the kernel's
-    arguments, by default None.
+    G: the gradient of the similarities. Both [] float32 on the device, from which no value is read;
+    (None, None) unless the features are float16. inputs: the range kernel's arguments, by default
+    None. With a mean over N rows, G has entries of about s/N² for a scale s, below float16's least
+    number, 2^-24, from N = 4,096 √s on.
     """
     if call.image.dtype != torch.float16:
         return None, None
@@ -47,6 +47,7 @@ class FeatureGradient:
     """
 
     def __init__(self, features: Tensor, needed: bool, dtype: torch.dtype):  # [N, D]
+        """Allocates the sum, [N, D], or [0, D] if not needed; dtype: of the result."""
         self.needed = needed
         self.dtype = dtype
         rows, width = features.shape
@@ -54,16 +55,19 @@ class FeatureGradient:
         self.started: set[int] = set()  # the first rows of the ranges that have a product
 
     def add(self, rows: slice, left: Tensor, right: Tensor) -> None:
-        """Adds left right to these rows.
+        """Adds the product left right to these rows of the sum; does nothing if not needed.
 
-        The ranges of rows of any two calls are equal or disjoint.
+        The ranges of rows of any two calls are equal or disjoint, and cover all rows in the end.
         """
         if self.needed:
             product(self.sum[rows], left, right, add=rows.start in self.started)
             self.started.add(rows.start)
 
     def result(self, unscale: Tensor | None) -> Tensor:  # [N, D] or [0, D]
-        """Returns the sum, times `unscale` if there is one. No call may follow."""
+        """Returns the sum in the result's dtype, times `unscale` unless None; frees the sum.
+
+        No call may follow.
+        """
         total, self.sum = self.sum, None
         if unscale is not None:
             total.mul_(unscale)
@@ -80,11 +84,12 @@ def gradients_in_blocks(
     stored: bool = True,
     **inputs: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns d_image, d_text and the programs' sums [programs, numbers] from a kernel that
-    computes blocks of G.
+    """Returns d_image [N, D], d_text [M, D] and the programs' sums [programs, numbers].
 
-    A program adds to sums of its own in all blocks, so that the order of sums is fixed. dtype: of
-    d_image and d_text. stored: whether the kernel stores G. inputs: arguments of the kernel.
+    kernel: computes blocks of G, the gradient of the similarities, one launch for each block. A
+    program adds to sums of its own in all blocks, so that the order of sums is fixed. factor,
+    unscale: from `range_factor`. dtype: of d_image and d_text, which have no rows where not needed.
+    stored: whether the kernel stores G. inputs: arguments of the kernel.
     """
     tile = tile_of(call)
     n = call.image.shape[0]

@@ -45,7 +45,10 @@ def _gradient_of_logits(
     size,
     AXIS: tl.constexpr,
 ):  # [BLOCK_M, BLOCK_N]
-    """Returns the softmax along an axis times the gradients of a statistic."""
+    """Returns softmax(logits) along AXIS times the gradient of each row's or column's statistic.
+
+    logits: in base 2, -inf where there is no negative.
+    """
     shift = finite(load_clamped(stats + LSE * size, index, size) * LOG2E)
     grad = load_clamped(grads + GRAD * size, index, size)
     return tl.expand_dims(grad, AXIS) * tl.exp2(logits - tl.expand_dims(shift, AXIS))
@@ -64,7 +67,7 @@ def store_gradient(
     m,
     out_stride,
 ):
-    """Stores a tile of a block of G, multiplied by the factor if there is one."""
+    """Stores a tile g to a block of G, in its dtype, multiplied by the factor if there is one."""
     if factor is not None:
         g *= tl.load(factor)
     out += (row - first_row).to(tl.int64)[:, None] * out_stride + (column - first_column)[None, :]
@@ -73,7 +76,7 @@ def store_gradient(
 
 @triton.jit
 def add_to_sum(sums, tile):
-    """Adds a tile's sum to one of the program's sums."""
+    """Adds the sum of a tile to the number that the pointer `sums` points to."""
     tl.store(sums, tl.load(sums) + tl.sum(tile))
 
 
@@ -107,7 +110,10 @@ def _similarity_gradient_kernel(
     out_stride,
     TILE: tl.constexpr,  # plan.Tiling
 ):
-    """Writes a tile of G, and adds to this program's sums of the scalars' gradients."""
+    """Writes a tile of G, the gradient of the similarities; adds to this program's sums.
+
+    The sums are the gradients of scale and of plane's p and q.
+    """
     row_block, column_block = block_of_program(row_blocks, column_blocks, GROUP)
     row = first_row + row_block * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)
     column = first_column + column_block * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
@@ -149,7 +155,7 @@ def _largest(
     size,
     BLOCK: tl.constexpr,
 ):
-    """Returns the largest absolute value of a statistic."""
+    """Returns the largest absolute value in the row STAT of values."""
     values += STAT * size.to(tl.int64)
     largest = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
@@ -172,8 +178,9 @@ def _similarity_range_kernel(
     TERMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes the power of two that brings a bound of all entries of G near 2^PEAK, and its
-    reciprocal. One program.
+    """Writes the power of two that brings a bound of all entries of G near 2^PEAK, and its inverse.
+
+    G: the gradient of the similarities. One program.
     """
     bound = 0.0
     if grad_rows is not None:

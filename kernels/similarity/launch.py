@@ -37,10 +37,11 @@ DIAGONAL = {"BLOCK_M": 16, "BLOCK_K": 128}
 
 
 def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the reference's results.
+    """Returns rows [6, N] (RowStat), columns [3, M] (ColumnStat), and empty stored products.
 
-    Scratch besides the results: the parts of column statistics, at most as many bytes as `chunk`
-    rows of one matrix (or one block of rows' parts), and the parts of row statistics.
+    The values are the reference's. Scratch besides the results: the parts of column statistics, at
+    most as many bytes as `chunk` rows of one matrix (or one block of rows' parts), and the parts of
+    row statistics.
     """
     image = call.image
     n = call.image.shape[0]
@@ -62,7 +63,10 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
 def _write_positives(
     call: SimilarityCall, stat: RowStat, image: Tensor, text: Tensor, rows: Tensor
 ) -> None:
-    """Writes the positives' similarities to the row `stat` of rows, [6, N]."""
+    """Writes the similarity of each row and its positive to the row `stat` of rows, [6, N].
+
+    image, text: the student's features, or the teacher's.
+    """
     n, width = image.shape
     blocks = -(-n // DIAGONAL["BLOCK_M"])
     sizes = (int(stat), n, width, call.label_offset)
@@ -70,7 +74,7 @@ def _write_positives(
 
 
 def _matrix_arguments(call: SimilarityCall) -> dict[str, Any]:
-    """Returns the arguments that the statistics kernel and the gradient kernel have in common."""
+    """Returns the arguments by name that the statistics kernel and the gradient kernel share."""
     teacher_width = call.teacher_image.shape[1] if call.has_teacher else 0
     return {
         **arguments(call, teacher_width),
@@ -84,7 +88,10 @@ def _matrix_arguments(call: SimilarityCall) -> dict[str, Any]:
 
 
 def _write_statistics(call: SimilarityCall, rows: Tensor, columns: Tensor) -> None:
-    """Writes the statistics, without those of the positives, to rows [6, N] and columns [3, M]."""
+    """Writes all statistics but those of the positives to rows [6, N] and columns [3, M].
+
+    columns are written only if call.columns.
+    """
     shared = _matrix_arguments(call)
     m = call.text.shape[0]
     slots = column_slots(call)
@@ -116,8 +123,10 @@ def _merge(
     plane: bool = False,
     previous: bool = False,
 ) -> None:
-    """Merges parts into `out`, from its column `first` on. previous: with the statistics that `out`
-    holds.
+    """Merges parts of statistics and writes them to columns first .. first + size - 1 of `out`.
+
+    parts: from the statistics kernel. plane: whether they have pair matching. previous: whether to
+    merge with the statistics that `out` holds.
     """
     count, slots, size = parts.shape
     launch(
@@ -139,10 +148,10 @@ def _merge(
 
 
 def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the reference's gradients.
+    """Returns d_image, d_text (without rows where not needed), d_scale [] and d_plane [2].
 
-    For each block of the matrix a kernel computes G, which is then multiplied by the features of
-    both sides.
+    For each block of the matrix a kernel computes G, the gradient of the similarities, which is
+    then multiplied by the features of both sides.
 
     Scratch besides the results: as many elements as `chunk` rows of one matrix; for half types also
     the gradients in float32.
@@ -170,8 +179,10 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tenso
 
 
 def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the reference's results, with gradients in the features' dtype, or in float32 for
-    float16.
+    """Returns the terms [K], and the gradients d_image, d_text and d_sigmoids [2, K] of their sum.
+
+    The sum is weighted by MIX; d_sigmoids has the gradients of WEIGHT and BIAS. d_image and d_text
+    are in the features' dtype, or in float32 for float16, without rows unless needed.
 
     Scratch besides the results: as many elements as `chunk` rows of the matrix; for bfloat16 also
     the gradients in float32.

@@ -31,13 +31,13 @@ class Tiling:
 
 
 def tile_of(call: SimilarityCall | SigmoidCall) -> tuning.Tile:
-    """Returns the tile of the products on the call's device."""
+    """Returns the tile of the similarity kernels for the call's dtype, on its device."""
     architecture, _ = architecture_and_processors(call.image)
     return tuning.lookup("similarity", precision_of(call.image.dtype), architecture)
 
 
 def arguments(call: SimilarityCall | SigmoidCall, *widths: int) -> dict[str, object]:
-    """Returns the arguments of every kernel that multiplies features.
+    """Returns arguments and launch options by name, of every kernel that multiplies features.
 
     widths: of the teacher's features, if the kernel multiplies them too.
     """
@@ -62,7 +62,7 @@ def arguments(call: SimilarityCall | SigmoidCall, *widths: int) -> dict[str, obj
 
 
 def column_slots(call: SimilarityCall) -> int:
-    """Returns the number of a column's statistics in forward's parts."""
+    """Returns the numbers kept of a column in forward's parts: 5 with a teacher, else 2."""
     return 5 if call.has_teacher else 2
 
 
@@ -77,7 +77,7 @@ class Sweep(NamedTuple):
 
 
 def sweeps(call: SimilarityCall) -> Iterator[Sweep]:
-    """Yields the sweeps of forward.
+    """Yields the ranges of rows, from row 0 to N, one for each launch of forward.
 
     A sweep's parts of columns have at most as many bytes as `chunk` rows of a matrix, or are those
     of one block of rows.
@@ -99,8 +99,9 @@ def sweeps(call: SimilarityCall) -> Iterator[Sweep]:
 
 @functools.cache
 def block_sides(n: int, m: int, elements: int) -> tuple[int, int]:
-    """Returns the rows R and the columns C of the blocks of an N x M matrix that backward computes
-    in turn; R C is at most `elements`, or 128².
+    """Returns rows R and columns C of the blocks of an n x m matrix that backward computes in turn.
+
+    R C is at most `elements`, or 128². Cached.
 
     For each block the gradients of its rows and of its columns are read and written once, 8 D (N
     ceil(M / C) + M ceil(N / R)) bytes in all. These bytes are fewest where R and C are about equal.
@@ -117,7 +118,11 @@ def block_sides(n: int, m: int, elements: int) -> tuple[int, int]:
 
 
 def blocks_of(n: int, m: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-    """Yields the rows and the columns of each block."""
+    """Yields (row slice, column slice) of each block of an n x m matrix, by rows of blocks.
+
+    rows, columns: the sides of a block; the last ones may be shorter. A plan skips blocks, see
+    runtime.starts.
+    """
     for row in starts(n, rows):
         for column in starts(m, columns):
             yield slice(row, min(n, row + rows)), slice(column, min(m, column + columns))

@@ -45,8 +45,10 @@ def _similarity_sigmoid_kernel(
     GRADIENT: tl.constexpr,
     TILE: tl.constexpr,  # plan.Tiling
 ):
-    """Adds a tile's part of the terms and of the gradients of their numbers to this program's sums;
-    writes a tile of G.
+    """Adds a tile's part of the terms, with GRADIENT also of their gradients, to sums.
+
+    With GRADIENT it also writes the tile of G, the gradient of the similarities, to `out`. Each
+    program has sums of its own.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N

@@ -32,7 +32,7 @@ def _store_column_softmax(
     m,
     inside,  # [BLOCK_N]
 ):
-    """Stores the maxima and the sums of the columns; returns the exponentials."""
+    """Stores the columns' maxima, and sums of 2^(logit - maximum); returns these powers."""
     maximum = tl.max(logits, 0)
     weight = tl.exp2(logits - finite(maximum)[None, :])
     tl.store(part, maximum, inside)
@@ -71,10 +71,10 @@ def _similarity_statistics_kernel(
     COLUMN_SLOTS: tl.constexpr,
     TILE: tl.constexpr,  # plan.Tiling
 ):
-    """Computes statistics of a block of rows over a range of column tiles, and of each of these
-    columns over the block.
+    """Writes parts of statistics: of BLOCK_M rows over a range of columns, of these over the rows.
 
-    T is computed first and kept, since the means need it: at most two tiles are in registers.
+    The teacher's logits are computed first and kept, since the means need them: at most two tiles
+    are in registers.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
@@ -152,7 +152,10 @@ def _merge_softmax(
     PREVIOUS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """Writes the log-sum-exp, and the mean, of all parts of a softmax."""
+    """Writes the log-sum-exps, and the means, of BLOCK rows or columns, merged from all parts.
+
+    PREVIOUS: merges with what `out` holds.
+    """
     maximum = tl.full(inside.shape, -INF, tl.float32)
     total = tl.zeros(inside.shape, tl.float32)
     mean = total
@@ -191,7 +194,10 @@ def _similarity_merge_kernel(
     BLOCK_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Merges the statistics of the parts, in an order that depends only on their number."""
+    """Merges the parts of BLOCK rows' or columns' statistics; writes them to `out`.
+
+    out_first: the first column of `out`. The order of sums depends only on the number of parts.
+    """
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
     out += out_first + index
@@ -228,8 +234,9 @@ def _similarity_diagonal_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Writes the similarities of the positives, in float32: so the tiles of the large products need
-    not look for them.
+    """Writes the similarities of BLOCK_M rows' positives, in float32, to the row `stat` of rows.
+
+    So the tiles of the large products need not look for them.
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     safe_row = tl.minimum(row, n - 1).to(tl.int64)

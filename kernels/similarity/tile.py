@@ -62,11 +62,10 @@ def is_negative(
     ids,  # [N] or None
     text_ids,  # [M] or None
 ):  # [BLOCK_M, BLOCK_N]
-    """Whether an entry is inside the matrix, is not the row's positive, and has no id equal to the
-    row's.
+    """Whether an entry is in the matrix, not the row's positive, and of another id than the row.
 
-    masked: a tile in registers that is -inf at all other entries. A mask of its own would need
-    registers too.
+    masked: a tile in registers that is -inf at all other entries, and is then used alone; or None.
+    A mask of its own would need registers too.
     """
     if masked is not None:
         return masked != -INF
@@ -82,8 +81,9 @@ def is_negative(
 
 @triton.jit
 def softplus_and_sigmoid(x):
-    """log(1 + e^x) = max(x, 0) + log(1 + e) with e = e^-|x|, by a polynomial with relative error
-    4e-7; and 1 / (1 + e^-x).
+    """Returns (log(1 + e^x), 1 / (1 + e^-x)) of each element of a tile, stable for any x.
+
+    log(1 + e^x) = max(x, 0) + log(1 + e) with e = e^-|x|, by a polynomial with relative error 4e-7.
     """
     e = tl.exp2(-tl.abs(x) * LOG2E)
     p = -0.008539198897778988 * e + 0.04408959671854973
@@ -98,9 +98,7 @@ def softplus_and_sigmoid(x):
 
 @triton.jit
 def finite(maximum):
-    """Returns a finite shift for exponentials: the maximum, or 0 where it is -inf, as without
-    negatives.
-    """
+    """Returns a finite shift for exponentials: the maximum, or 0 where that is -inf."""
     return tl.where(maximum == -INF, 0.0, maximum)
 
 
@@ -112,8 +110,9 @@ def times_nonzero(weight, value):
 
 @triton.jit
 def online_max(maximum, logits, AXIS: tl.constexpr):
-    """Returns the running maximum with a tile's logits, a finite shift for exponentials, and the
-    factor of earlier sums.
+    """Returns (new maximum, finite shift for exponentials, factor of earlier sums).
+
+    maximum: the running maximum, to which a tile of logits in base 2 is added along AXIS.
     """
     new = tl.maximum(maximum, tl.max(logits, AXIS))
     shift = finite(new)

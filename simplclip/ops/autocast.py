@@ -11,24 +11,21 @@ from torch import Tensor
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether autocast is enabled.
-
-    There is no autocast for meta tensors: torch raises when asked about it.
-    """
+    """Whether autocast is enabled for the device's type; False for meta, where torch raises."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Context without autocast."""
+    """Returns a context without autocast for the device's type; for meta it does nothing."""
     if device.type == "meta":
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def autocast(first: Tensor, *others: Tensor | None) -> Sequence[Any]:
-    """Returns the tensors, cast to autocast's dtype if autocast is enabled on the first's device.
+    """Returns the tensors in order, cast to autocast's dtype if it is on for the first's device.
 
-    float64 is not cast.
+    float64 tensors are not cast, and None stays None. Nothing is changed in place.
     """
     tensors = (first, *others)
     if not autocasts(first.device):

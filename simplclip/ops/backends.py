@@ -58,7 +58,10 @@ class Implementation:
 
 
 def why_not_kernels(serves: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Returns why kernels for the device type `serves` cannot run a call, or None if they can."""
+    """Returns why kernels for the device type `serves` cannot run a call, or None if they can.
+
+    serves: "cpu" or "cuda". device, dtype: of the call's tensors.
+    """
     if device.type != serves:
         return f"serves {serves} tensors, not {device.type}"
     if dtype == torch.float64:
@@ -67,10 +70,12 @@ def why_not_kernels(serves: str, device: torch.device, dtype: torch.dtype) -> st
 
 
 def _anywhere(device: torch.device, dtype: torch.dtype, **call) -> str | None:
+    """Returns None: the reference runs every call. The predicate of "reference"."""
     return None
 
 
 def _extension_on_cpu(device: torch.device, dtype: torch.dtype, **call) -> str | None:
+    """Returns why the C++ extension for the CPU cannot run a call, or None; `call` is not used."""
     if extension is None:
         return extension_error
     return why_not_kernels("cpu", device, dtype)
@@ -78,17 +83,18 @@ def _extension_on_cpu(device: torch.device, dtype: torch.dtype, **call) -> str |
 
 @functools.cache
 def installed(package: str) -> bool:
+    """Whether a package can be found; it is not imported. Cached."""
     return importlib.util.find_spec(package) is not None
 
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """Returns the compute capability of a GPU, or None without one, as in a plan for a card."""
+    """Returns a GPU's compute capability (major, minor), or None on a machine without. Cached."""
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
 def triton_on_cuda(device: torch.device, dtype: torch.dtype, **call) -> str | None:
-    """Returns why Triton cannot run a call, or None if it can."""
+    """Returns why Triton cannot run a call of any op, or None if it can; `call` is not used."""
     if not installed("triton"):
         return "the package triton is not installed"
     if reason := why_not_kernels("cuda", device, dtype):
@@ -104,6 +110,7 @@ def triton_on_cuda(device: torch.device, dtype: torch.dtype, **call) -> str | No
 
 @functools.cache
 def _has_binary(index: int) -> bool:
+    """Whether the CUDA extension, which must be loaded, has kernels for GPU `index`. Cached."""
     return bool(cuda_extension.binary_version(index))
 
 
@@ -127,7 +134,7 @@ def extension_on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _native(name: str, fields: tuple[str, ...]) -> Callable:
-    """Returns a function that runs the op of C++.
+    """Returns a function that runs C++'s op simplclip::<name> on the `fields` of a call.
 
     The op is looked up at the first call: the extension may be missing.
     """
@@ -143,9 +150,10 @@ def _native(name: str, fields: tuple[str, ...]) -> Callable:
 
 
 def kernel(module: str, name: str) -> Callable:
-    """Returns a launcher of kernels/, which is imported at its first call.
+    """Returns a function that calls launcher `name` of simplclip.kernels.<module>.
 
-    Importing Triton takes time, and some platforms lack it.
+    The module is imported at the first call: importing Triton takes time, and some platforms lack
+    it.
     """
 
     def run(*arguments: Any) -> Any:
@@ -163,11 +171,12 @@ def row(
     cuda: Callable | None = None,
     cpu: bool = True,
 ) -> dict[str, Implementation]:
-    """Returns the backends of an op, whose functions are named after `reference`.
+    """Returns the backends of an op by name; their functions are named after `reference`.
 
-    call: the dataclass of the functions' argument. module: the module of simplclip.kernels with the
-    op's launcher, if Triton has the op. cuda: the predicate of CUDA C++, if CUDA C++ has the op.
-    cpu: whether C++ for the CPU has the op.
+    reference: the function in plain torch. call: the dataclass of the functions' argument. module:
+    the module of simplclip.kernels with the op's launcher, or "" if Triton lacks the op. cuda: the
+    predicate of CUDA C++, or None if CUDA C++ lacks the op. cpu: whether C++ for the CPU has the
+    op.
     """
     name = reference.__name__
     fields = call.__match_args__
@@ -186,7 +195,7 @@ TABLE: dict[str, dict[str, Implementation]] = {}
 
 
 def public_name(op: str) -> str:
-    """Returns the name of the public op that an op of the table belongs to."""
+    """Returns the name of the public op that an op of the table belongs to, e.g. without "_fwd"."""
     if op.startswith("similarity"):
         return "similarity_loss"
     return op.removesuffix("_fwd").removesuffix("_bwd")
@@ -194,7 +203,10 @@ def public_name(op: str) -> str:
 
 @functools.cache
 def _parse(spec: str) -> dict[str, str]:
-    """Parses a text as in SIMPLCLIP_BACKEND: public op, or "" for all ops -> forced backend."""
+    """Parses a text as in SIMPLCLIP_BACKEND: public op, or "" for all ops -> forced backend.
+
+    Raises ValueError for a name that is no op or no backend. Cached.
+    """
     by_op = {}
     for part in filter(None, spec.split(",")):
         op, _, name = part.rpartition("=")
@@ -211,7 +223,7 @@ _forced: str = os.environ.get("SIMPLCLIP_BACKEND", "").replace(" ", "")
 
 
 def forced() -> str:
-    """Returns which backends are forced, in the form of SIMPLCLIP_BACKEND; "" if none is."""
+    """Returns which backends are forced now, in the form of SIMPLCLIP_BACKEND; "" if none is."""
     return _forced
 
 
@@ -247,7 +259,11 @@ def backend(name: str | None = None, /, **by_op: str) -> Iterator[None]:
 
 
 def why_not(op: str, name: str, device: torch.device, dtype: torch.dtype, **call) -> str | None:
-    """Returns why backend `name` cannot run a call with these facts, or None if it can."""
+    """Returns why backend `name` cannot run a call of `op`, or None if it can.
+
+    op: a key of TABLE. device, dtype, call: of the call's tensors, and further facts that
+    predicates need, e.g. length=197 of shaped_attention.
+    """
     if name not in TABLE[op]:
         return f"{op} has no {name} implementation"
     return TABLE[op][name].why_not(device, dtype, **call)
@@ -256,12 +272,12 @@ def why_not(op: str, name: str, device: torch.device, dtype: torch.dtype, **call
 def select(
     op: str, device: torch.device, dtype: torch.dtype, spec: str = "", *, part: bool = False, **call
 ) -> tuple[str, Callable]:
-    """Returns a backend for `op` and its function: the one that `spec` forces (see `forced`), or
-    the first that can run.
+    """Returns the name and the function of the forced backend, or of the first that can run.
 
-    part: whether `op` is a part of another op: a backend that is forced for all ops is ignored if
-    the part does not have it. Raises RuntimeError if the forced backend, or without one every
-    backend, cannot run.
+    op: a key of TABLE. spec: the forced backends, see `forced`. call: facts, see `why_not`. part:
+    whether `op` is a part of another op: a backend that is forced for all ops is ignored if the
+    part does not have it. Raises RuntimeError if the forced backend, or without one every backend,
+    cannot run.
     """
     name = forced_for(op, spec)
     if name and part and name not in TABLE[op] and public_name(op) not in _parse(spec):

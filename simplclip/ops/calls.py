@@ -33,7 +33,10 @@ _TYPES = {
 
 
 def schema_of(call: type) -> str:
-    """Returns the dispatcher's schema of a call's dataclass: its fields in their order."""
+    """Returns the arguments of an op in the dispatcher's schema, e.g. "Tensor x, SymInt n".
+
+    They are the fields of the dataclass in their order; one of type Mutated is marked as written.
+    """
     types = _TYPES | {"Mutated": "Tensor({}!)"}
     aliases = iter("abc")
     arguments = []
@@ -53,7 +56,7 @@ def tensors_of(call: type) -> list[str]:
 
 
 def flat(call: Any) -> tuple:
-    """Returns the values of a call's fields: the dispatcher's arguments.
+    """Returns the values of a call's fields in their order: the dispatcher's arguments.
 
     torch 2.11 cannot trace vars() of a dataclass.
     """
@@ -61,7 +64,7 @@ def flat(call: Any) -> tuple:
 
 
 def by_name(call: Any) -> dict[str, Any]:
-    """Returns the values of a call's fields by name, for a call with further fields."""
+    """Returns the values of a call's fields by name, e.g. for a call with further fields."""
     return {name: getattr(call, name) for name in call.__match_args__}
 
 

@@ -15,12 +15,15 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def shape_of(t: Any) -> str:
-    """Returns the shape of a tensor, as in an error."""
+    """Returns the shape of a tensor as a text for errors, e.g. "[2, 3]"."""
     return f"[{', '.join(map(str, t.shape))}]"
 
 
 def floating(name: str, t: Any, letters: str = "") -> None:
-    """Checks that t is a tensor of one of FLOATS. letters: its shape in errors, e.g. "[N, D]"."""
+    """Raises TypeError unless t is a tensor of float32, bfloat16, float16 or float64.
+
+    name: of the argument, for the message. letters: its shape there, e.g. "[N, D]".
+    """
     if not isinstance(t, Tensor):
         expected = f"a tensor {letters}".rstrip()
         raise TypeError(f"{name}: expected {expected}, got {type(t).__name__}")
@@ -29,7 +32,10 @@ def floating(name: str, t: Any, letters: str = "") -> None:
 
 
 def features(name: str, t: Tensor, letters: str) -> None:
-    """Checks that t is a floating matrix without an empty dimension."""
+    """Raises TypeError or ValueError unless t is a floating matrix without an empty dimension.
+
+    name: of the argument, for the message. letters: its shape there, e.g. "[N, D]".
+    """
     if isinstance(t, Tensor) and t.dtype in FLOATS and t.dim() == 2 and t.numel():
         return
     if isinstance(t, Tensor) and t.dim() != 2:
@@ -39,20 +45,29 @@ def features(name: str, t: Tensor, letters: str) -> None:
 
 
 def on(name: str, t: Any, other_name: str, device: torch.device) -> None:
-    """Checks that t is on the device of another tensor."""
+    """Raises ValueError unless the tensor t is on the device of another, `other_name`.
+
+    name, other_name: of the arguments, for the message.
+    """
     if t.device != device:
         raise ValueError(f"{name}: expected the device of {other_name}, {device}, got {t.device}")
 
 
 def like(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
-    """Checks that t has the device and dtype of `other`."""
+    """Raises ValueError, or TypeError, unless t has the device, and the dtype, of `other`.
+
+    name, other_name: of the arguments, for the message.
+    """
     on(name, t, other_name, other.device)
     if t.dtype != other.dtype:
         raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {t.dtype}")
 
 
 def all_like_x(x: Tensor, names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
-    """Checks that the tensors that are not None have the device and dtype of x."""
+    """Raises ValueError or TypeError unless each tensor, or None, has the device and dtype of x.
+
+    names: of the tensors, in their order, for the message.
+    """
     for name, t in zip(names, tensors):
         if t is not None and (t.dtype != x.dtype or t.device != x.device):
             like(name, t, "x", x)
@@ -65,9 +80,11 @@ def scalar(
     dtype: torch.dtype,
     of: str = "the features",
 ) -> Tensor:
-    """Returns a number as a tensor [] of this dtype.
+    """Returns a number, or a tensor with one element, as a tensor [] of this dtype on this device.
 
-    A tensor must be floating, have one element and be on the device.
+    A tensor must be floating and on the device, else TypeError or ValueError is raised; it is
+    returned itself, or as a differentiable view or cast. name: of the argument, of: whose device it
+    is, for the message.
     """
     if isinstance(value, Tensor):
         if value.dtype == dtype and value.device == device and value.dim() == 0:
@@ -85,14 +102,17 @@ _warned: set[str] = set()
 
 
 def savable(t: Tensor) -> Tensor:
-    """Returns t; a copy of a tensor of torch.inference_mode, which autograd does not save."""
+    """Returns t, or a copy of a tensor of torch.inference_mode, which autograd cannot save."""
     if torch.compiler.is_compiling() or not t.is_inference() or torch.is_inference_mode_enabled():
         return t
     return t.clone()
 
 
 def constant(name: str, t: Tensor) -> Tensor:
-    """Detaches t. Warns, once per name and process, if it requires a gradient."""
+    """Returns t detached; warns, once per name and process, if it requires a gradient.
+
+    A tensor of torch.inference_mode is copied, see `savable`.
+    """
     if not t.requires_grad:
         return savable(t)
     compiling = torch.compiler.is_compiling()  # a warning would break the compiled graph
@@ -105,24 +125,26 @@ def constant(name: str, t: Tensor) -> Tensor:
 
 
 def choice(name: str, value: Any, options: tuple[str, ...]) -> None:
-    """Checks that the value is one of the options."""
+    """Raises ValueError unless the value is one of the options. name: of the argument."""
     if value not in options:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
 
 
 def instance(name: str, value: Any, kind: Any, expected: str) -> None:
+    """Raises TypeError "NAME: expected EXPECTED, got ..." unless the value is a `kind`."""
     if not isinstance(value, kind):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
 
 
 def boolean(name: str, value: Any) -> None:
+    """Raises TypeError unless the value is a bool. name: of the argument, for the message."""
     instance(name, value, bool, "a bool")
 
 
 def _real(name: str, value: Any, expected: str) -> float:
-    """Returns a number of Python, or float() of another number, e.g. numpy's.
+    """Returns an int or float as it is, or float() of another number, e.g. numpy's.
 
-    Raises TypeError for bool, text and tensor.
+    Raises TypeError "NAME: expected EXPECTED, got ..." for bool, text and tensor.
     """
     if type(value) in (int, float):
         return value
@@ -133,7 +155,11 @@ def _real(name: str, value: Any, expected: str) -> float:
 
 
 def number(name: str, value: Any, *, positive: bool = False) -> float:
-    """Returns a finite number as a float, checked."""
+    """Returns a finite number as a float.
+
+    Raises TypeError if the value is no number (a bool or a tensor is none), ValueError if it is
+    infinite or NaN, or with `positive` not above 0. name: of the argument, for the message.
+    """
     value = _real(name, value, "a number")
     if not abs(value) < math.inf:  # torch.compile cannot trace isfinite of a symbolic float
         raise ValueError(f"{name}: expected a finite number, got {value}")
@@ -143,7 +169,7 @@ def number(name: str, value: Any, *, positive: bool = False) -> float:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor) -> None:
-    """Checks the tensors of shaped_attention except `lengths`."""
+    """Raises TypeError or ValueError if one of these tensors of shaped_attention is not valid."""
     gains = (("alpha", alpha), ("beta", beta), ("gamma", gamma))
     for name, t in (("q", q), ("k", k), ("v", v), *gains):
         if not isinstance(t, Tensor) or t.dtype not in FLOATS or t.device != q.device:
@@ -168,9 +194,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, gamm
 
 
 def lengths_of_batch(lengths: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
-    """Checks the lengths; returns them as int32 in 0..length.
+    """Returns the lengths [batch] as int32 in 0..length, a new tensor.
 
-    Values outside are an error on a CPU, and clamped elsewhere.
+    Raises TypeError or ValueError for another type, dtype, shape or device. Values outside are an
+    error on a CPU, except under torch.compile, and clamped elsewhere.
     """
     if not isinstance(lengths, Tensor):
         raise TypeError(
@@ -196,7 +223,10 @@ def mlp(
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
 ) -> None:
-    """Checks types and shapes of parallel_mlp's tensors."""
+    """Raises TypeError or ValueError if the type or shape of a tensor of parallel_mlp is not valid.
+
+    Shapes: as of parallel_mlp; a bias may be None. Devices and equal dtypes are not checked.
+    """
     weights = (("fc1_weight", fc1_weight), ("fc2_weight", fc2_weight))
     biases = (("fc1_bias", fc1_bias), ("fc2_bias", fc2_bias))
     for name, t in (("x", x), *weights, *biases):
@@ -230,7 +260,11 @@ def mlp(
 
 
 def block(x: Tensor, tensors: Mapping[str, Any], norm: str) -> None:
-    """Checks types and shapes of simplified_block's tensors. tensors: all but x, by name."""
+    """Raises TypeError or ValueError if one of simplified_block's tensors is not valid.
+
+    tensors: all but x, by the names of the arguments. norm: "layernorm" or "rmsnorm". Types, shapes
+    and devices are checked; equal dtypes are not.
+    """
     fc1_weight = tensors["fc1_weight"]
     are_tensors = isinstance(x, Tensor) and isinstance(fc1_weight, Tensor)
     if not are_tensors or x.dim() != 3 or fc1_weight.dim() != 2:
@@ -282,5 +316,8 @@ def block(x: Tensor, tensors: Mapping[str, Any], norm: str) -> None:
 
 
 def _check_mlp_of_block(x: Tensor, tensors: Mapping[str, Any]) -> None:
-    """Raises the errors of `mlp`, which say more of the shapes that do not fit."""
+    """Raises the errors of `mlp` for a block's x and tensors by name, if it has any.
+
+    They say more of the shapes that do not fit.
+    """
     mlp(x, *[tensors[name] for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")])

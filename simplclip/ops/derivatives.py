@@ -34,8 +34,9 @@ def is_transformed() -> bool:
 def check_reverse_mode(name: str, values: Sequence, *, vmap: bool = True) -> None:
     """Raises NotImplementedError under torch.func.grad and in forward mode.
 
-    There torch would return derivatives of zero. vmap: whether torch.vmap is supported; if not,
-    torch.vmap raises the error too.
+    There torch would return derivatives of zero. name: of an op, for the message. values: the
+    call's arguments; those that are tensors are checked for forward-mode tangents. vmap: whether
+    torch.vmap is supported; if not, torch.vmap raises the error too.
     """
     got = None
     unsupported = {"grad", "jvp"} if vmap else {"grad", "jvp", "vmap"}
@@ -53,9 +54,10 @@ def check_reverse_mode(name: str, values: Sequence, *, vmap: bool = True) -> Non
 def first_order_only(
     name: str, gradients: Sequence[Tensor | None], *sources: Tensor | None
 ) -> tuple[Any, ...]:
-    """Returns the gradients.
+    """Returns the gradients, but so that differentiating them again raises an error.
 
-    Differentiating them again, with respect to anything that a source depends on, raises an error.
+    This holds for derivatives with respect to anything that a source depends on. name: of an op,
+    for the message.
 
     Autograd runs a node only if the node lies on a path to a tensor whose gradient is asked for. So
     the node that raises has the sources as inputs: the tensors that the gradients were computed
@@ -67,9 +69,9 @@ def first_order_only(
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
-    """Whether a backward may follow.
+    """Whether a backward may follow: grad mode is on, and one of the tensors requires a gradient.
 
-    True under torch.func, which hides whether a tensor requires a gradient.
+    True under torch.func, which hides whether a tensor requires a gradient. None is skipped.
     """
     if not torch.is_grad_enabled():
         return False

@@ -23,6 +23,10 @@ _all_gather_traced = getattr(functional, "all_gather_single", None) or functiona
 
 
 def _all_gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Returns the rows [N, ...] of all W ranks in order, [W N, ...]; N is equal on every rank.
+
+    A collective without gradients: every rank of the group must call it.
+    """
     if torch.compiler.is_compiling():
         return _all_gather_traced(rows.contiguous(), 0, group)
     out = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
@@ -31,8 +35,9 @@ def _all_gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _all_to_all(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sends part r of `parts` [W, ...] to rank r; returns the parts [W, ...] that the ranks sent to
-    this rank.
+    """Sends part r of `parts` [W, ...] to rank r; returns the parts [W, ...] sent to this rank.
+
+    A collective without gradients: each of the W ranks of the group must call it.
     """
     parts = parts.contiguous()
     if torch.compiler.is_compiling():
@@ -50,27 +55,36 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Returns the rows [N, ...] of all ranks, [W N, ...]; keeps the group."""
         ctx.group = group
         return _all_gather(rows, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Returns the gradient [N, ...] of this rank's rows, summed over ranks: a collective."""
         return _differentiable(_Sum, _sum)(gradient, ctx.group), None
 
 
 class _Sum(torch.autograd.Function):
+    """`_sum`, whose gradient is an all-gather."""
+
     @staticmethod
     def forward(ctx: Any, gathered: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Returns this rank's rows [N, ...], summed over the ranks' `gathered` [W N, ...]."""
         ctx.group = group
         return _sum(gathered, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Returns the gradients [N, ...] of all ranks, [W N, ...]: a collective."""
         return _differentiable(_Gather, _all_gather)(gradient, ctx.group), None
 
 
 def _sum(gathered: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sums this rank's rows over the ranks: [W N, ...] of each rank -> [N, ...]."""
+    """Sums this rank's rows over the ranks: `gathered` [W N, ...] of each of W ranks -> [N, ...].
+
+    A collective without gradients: every rank of the group must call it.
+    """
     world = dist.get_world_size(group)
     # A reduce-scatter takes less memory than the exchange below, but gloo can sum few dtypes.
     if dist.get_backend(group) == "nccl" and not torch.compiler.is_compiling():
@@ -81,10 +95,10 @@ def _sum(gathered: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _differentiable(function: type[torch.autograd.Function], plain: Callable) -> Callable:
-    """Returns `function.apply` in a backward that is differentiated itself (create_graph=True),
-    otherwise `plain`.
+    """Returns `function.apply` in a backward that is differentiated itself, otherwise `plain`.
 
-    Compiled code is never differentiated twice.
+    That is, with create_graph=True; compiled code is never differentiated twice. plain: computes
+    the same as function.forward, without ctx and gradients.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return function.apply
@@ -92,16 +106,20 @@ def _differentiable(function: type[torch.autograd.Function], plain: Callable) ->
 
 
 def gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Gathers rows in the order of ranks: [N, ...] of each rank -> [W N, ...].
+    """Gathers rows in the order of ranks: [N, ...] of each of W ranks -> [W N, ...].
 
-    The gradient is summed over the ranks.
+    N is equal on every rank, and every rank of the group must call it. Backward, also a collective,
+    sums the gradient over the ranks.
     """
     return _Gather.apply(rows, group)
 
 
 def exchange(columns: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Exchanges column statistics: [S, W N] of all columns over this rank's rows -> [W, S, N] of
-    this rank's columns over every rank's rows.
+    """Exchanges column statistics, S a column, among W ranks: [S, W N] -> [W, S, N].
+
+    columns: statistics of all W N columns over this rank's rows. The result: of this rank's N
+    columns over each rank's rows. Every rank of the group must call it, and backward exchanges the
+    gradients.
     """
     world = dist.get_world_size(group)
     return _Exchange.apply(columns.unflatten(1, (world, -1)).transpose(0, 1), group)
@@ -112,11 +130,13 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Sends part r of `parts` [W, ...] to rank r; returns the parts sent to this rank."""
         ctx.group = group
         return _all_to_all(parts, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Returns the gradient of `parts`, by sending each rank the gradient of its part."""
         return _all_to_all(gradient, ctx.group), None
 
 
@@ -130,11 +150,17 @@ class SameShapes:
     """
 
     def __init__(self) -> None:
+        """Starts without a shape, so that the first check reads the shapes of all ranks."""
         self.shape: list[int] | None = None
         self.shape_tensor = torch.empty(0)
 
     def check(self, image: Tensor, text: Tensor, group: dist.ProcessGroup) -> None:
-        """Raises ValueError on every rank if the shapes differ."""
+        """Raises ValueError if image or text, [N, D], has another shape on another rank.
+
+        On a CPU every rank raises; on a GPU those whose own shapes are new since their last call. A
+        collective: every rank of the group must call it. Remembers this rank's shapes. Does nothing
+        under torch.compile and for tensors that are not matrices.
+        """
         if torch.compiler.is_compiling() or not image.dim() == text.dim() == 2:
             return
         shape = [*image.shape, *text.shape]
@@ -156,6 +182,7 @@ class SameShapes:
 
 
 def _average(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Returns the mean over the group's ranks, a new tensor; a collective without gradients."""
     if torch.compiler.is_compiling():
         return functional.all_reduce(value, "sum", group) / dist.get_world_size(group)
     value = value.clone()
@@ -164,42 +191,54 @@ def _average(value: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class _Mean(torch.autograd.Function):
+    """The mean over the ranks, whose gradient is passed on unchanged."""
+
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Returns the mean of `value` over the ranks: a collective."""
         return _average(value, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Returns the gradient of the mean unchanged, as that of this rank's value."""
         return gradient, None
 
 
 def mean(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Returns the mean over the ranks.
+    """Returns the mean of each rank's value; every rank of the group must call it.
 
-    Backward passes the mean's gradient to this rank's value unchanged.
+    Backward passes the mean's gradient to this rank's value unchanged, without communication.
     """
     return _Mean.apply(value, group)
 
 
 class _Average(torch.autograd.Function):
+    """The mean over the ranks, whose gradient is averaged over the ranks too."""
+
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Returns the mean of `value` over the ranks: a collective."""
         ctx.group = group
         return _average(value, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Returns the mean of the gradient over the ranks: a collective."""
         return _differentiable(_Average, _average)(gradient, ctx.group), None
 
 
 class _Learned(torch.autograd.Function):
+    """The parameters as they are, whose gradients are averaged over the ranks."""
+
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """Returns views of the parameters; keeps the group."""
         ctx.group = group
         return tuple(p.view_as(p) for p in parameters)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of the parameters averaged over the ranks, by one all-reduce."""
         flat = torch.cat([g.flatten().to(accumulate_dtype(g.dtype)) for g in gradients])
         flat = _differentiable(_Average, _average)(flat, ctx.group)
         parts = flat.split([g.numel() for g in gradients])
@@ -207,10 +246,10 @@ class _Learned(torch.autograd.Function):
 
 
 def learned(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
-    """Returns the parameters; backward averages their gradients over the ranks, by one all-reduce.
+    """Returns views of the parameters; backward averages their gradients over the ranks.
 
-    DistributedDataParallel may average these gradients again: the average of equal gradients is the
-    same gradient.
+    By one all-reduce, in which every rank of the group must take part. DistributedDataParallel may
+    average these gradients again: the average of equal gradients is the same gradient.
     """
     if len(parameters) == 0:
         return ()
@@ -218,22 +257,26 @@ def learned(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Ten
 
 
 def from_first_rank(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
-    """Overwrites the tensors by those of the group's first rank."""
+    """Overwrites the tensors in place by those of the group's first rank: a broadcast of each."""
     for tensor in tensors:
         dist.broadcast(tensor.detach(), group=group, group_src=0)
 
 
 class _ScaleGradient(torch.autograd.Function):
+    """The value as it is, whose gradient is multiplied by a factor."""
+
     @staticmethod
     def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
+        """Returns a view of `value`; keeps the factor."""
         ctx.factor = factor
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Returns the gradient times the factor."""
         return ctx.factor * gradient, None
 
 
 def scale_gradient(value: Tensor, factor: float) -> Tensor:
-    """Returns `value`; backward multiplies its gradient by `factor`."""
+    """Returns a view of `value`; backward multiplies its gradient by `factor`."""
     return _ScaleGradient.apply(value, factor)

@@ -30,13 +30,14 @@ _DIGEST = re.compile(rb"simplclip sources ([0-9a-f]{16}) ([0-9a-f]{16})")
 
 
 def schemas() -> list[Path]:
-    """Returns the files that give the schemas of the ops."""
+    """Returns the paths of the files that give the ops' schemas: ops/calls.py, ops/*/call.py."""
     return [PACKAGE / "ops" / "calls.py", *sorted((PACKAGE / "ops").glob("*/call.py"))]
 
 
 def cpp_sources(name: str) -> list[Path]:
-    """Returns the files of csrc/ that simplclip.<name> is built from; none in an installed wheel,
-    which has no csrc/.
+    """Returns the paths of the files of csrc/ that simplclip.<name> is built from, sorted.
+
+    name: "_C" or "_C_cuda". Empty in an installed wheel, which has no csrc/.
     """
     csrc = PACKAGE.parent / "csrc"
     folder = csrc / ("cuda" if name == "_C_cuda" else "cpu")
@@ -48,21 +49,23 @@ def cpp_sources(name: str) -> list[Path]:
 
 
 def _digest_of(files: Iterable[Path]) -> str:
-    """Returns a digest of the names and the contents of the files."""
+    """Returns 16 hexadecimal digits, a digest of the names and the contents of the files."""
     contents = [(file.name, file.read_bytes()) for file in files]
     return hashlib.sha256(repr(contents).encode()).hexdigest()[:16]
 
 
 def digest(name: str) -> str:
-    """Returns the text in an extension that was built from the present sources: digests of the
-    schemas and of csrc/.
+    """Returns the text that an extension built from the present sources contains.
+
+    It has digests of the schemas and of csrc/. name: "_C" or "_C_cuda".
     """
     return f"simplclip sources {_digest_of(schemas())} {_digest_of(cpp_sources(name))}"
 
 
 def is_current(name: str, file: Path) -> bool:
-    """Whether the extension was built from the present schemas and, in a checkout, from the present
-    csrc/.
+    """Whether the extension in `file` was built from the present schemas and the present csrc/.
+
+    name: "_C" or "_C_cuda". csrc/ counts only in a checkout. Reads the file without loading it.
     """
     built = _DIGEST.search(file.read_bytes())
     if built is None:
@@ -72,9 +75,10 @@ def is_current(name: str, file: Path) -> bool:
 
 
 def _not_built(name: str) -> str:
-    """Returns that simplclip.<name> was not built.
+    """Returns the message that simplclip.<name> was not built, and why, if that is known.
 
-    Why there are no CUDA objects is known to the CPU's, built beside them.
+    Why there are no CUDA objects is known to the CPU's extension, built beside them, if it is
+    loaded.
     """
     cpu = sys.modules.get("simplclip._C")
     why = cpu.why_no_cuda() if cpu and name == "_C_cuda" else ""
@@ -82,11 +86,11 @@ def _not_built(name: str) -> str:
 
 
 def load(name: str) -> tuple[Any, str | None]:
-    """Returns the extension module simplclip.<name> and None, or None and the reason why the module
-    is missing.
+    """Imports the extension simplclip.<name>; returns (module, None), or (None, why it is missing).
 
-    Warns of an extension that was built from other sources. Takes a file of this package's folder
-    alone: the finder of an editable installation may know that of another checkout.
+    name: "_C" or "_C_cuda". Warns of an extension that was built from other sources, which is not
+    imported. Takes a file of this package's folder alone: the finder of an editable installation
+    may know that of another checkout.
     """
     try:
         spec = importlib.util.find_spec(f"simplclip.{name}")
@@ -105,11 +109,10 @@ def load(name: str) -> tuple[Any, str | None]:
 
 @functools.cache
 def warn_without_cuda(reason: str) -> None:
-    """Warns once in a process that shaped attention runs on a GPU without its CUDA kernels, and
-    why.
+    """Warns, once in a process, that shaped_attention runs on a GPU without its CUDA kernels.
 
-    For the first call with a CUDA tensor, if torch was built with CUDA and `load("_C_cuda")` gave
-    this reason.
+    reason: why, as `load("_C_cuda")` gave it. For the first call with a CUDA tensor, if torch was
+    built with CUDA.
     """
     warnings.warn(
         f"shaped_attention runs without its CUDA kernels: {reason}", RuntimeWarning, stacklevel=2

@@ -40,9 +40,13 @@ _selected: dict[tuple, Callable] = {}  # the backends' functions that earlier ca
 def _select(
     op: str, first: Tensor, spec: str, part: bool, facts: dict, through: Callable | None = None
 ) -> Callable:
-    """Returns the function of a backend, or what `through` makes of it.
+    """Returns the function of the backend that runs an op's call, or what `through` makes of it.
 
-    It is selected once for each kind of call.
+    op: its short name. first: a tensor with the call's device and dtype. spec: the forced backends,
+    see backends.forced. part: whether the op is a part of a composed one. facts: of the call, for
+    the backends' predicates. through: see Op.dispatch. The choice is cached for each kind of call,
+    except with `through`. Warns once per process if CUDA attention is missing; raises RuntimeError
+    if no backend can run.
     """
     # the predicate of CUDA attention reads it
     tf32 = first.is_cuda and torch.backends.cuda.matmul.fp32_precision
@@ -59,6 +63,7 @@ def _select(
 
 
 def _warn_without_cuda() -> None:
+    """Warns, once per process, if torch has CUDA but the CUDA extension is not loaded."""
     if torch.version.cuda and backends.cuda_extension is None:
         warn_without_cuda(backends.cuda_extension_error)
 
@@ -69,6 +74,12 @@ class Op:
     def __init__(
         self, name: str, call_type: Any, run: Callable, facts: Callable | None, composed: bool
     ):
+        """Takes an op apart as `define` does, which also registers it; this constructor does not.
+
+        name: without "simplclip::". call_type: the dataclass of a call. run, facts: see `define`.
+        composed: whether `run` gets a `pick` of several functions, see `pick`, not a backend's
+        function.
+        """
         self.name = name
         self.call_type = call_type
         self.run = run
@@ -92,12 +103,14 @@ class Op:
 
     @property
     def overload(self) -> torch._ops.OpOverload:
+        """The registered op, torch.ops.simplclip.<name>.default."""
         return getattr(torch.ops.simplclip, self.name).default
 
     def dispatch(self, call: Any, spec: str, through: Callable | None = None) -> Any:
-        """Runs a call on its backend.
+        """Runs a call on its backend, without autocast and autograd; returns the op's results.
 
-        `through(op, backend, function)` may return another function to call.
+        call: of call_type, its tensors laid out, see `laid_out`. spec: the forced backends, see
+        backends.forced. `through(op, backend, function)` may return another function to call.
         """
         first = getattr(call, self.first)
         if self.composed:
@@ -111,7 +124,11 @@ class Op:
             return self.run(function, call)
 
     def laid_out(self, values: Sequence) -> Any:
-        """Returns a call with tensors in the layout of their types, which kernels rely on."""
+        """Returns a call of these values, with tensors in the layout that kernels rely on.
+
+        values: of the call's fields, in their order. Fields of type Tensor become contiguous, and
+        the last dimension of those of type Strided; a tensor that is not is copied.
+        """
         values = list(values)
         for position, strided in self.layouts:
             t = values[position]
@@ -123,11 +140,18 @@ class Op:
         return self.call_type(*values)
 
     def pick(self, first: Tensor, spec: str, through: Callable | None) -> Callable:
-        """Returns `pick(op, **facts)`, which returns the function of a part of a composed op."""
+        """Returns pick(op, **facts), which returns the backend's function of a part of this op.
+
+        first: a tensor with the call's device and dtype. spec: the forced backends. through: see
+        `dispatch`.
+        """
         return lambda op, **facts: _select(op, first, spec, True, facts, through)
 
     def dispatch_through(self, *args: Any, through: Callable | None = None) -> Any:
-        """Runs the dispatcher's arguments, see `dispatch`."""
+        """Runs a call from the dispatcher's arguments: its fields in their order, and `spec`.
+
+        Copies tensors that are not laid out; else as `dispatch`.
+        """
         return self.dispatch(self.laid_out(args[:-1]), args[-1], through)
 
     def save(
@@ -138,7 +162,11 @@ class Op:
         spec: str,
         results: Sequence[Tensor],
     ) -> None:
-        """Saves what `gradients` needs."""
+        """Saves in ctx what `gradients` reads: tensors, options, spec, results from saved_results.
+
+        tensors, options: the fields of the call that are tensors, and the others. spec: the forced
+        backends. Results after the first `differentiable` are marked as not differentiable.
+        """
         ctx.mark_non_differentiable(*results[self.differentiable :])
         ctx.set_materialize_grads(False)
         inputs = tensors if self.saves_tensors else ()
@@ -149,10 +177,12 @@ class Op:
     def gradients(
         self, ctx: Any, grads: Sequence[Tensor | None], needed: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
-        """Returns the gradients of the call's tensors.
+        """Returns the gradients of the call's tensors, in their order, None where not needed.
 
-        Differentiating them again raises an error instead of giving zero. For this the
-        differentiable inputs, or a differentiable result, must be among the saved tensors.
+        ctx: filled by `save`. grads: of the results, None for a result that is not used. needed:
+        for each tensor. Differentiating the gradients again raises an error instead of giving zero.
+        For this the differentiable inputs, or a differentiable result, must be among the saved
+        tensors.
         """
         grads = grads[: self.differentiable]
         if grads[0] is None and grads[-1] is None:
@@ -174,12 +204,13 @@ class Op:
 
 
 class _Eager(torch.autograd.Function):
-    """A call of an op on plain tensors."""
+    """A call of an op on plain tensors that is differentiated."""
 
     @staticmethod
     def forward(
         ctx: Any, op: Op, spec: str, call: Any, options: Sequence, *tensors: Tensor | None
     ) -> Any:
+        """Returns the op's results; tensors and options are the fields of the call, see Op.save."""
         results = op.dispatch(call, spec)
         ctx.op = op
         op.save(ctx, tensors, options, spec, results)
@@ -187,13 +218,16 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        """Returns gradients of the call's tensors, and None for the four arguments before them."""
         return None, None, None, None, *ctx.op.gradients(ctx, grads, ctx.needs_input_grad[4:])
 
 
 def call(op: Op, arguments: Any, spec: str | None = None) -> Any:
-    """Runs an op.
+    """Runs an op and returns its results, with gradients if it has them and a tensor requires one.
 
-    arguments: the dataclass of the call. spec: the backends that are forced, by default now.
+    arguments: the dataclass of the call; tensors that are not laid out are copied. spec: the forced
+    backends, see backends.forced; None: those that are forced now. Raises RuntimeError if no
+    backend can run, NotImplementedError in forward mode and under torch.func.grad.
     """
     if spec is None:
         spec = backends.forced()
@@ -233,18 +267,24 @@ def define(
     native_fake: Callable | None = None,
     facts: Callable[..., dict] | None = None,
 ) -> Op:
-    """Registers `simplclip::name`, whose last argument says which backends are forced, and the
-    schemas that C++ implements.
+    """Registers the op `simplclip::name`, and the schemas that C++ implements; returns the Op.
 
-    call_type: the dataclass of a call, from whose fields the schema is generated.
+    Also fills backends.TABLE, DISPATCH and NATIVE_FAKES. The last argument of the op is spec: the
+    backends that are forced, see backends.forced. call_type: the dataclass of a call, from whose
+    fields the schema is generated. returns: the result types in the schema, e.g. "(Tensor,
+    Tensor)".
+
     run(function, call): runs a backend's function, whose argument is a call too; a function of C++
-    gets the call's fields. fake(call, spec): makes the op's results for fake tensors; spec: the
-    backends that are forced. row: the op's backends, for the table. An op without a row is composed
-    of other ops: its `run` gets `pick(op, **facts)`, which returns the function of such an op.
-    native: the dataclass and the result types of the backends' functions, if they differ from the
+    gets the call's fields. fake(call, spec): makes the op's results for fake tensors.
+
+    row: the op's backends by name, see backends.row. None: the op is composed of other ops, and its
+    `run` gets `pick(op, **facts)`, which returns the function of such an op.
+
+    native: the dataclass and the result types of the backends' functions, None if they are the
     op's; `native_fake(call)` makes their results for fake tensors.
+
     facts(call): returns the facts of a call, besides device and dtype, that the backends'
-    predicates need.
+    predicates need; None: there are none.
     """
     if row:
         backends.TABLE[name] = row
@@ -276,15 +316,16 @@ def register_gradient(
     saved_results: int = 1,
     saves_tensors: bool = True,
 ) -> None:
-    """Registers the gradients of the first `differentiable` results.
+    """Registers gradients of the op's first `differentiable` results with torch and in `op`.
 
     The other results are for backward: no gradients.
 
     backward(call, results, grads, needed, spec) returns gradients of the call's tensors by the
-    names of its fields. `results`: those from `saved_results` on. `needed`: for each tensor whether
-    its gradient is needed; others may be returned too. The call has its tensors unless
-    `saves_tensors` is False; then the differentiable results must be saved instead (see
-    Op.gradients).
+    names of its fields. `results`: those from `saved_results` on. `grads`: of the differentiable
+    results, None for one that was not used. `needed`: for each tensor whether its gradient is
+    needed; others may be returned too. `spec`: the backends that were forced in forward, see
+    backends.forced. The call has its tensors unless `saves_tensors` is False; then the
+    differentiable results must be saved instead (see Op.gradients).
     """
     op.backward = backward
     op.differentiable = differentiable

@@ -50,6 +50,7 @@ def report() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
+    """Returns the version of an installed package, or None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -57,6 +58,11 @@ def _version(package: str) -> str | None:
 
 
 def _gpu() -> dict[str, Any]:
+    """Returns what is known of GPU 0, as plain types.
+
+    Keys: "available"; without a GPU "reason"; with one "name", "memory_bytes", "capability"
+    ("8.6"), and "reason" if the CUDA extension was not built for it.
+    """
     if not torch.cuda.is_available():
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
         return {"available": False, "reason": f"torch {torch.__version__} ({built}) sees no device"}
@@ -77,6 +83,10 @@ def _gpu() -> dict[str, Any]:
 
 
 def _cpu_extension() -> dict[str, Any]:
+    """Returns whether simplclip._C is loaded, with its compiler, or the reason why it is not.
+
+    Keys: "loaded", and "reason" or "compiler", "instruction_set" and "native_bfloat16".
+    """
     extension = backends.extension
     if extension is None:
         return {"loaded": False, "reason": backends.extension_error}
@@ -89,12 +99,19 @@ def _cpu_extension() -> dict[str, Any]:
 
 
 def _cuda_extension() -> dict[str, Any]:
+    """Returns "loaded", and "architectures" of simplclip._C_cuda or the "reason" of its absence."""
     if backends.cuda_extension is None:
         return {"loaded": False, "reason": backends.cuda_extension_error}
     return {"loaded": True, "architectures": backends.cuda_extension.architectures()}
 
 
 def _backend(op: str, device: torch.device, facts: dict[str, Any]) -> dict[str, Any]:
+    """Returns the backend that runs an op's float32 calls on a device now, and why no other does.
+
+    op: a key of backends.TABLE. facts: of the call, for the backends' predicates. Keys: "backend"
+    (None if none can run), "error" (the message in that case, else None), and "others": backend ->
+    reason.
+    """
     selected = problem = None
     try:
         selected, _ = backends.select(op, device, torch.float32, backends.forced(), **facts)

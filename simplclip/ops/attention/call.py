@@ -11,8 +11,9 @@ from simplclip.ops.calls import Mutated, Strided
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """Arguments of forward, whose results are out [B, L, H, K], the log-sum-exps lse, and av: see
-    AttentionGradient.
+    """Arguments of simplclip::shaped_attention_fwd and of the backends' functions for it.
+
+    The results are out [B, L, H, K], the log-sum-exps lse [B, H, L], and av: see AttentionGradient.
     """
 
     q: Strided  # [B, L, H, K]
@@ -26,7 +27,10 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class AttentionGradient(AttentionCall):
-    """Arguments of backward."""
+    """Arguments of simplclip::shaped_attention_bwd: those of forward, its lse and av, and grad.
+
+    grad is the gradient of out. The results are the gradients of q, k, v and gains.
+    """
 
     grad: Strided  # [B, L, H, K]
     lse: Tensor  # [B, H, L]
@@ -35,8 +39,9 @@ class AttentionGradient(AttentionCall):
 
 @dataclass(frozen=True)
 class AttentionInto(AttentionGradient):
-    """Arguments of the backends' functions for backward, which write dq, dk and dv and return the
-    gains' gradients [3, H].
+    """Arguments of the backends' functions for backward: the op's, and memory for dq, dk and dv.
+
+    The functions overwrite dq, dk and dv, and return the gains' gradients [3, H].
     """
 
     dq: Mutated  # [B, L, H, K]

@@ -19,13 +19,19 @@ from simplclip.ops.registry import define, register_gradient
 
 
 def facts_of(shape: Sequence[int], lengths: Tensor | None) -> dict:
-    """Returns the facts of a call with a q of this shape that the backends' predicates need."""
+    """Returns the facts of a call that the backends' predicates take, besides device and dtype.
+
+    shape: [B, L, H, K], of q. The dict has "width": K, "length": L, and "lengths": whether the call
+    has `lengths`.
+    """
     return {"width": shape[3], "length": shape[1], "lengths": lengths is not None}
 
 
 def attend(function: Callable, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs a backend's function for forward; returns the result, the log-sum-exps, and A v, which
-    is empty unless backward needs it.
+    """Runs a backend's function for forward; returns out, the log-sum-exps and A v.
+
+    function: maps the call to (out, lse) or (out, lse, A v), where A = softmax(q kᵀ scale). Without
+    an A v the third result is an empty tensor [0]. Shapes: see AttentionCall and AttentionGradient.
     """
     results = function(call)
     if len(results) == 2:
@@ -34,7 +40,12 @@ def attend(function: Callable, call: AttentionCall) -> tuple[Tensor, Tensor, Ten
 
 
 def av_shape(shape: Sequence[int], q: Tensor, spec: str, lengths: Tensor | None) -> Sequence[int]:
-    """Returns the shape of the last result, A v, for a q of this shape, device and dtype."""
+    """Returns the shape of A v, the third result of forward, on the backend that runs the call.
+
+    It is `shape`, [B, L, H, K], for "sdpa" and "xformers", else (0,). q: any tensor with the device
+    and dtype of q. spec: the forced backends, see backends.forced. Raises RuntimeError if no
+    backend, or not the forced one, can run the call.
+    """
     op = "shaped_attention_fwd"
     facts = facts_of(shape, lengths)
     backend, _ = backends.select(op, q.device, q.dtype, spec, part=True, **facts)
@@ -42,40 +53,58 @@ def av_shape(shape: Sequence[int], q: Tensor, spec: str, lengths: Tensor | None)
 
 
 def _facts(call: AttentionCall) -> dict[str, Any]:
+    """Returns the facts of a call for the backends' predicates, see `facts_of`."""
     return facts_of(call.q.shape, call.lengths)
 
 
 def _fwd(function: Callable, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs forward by a backend's function; returns out, the log-sum-exps and A v, see `attend`."""
     return attend(function, call)
 
 
 def _native_fake(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Returns uninitialised tensors like the results of a C++ forward: out and the log-sum-exps."""
     batch, length, heads, _ = call.q.shape
     lse = call.q.new_empty(batch, heads, length, dtype=call.gains.dtype)
     return call.q.new_empty(call.q.shape), lse
 
 
 def _fwd_fake(call: AttentionCall, spec: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns uninitialised results of the op: out [B, L, H, K], log-sum-exps [B, H, L], and A v.
+
+    spec: the forced backends, see backends.forced, on which the shape of A v depends: see
+    `av_shape`.
+    """
     av = av_shape(call.q.shape, call.q, spec, call.lengths)
     return *_native_fake(call), call.q.new_empty(av)
 
 
 def _bwd(function: Callable, call: AttentionGradient) -> tuple[Tensor, ...]:
+    """Returns the gradients of q, k, v [B, L, H, K] and gains [3, H], by a backend's function.
+
+    function: takes an AttentionInto, whose dq, dk and dv are allocated here.
+    """
     dq, dk, dv = _empty_gradients(call)
     return dq, dk, dv, function(AttentionInto(**by_name(call), dq=dq, dk=dk, dv=dv))
 
 
 def _bwd_fake(call: AttentionGradient, spec: str) -> tuple[Tensor, ...]:
+    """Returns uninitialised gradients of q, k, v and gains, in this order, for fake tensors."""
     return *_empty_gradients(call), torch.empty_like(call.gains)
 
 
 def _empty_gradients(call: AttentionCall) -> list[Tensor]:
+    """Returns uninitialised contiguous memory for the gradients of q, k and v, in this order."""
     return [t.new_empty(t.shape) for t in (call.q, call.k, call.v)]
 
 
 def _why_not_cuda(
     device: torch.device, dtype: torch.dtype, *, length: int = 1, width: int = 16, **call
 ) -> str | None:
+    """Returns why the CUDA C++ kernels cannot run shaped attention, or None if they can.
+
+    length: tokens of a sequence. width: of a head. Other facts in `call` are ignored.
+    """
     if reason := backends.extension_on_cuda(device, dtype):
         return reason
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
@@ -88,6 +117,7 @@ def _why_not_cuda(
 
 
 def _why_not_sdpa(device: torch.device, dtype: torch.dtype, **call) -> str | None:
+    """Returns why backend "sdpa" cannot run shaped attention, or None; `call` is not used."""
     if device.type not in ("cuda", "cpu"):
         return f"serves cuda and cpu tensors, not {device.type}"
     return backends.why_not_kernels(device.type, device, dtype)
@@ -96,6 +126,10 @@ def _why_not_sdpa(device: torch.device, dtype: torch.dtype, **call) -> str | Non
 def _why_not_xformers(
     device: torch.device, dtype: torch.dtype, *, lengths: bool = False, **call
 ) -> str | None:
+    """Returns why backend "xformers" cannot run shaped attention, or None if it can.
+
+    lengths: whether the call has `lengths`. Other facts in `call` are ignored.
+    """
     if not backends.installed("xformers"):
         return "the package xformers is not installed"
     if lengths:
@@ -146,6 +180,11 @@ def _gradient(
     needed: Sequence[bool],
     spec: str,
 ) -> dict[str, Tensor]:
+    """Returns the gradients of q, k, v and gains by name; the `backward` of register_gradient.
+
+    results: the log-sum-exps and A v of forward. grads: the gradient of out alone. needed: ignored,
+    since all are computed. spec: the backends that were forced in forward.
+    """
     lse, av = results
     (grad,) = grads
     gradient = AttentionGradient(**by_name(call), grad=grad, lse=lse, av=av)

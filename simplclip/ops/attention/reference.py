@@ -10,7 +10,10 @@ from simplclip.ops.calls import accumulate_dtype
 
 
 def _visible(call: AttentionCall) -> Tensor:
-    """Returns which keys a query attends to, [B or 1, 1, L, L]: none if the query is padded."""
+    """Returns a bool mask [B or 1, 1, L, L]: whether a query (the row) sees a key (the column).
+
+    It follows `causal` and `lengths`; the row of a padded query is False.
+    """
     length = call.q.shape[1]
     device = call.q.device
     visible = torch.ones(1, length, length, dtype=torch.bool, device=device)
@@ -23,9 +26,9 @@ def _visible(call: AttentionCall) -> Tensor:
 
 
 def _heads(visible: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """Returns [B, H, L, K] in the accumulation dtype, with 0 at padded tokens.
+    """Returns copies [B, H, L, K] of tensors [B, L, H, K] in the dtype of sums, 0 at padded tokens.
 
-    A weight of 0 would keep their NaN.
+    visible: from `_visible`. Padding is filled since a weight of 0 would keep its NaN.
     """
     seen = visible.any(-1)[..., None]  # [B or 1, 1, L, 1]
     dtype = accumulate_dtype(tensors[0].dtype)
@@ -33,8 +36,10 @@ def _heads(visible: Tensor, *tensors: Tensor) -> list[Tensor]:
 
 
 def shaped_attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Returns alpha v + beta A v − gamma C v [B, L, H, K], and the log-sum-exps of visible logits
-    [B, H, L], 0 at padding.
+    """Returns out = alpha v + beta A v − gamma C v [B, L, H, K], and the log-sum-exps [B, H, L].
+
+    A = softmax(q kᵀ scale) and the uniform attention C are over the keys that a query sees, as are
+    the log-sum-exps, which are in the dtype of sums. Both results are 0 at padded tokens.
     """
     visible = _visible(call)
     q, k, v = _heads(visible, call.q, call.k, call.v)
@@ -49,15 +54,19 @@ def shaped_attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _uniform(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns C, the uniform attention over the visible keys, [B or 1, 1, L, L]."""
+    """Returns uniform attention weights C [B or 1, 1, L, L]: 1 / (number of visible keys), or 0.
+
+    visible: from `_visible`. The row of a padded query is 0.
+    """
     return visible.to(dtype) / visible.sum(-1, keepdim=True).clamp(min=1)
 
 
 def shaped_attention_bwd(call: AttentionInto) -> Tensor:  # [3, H]
-    """Writes dq, dk and dv; returns the gains' gradients.
+    """Overwrites call.dq, call.dk and call.dv; returns the gradients of alpha, beta and gamma.
 
-    With dP = do vᵀ, δ = rowsum(A ∘ dP) and dS = beta A ∘ (dP − δ): dq = scale dS k, dk = scale dSᵀ
-    q, dv = alpha do + (beta A − gamma C)ᵀ do; dalpha = tr dP, dbeta = Σ δ, dgamma = −Σ C ∘ dP.
+    With the attention weights A, the uniform weights C, do = call.grad, dP = do vᵀ, δ = rowsum(A ∘
+    dP) and dS = beta A ∘ (dP − δ): dq = scale dS k, dk = scale dSᵀ q, dv = alpha do + (beta A −
+    gamma C)ᵀ do; dalpha = tr dP, dbeta = Σ δ, dgamma = −Σ C ∘ dP.
     """
     visible = _visible(call)
     grad, q, k, v = _heads(visible, call.grad, call.q, call.k, call.v)

@@ -23,7 +23,7 @@ LSE_ROWS = 32
 
 
 def kernel(q: Tensor) -> str:
-    """Returns which of torch's kernels serves tensors like q: "cpu", "flash" or "efficient"."""
+    """Returns which of torch's kernels runs for a q [B, L, H, K]: "cpu", "flash" or "efficient"."""
     if q.device.type == "cpu":
         return "cpu"
     capability = backends.capability(q.device)
@@ -34,18 +34,28 @@ def kernel(q: Tensor) -> str:
 
 
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Returns A v and the log-sum-exps."""
+    """Returns A v [B, L, H, K] and the log-sum-exps [B, H, L] of A = softmax(q kᵀ scale).
+
+    It honours `causal` and `lengths`; values at padded tokens are arbitrary. The gains are not
+    used.
+    """
     return _FORWARD[kernel(call.q)](call)
 
 
 def attention_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dq, dk and Aᵀ grad."""
+    """Returns the gradients dq, dk and dv = Aᵀ grad of ordinary attention A v, [B, L, H, K] each.
+
+    A = softmax(q kᵀ scale). The gains are not used, call.av is needed, and the call's dq, dk and dv
+    are not written. Values at padded tokens are arbitrary.
+    """
     return _BACKWARD[kernel(call.q)](call)
 
 
 def aligned(*tensors: Tensor) -> list[Tensor]:
-    """Returns the tensors with heads that begin at multiples of ROW_BYTES, padded by zeros in
-    width; copies where needed.
+    """Returns the tensors [B, L, H, K] as torch's kernels read them; copies where that needs one.
+
+    Each head begins at a multiple of 16 bytes, and K is padded with zeros to a multiple of 16
+    bytes.
     """
     results = []
     for t in tensors:
@@ -60,7 +70,11 @@ def aligned(*tensors: Tensor) -> list[Tensor]:
 
 
 def _segments(call: AttentionCall) -> Tensor:  # [2 B + 1] int32
-    """Returns where the valid tokens and the padding of each sequence begin, and the last end."""
+    """Returns where the valid tokens and the padding of each sequence begin, and B L at the end.
+
+    These are offsets of tokens [B L], in turn valid and padding: the cumulative lengths of the
+    kernels. The call must have `lengths`.
+    """
     batch, length = call.q.shape[:2]
     first = torch.arange(0, batch * length, length, device=call.q.device, dtype=torch.int32)
     bounds = torch.stack([first, first + call.lengths], 1).flatten()
@@ -68,6 +82,10 @@ def _segments(call: AttentionCall) -> Tensor:  # [2 B + 1] int32
 
 
 def _flash(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Returns A v [B, L, H, K], A = softmax(q kᵀ scale), and its log-sum-exps [B, H, L].
+
+    By FlashAttention, see `attention`.
+    """
     batch, length, heads, width = call.q.shape
     tensors = aligned(call.q, call.k, call.v)
     shape = tensors[0].shape
@@ -84,6 +102,10 @@ def _flash(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _flash_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns dq, dk and dv = Aᵀ grad of ordinary attention A v, [B, L, H, K] each.
+
+    A = softmax(q kᵀ scale). By FlashAttention, see `attention_backward`.
+    """
     length = call.q.shape[1]
     width = call.q.shape[3]
     tensors = aligned(call.grad, call.q, call.k, call.v, call.av)
@@ -104,6 +126,10 @@ def _flash_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _efficient(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Returns A v [B, L, H, K], A = softmax(q kᵀ scale), and its log-sum-exps [B, H, L].
+
+    By the memory-efficient kernel, see `attention`.
+    """
     length = call.q.shape[1]
     width = call.q.shape[3]
     tensors = aligned(call.q, call.k, call.v)
@@ -124,6 +150,10 @@ def _efficient(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _efficient_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns dq, dk and dv = Aᵀ grad of ordinary attention A v, [B, L, H, K] each.
+
+    A = softmax(q kᵀ scale). By the memory-efficient kernel, see `attention_backward`.
+    """
     length = call.q.shape[1]
     width = call.q.shape[3]
     tensors = aligned(call.grad, call.q, call.k, call.v, call.av)
@@ -149,6 +179,10 @@ def _efficient_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _on_cpu(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Returns A v [B, L, H, K], A = softmax(q kᵀ scale), and its log-sum-exps [B, H, L].
+
+    By torch's kernel for the CPU, see `attention`.
+    """
     tensors, mask = _heads_and_mask(call, call.q, call.k, call.v)
     av, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         *tensors, 0.0, call.causal, attn_mask=mask, scale=call.scale
@@ -157,6 +191,10 @@ def _on_cpu(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _on_cpu_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns dq, dk and dv = Aᵀ grad of ordinary attention A v, [B, L, H, K] each.
+
+    A = softmax(q kᵀ scale). By torch's kernel for the CPU, see `attention_backward`.
+    """
     tensors, mask = _heads_and_mask(call, call.grad, call.q, call.k, call.v, call.av)
     gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *tensors, call.lse, 0.0, call.causal, attn_mask=mask, scale=call.scale
@@ -165,10 +203,10 @@ def _on_cpu_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _heads_and_mask(call: AttentionCall, *tensors: Tensor) -> tuple[list[Tensor], Tensor | None]:
-    """Returns the tensors as [B, H, L, K] with 0 in padding, and a mask [B, 1, 1, L] to add to the
-    logits, or None.
+    """Returns tensors [B, L, H, K] as [B, H, L, K], 0 in padding, and a mask to add to the logits.
 
-    Causal attention needs no mask: padding comes last, so that a valid query sees none.
+    The mask is [B, 1, 1, L], −inf at padded keys; None without lengths, and if causal: padding
+    comes last, so that a valid query sees none. The tensors are views without lengths, else copies.
     """
     heads = [t.transpose(1, 2) for t in tensors]
     if call.lengths is None:

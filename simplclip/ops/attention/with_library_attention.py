@@ -23,7 +23,12 @@ Call = TypeVar("Call", bound=AttentionCall)
 
 
 class Library(NamedTuple):
-    """Another library's attention, and its backend's predicate."""
+    """Another library's softmax attention: forward, backward, and its backend's predicate.
+
+    forward: maps a call to A v and the log-sum-exps. backward: maps a call to dq, dk and dv of
+    ordinary attention. why_not(device, dtype, **facts): why it cannot run a call, or None if it
+    can.
+    """
 
     forward: Callable[[AttentionCall], tuple[Tensor, Tensor]]
     backward: Callable[[AttentionInto], tuple[Tensor, Tensor, Tensor]]
@@ -31,14 +36,12 @@ class Library(NamedTuple):
 
 
 def _on_triton(call: AttentionCall) -> bool:
-    """Whether the Triton kernels of kernels/attention compute the terms besides the softmax
-    attention.
-    """
+    """Whether the Triton kernels of kernels/attention compute all but the softmax attention."""
     return backends.triton_on_cuda(call.q.device, call.q.dtype) is None
 
 
 def _padding_mask(call: AttentionCall) -> Tensor | None:  # [B, L, 1, 1]
-    """Returns which tokens are padding; None without lengths."""
+    """Returns which tokens are padding; None if the call has no lengths."""
     if call.lengths is None:
         return None
     positions = torch.arange(call.q.shape[1], device=call.q.device)
@@ -46,7 +49,7 @@ def _padding_mask(call: AttentionCall) -> Tensor | None:  # [B, L, 1, 1]
 
 
 def _visible_keys(call: AttentionCall) -> Tensor | int:  # [L, 1, 1], [B, 1, 1, 1] or a number
-    """Returns how many keys a query sees, at least 1."""
+    """Returns how many keys a query sees, at least 1, to divide tensors [B, L, H, K] by."""
     length = call.q.shape[1]
     if call.causal:
         counts = torch.arange(1, length + 1, device=call.q.device, dtype=call.gains.dtype)
@@ -58,7 +61,10 @@ def _visible_keys(call: AttentionCall) -> Tensor | int:  # [L, 1, 1], [B, 1, 1, 
 
 # [B, 1, H, K], if causal [B, L, H, K]
 def _uniform_attention(v: Tensor, call: AttentionCall) -> Tensor:
-    """Returns C v."""
+    """Returns C v, the mean of v over the keys that a query sees, in the dtype of sums.
+
+    v: [B, L, H, K], 0 at padded tokens. If not causal, all queries share one mean.
+    """
     dtype = call.gains.dtype
     if call.causal:
         return v.cumsum(1, dtype=dtype).div_(_visible_keys(call))
@@ -67,7 +73,10 @@ def _uniform_attention(v: Tensor, call: AttentionCall) -> Tensor:
 
 # [B, 1, H, K], if causal [B, L, H, K]
 def _uniform_attention_transposed(grad: Tensor, call: AttentionCall) -> Tensor:
-    """Returns Cᵀ grad."""
+    """Returns Cᵀ grad, for the uniform attention C over the keys that a query sees.
+
+    grad: [B, L, H, K], 0 at padded tokens. If not causal, all keys share one value.
+    """
     if not call.causal:
         return grad.sum(1, keepdim=True, dtype=call.gains.dtype).div_(_visible_keys(call))
     shares = grad / _visible_keys(call)
@@ -76,16 +85,17 @@ def _uniform_attention_transposed(grad: Tensor, call: AttentionCall) -> Tensor:
 
 # [B, L, H, K] twice -> [H]
 def _product_per_head(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the sum of a b for each head."""
+    """Returns the sum of a ∘ b over all but the heads, accumulated in `dtype`."""
     if a.dtype == torch.float16:  # in which products overflow
         a = a.to(dtype)
     return (a * b).sum((0, 1, 3), dtype=dtype)
 
 
 def _with_positive_scale(call: Call) -> tuple[Call, int]:
-    """Returns a call with scale > 0 and equal logits, and dq's factor.
+    """Returns a call with scale > 0 and equal logits, and the factor of its dq: 1, −1 or 0.
 
-    Other libraries mask by −inf before they scale.
+    A new call, with q negated or zero, if the scale is not positive: other libraries mask by −inf
+    before they scale.
     """
     if call.scale > 0:
         return call, 1
@@ -95,9 +105,10 @@ def _with_positive_scale(call: Call) -> tuple[Call, int]:
 
 
 def _write_terms(call: AttentionCall, av: Tensor, out: Tensor) -> None:
-    """Writes alpha v + beta A v − gamma C v to `out`.
+    """Writes alpha v + beta A v − gamma C v to `out` [B, L, H, K], in plain torch.
 
-    The caller handles padding, which the Triton kernels do themselves.
+    av: A v, from the library. C v is the mean over the visible keys. v and av must be 0 at padded
+    tokens, where `out` is not zeroed.
     """
     alpha, beta, gamma = call.gains[:, :, None]
     torch.addcmul(-gamma * _uniform_attention(call.v, call), call.v, alpha, out=out)
@@ -105,7 +116,11 @@ def _write_terms(call: AttentionCall, av: Tensor, out: Tensor) -> None:
 
 
 def _gradients_without_softmax(call: AttentionInto) -> Tensor:  # [3, H]
-    """Writes to dv the terms without A; returns the gains' gradients."""
+    """Writes alpha grad − gamma Cᵀ grad to call.dv; returns the gains' gradients.
+
+    C is the uniform attention over the visible keys. call.av must hold A v; grad, v and av must be
+    0 at padded tokens.
+    """
     alpha, _, gamma = call.gains[:, :, None]
     dtype = call.gains.dtype
     d_uniform = _uniform_attention_transposed(call.grad, call)
@@ -118,9 +133,11 @@ def _gradients_without_softmax(call: AttentionInto) -> Tensor:  # [3, H]
 
 
 def shaped_attention_fwd(library: Library, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the result, the log-sum-exps and A v.
+    """Returns out and A v [B, L, H, K], as first and last, and the log-sum-exps [B, H, L].
 
-    Scratch of plain torch: C v in the dtype of sums, of the size of v if causal.
+    A = softmax(q kᵀ scale). out and the log-sum-exps are 0 at padded tokens, where A v may hold
+    anything. Scratch of plain torch: C v, the means over the visible keys, in the dtype of sums, of
+    the size of v if causal.
     """
     out = call.q.new_empty(call.q.shape)
     padding = _padding_mask(call)
@@ -143,10 +160,11 @@ def shaped_attention_fwd(library: Library, call: AttentionCall) -> tuple[Tensor,
 
 
 def shaped_attention_bwd(library: Library, call: AttentionInto) -> Tensor:  # [3, H]
-    """Writes dq, dk and dv; returns the gains' gradients.
+    """Overwrites call.dq, call.dk and call.dv; returns the gradients of alpha, beta and gamma.
 
-    dv = alpha dO + beta Aᵀ dO − gamma Cᵀ dO; dalpha = Σ dO v, dbeta = Σ dO A v, dgamma = −Σ v Cᵀ
-    dO. Scratch: the three results of the attention.
+    With dO = call.grad, the softmax attention A and the uniform attention C: dv = alpha dO + beta
+    Aᵀ dO − gamma Cᵀ dO; dalpha = Σ dO v, dbeta = Σ dO A v, dgamma = −Σ v Cᵀ dO. If call.av is
+    empty, forward runs again. Scratch: the three results of the library's backward.
     """
     if not call.q.numel():
         return torch.zeros_like(call.gains)

@@ -10,13 +10,17 @@ from simplclip.ops.attention.sdpa import aligned
 
 
 def _options(call: AttentionCall) -> dict:
+    """Returns xformers' keyword arguments: attn_bias (a causal mask or None) and scale."""
     from xformers.ops import LowerTriangularMask
 
     return {"attn_bias": LowerTriangularMask() if call.causal else None, "scale": call.scale}
 
 
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Returns A v and the log-sum-exps."""
+    """Returns A v [B, L, H, K] and the log-sum-exps [B, H, L] of A = softmax(q kᵀ scale).
+
+    It honours `causal`; the call must have no `lengths`. The gains are not used. Imports xformers.
+    """
     from xformers.ops import fmha
 
     q, k, v = aligned(call.q, call.k, call.v)
@@ -26,7 +30,11 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def attention_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dq, dk and Aᵀ grad."""
+    """Returns the gradients dq, dk and dv = Aᵀ grad of ordinary attention A v, [B, L, H, K] each.
+
+    A = softmax(q kᵀ scale). The gains are not used, call.av is needed, and the call's dq, dk and dv
+    are not written. Imports xformers.
+    """
     from xformers.ops import fmha
 
     grad, av, *inputs = aligned(call.grad, call.av, call.q, call.k, call.v)

@@ -12,8 +12,9 @@ from simplclip.ops.calls import Mutated, Strided
 
 @dataclass(frozen=True)
 class BlockCall:
-    """Arguments of forward, whose results are out [B, L, C], and for backward [q|k], h, lse and av:
-    see BlockGradient.
+    """Arguments of simplclip::simplified_block_fwd, as of simplified_block.
+
+    The results are out [B, L, C], and for backward [q|k], h, lse and av: see BlockGradient.
     """
 
     x: Tensor  # [B, L, C]
@@ -62,7 +63,10 @@ class Needed(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockGradient(BlockCall):
-    """Arguments of backward."""
+    """Arguments of simplclip::simplified_block_bwd: those of forward, its results, and grad of out.
+
+    Overwrites h by its gradient. The results are the gradients in the order of Needed.
+    """
 
     grad: Tensor  # [B, L, C]
     qk: Tensor  # [B L, 2C], or empty

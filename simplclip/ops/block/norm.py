@@ -13,7 +13,7 @@ layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
 def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Casts weight and bias to a dtype that layer norm accepts.
+    """Returns weight and bias in a dtype that torch's layer norm takes with x; None stays None.
 
     On a CPU, float32 is accepted with a half x; on a GPU it is not.
     """
@@ -24,7 +24,11 @@ def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def norm_fwd(x: Tensor, call: BlockCall) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Returns the normalised x [T, C] in the dtype of x, and the statistics for `norm_bwd`."""
+    """Returns the normalised x [T, C] in the dtype of x, and the statistics that `norm_bwd` takes.
+
+    x: [T, C]. call: for its norm ("layernorm" or "rmsnorm"), eps, norm_weight and norm_bias. The
+    statistics are (mean, rstd), or (rstd,) of RMSNorm.
+    """
     weight, bias = call.norm_weight, call.norm_bias
     if call.norm == "layernorm":
         n, mean, rstd = torch.native_layer_norm(x, [x.shape[1]], *_cast(x, weight, bias), call.eps)
@@ -43,7 +47,7 @@ def norm_bwd(
 ) -> dict[str, Tensor]:
     """Returns the gradients that are needed of x [B, L, C], norm_weight and norm_bias, by name.
 
-    Each has the dtype of its tensor.
+    grad: of the normalised x. stats: from `norm_fwd`. Each gradient has the dtype of its tensor.
     """
     weight, bias = call.norm_weight, call.norm_bias
     if call.norm == "layernorm":

@@ -36,20 +36,20 @@ MATRICES = (
 
 
 def heads_of(call: BlockCall) -> tuple[int, int, int, int]:
-    """Returns [B, L, H, K], the shape of q, k and v."""
+    """Returns (B, L, H, K), the shape of q, k and v."""
     batch, length, width = call.x.shape
     heads = call.alpha.shape[0]
     return batch, length, heads, width // heads
 
 
 def gains_of(call: BlockCall) -> Tensor:  # [3, H], in the dtype of sums
-    """Returns alpha, beta and gamma. The attention's gains are attention_gain times these."""
+    """Returns alpha, beta, gamma stacked; the attention's gains are attention_gain times these."""
     wide = call.attention_gain.dtype
     return torch.stack([call.alpha.to(wide), call.beta.to(wide), call.gamma.to(wide)])
 
 
 def _split(qk: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Returns q and k [B, L, H, K], views of [q|k] [T, 2C]."""
+    """Returns q and k [B, L, H, K], views of [q|k] [T, 2C]; shape: that of q."""
     batch, length, heads, width = shape
     q, k = qk.view(batch, length, 2, heads, width).unbind(2)
     return q, k
@@ -62,6 +62,11 @@ def _attention_call(
     qk: Tensor,  # [T, 2C]
     gains: Tensor,  # [3, H]
 ) -> AttentionCall:
+    """Returns the call of the block's attention, whose v is n or its projection by value_weight.
+
+    shape: [B, L, H, K] of q. qk: [q|k], of which q and k are views. gains: from `gains_of`, without
+    attention_gain.
+    """
     v = n if call.value_weight is None else F.linear(n, call.value_weight)
     q, k = _split(qk, shape)
     gains = gains * call.attention_gain
@@ -69,6 +74,11 @@ def _attention_call(
 
 
 def _fwd(pick: Callable, call: BlockCall) -> tuple[Tensor, ...]:
+    """Returns out [B, L, C], [q|k] [T, 2C], h [T, F], the log-sum-exps [B, H, L], and A v.
+
+    pick(op, **facts): returns the backend's function of an op. A v: see AttentionGradient. [q|k], h
+    and A v are empty unless call.keep.
+    """
     x = call.x.view(-1, call.x.shape[2])
     shape = heads_of(call)
     n, _ = norm_fwd(x, call)
@@ -88,7 +98,11 @@ def _fwd(pick: Callable, call: BlockCall) -> tuple[Tensor, ...]:
 
 
 def _add_mlp(function: Callable, call: BlockCall, n: Tensor, out: Tensor) -> Tensor:
-    """Adds mlp_gain MLP(n) to out [T, C]; returns the hidden layer, empty unless `keep`."""
+    """Adds mlp_gain MLP(n) to out [T, C] in place; returns h [T, F], or [0] unless call.keep.
+
+    function: the backend's for parallel_mlp_fwd. n: [T, C], the normalised x. h: the hidden layer
+    before its activation.
+    """
     weight = call.fc2_weight * call.mlp_gain
     bias = call.fc2_bias * call.mlp_gain
     fc1 = (n, call.fc1_weight, call.fc1_bias)
@@ -105,6 +119,11 @@ def _add_mlp(function: Callable, call: BlockCall, n: Tensor, out: Tensor) -> Ten
 
 
 def _fwd_fake(call: BlockCall, spec: str) -> tuple[Tensor, ...]:
+    """Returns uninitialised results of the op: out, [q|k], h, the log-sum-exps and A v.
+
+    Shapes: see BlockCall and BlockGradient. spec: the forced backends, see backends.forced; the
+    shape of A v depends on the backend.
+    """
     x = call.x
     shape = heads_of(call)
     batch, length, heads, _ = shape
@@ -120,10 +139,13 @@ def _fwd_fake(call: BlockCall, spec: str) -> tuple[Tensor, ...]:
 def _mlp_bwd(
     pick: Callable, call: BlockGradient, n: Tensor, grad: Tensor, need: Needed, need_n: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the gradient of h, which overwrites h, and the gradients of the MLP's tensors.
+    """Returns the gradient of h [T, F], and gradients of fc1, fc2 and mlp_gain by name.
 
-    With w = mlp_gain fc2_weight: d mlp_gain = <dw, fc2_weight>, d fc2_weight = mlp_gain dw,
-    likewise the bias.
+    pick(op, **facts): returns the backend's function of an op. n: [T, C], the normalised x. grad:
+    [T, C], of the block's result. need_n: whether the gradient of n is needed, and so that of h.
+    The gradient of h overwrites call.h, or an h computed again if that is empty. By name there may
+    be gradients that are not needed too. With w = mlp_gain fc2_weight: d mlp_gain = <dw,
+    fc2_weight>, d fc2_weight = mlp_gain dw, likewise the bias.
     """
     gradients = {}
     h = call.h
@@ -151,6 +173,11 @@ def _mlp_bwd(
 
 
 def _bwd(pick: Callable, call: BlockGradient) -> tuple[Tensor, ...]:
+    """Returns the gradients in the order of Needed, empty where not needed; overwrites call.h.
+
+    pick(op, **facts): returns the backend's function of an op. What forward did not keep is
+    computed again.
+    """
     x = call.x.view(-1, call.x.shape[2])
     need = Needed(*call.need)
     n, stats = norm_fwd(x, call)
@@ -197,6 +224,7 @@ def _attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of [q|k] [T, 2C], of v [T, C] and of the attention's gains [3, H].
 
+    pick(op, **facts): returns the backend's function of an op. attention: the call of forward.
     d_out: the gradient of the attention's result, [T, C].
     """
     shape = heads_of(call)
@@ -218,6 +246,7 @@ def _attention_bwd(
 
 
 def _bwd_fake(call: BlockGradient, spec: str) -> tuple[Tensor, ...]:
+    """Returns uninitialised gradients in the order of Needed, empty where not needed."""
     results = []
     for name, needed in zip(Needed._fields, call.need):
         like = getattr(call, name) if needed else call.grad.new_empty(0)
@@ -239,6 +268,12 @@ def _gradient(
     needed: Sequence[bool],
     spec: str,
 ) -> dict[str, Tensor]:
+    """Returns gradients of the block's tensors by name; the `backward` of register_gradient.
+
+    results: [q|k], h, the log-sum-exps and A v of forward; h is overwritten, or a copy of it where
+    backward may run again. grads: the gradient of out. needed: for each tensor of BlockCall; a
+    gradient that is not needed is empty. spec: the backends that were forced in forward.
+    """
     qk, h, lse, av = results
     (grad,) = grads
     gradient = BlockGradient(

@@ -19,12 +19,15 @@ NORM_EPS = 1e-12  # eps of F.normalize
 
 
 def _inverse_norm(rows: Tensor) -> Tensor:  # [N, D] -> [N, 1]
-    """Returns 1 / max(‖row‖, NORM_EPS)."""
+    """Returns 1 / max(‖row‖, 1e-12) of each row."""
     return rows.norm(dim=1, keepdim=True).clamp_min(NORM_EPS).reciprocal()
 
 
 def _distances(difference: Tensor, beta: float | None) -> Tensor:  # [N, D] -> [N]
-    """Returns the squared distances, or with a beta the smooth L1 distances."""
+    """Returns each row's sum of squares if beta is None, else of smooth L1 losses with that beta.
+
+    difference: student minus teacher.
+    """
     size = difference.abs()
     square = size * size
     if beta is None:
@@ -33,14 +36,14 @@ def _distances(difference: Tensor, beta: float | None) -> Tensor:  # [N, D] -> [
 
 
 def _slopes(difference: Tensor, beta: float | None) -> Tensor:  # [N, D] -> [N, D]
-    """Returns the derivatives of the distances."""
+    """Returns the derivatives of `_distances` with respect to each element of the difference."""
     if beta is None:
         return 2 * difference
     return (difference / beta).clamp(-1, 1)
 
 
 def _chunks(*tensors: Tensor) -> zip:
-    """Yields the same rows of each tensor.
+    """Yields tuples of views, the same consecutive rows of each tensor [N, *], at most 4,096 rows.
 
     A sum of so few numbers has the same bits with any number of threads.
     """
@@ -50,14 +53,17 @@ def _chunks(*tensors: Tensor) -> zip:
 
 
 class _FeatureLoss(torch.autograd.Function):
-    """Keeps the inputs and the inverse norms [N, 2], or [N, 0] if not `normalize`; backward
-    computes the rest again.
+    """feature_loss without checks: apply(student [N, D], teacher [N, D], beta, normalize) -> [].
+
+    beta: of smooth L1, or None for squares. Keeps the inputs and the inverse norms [N, 2], or [N,
+    0] if not `normalize`; backward computes the rest again.
     """
 
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor, beta: float | None, normalize: bool
     ) -> Tensor:
+        """Returns the loss [] in the dtype of sums; saves the inputs and inverse norms in ctx."""
         dtype = accumulate_dtype(student.dtype)
         sums = []
         inverse = student.new_empty(student.shape[0], 2 if normalize else 0, dtype=dtype)
@@ -73,6 +79,10 @@ class _FeatureLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        """Returns the student's gradient [N, D] and None for the rest; grad: [], of the loss.
+
+        With create_graph=True, differentiating the result again raises.
+        """
         student, teacher, inverse = ctx.saved_tensors
         d_student = torch.empty_like(student, memory_format=torch.contiguous_format)
         with torch.no_grad():
@@ -94,7 +104,7 @@ class _FeatureLoss(torch.autograd.Function):
 
 
 def _definition(student: Tensor, teacher: Tensor, beta: float | None, normalize: bool) -> Tensor:
-    """Returns the loss in plain torch."""
+    """Returns the loss [] in plain, differentiable torch; arguments as of _FeatureLoss."""
     dtype = accumulate_dtype(student.dtype)
     u, t = student.to(dtype), teacher.to(dtype)
     if normalize:
@@ -186,7 +196,11 @@ def feature_loss(
 
 
 def _project(student: Tensor, projection: Any, width: int) -> Tensor:  # [N, width]
-    """Returns the student's features in the teacher's width."""
+    """Returns student projectionᵀ: the student's features [N, D_student] in the teacher's width.
+
+    Raises TypeError or ValueError if projection is no tensor [width, D_student] of the student's
+    device and dtype; autocast may cast a different dtype.
+    """
     shape = [width, student.shape[1]]
     if not isinstance(projection, Tensor):
         raise TypeError(

@@ -14,8 +14,10 @@ from simplclip.ops.calls import Mutated, Strided
 
 @dataclass(frozen=True)
 class MlpCall:
-    """Arguments of forward, whose results are out [T, C_out] and the hidden layer before its
-    activation [T, F] or [0, F].
+    """Arguments of simplclip::parallel_mlp_fwd.
+
+    The results are out [T, C_out] and h, the hidden layer before its activation, [T, F], or [0, F]
+    unless `keep`.
     """
 
     x: Strided  # [T, C]
@@ -29,7 +31,10 @@ class MlpCall:
 
 @dataclass(frozen=True)
 class MlpGradient:
-    """Arguments of backward."""
+    """Arguments of simplclip::parallel_mlp_bwd; h, from forward, is overwritten by its gradient.
+
+    The results are the gradients of x, fc1_weight, fc1_bias, fc2_weight and fc2_bias.
+    """
 
     grad: Tensor  # [T, C_out]
     h: Mutated  # [T, F]

@@ -22,7 +22,7 @@ HIDDEN_BYTES = 16 << 20  # of a chunk of the hidden layer, if forward does not k
 
 
 def to_overwrite(saved: Tensor) -> Tensor:
-    """Returns `saved`, or a copy where backward must not overwrite it.
+    """Returns `saved` itself, or a copy where a backward that overwrites it would do harm.
 
     A copy is needed under tracing, and with retain_graph, since backward may run again.
     """
@@ -34,7 +34,10 @@ def to_overwrite(saved: Tensor) -> Tensor:
 
 
 def keeps_hidden(*tensors: Tensor | None, recompute: bool = False) -> bool:
-    """Whether the whole hidden layer is computed, for backward."""
+    """Whether forward computes and returns the whole hidden layer: a backward may follow.
+
+    tensors: all inputs that may require a gradient. recompute: backward computes it again instead.
+    """
     return not recompute and wants_grad(*tensors)
 
 
@@ -44,8 +47,10 @@ def hidden_rows(
     bias: Tensor | None,  # [F]
     out: Tensor,  # [T, *]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Computes the hidden layer before its activation in chunks of rows; yields each chunk and the
-    same rows of `out`.
+    """Yields chunks of h = x weightᵀ + bias, [rows, F], with the same rows of `out` (a view).
+
+    h is the hidden layer before its activation. All chunks share one buffer of about 16 MiB, which
+    the next step overwrites; `out` is for the caller to write.
     """
     rows = min(max(64, HIDDEN_BYTES // (weight.shape[0] * x.itemsize)), x.shape[0])
     h = x.new_empty(rows, weight.shape[0])
@@ -56,6 +61,11 @@ def hidden_rows(
 
 
 def _fwd(function: Callable, call: MlpCall) -> tuple[Tensor, Tensor]:
+    """Returns out [T, C_out], and h [T, F], or [0, F] unless call.keep.
+
+    function: the backend's, which writes the second half of the MLP from a HiddenCall. h: the
+    hidden layer before its activation.
+    """
     out = call.x.new_empty(call.x.shape[0], call.fc2_weight.shape[0])
     fc1 = (call.x, call.fc1_weight, call.fc1_bias)
     chunks: Iterable[tuple[Tensor, Tensor]]
@@ -73,6 +83,7 @@ def _fwd(function: Callable, call: MlpCall) -> tuple[Tensor, Tensor]:
 
 
 def _fwd_fake(call: MlpCall, spec: str) -> tuple[Tensor, Tensor]:
+    """Returns uninitialised out [T, C_out], and h [T, F], or [0, F] unless call.keep."""
     rows = call.x.shape[0]
     out = call.x.new_empty(rows, call.fc2_weight.shape[0])
     h = call.x.new_empty(rows if call.keep else 0, call.fc1_weight.shape[0])
@@ -80,6 +91,10 @@ def _fwd_fake(call: MlpCall, spec: str) -> tuple[Tensor, Tensor]:
 
 
 def _bwd(function: Callable, call: MlpGradient) -> tuple[Tensor, ...]:
+    """Returns gradients of x, fc1_weight, fc1_bias, fc2_weight, fc2_bias; overwrites call.h.
+
+    function: the backend's, which takes a HiddenGradient. A gradient that is not needed is empty.
+    """
     need_x, need_fc1_weight, need_fc1_bias, need_fc2_weight, need_fc2_bias = call.need
     grad = call.grad
     h = call.h
@@ -100,6 +115,7 @@ def _bwd(function: Callable, call: MlpGradient) -> tuple[Tensor, ...]:
 
 
 def _bwd_fake(call: MlpGradient, spec: str) -> tuple[Tensor, ...]:
+    """Returns uninitialised gradients of x and both layers' weight and bias, [0] if not needed."""
     c, f = call.fc2_weight.shape
     shapes = (call.x.shape, call.fc1_weight.shape, (f,), (c, f), (c,))
     return tuple(
@@ -108,6 +124,7 @@ def _bwd_fake(call: MlpGradient, spec: str) -> tuple[Tensor, ...]:
 
 
 def _hidden_bwd_fake(call: HiddenGradient) -> Tensor:
+    """Returns an uninitialised gradient of the weight, [C, F], or [0, F] if not needed."""
     rows, hidden = call.weight.shape
     return call.weight.new_empty(rows if call.need_weight else 0, hidden)
 
@@ -131,6 +148,12 @@ def _gradient(
     needed: Sequence[bool],
     spec: str,
 ) -> dict[str, Tensor]:
+    """Returns the gradients of the MLP's tensors by name; the `backward` of register_gradient.
+
+    results: h of forward, which is overwritten, or a copy of it where backward may run again.
+    grads: the gradient of out. needed: for each of x, fc1_weight, fc1_bias, fc2_weight, fc2_bias; a
+    gradient that is not needed is empty. spec: the backends that were forced in forward.
+    """
     (h,) = results
     (grad,) = grads
     gradient = MlpGradient(

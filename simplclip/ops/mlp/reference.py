@@ -16,6 +16,7 @@ aten = torch.ops.aten
 
 
 def _quickgelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """Returns grad times the derivative of x sigmoid(1.702 x)."""
     s = torch.sigmoid(1.702 * x)
     return grad * (s + 1.702 * x * s * (1 - s))
 
@@ -37,7 +38,7 @@ _BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def parallel_mlp_fwd(call: HiddenCall) -> None:
-    """Writes act(h) weightᵀ + bias to `out`, or adds it if `accumulate`."""
+    """Writes act(h) weightᵀ + bias to call.out [T, C], or adds it if call.accumulate."""
     product = F.linear(ACTIVATIONS[call.act](call.h), call.weight, call.bias)
     if call.accumulate:
         call.out.add_(product)

@@ -53,7 +53,11 @@ class SigmoidRow(IntEnum):
 
 @dataclass(frozen=True)
 class SimilarityCall:
-    """Arguments of forward."""
+    """Arguments of simplclip::similarity_loss_fwd and of the backends' functions for it.
+
+    The results are statistics of rows [6, N] (RowStat) and columns [3, M] (ColumnStat), and stored
+    products [matrices, stored_rows, M] (see SimilarityGradient).
+    """
 
     image: Tensor  # [N, D]
     text: Tensor  # [M, D]
@@ -72,11 +76,12 @@ class SimilarityCall:
 
     @property
     def has_teacher(self) -> bool:
+        """Whether the call has a teacher's features, and so a second matrix."""
         return self.teacher_image is not None
 
     @property
     def matrices(self) -> int:
-        """The number of matrices of this call."""
+        """The number of similarity matrices: 1, or 2 with a teacher."""
         return 2 if self.has_teacher else 1
 
 

@@ -17,6 +17,7 @@ from simplclip.ops.similarity.call import DIVERGENCES, TERMS
 def check_options(
     terms: Any, divergence: Any, symmetric: Any, scratch_bytes: Any, store_bytes: Any
 ) -> None:
+    """Raises ValueError or TypeError if one of these arguments of similarity_loss is not valid."""
     if not isinstance(terms, (tuple, list, set)) or not terms or not set(TERMS).issuperset(terms):
         raise ValueError(
             f"terms: expected a tuple of at least one of {', '.join(TERMS)}, got {terms!r}"
@@ -31,6 +32,11 @@ def check_options(
 
 
 def check_weights(weights: Any, terms: Collection[str]) -> dict[str, float]:
+    """Returns the weights of the terms as finite floats by term.
+
+    Raises ValueError or TypeError unless `weights` has a finite number for each of the terms, and
+    no other.
+    """
     if not isinstance(weights, Mapping) or weights.keys() != set(terms):
         raise ValueError(
             f"weights: expected a number for each of the terms {', '.join(terms)}, got {weights!r}"
@@ -43,7 +49,10 @@ def check_weights(weights: Any, terms: Collection[str]) -> dict[str, float]:
 
 
 def features(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the features, checked and cast to autocast's dtype."""
+    """Returns image [N, D] and text [M, D], checked and cast to autocast's dtype if it is on.
+
+    Raises TypeError or ValueError if a shape, a dtype, a device or the widths do not fit.
+    """
     checks.features("image", image, "[N, D]")
     checks.features("text", text, "[M, D]")
     image, text = autocast(image, text)
@@ -53,9 +62,10 @@ def features(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_pair(student: Mapping[str, Tensor], equal_rows: bool = False) -> None:
-    """Checks that a student's image and text features fit each other.
+    """Raises TypeError or ValueError if image and text features differ in width, dtype or device.
 
-    student: argument name -> features, images first.
+    student: argument name -> features [N, D], images first. equal_rows: whether unequal numbers of
+    rows are an error too.
     """
     (image_name, image), (text_name, text) = student.items()
     if equal_rows and len(text) != len(image):
@@ -79,8 +89,11 @@ def check_pair(student: Mapping[str, Tensor], equal_rows: bool = False) -> None:
 def teacher(
     teacher_image: Any, teacher_text: Any, teacher_scale: Any, image: Tensor, text: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the teacher's features, in the dtype of the student's, and its scale: checked and
-    detached.
+    """Returns the teacher's features [N, D̂] and [M, D̂], and its scale []: checked and detached.
+
+    The features are cast to the dtype of image, the scale to that of sums. image, text: the
+    student's features. Raises ValueError if one of the three is None, ValueError or TypeError if
+    one is not valid.
     """
     arguments = {
         "teacher_image": teacher_image,
@@ -96,11 +109,12 @@ def teacher(
 def constants_of_teacher(
     arguments: dict[str, Any], student: Mapping[str, Tensor], why: str
 ) -> list[Tensor]:
-    """Returns a teacher's image and text features and, if it is among the arguments, the scale:
-    checked and detached.
+    """Returns a teacher's image and text features and, if it is an argument, the scale: detached.
 
     arguments: the teacher's by name, in this order. student: image and text features by name. why:
-    the reason in the error for a missing argument of the teacher.
+    the reason in the ValueError for an argument that is None. Raises ValueError or TypeError if the
+    rows, widths, device or dtype of one are not valid. Features keep their dtype; the scale becomes
+    [] in the dtype of sums.
     """
     for name, value in arguments.items():
         if value is None:
@@ -124,7 +138,11 @@ def constants_of_teacher(
 def _check_teacher(
     name: str, features: Tensor, letters: str, student_name: str, student: Tensor
 ) -> None:
-    """Checks that the teacher's features have the rows and the device of the student's."""
+    """Raises TypeError or ValueError unless the teacher's features have the student's rows, device.
+
+    name, student_name: of the features in errors. letters: the expected shape there, e.g. "[N,
+    D̂]".
+    """
     checks.features(name, features, letters)
     if features.size(0) != student.size(0):
         raise ValueError(
@@ -136,7 +154,11 @@ def _check_teacher(
 
 
 def hyperplane(plane: Any, image: Tensor) -> tuple[Tensor, Tensor]:  # [] or [D], []
-    """Returns weight and bias of the plane of pair matching, checked, in the dtype of sums."""
+    """Returns weight and bias of the plane of pair matching, checked, in the dtype of sums.
+
+    plane: (p, q) of two scalars, or (w, q) with w [D], as of similarity_loss. image: [N, D]. Raises
+    TypeError or ValueError if it is anything else.
+    """
     width = image.shape[1]
     device = image.device
     wide = torch.promote_types(image.dtype, torch.float32)
@@ -162,7 +184,11 @@ def hyperplane(plane: Any, image: Tensor) -> tuple[Tensor, Tensor]:  # [] or [D]
 
 
 def check_ids(name: str, ids: Tensor, count: int, letter: str, device: torch.device) -> Tensor:
-    """Returns the ids, checked, as the kernels read them: int64 and contiguous."""
+    """Returns the ids as the kernels read them: int64 and contiguous.
+
+    name: of the argument. letter: of its shape [count] in errors, "N" or "M". Raises TypeError
+    unless they are an int64 or int32 tensor, ValueError unless they have this shape and device.
+    """
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
         got = getattr(ids, "dtype", type(ids).__name__)
         raise TypeError(f"{name}: expected an int64 or int32 tensor [{letter}], got {got}")
@@ -177,7 +203,13 @@ def check_ids(name: str, ids: Tensor, count: int, letter: str, device: torch.dev
 def pair_ids(
     ids: Tensor | None, text_ids: Tensor | None, n: int, m: int, device: torch.device, group: Any
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the ids of rows and columns, checked; the columns of a group are all ranks' texts."""
+    """Returns the ids of rows and of columns, checked, int64 [N] and [M], or None twice.
+
+    n, m: this rank's rows and columns. Without ids there must be no text_ids. Without text_ids the
+    columns have the ids of the rows. With a process group (else None) the columns are all ranks'
+    texts, [W N], and every rank must call this. Raises ValueError or TypeError if ids are not
+    valid.
+    """
     if ids is None:
         if text_ids is not None:
             raise ValueError("ids: expected ids for the rows beside text_ids, got None")
@@ -201,9 +233,11 @@ def pair_ids(
 def count_negatives(
     ids: Tensor, text_ids: Tensor, m: int, label_offset: int, group: Any
 ) -> Tensor:  # []
-    """Returns the number of negatives of all rows, with a group its mean over the ranks.
+    """Returns the number of negatives of all rows, at least 1, float64.
 
-    It is at least 1.
+    ids [N], text_ids [m]: equal ids are no negatives. label_offset: column of row 0's positive.
+    With a process group (else None), every rank must call this, and the number is the mean over the
+    ranks.
     """
     ordered = text_ids.sort().values
     positives = text_ids[label_offset : label_offset + ids.shape[0]]
@@ -215,7 +249,10 @@ def count_negatives(
 
 
 def check_offset(label_offset: int, n: int, m: int, group: Any) -> None:
-    """Checks that each of the n rows has its positive among the m columns."""
+    """Raises TypeError or ValueError unless each of n rows has its positive among the m columns.
+
+    With a process group (else None), label_offset must be 0 and m equal n.
+    """
     if isinstance(label_offset, bool) or not isinstance(label_offset, (int, torch.SymInt)):
         raise TypeError(f"label_offset: expected an int, got {type(label_offset).__name__}")
     if group is not None:

@@ -40,7 +40,7 @@ class Sigmoid(NamedTuple):
 
 
 def _prepared(call: Any) -> Any:
-    """Returns the call with features in the dtype of the products."""
+    """Returns the call with features cast to the dtype of the products, see chunks.computes_in."""
     dtype = computes_in(call.image.dtype, call.image.device.type)
     if call.image.dtype == dtype:
         return call
@@ -49,10 +49,12 @@ def _prepared(call: Any) -> Any:
 
 
 def _fwd(function: Callable, call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what the backend's function does: statistics of rows, of columns, stored products."""
     return function(_prepared(call))
 
 
 def _fwd_fake(call: SimilarityCall, spec: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns uninitialised rows [6, N], columns [3, M] and stored products, as of `_fwd`."""
     n = call.image.shape[0]
     m = call.text.shape[0]
     dtype = computes_in(call.image.dtype, call.image.device.type)
@@ -63,6 +65,7 @@ def _fwd_fake(call: SimilarityCall, spec: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _bwd(function: Callable, call: SimilarityGradient) -> tuple[Tensor, ...]:
+    """Returns d_image, d_text in the features' dtype, d_scale [] and d_plane [2], by a backend."""
     d_image, d_text, *others = function(_prepared(call))
     return d_image.to(call.image.dtype), d_text.to(call.text.dtype), *others
 
@@ -70,24 +73,26 @@ def _bwd(function: Callable, call: SimilarityGradient) -> tuple[Tensor, ...]:
 def _empty_gradients(
     call: SimilarityGradient | SigmoidCall, dtype: torch.dtype
 ) -> Iterator[Tensor]:
-    """Yields memory for the gradients of image and text, without rows for one not needed."""
+    """Yields uninitialised gradients of image and text, without rows for one not needed."""
     for features, needed in ((call.image, call.need_image), (call.text, call.need_text)):
         rows, width = features.shape
         yield features.new_empty(rows if needed else 0, width, dtype=dtype)
 
 
 def _bwd_fake(call: SimilarityGradient, spec: str) -> tuple[Tensor, ...]:
+    """Returns uninitialised d_image, d_text, d_scale and d_plane, as of `_bwd`."""
     d_image, d_text = _empty_gradients(call, call.image.dtype)
     return d_image, d_text, call.scale.new_empty(()), call.scale.new_empty(2)
 
 
 def _sigmoid(function: Callable, call: SigmoidCall) -> tuple[Tensor, ...]:
+    """Returns Σ MIX term [], the terms [K], d_image, d_text and d_sigmoids [2, K], by a backend."""
     values, *gradients = function(_prepared(call))
     return (values * call.sigmoids[SigmoidRow.MIX]).sum(), values, *gradients
 
 
 def _sigmoid_results(call: SigmoidCall) -> tuple[Tensor, ...]:
-    """Returns a backend's fake results.
+    """Returns tensors like a backend's results: terms, d_image, d_text, d_sigmoids; uninitialised.
 
     For float16, gradients are stored in float32, which does not lose entries of 1/N².
     """
@@ -100,6 +105,7 @@ def _sigmoid_results(call: SigmoidCall) -> tuple[Tensor, ...]:
 
 
 def _sigmoid_fake(call: SigmoidCall, spec: str) -> tuple[Tensor, ...]:
+    """Returns uninitialised results of `_sigmoid`: the sum [], the terms [K], gradients."""
     return call.sigmoids.new_empty(()), *_sigmoid_results(call)
 
 
@@ -138,6 +144,7 @@ def _gradient(
     needed: Sequence[bool],
     spec: str,
 ) -> dict[str, Tensor]:
+    """Returns gradients by name: image, text, scale, plane. grads: of rows, columns; None for 0."""
     rows, columns, stored = results
     grad_rows = torch.zeros_like(rows) if grads[0] is None else grads[0]
     grad_columns = torch.zeros_like(columns) if grads[1] is None else grads[1]
@@ -162,6 +169,7 @@ def _sigmoid_gradient(
     needed: Sequence[bool],
     spec: str,
 ) -> dict[str, Tensor]:
+    """Returns gradients by name, image, text, sigmoids: forward's, results[2:], times grads[0]."""
     d_image, d_text, d_sigmoids = (result * grads[0] for result in results[2:])
     # only weight and bias have gradients
     constants = len(SigmoidRow) - d_sigmoids.shape[0]
@@ -363,7 +371,7 @@ def similarity_loss(
 
 
 def _joins(hyperplane: tuple[Tensor, Tensor], terms: Collection[str], image: Tensor) -> bool:
-    """Whether pair matching joins the sweep of a softmax.
+    """Whether pair matching, by the plane (p or w, q), joins the sweep of a softmax term.
 
     On a GPU a sweep with a teacher has no registers left for it.
     """
@@ -378,7 +386,10 @@ def _joins(hyperplane: tuple[Tensor, Tensor], terms: Collection[str], image: Ten
 def _softmax_terms(
     call: SimilarityCall, options: Options, plane: tuple[Tensor, Tensor] | None, group: Any
 ) -> Sequence[Tensor]:
-    """Returns contrastive, relational and pair matching terms, see `values`."""
+    """Returns the terms [] as terms.values does: weighted sum first if options has weights.
+
+    plane: (p, q) if pair matching joins, else None. group: ranks exchange column statistics.
+    """
     rows, columns, _ = registry.call(FORWARD, call)
     n = call.image.shape[0]
     merged = None
@@ -399,10 +410,11 @@ def _sigmoid_terms(
     pairs: dict[str, Any],
     chunk: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the sum of the terms, each times its mix, and the terms.
+    """Returns the sum [] of the terms, each times its mix, and the terms [] by name.
 
-    summed: only the sum needs a gradient, so that terms share a sweep. Otherwise each term has a
-    sweep and a gradient of its own.
+    sigmoids: the terms' numbers by name. pairs: ids, text_ids and label_offset. chunk: rows in
+    scratch. summed: only the sum needs a gradient, so that terms share a sweep. Otherwise each term
+    has a sweep and a gradient of its own.
     """
     total: Any = None
     by_term: dict[str, Tensor] = {}

@@ -26,21 +26,22 @@ class _Chunk:
     """A chunk of the rows of a call. Its masks are applied in place to matrices [rows, M]."""
 
     def __init__(self, call: SimilarityCall | SigmoidCall, rows: slice):
+        """Takes the call's rows in a slice with start and stop; finds positives and equal ids."""
         self.rows = rows
         self.indices = torch.arange(rows.stop - rows.start, device=call.image.device)
         self.positives = self.indices + (rows.start + call.label_offset)
         self.dropped = None if call.ids is None else call.ids[rows, None] == call.text_ids
 
     def product(self, image: Tensor, text: Tensor) -> Tensor:
-        """Returns the rows' similarities, [rows, M]."""
+        """Returns similarities [rows, M]: the chunk's rows of image [N, D] times text [M, D]."""
         return torch.mm(image[self.rows].to(text.dtype), text.T)
 
     def positive(self, matrix: Tensor) -> Tensor:
-        """Returns the entries of the rows' positives, [rows]."""
+        """Returns the entries of the rows' positives, [rows], in a matrix [rows, M]."""
         return matrix[self.indices, self.positives]
 
     def fill(self, matrix: Tensor, value: float) -> Tensor:
-        """Sets all entries that are not negatives, and returns the matrix."""
+        """Sets the entries that are not negatives to a value in place; returns the matrix."""
         if self.dropped is not None:
             matrix.masked_fill_(self.dropped, value)
         matrix[self.indices, self.positives] = value
@@ -48,19 +49,22 @@ class _Chunk:
 
 
 def _chunks(call: SimilarityCall | SigmoidCall) -> Iterator[_Chunk]:
+    """Yields chunks of call.chunk consecutive rows, in order; the last one may be shorter."""
     n = call.image.shape[0]
     for start in range(0, n, call.chunk):
         yield _Chunk(call, slice(start, min(start + call.chunk, n)))
 
 
 def _softmax(logits: Tensor, lse: Tensor) -> Tensor:
-    """Returns e^(logits - lse), 0 where the logits are -inf."""
+    """Returns e^(logits - lse), 0 where the logits are -inf, even if lse is -inf too."""
     return (logits - lse.masked_fill(lse == -torch.inf, 0)).exp_()
 
 
 def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns rows [6, N] RowStat, columns [3, M] ColumnStat, 0 unless `columns`, and memory for
-    the stored products, which are not computed.
+    """Returns rows [6, N] RowStat, columns [3, M] ColumnStat, and memory for stored products.
+
+    columns are 0 unless `columns`. The memory is not written: only the CPU's C++ kernels store
+    products, and backward computes them again.
     """
     dtype = accumulate_dtype(call.image.dtype)
     n = call.image.shape[0]
@@ -106,7 +110,10 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns d_image, d_text (empty where not needed), d_scale [] and d_plane [2]."""
+    """Returns d_image, d_text (without rows where not needed), d_scale [] and d_plane [2].
+
+    d_plane is 0 without a plane. Stored products are not used.
+    """
     dtype = accumulate_dtype(call.image.dtype)
     image, text = call.image.to(dtype), call.text.to(dtype)
     d_image = image.new_empty(image.shape if call.need_image else (0, image.shape[1]))
@@ -147,8 +154,10 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tenso
 
 
 def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the terms [K], and the gradients of their sum weighted by MIX: d_image and d_text
-    (empty unless needed), and d_sigmoids [2, K], those of WEIGHT and BIAS.
+    """Returns the terms [K], and the gradients of their sum weighted by MIX.
+
+    K: the number of terms. The gradients are d_image and d_text (without rows unless needed), and
+    d_sigmoids [2, K], those of WEIGHT and BIAS; without `gradient` they hold nothing of use.
     """
     dtype = accumulate_dtype(call.image.dtype)
     image, text = call.image.to(dtype), call.text.to(dtype)

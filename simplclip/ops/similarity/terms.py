@@ -12,12 +12,12 @@ from simplclip.ops.similarity.call import ColumnStat
 
 
 def softplus(x: Tensor) -> Tensor:
-    """Returns log(1 + e^x), exact beyond the 20 from which F.softplus by default returns x."""
+    """Returns log(1 + e^x), exact also above 20, where F.softplus by default returns x."""
     return F.softplus(x, threshold=80)
 
 
 def mismatch(negated: Tensor) -> Tensor:
-    """Returns softplus(-l) from the negated logits -l of positives.
+    """Returns softplus(-l) of each positive's logit l, from the negated logits -l.
 
     NaN where l is infinite, even if softplus would be 0.
     """
@@ -42,12 +42,14 @@ def values(
     plane: tuple[Tensor, Tensor] | None,  # weight [] and bias [] of pair matching
     options: Options,
 ) -> list[Tensor]:
-    """Returns contrastive, relational and pair matching terms [], in this order, if asked for.
+    """Returns terms [] as options asks for: contrastive, relational, pair matching (with plane).
 
     With weights, the weighted sum comes first. Cross-entropies are softplus(lse - z) with lse over
-    the negatives: exact for well matched pairs too, and NaN where the positive z is infinite, as in
-    F.cross_entropy. With m = 1 - softmax(T) of the positive, r and r̂ the log-sum-exps over the
-    whole row, a row's divergence is
+    the negatives: exact for well matched pairs too, and NaN where the positive's logit z is
+    infinite, as in F.cross_entropy. With the teacher's logits T and its t of the positive, m = 1 -
+    softmax(T) of the positive, r and r̂ the student's and the teacher's log-sum-exps over the whole
+    row, a row's divergence is
+
     r - E_T[Z] + entropy (E_T[T] - r̂) = (r - z) - entropy (r̂ - t) + m (mean + z - entropy t).
     """
     lse, teacher_lse, mean, diagonal, teacher_diagonal, unmatched = rows.unbind()
@@ -87,9 +89,14 @@ def values(
 
 
 def merge_columns(parts: Tensor) -> Tensor:  # [W, 3, N] -> [3, N]
-    """Merges statistics of the same columns over the rows of each rank to those over all rows."""
+    """Merges ColumnStat statistics of N columns over W sets of rows to those over all rows.
+
+    parts: statistics of each set, e.g. of each rank's rows. -inf is the log-sum-exp of no
+    negatives.
+    """
 
     def merged(part: Tensor) -> tuple[Tensor, Tensor]:  # [W, N] -> [N], [W, N] shares
+        """Returns the log-sum-exps over all rows, and each set's share of their exponentials."""
         empty = (part == -torch.inf).all(0)
         part = part.masked_fill(empty, 0)
         lse = part.logsumexp(0).masked_fill(empty, -torch.inf)
