@@ -186,7 +186,7 @@ class DistributedLoss(nn.Module):
         if not torch.compiler.is_compiling() and not self._same_parameters:
             distributed.from_first_rank(self.parameters(), self._group())
             self._same_parameters = True
-        return distributed.learned(parameters, self._group())
+        return distributed.average_gradients_over_ranks(parameters, self._group())
 
     def _averaged_over_ranks(self, loss: Tensor) -> Tensor:
         """Returns the loss [] as open_clip's mode reports it: of this rank, or the mean of all.
@@ -194,7 +194,7 @@ class DistributedLoss(nn.Module):
         The mean, without local_loss, is a collective call; its gradient reaches this rank's value
         unchanged.
         """
-        return loss if self.local_loss else distributed.mean(loss, self._group())
+        return loss if self.local_loss else distributed.mean_over_ranks(loss, self._group())
 
 
 def why_teacher(terms: tuple[str, ...]) -> str | None:

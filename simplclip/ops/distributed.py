@@ -62,7 +62,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """Returns the gradient [N, ...] of this rank's rows, summed over ranks: a collective."""
-        return _differentiable(_Sum, _sum)(gradient, ctx.group), None
+        return _differentiable(_Sum, _reduce_scatter)(gradient, ctx.group), None
 
 
 class _Sum(torch.autograd.Function):
@@ -72,7 +72,7 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, gathered: Tensor, group: dist.ProcessGroup) -> Tensor:
         """Returns this rank's rows [N, ...], summed over the ranks' `gathered` [W N, ...]."""
         ctx.group = group
-        return _sum(gathered, group)
+        return _reduce_scatter(gathered, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -80,7 +80,7 @@ class _Sum(torch.autograd.Function):
         return _differentiable(_Gather, _all_gather)(gradient, ctx.group), None
 
 
-def _sum(gathered: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _reduce_scatter(gathered: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sums this rank's rows over the ranks: `gathered` [W N, ...] of each of W ranks -> [N, ...].
 
     A collective without gradients: every rank of the group must call it.
@@ -114,7 +114,7 @@ def gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _Gather.apply(rows, group)
 
 
-def exchange(columns: Tensor, group: dist.ProcessGroup) -> Tensor:
+def exchange_column_statistics(columns: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Exchanges column statistics, S a column, among W ranks: [S, W N] -> [W, S, N].
 
     columns: statistics of all W N columns over this rank's rows. The result: of this rank's N
@@ -181,7 +181,7 @@ class SameShapes:
                 )
 
 
-def _average(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _all_reduce_mean(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Returns the mean over the group's ranks, a new tensor; a collective without gradients."""
     if torch.compiler.is_compiling():
         return functional.all_reduce(value, "sum", group) / dist.get_world_size(group)
@@ -196,7 +196,7 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
         """Returns the mean of `value` over the ranks: a collective."""
-        return _average(value, group)
+        return _all_reduce_mean(value, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -204,7 +204,7 @@ class _Mean(torch.autograd.Function):
         return gradient, None
 
 
-def mean(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+def mean_over_ranks(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Returns the mean of each rank's value; every rank of the group must call it.
 
     Backward passes the mean's gradient to this rank's value unchanged, without communication.
@@ -219,12 +219,12 @@ class _Average(torch.autograd.Function):
     def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
         """Returns the mean of `value` over the ranks: a collective."""
         ctx.group = group
-        return _average(value, group)
+        return _all_reduce_mean(value, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """Returns the mean of the gradient over the ranks: a collective."""
-        return _differentiable(_Average, _average)(gradient, ctx.group), None
+        return _differentiable(_Average, _all_reduce_mean)(gradient, ctx.group), None
 
 
 class _Learned(torch.autograd.Function):
@@ -240,12 +240,14 @@ class _Learned(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradients of the parameters averaged over the ranks, by one all-reduce."""
         flat = torch.cat([g.flatten().to(accumulate_dtype(g.dtype)) for g in gradients])
-        flat = _differentiable(_Average, _average)(flat, ctx.group)
+        flat = _differentiable(_Average, _all_reduce_mean)(flat, ctx.group)
         parts = flat.split([g.numel() for g in gradients])
         return None, *(part.view_as(g).to(g.dtype) for part, g in zip(parts, gradients))
 
 
-def learned(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+def average_gradients_over_ranks(
+    parameters: Sequence[Tensor], group: dist.ProcessGroup
+) -> tuple[Tensor, ...]:
     """Returns views of the parameters; backward averages their gradients over the ranks.
 
     By one all-reduce, in which every rank of the group must take part. DistributedDataParallel may

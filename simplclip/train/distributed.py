@@ -90,4 +90,4 @@ def averaged(scale: Tensor | None) -> Tensor | None:
     """
     if ranks.count() == 1 or scale is None or not scale.requires_grad:
         return scale
-    return distributed.learned([scale], dist.group.WORLD)[0]
+    return distributed.average_gradients_over_ranks([scale], dist.group.WORLD)[0]

@@ -27,7 +27,7 @@ def facts_of(shape: Sequence[int], lengths: Tensor | None) -> dict:
     return {"width": shape[3], "length": shape[1], "lengths": lengths is not None}
 
 
-def attend(function: Callable, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+def run_forward(function: Callable, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     """Runs a backend's function for forward; returns out, the log-sum-exps and A v.
 
     function: maps the call to (out, lse) or (out, lse, A v), where A = softmax(q kᵀ scale). Without
@@ -58,8 +58,8 @@ def _facts(call: AttentionCall) -> dict[str, Any]:
 
 
 def _fwd(function: Callable, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs forward by a backend's function; returns out, the log-sum-exps and A v, see `attend`."""
-    return attend(function, call)
+    """Runs forward by a backend's function, see `run_forward`."""
+    return run_forward(function, call)
 
 
 def _native_fake(call: AttentionCall) -> tuple[Tensor, Tensor]:

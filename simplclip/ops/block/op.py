@@ -14,7 +14,7 @@ from torch import Tensor
 
 from simplclip.ops import checks, registry
 from simplclip.ops.attention.call import AttentionCall, AttentionInto
-from simplclip.ops.attention.op import attend, av_shape, facts_of
+from simplclip.ops.attention.op import av_shape, facts_of, run_forward
 from simplclip.ops.autocast import autocast
 from simplclip.ops.block.call import BlockCall, BlockGradient, Needed
 from simplclip.ops.block.norm import NORMS, norm_bwd, norm_fwd
@@ -84,7 +84,7 @@ def _fwd(pick: Callable, call: BlockCall) -> tuple[Tensor, ...]:
     n, _ = norm_fwd(x, call)
     qk = F.linear(n, call.qk_weight)
     attention = pick("shaped_attention_fwd", **facts_of(shape, call.lengths))
-    out, lse, av = attend(attention, _attention_call(call, shape, n, qk, gains_of(call)))
+    out, lse, av = run_forward(attention, _attention_call(call, shape, n, qk, gains_of(call)))
     out = out.view(x.shape)
     if not call.keep:
         qk = x.new_empty(0)

@@ -244,7 +244,7 @@ def count_negatives(
     equal = torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
     count = (m - equal - (positives != ids).long()).sum(dtype=torch.float64)
     if group is not None:
-        count = distributed.mean(count, group)
+        count = distributed.mean_over_ranks(count, group)
     return count.clamp(min=1)
 
 

@@ -312,7 +312,7 @@ def similarity_loss(
         negatives = max(1, n * (m - 1))
         if ids is not None and text_ids is not None:
             negatives = inputs.count_negatives(ids, text_ids, m, label_offset, group).to(wide)
-        if _joins(hyperplane, terms, image):
+        if _pair_matching_joins_softmax(hyperplane, terms, image):
             joined = hyperplane
         else:
             factors = (0.5 / negatives, 0.5 / n)
@@ -370,7 +370,9 @@ def similarity_loss(
     return out
 
 
-def _joins(hyperplane: tuple[Tensor, Tensor], terms: Collection[str], image: Tensor) -> bool:
+def _pair_matching_joins_softmax(
+    hyperplane: tuple[Tensor, Tensor], terms: Collection[str], image: Tensor
+) -> bool:
     """Whether pair matching, by the plane (p or w, q), joins the sweep of a softmax term.
 
     On a GPU a sweep with a teacher has no registers left for it.
@@ -394,7 +396,7 @@ def _softmax_terms(
     n = call.image.shape[0]
     merged = None
     if call.columns and group is not None:
-        merged = merge_columns(distributed.exchange(columns, group))
+        merged = merge_columns(distributed.exchange_column_statistics(columns, group))
     elif call.columns:
         merged = columns
         if columns.shape[1] != n:
