@@ -140,10 +140,12 @@ class Op:
         return self.call_type(*values)
 
     def pick(self, first: Tensor, spec: str, through: Callable | None) -> Callable:
-        """Returns pick(op, **facts), which returns the backend's function of a part of this op.
+        """Returns a function pick(op, **facts) for ops that are composed of others, as the block.
 
-        first: a tensor with the call's device and dtype. spec: the forced backends. through: see
-        `dispatch`.
+        pick returns the backend's function that serves the op of that name; facts are what a
+        backend's choice depends on besides device and dtype, e.g. width=64. first: a tensor with
+        the call's device and dtype. spec: the forced backends, as in SIMPLCLIP_BACKEND. through:
+        None, or a function (op, backend, function) that returns another function to call.
         """
         return lambda op, **facts: _select(op, first, spec, True, facts, through)
 

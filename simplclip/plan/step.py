@@ -63,7 +63,10 @@ class Step(Protocol):
         """
 
     def run(self, batches: list[Batch]) -> object:
-        """Runs one training step, with an update of the weights."""
+        """Runs one training step on fake or real tensors, with an update of the weights.
+
+        batches: the micro-batches of the step. What it returns is not used.
+        """
 
 
 class TrainerStep:

@@ -373,9 +373,10 @@ def similarity_loss(
 def _pair_matching_joins_softmax(
     hyperplane: tuple[Tensor, Tensor], terms: Collection[str], image: Tensor
 ) -> bool:
-    """Whether pair matching, by the plane (p or w, q), joins the sweep of a softmax term.
+    """Whether the kernels of the softmax terms compute the pair matching term too, in one sweep.
 
-    On a GPU a sweep with a teacher has no registers left for it.
+    hyperplane: (p [], q []) of a scalar plane, or (w [D], q []) of a hadamard plane, which never
+    joins. On a GPU a sweep with a teacher has no registers left for it.
     """
     if hyperplane[0].dim():  # a hadamard plane has a matrix of its own
         return False
