@@ -380,21 +380,31 @@ def _add(buffer: dict[int, Tensor], output: int, gradient: Tensor) -> None:
     total = buffer.get(output)
     if total is None:
         buffer[output] = gradient
-    elif _is_unshared(total):
+    elif _is_unshared(total, calls=1):
         total.add_(gradient)
     else:
         buffer[output] = total + gradient
 
 
-def _is_unshared(tensor: Tensor) -> bool:
+def _is_unshared(tensor: Tensor, calls: int) -> bool:
     """Whether only a buffer refers to this tensor and its storage, so that it may be overwritten.
 
-    It counts references, two of which are the caller's and this call's. The tensor must also fill
-    its storage.
+    It counts references, up to four of which are the callers' and this call's. calls: how many
+    calls have passed the tensor on, this one included. The tensor must also fill its storage.
     """
     storage = tensor.untyped_storage()
-    referred = sys.getrefcount(tensor) > 4 or torch._C._storage_Use_Count(storage._cdata) > 2
-    return not referred and tensor.nbytes == storage.nbytes()
+    # Calls that the interpreter does not inline keep one more reference to an argument, as after
+    # torch.compile has set its evaluation of frames.
+    probe = object()
+    references = 4 + calls * (_references(probe) - sys.getrefcount(probe) - 1)
+    referred = sys.getrefcount(tensor) > references
+    shares = torch._C._storage_Use_Count(storage._cdata) > 2
+    return not referred and not shares and tensor.nbytes == storage.nbytes()
+
+
+def _references(value: object) -> int:
+    """Returns the number of references to a value while a Python function has it as argument."""
+    return sys.getrefcount(value)
 
 
 def _accumulate(leaf: Tensor, gradient: Tensor) -> None:
@@ -405,7 +415,7 @@ def _accumulate(leaf: Tensor, gradient: Tensor) -> None:
     """
     if leaf.grad is not None:
         leaf.grad.add_(gradient)
-    elif _is_unshared(gradient) and gradient.stride() == leaf.stride():
+    elif _is_unshared(gradient, calls=2) and gradient.stride() == leaf.stride():
         leaf.grad = gradient.detach()
     else:
         leaf.grad = torch.empty_like(leaf, requires_grad=False).copy_(gradient)

@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch._dynamo
 from torch.utils._pytree import tree_leaves
 
 from simplclip.ops import similarity_loss
@@ -105,6 +106,13 @@ def test_the_range_of_float16_costs_one_launch(name):
     )
     assert names(half, "triton") - names(brain, "triton") == Counter(similarity_range=1)
     assert names(half, "torch").total() <= names(brain, "torch").total() + 2
+
+
+@pytest.mark.parametrize("name", ["contrastive", "every term"])
+def test_kernels_do_not_depend_on_how_python_calls_functions(name):
+    """torch.compile sets an evaluation of frames, with which a call keeps its arguments longer."""
+    step = functools.partial(traced, shapes(1024), **CALLS[name][0])
+    assert names(torch._dynamo.run(step)(), "torch") == names(step(), "torch")
 
 
 @pytest.mark.parametrize("name", CALLS)
