@@ -141,8 +141,7 @@ def card(model: Any, state: dict[str, Any], file: Path, lines: str) -> str:
         ]
     else:
         table = ["`simplclip evaluate` had not been run before the export."]
-    indented = [f"    {line.strip()}" for line in lines.splitlines()]
-    return "\n".join([text, *table, "", "## Use", "", *indented, ""])
+    return "\n".join([text, *table, "", "## Use", "", lines, ""])
 
 
 def _figures(file: Path, step: int) -> list[str]:
@@ -200,8 +199,8 @@ def loading(out: Path, needs_simplclip: bool) -> str:
     head = "To load it in open_clip:"
     if needs_simplclip:
         head = "To load it in open_clip, with simplclip installed:"
-    in_open_clip = "\n    ".join([head, *lines])
-    return f'{in_open_clip}\nTo load it here:\n    encoder = simplclip.load("{out}")'
+    code = "\n    ".join(lines)
+    return f'{head}\n\n    {code}\n\nTo load it here:\n\n    encoder = simplclip.load("{out}")'
 
 
 def open_clip_config(model: Any, name: str, options: dict[str, Any]) -> dict[str, Any]:
