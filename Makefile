@@ -123,7 +123,7 @@ test-cpu: export SIMPLCLIP_CPU_ISA = $(CPU)
 test-cpu: install  ## ops, losses, memory as on a CPU=avx2, avx512, avx512_bf16
 	@$(if $(ONEDNN_$(CPU)),,$(error CPU: expected avx2, avx512 or avx512_bf16, got $(CPU)))
 	@if grep -qw $(CPU:avx512=avx512bw) /proc/cpuinfo; then set -x; \
-		$(PYTEST) tests/plan tests/ops/test_memory.py && $(PYTEST) -m "not slow" tests/ops tests/losses; \
+		$(PYTEST) tests/plan tests/ops/test_memory.py tests/ops/test_compile.py && $(PYTEST) -m "not slow" tests/ops tests/losses; \
 	else echo "skipped: this CPU has no $(CPU)"; fi
 
 prove: install  ## all proofs at full length, an estimated 90 minutes

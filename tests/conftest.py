@@ -8,9 +8,11 @@ import torch
 
 from support.paths import ROOT
 
-# torch's cache of compiled graphs does not know that an op's schema has changed: another checkout's
-# graphs would be taken.
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor"))
+# torch's cache of compiled graphs does not know that an op's schema has changed, or that
+# ATEN_CPU_CAPABILITY has: graphs of another checkout or another kind of CPU would be taken, and
+# compute wrong values.
+KIND_OF_CPU = os.environ.get("ATEN_CPU_CAPABILITY", "native")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor" / KIND_OF_CPU))
 # The variables that --prove sets: all cases of other processes, and how often a test disturbs
 # processes.
 PROOF = {
