@@ -53,8 +53,8 @@ class Case:
 def losses(o: argparse.Namespace, dtype: str) -> Iterator[Case]:
     sizes = [int(n) for n in o.sizes.split(",")]
     for n, objective in itertools.product(sizes, similarity_forms.OBJECTIVES):
-        arguments = ("similarity_loss", objective, n, o.width, dtype, 1 << 62, o.device, o.repeats)
-        run = partial(similarity_forms.measure, *arguments, False)
+        problem = similarity_forms.Problem("similarity_loss", objective, n, o.width, dtype)
+        run = partial(similarity_forms.measure, problem, 1 << 62, o.device, o.repeats, False)
         yield Case("losses", f"{objective}, N={n} D={o.width} {dtype}", run)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -258,16 +258,19 @@ def forms(objective: str, dtype: str) -> list[Form]:
     ]
 
 
+@dataclass
+class Problem:
+    """What all forms compute; its fields are columns of a result file."""
+
+    op: str
+    objective: str
+    n: int
+    d: int
+    dtype: str
+
+
 def measure(
-    op: str,
-    objective: str,
-    n: int,
-    d: int,
-    dtype: str,
-    dense_up_to: int,
-    device: str,
-    repeats: int,
-    strict: bool = True,
+    problem: Problem, dense_up_to: int, device: str, repeats: int, strict: bool = True
 ) -> list[dict]:
     """Returns a row of a result file for each form, also for a form that is left out or does not
     fit. Compares values first.
@@ -275,7 +278,8 @@ def measure(
     Dense forms are measured up to N = dense_up_to. strict: as for `compare`.
     """
     torch.compiler.reset()  # so that each form is compiled for this size alone
-    features = batch(n, d, getattr(torch, dtype), device)
+    objective, n, dtype = problem.objective, problem.n, problem.dtype
+    features = batch(n, problem.d, getattr(torch, dtype), device)
     every_form = {form.name: form for form in forms(objective, dtype)}
     used = {name: form for name, form in every_form.items() if n <= dense_up_to or not form.dense}
     peaks: dict[str, float] = {}
@@ -299,7 +303,7 @@ def measure(
         )
 
     products = three_products(features)
-    what = {"op": op, "objective": objective, "n": n, "d": d, "dtype": dtype}
+    what = asdict(problem)
     cases: dict[str, Callable[[], Any]] = {PRODUCTS: products}
     first: dict[str, Callable[[], Any]] = {PRODUCTS: products}
     for name, form in used.items():

@@ -11,7 +11,7 @@ the form's time.
 
 import pytest
 
-from benchmarks.similarity_forms import measure
+from benchmarks.similarity_forms import Problem, measure
 
 WIDTH = 512
 # op of the result file, objective: largest N of the dense forms, where one of their matrices takes
@@ -26,4 +26,5 @@ CASES = {
 @pytest.mark.parametrize(("op", "objective"), CASES, ids=[", ".join(case) for case in CASES])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_losses(measured, n, dtype, op, objective):
-    measured(measure, op, objective, n, WIDTH, dtype, CASES[op, objective], "cpu")
+    problem = Problem(op, objective, n, WIDTH, dtype)
+    measured(measure, problem, CASES[op, objective], "cpu")

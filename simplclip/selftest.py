@@ -164,14 +164,14 @@ class Row:
         """
         if self.backend in (COMPILED, "reference"):
             return True
-        facts: dict[str, Any] = {}
+        facts = backends.NO_FACTS
         if "alpha" in inputs:  # attention
             shape = next(iter(inputs.values()))  # [B, L, H, K] or [B, L, C]
             heads = inputs["alpha"][0]
             width = shape[3] if len(shape) == 4 else shape[2] // heads
-            facts = {"length": shape[1], "width": width, "lengths": "lengths" in inputs}
+            facts = backends.Facts(shape[1], width, "lengths" in inputs)
         reasons = [
-            backends.why_not(op, self.backend, device, self.dtype, **facts) for op in self.parts
+            backends.why_not(op, self.backend, device, self.dtype, facts) for op in self.parts
         ]
         return bool(reasons) and not any(reasons)
 

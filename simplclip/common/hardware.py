@@ -1,10 +1,11 @@
-"""Choice of a run's device and precision, and measurement of its memory."""
+"""Choice of a run's device, precision and algorithms, and measurement of its memory."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -79,6 +80,20 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     """Returns the autocast context of a precision, "fp32", "bf16" or "fp16"; disabled for fp32."""
     dtype = DTYPES[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+@contextlib.contextmanager
+def timed_algorithms(enabled: bool) -> Iterator[None]:
+    """Context in which cuDNN times the algorithms of each convolution once and takes the fastest.
+
+    It changes nothing unless `enabled`.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or enabled
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def total_memory(device: torch.device) -> int:

@@ -85,11 +85,20 @@ class Sheet:
             )
         return LINE * size * len(rows)
 
-    def line(self, text: str, size: float = 10, lines: int = 1, **style: Any) -> None:
+    def line(
+        self,
+        text: str,
+        size: float = 10,
+        lines: int = 1,
+        *,
+        weight: str = "normal",
+        color: str = INK,
+    ) -> None:
         """Draws text below everything else, as wide as the sheet, and moves `y` below it.
 
-        size: in points. lines: the most lines. style: options of matplotlib's Axes.text.
+        size: in points. lines: the most lines. weight, color: matplotlib's.
         """
+        style = {"weight": weight, "color": color}
         self.y += self.text(MARGIN, self.y, text, WIDTH - 2 * MARGIN, size, lines, **style)
 
     def tile(self, image: Any, x: float, y: float, side: float, right: bool = False) -> None:

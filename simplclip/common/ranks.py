@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import chain, islice
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,7 @@ from simplclip.common.errors import UserError, first_line
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Parameters = ParamSpec("Parameters")
+Arguments = TypeVarTuple("Arguments")
 
 _objects: Any = None  # within `joined`: the group that exchanges Python objects, by gloo
 _limit = timedelta(days=7)  # the time that a rank waits for another one
@@ -186,20 +186,18 @@ def agreed() -> Iterator[None]:
     raise SystemExit(1)
 
 
-def on_first(
-    function: Callable[Parameters, Result], *args: Parameters.args, **options: Parameters.kwargs
-) -> Result:
+def on_first(function: Callable[[*Arguments], Result], *args: *Arguments) -> Result:
     """Calls `function` on the first rank; returns its result on all ranks, which wait for it.
 
     If it fails, all end, as in `agreed`. The function must not exchange anything with other ranks.
     """
     if count() == 1:
-        return function(*args, **options)
+        return function(*args)
     result: Any = None
     with agreed():
         if first():
             with _telling_others_to_wait():
-                result = function(*args, **options)
+                result = function(*args)
         else:
             _wait_for_first()
     return _broadcast_from_first(result)

@@ -28,7 +28,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -46,11 +46,25 @@ else:
     cuda_extension_error = f"torch {torch.__version__} is a build without CUDA"
 
 
+class Facts(NamedTuple):
+    """What the predicates read of a call of attention, besides device and dtype.
+
+    Calls of other ops have the defaults.
+    """
+
+    length: int = 1  # tokens of a sequence
+    width: int = 16  # of a head
+    lengths: bool = False  # whether the call has `lengths`
+
+
+NO_FACTS = Facts()
+
+
 @dataclass(frozen=True)
 class Implementation:
     """A backend's function for an op, and its predicate.
 
-    `why_not(device, dtype, **facts of the call)` is None if the function can run.
+    `why_not(device, dtype, facts)` is None if the function can run a call with these `Facts`.
     """
 
     function: Callable
@@ -69,13 +83,13 @@ def why_not_kernels(serves: str, device: torch.device, dtype: torch.dtype) -> st
     return None
 
 
-def _anywhere(device: torch.device, dtype: torch.dtype, **call) -> str | None:
+def _anywhere(device: torch.device, dtype: torch.dtype, facts: Facts) -> str | None:
     """Returns None: the reference runs every call. The predicate of "reference"."""
     return None
 
 
-def _extension_on_cpu(device: torch.device, dtype: torch.dtype, **call) -> str | None:
-    """Returns why the C++ extension for the CPU cannot run a call, or None; `call` is not used."""
+def _extension_on_cpu(device: torch.device, dtype: torch.dtype, facts: Facts) -> str | None:
+    """Returns why the C++ extension for the CPU cannot run a call, or None; ignores `facts`."""
     if extension is None:
         return extension_error
     return why_not_kernels("cpu", device, dtype)
@@ -93,8 +107,8 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
-def triton_on_cuda(device: torch.device, dtype: torch.dtype, **call) -> str | None:
-    """Returns why Triton cannot run a call of any op, or None if it can; `call` is not used."""
+def triton_on_cuda(device: torch.device, dtype: torch.dtype, facts: Facts = NO_FACTS) -> str | None:
+    """Returns why Triton cannot run a call of any op, or None if it can; ignores `facts`."""
     if not installed("triton"):
         return "the package triton is not installed"
     if reason := why_not_kernels("cuda", device, dtype):
@@ -258,23 +272,30 @@ def backend(name: str | None = None, /, **by_op: str) -> Iterator[None]:
         _forced = before
 
 
-def why_not(op: str, name: str, device: torch.device, dtype: torch.dtype, **call) -> str | None:
+def why_not(
+    op: str, name: str, device: torch.device, dtype: torch.dtype, facts: Facts = NO_FACTS
+) -> str | None:
     """Returns why backend `name` cannot run a call of `op`, or None if it can.
 
-    op: a key of TABLE. device, dtype, call: of the call's tensors, and further facts that
-    predicates need, e.g. length=197 of shaped_attention.
+    op: a key of TABLE. device, dtype: of the call's tensors. facts: see `Facts`.
     """
     if name not in TABLE[op]:
         return f"{op} has no {name} implementation"
-    return TABLE[op][name].why_not(device, dtype, **call)
+    return TABLE[op][name].why_not(device, dtype, facts)
 
 
 def select(
-    op: str, device: torch.device, dtype: torch.dtype, spec: str = "", *, part: bool = False, **call
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    spec: str = "",
+    facts: Facts = NO_FACTS,
+    *,
+    part: bool = False,
 ) -> tuple[str, Callable]:
     """Returns the name and the function of the forced backend, or of the first that can run.
 
-    op: a key of TABLE. spec: the forced backends, see `forced`. call: facts, see `why_not`. part:
+    op: a key of TABLE. spec: the forced backends, see `forced`. facts: see `Facts`. part:
     whether `op` is a part of another op: a backend that is forced for all ops is ignored if the
     part does not have it. Raises RuntimeError if the forced backend, or without one every backend,
     cannot run.
@@ -283,10 +304,10 @@ def select(
     if name and part and name not in TABLE[op] and public_name(op) not in _parse(spec):
         name = ""
     if name:
-        if reason := why_not(op, name, device, dtype, **call):
+        if reason := why_not(op, name, device, dtype, facts):
             raise RuntimeError(f"backend {name!r} was forced but cannot serve {op}: {reason}")
         return name, TABLE[op][name].function
     for candidate in NAMES:
-        if why_not(op, candidate, device, dtype, **call) is None:
+        if why_not(op, candidate, device, dtype, facts) is None:
             return candidate, TABLE[op][candidate].function
     raise RuntimeError(f"no backend serves {op} on {device.type} with {dtype}")

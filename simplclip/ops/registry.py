@@ -38,7 +38,12 @@ _selected: dict[tuple, Callable] = {}  # the backends' functions that earlier ca
 
 
 def _select(
-    op: str, first: Tensor, spec: str, part: bool, facts: dict, through: Callable | None = None
+    op: str,
+    first: Tensor,
+    spec: str,
+    part: bool,
+    facts: backends.Facts,
+    through: Callable | None = None,
 ) -> Callable:
     """Returns the function of the backend that runs an op's call, or what `through` makes of it.
 
@@ -50,10 +55,10 @@ def _select(
     """
     # the predicate of CUDA attention reads it
     tf32 = first.is_cuda and torch.backends.cuda.matmul.fp32_precision
-    key = op, spec, part, first.device, first.dtype, tf32, *facts.values()
+    key = op, spec, part, first.device, first.dtype, tf32, facts
     selected = _selected.get(key)
     if selected is None or through:
-        name, selected = backends.select(op, first.device, first.dtype, spec, part=part, **facts)
+        name, selected = backends.select(op, first.device, first.dtype, spec, facts, part=part)
         if through:
             return through(op, name, selected)
         _selected[key] = selected
@@ -116,7 +121,7 @@ class Op:
         if self.composed:
             function = self.pick(first, spec, through)
         else:
-            facts = self.facts(call) if self.facts else {}
+            facts = self.facts(call) if self.facts else backends.NO_FACTS
             function = _select(self.name, first, spec, False, facts, through)
         if not autocasts(first.device):
             return self.run(function, call)
@@ -140,14 +145,14 @@ class Op:
         return self.call_type(*values)
 
     def pick(self, first: Tensor, spec: str, through: Callable | None) -> Callable:
-        """Returns a function pick(op, **facts) for ops that are composed of others, as the block.
+        """Returns a function pick(op, facts) for ops that are composed of others, as the block.
 
-        pick returns the backend's function that serves the op of that name; facts are what a
-        backend's choice depends on besides device and dtype, e.g. width=64. first: a tensor with
-        the call's device and dtype. spec: the forced backends, as in SIMPLCLIP_BACKEND. through:
-        None, or a function (op, backend, function) that returns another function to call.
+        pick returns the backend's function that serves the op of that name. facts: see
+        backends.Facts, by default those of a call without attention. first: a tensor with the
+        call's device and dtype. spec: the forced backends, as in SIMPLCLIP_BACKEND. through: None,
+        or a function (op, backend, function) that returns another function to call.
         """
-        return lambda op, **facts: _select(op, first, spec, True, facts, through)
+        return lambda op, facts=backends.NO_FACTS: _select(op, first, spec, True, facts, through)
 
     def dispatch_through(self, *args: Any, through: Callable | None = None) -> Any:
         """Runs a call from the dispatcher's arguments: its fields in their order, and `spec`.
@@ -267,7 +272,7 @@ def define(
     row: dict[str, backends.Implementation] | None = None,
     native: tuple[type, str] | None = None,
     native_fake: Callable | None = None,
-    facts: Callable[..., dict] | None = None,
+    facts: Callable[..., backends.Facts] | None = None,
 ) -> Op:
     """Registers the op `simplclip::name`, and the schemas that C++ implements; returns the Op.
 
@@ -280,7 +285,7 @@ def define(
     gets the call's fields. fake(call, spec): makes the op's results for fake tensors.
 
     row: the op's backends by name, see backends.row. None: the op is composed of other ops, and its
-    `run` gets `pick(op, **facts)`, which returns the function of such an op.
+    `run` gets `pick(op, facts)`, which returns the function of such an op.
 
     native: the dataclass and the result types of the backends' functions, None if they are the
     op's; `native_fake(call)` makes their results for fake tensors.

@@ -24,11 +24,11 @@ def report() -> dict[str, Any]:
     of tokens. The report contains only plain types, so that it can be written as JSON.
     """
     # entry -> op, and the facts that the choice of its backend depends on
-    calls: dict[str, tuple[str, dict[str, Any]]] = {}
+    calls: dict[str, tuple[str, backends.Facts]] = {}
     for op in backends.TABLE:
-        calls[op] = op, {}
+        calls[op] = op, backends.NO_FACTS
         if op.startswith("shaped_attention"):
-            calls[f"{op}, long"] = op, {"length": LONG}
+            calls[f"{op}, long"] = op, backends.Facts(length=LONG)
     return {
         "simplclip": __version__,
         "python": platform.python_version(),
@@ -105,7 +105,7 @@ def _cuda_extension() -> dict[str, Any]:
     return {"loaded": True, "architectures": backends.cuda_extension.architectures()}
 
 
-def _backend(op: str, device: torch.device, facts: dict[str, Any]) -> dict[str, Any]:
+def _backend(op: str, device: torch.device, facts: backends.Facts) -> dict[str, Any]:
     """Returns the backend that runs an op's float32 calls on a device now, and why no other does.
 
     op: a key of backends.TABLE. facts: of the call, for the backends' predicates. Keys: "backend"
@@ -114,7 +114,7 @@ def _backend(op: str, device: torch.device, facts: dict[str, Any]) -> dict[str, 
     """
     selected = problem = None
     try:
-        selected, _ = backends.select(op, device, torch.float32, backends.forced(), **facts)
+        selected, _ = backends.select(op, device, torch.float32, backends.forced(), facts)
     except (RuntimeError, ValueError) as error:
         problem = str(error)
     reasons = {}
@@ -123,5 +123,5 @@ def _backend(op: str, device: torch.device, facts: dict[str, Any]) -> dict[str, 
         if name == selected:  # the backends after it could run, but come later
             free = f"can run; {selected} comes first"
             continue
-        reasons[name] = backends.why_not(op, name, device, torch.float32, **facts) or free
+        reasons[name] = backends.why_not(op, name, device, torch.float32, facts) or free
     return {"backend": selected, "error": problem, "others": reasons}

@@ -149,15 +149,19 @@ def product_of_card(plain: Callable) -> Callable:
     """
 
     def addmm(
-        *args: Any,
+        input: Tensor,
+        mat1: Tensor,
+        mat2: Tensor,
+        *,
+        beta: float = 1,
+        alpha: float = 1,
         out: Tensor | None = None,
         out_dtype: torch.dtype | None = None,
-        **options: Any,
-    ) -> Any:
+    ) -> Tensor | None:
         """Returns `out` if `out_dtype` is given, otherwise what torch.addmm returns."""
         if out_dtype is not None:
             return out
-        return plain(*args, out=out, **options)
+        return plain(input, mat1, mat2, beta=beta, alpha=alpha, out=out)
 
     return addmm
 

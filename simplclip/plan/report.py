@@ -265,7 +265,7 @@ def run_all(config: Config, *, teacher_width: int | None = None, pairs: int | No
     size, micro = config.data.batch_size, config.data.micro_batch
     if micro == "auto":
         micro = planner.micro_batch()
-    configured = planner.usage(batch_size=size, micro_batch=micro)
+    configured = planner.usage(size, micro)
     cards = {name: card for name, card in CARDS.items() if card.triton}
     limits = {name: Budget(card.memory * GIB).usable for name, card in cards.items()}
     graphs = one_graphs(planner.in_one_graph, min(limits.values()), max(limits.values()), _tell)

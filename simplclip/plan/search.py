@@ -218,7 +218,7 @@ class Planner:
         if not even the smallest micro-batch fits.
         """
         size = self.config.data.batch_size
-        peak = self.usage(micro_batch=None).peak
+        peak = self.usage(size, None).peak
         self.tell(f"data.micro_batch = null: {gib(peak)}")
         if peak <= self.budget.usable:
             return None
@@ -227,7 +227,7 @@ class Planner:
             divisors = [micro for micro in range(1, size) if size % micro == 0]
 
         def peak_of(micro: int) -> int:
-            peak = self.usage(micro_batch=micro).peak
+            peak = self.usage(size, micro).peak
             self.tell(f"data.micro_batch = {micro}: {gib(peak)}")
             return peak
 
@@ -244,16 +244,16 @@ class Planner:
 
     def in_one_graph(self, pairs: int) -> Usage:
         """Predicts a step of so many pairs without gradient caching; see `usage`."""
-        return self.usage(batch_size=pairs, micro_batch=None)
+        return self.usage(pairs, None)
 
-    def usage(self, **data: Any) -> Usage:
-        """Predicts the step of the config with the given values of its section `data` replaced.
+    def usage(self, batch_size: int, micro_batch: int | None) -> Usage:
+        """Predicts the step of the config with these values in its section `data`.
 
-        Results are cached by batch_size and micro_batch, the only values that may differ between
-        calls. The planner's `step` keeps the changed config.
+        Results are cached. The planner's `step` keeps the changed config.
         """
-        config = self.step.config = self.config.replaced(data=data)
-        size = config.data.batch_size, config.data.micro_batch
+        size = batch_size, micro_batch
+        data = {"batch_size": batch_size, "micro_batch": micro_batch}
+        self.step.config = self.config.replaced(data=data)
         if size not in self._usages:
             self._usages[size] = predict(self.step, self.device, self.card)
         return self._usages[size]
@@ -267,7 +267,7 @@ class Planner:
         """
 
         def peak_of(pairs: int) -> int:
-            peak = self.usage(batch_size=pairs, micro_batch=micro_batch).peak
+            peak = self.usage(pairs, micro_batch).peak
             self.tell(f"{what}: {pairs:,} pairs take {gib(peak)}")
             return peak
 
@@ -288,7 +288,7 @@ class Planner:
 
         micro_batch: pairs at a time; None: all. at_least: whether larger batches were not tried.
         """
-        usage = self.usage(batch_size=size, micro_batch=micro_batch)
+        usage = self.usage(size, micro_batch)
         time = step_time(usage.kernels, self.card) if self.card else None
         return Row(
             what,

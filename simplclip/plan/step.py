@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from open_clip.utils import to_2tuple
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from simplclip import data, models
 from simplclip.common.errors import UserError
@@ -254,9 +255,9 @@ def _counted_by_kind(during: During) -> AbstractContextManager:
     def allocating(kind: str, function: Callable) -> Any:
         """Returns `function` so that each call of it runs within `during(kind)`."""
 
-        def run(*args: Any, **options: Any) -> Any:
+        def run(*args: Any) -> Any:
             with during(kind):
-                return function(*args, **options)
+                return function(*args)
 
         return run
 
@@ -301,7 +302,9 @@ def first_and_last(
         encode: dict[str, Callable],
         micro_batches: dict[str, list[Batch]],
         loss: Callable,
-        **options: Any,
+        *,
+        model: nn.Module,
+        scaler: GradScaler,
     ) -> Any:
         """Calls `backward` with encoders that run only the first and last micro-batch of a tower.
 
@@ -312,7 +315,7 @@ def first_and_last(
             tower: _skipping_encoder(tower, encode[tower], micro_batches[tower], repeat, skip)
             for tower in encode
         }
-        return backward(encoders, micro_batches, loss, **options)
+        return backward(encoders, micro_batches, loss, model=model, scaler=scaler)
 
     return run
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -94,14 +94,14 @@ class Config(Section):
         """Returns the text of a YAML file with all values, defaults included."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
-    def replaced(self, **sections: dict[str, Any]) -> Config:
-        """Returns a new config with some values of some sections replaced, checked as a whole.
+    def replaced(self, *, data: Mapping[str, Any] = {}, run: Mapping[str, Any] = {}) -> Config:
+        """Returns a new config with some values of two sections replaced, checked as a whole.
 
-        sections: name of a section -> {key: value}. Raises ConfigError.
+        data, run: key -> value of the section of this name. Raises ConfigError.
         """
         values = self.to_dict()
-        for name, changes in sections.items():
-            values[name] |= changes
+        values["data"] |= data
+        values["run"] |= run
         return from_dict(values)
 
 

@@ -270,19 +270,19 @@ def _loss(state: State) -> str:
 
 def _backends(state: State) -> str:
     """Returns the ops of a step with their backends in words, "OP by BACKEND, ..."."""
-    calls: dict[str, dict[str, Any]] = {}
+    calls: dict[str, backends.Facts] = {}
     for module in state.model.modules():
         if isinstance(module, SimplifiedBlock):
-            calls["parallel_mlp_fwd"] = {}
+            calls["parallel_mlp_fwd"] = backends.NO_FACTS
             width = module.width // module.heads
-            calls["shaped_attention_fwd"] = {"width": width, "length": 197}
+            calls["shaped_attention_fwd"] = backends.Facts(length=197, width=width)
     sigmoid = state.config.loss.base == "sigmoid"
-    calls["similarity_sigmoid" if sigmoid else "similarity_loss_fwd"] = {}
+    calls["similarity_sigmoid" if sigmoid else "similarity_loss_fwd"] = backends.NO_FACTS
     dtype = hardware.DTYPES[state.precision] or torch.float32
     forced = backends.forced()
     names = {
-        op: backends.select(op, state.device, dtype, forced, **call)[0]
-        for op, call in calls.items()
+        op: backends.select(op, state.device, dtype, forced, facts)[0]
+        for op, facts in calls.items()
     }
     return ", ".join(f"{op} by {backend}" for op, backend in names.items())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Never
@@ -68,7 +68,8 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         with ranks.agreed():
             device = ranks.device(config.run.device)
         precision, why_precision = hardware.pick_precision(config.run.precision, device)
-        stack.enter_context(timed_algorithms(config.run.cudnn_benchmark and device.type == "cuda"))
+        timed = config.run.cudnn_benchmark and device.type == "cuda"
+        stack.enter_context(hardware.timed_algorithms(timed))
         torch.manual_seed(config.run.seed)
         state, splits, samples, division = _start(config, former, device, precision)
         config = state.config
@@ -99,20 +100,6 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         saved = f"saved step {state.step} of {config.run.steps} to {out / 'last.pt'}"
         raise Interrupted(f"{stop.reason}: {saved}. {snapshot.go_on}")
     return out / "last.pt"
-
-
-@contextmanager
-def timed_algorithms(enabled: bool) -> Iterator[None]:
-    """Context in which cuDNN times the algorithms of each convolution once and takes the fastest.
-
-    It changes nothing unless `enabled`.
-    """
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = before or enabled
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def _start(

@@ -28,12 +28,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-def setting(default: Any, description: str, **limits: Any) -> Any:
+def setting(
+    default: Any,
+    description: str,
+    *,
+    gt: float | None = None,
+    ge: float | None = None,
+    lt: float | None = None,
+    le: float | None = None,
+) -> Any:
     """Returns a field of a section. The default `...` means that the key is required.
 
-    description: for --help-config. limits: arguments of pydantic's Field, such as ge=1.
+    description: for --help-config. gt, ge, lt, le: limits of the value, as in pydantic's Field.
     """
-    return Field(default, description=description, **limits)
+    return Field(default, description=description, gt=gt, ge=ge, lt=lt, le=le)
 
 
 def shown(value: Any) -> str:
@@ -299,8 +307,8 @@ class EvalConfig(Section):
     every: int = setting(
         0, "steps between evaluations of the splits during training; 0: never", ge=0
     )
-    templates: list[str] = setting(
-        ["a photo of {}"], "phrases around a label in zero-shot classification", min_length=1
+    templates: Annotated[list[str], Field(min_length=1)] = setting(
+        ["a photo of {}"], "phrases around a label in zero-shot classification"
     )
 
     @model_validator(mode="after")
@@ -327,8 +335,8 @@ class RunConfig(Section):
     precision: Literal["fp32", "bf16", "fp16", "auto"] = setting(
         "auto", "of autocast; auto: bf16 if in hardware"
     )
-    device: str = setting(
-        "auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one", pattern=DEVICES
+    device: Annotated[str, Field(pattern=DEVICES)] = setting(
+        "auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one"
     )
     compile: bool | Literal["auto"] = setting(
         "auto",

@@ -84,7 +84,7 @@ def gradients(state: State, batches: list[Batch]) -> dict[str, Tensor]:
     if state.config.data.micro_batch is None:
         (batch,) = batches
         features = {tower: function(batch) for tower, function in encode.items()}
-        loss, terms = losses(state, batches, **features)
+        loss, terms = losses(state, batches, features["image"], features["text"])
         state.scaler.scale(loss).backward()
         return {"loss": loss.detach(), **terms}
     texts, rows = text_batches(state, batches)

@@ -12,11 +12,10 @@ import torch
 from torch import nn
 
 import simplclip
-from simplclip import models
 from simplclip.models.blocks import MapBlock
-from simplclip.train import checkpoint, config
 from support.models.weights import randomise
 from support.programs import load_example
+from support.train.runs import save_run
 
 pytestmark = pytest.mark.long
 
@@ -34,15 +33,7 @@ def test_a_checkpoint_is_exported_for_any_number_of_inputs_and_padding_is_masked
         "vision_cfg": {"layers": 1, "width": 64, "patch_size": 112},
     }
     options["simplify_options"] = {"mask_padding": True}
-    values = {
-        "model": {"name": name, "options": options},
-        "data": {"train": "x.tar"},
-        "run": {"out": str(tmp_path)},
-    }
-    state = randomise(models.create(name, **options)).state_dict()
-    checkpoint.save(
-        tmp_path, {"model": state, "step": 1, "config": config.from_dict(values).model_dump()}
-    )
+    save_run(tmp_path, name, **options)
     exporting.main([str(tmp_path), "--out", str(tmp_path / "onnx")])
     assert "largest error" in capsys.readouterr().out
     about = json.loads((tmp_path / "onnx/preprocessing.json").read_text())

@@ -24,10 +24,9 @@ from simplclip import export, models
 from simplclip.evaluation import Figure, ModelResult, Results, Retrieval, SplitResult
 from simplclip.integrations.open_clip import register_models
 from simplclip.models.trained import CheckpointError, read_checkpoint
-from simplclip.train import checkpoint, config
 from support.data.pairs import digests
-from support.models.weights import randomise
 from support.programs import call, forked, one_line
+from support.train.runs import save_run
 
 pytestmark = pytest.mark.long
 
@@ -67,24 +66,6 @@ def plain_model(tmp_path_factory):
     open_clip.add_model_config(folder)
 
 
-def save(folder, name, **options):
-    """Saves a checkpoint as the trainer writes it, and returns the model."""
-    model = randomise(models.create(name, **options))
-    values = {
-        "model": {"name": name, "options": options},
-        "data": {"train": "x.tar"},
-        "run": {"out": str(folder)},
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        "model": model.state_dict(),
-        "step": 7,
-        "config": config.from_dict(values).model_dump(),
-    }
-    checkpoint.save(folder, state)
-    return model
-
-
 class Exported(NamedTuple):
     model: nn.Module
     run: Path  # the folder of the checkpoint
@@ -95,7 +76,7 @@ class Exported(NamedTuple):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    model = save(folder / "run", "siclip-tiny")
+    model = save_run(folder / "run", "siclip-tiny")
     return Exported(
         model, folder / "run", folder / "export", export.run(folder / "run", folder / "export")
     )
@@ -104,7 +85,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vit")
-    model = save(folder, f"open_clip:{VIT}", init_logit_bias=-5.0)
+    model = save_run(folder, f"open_clip:{VIT}", init_logit_bias=-5.0)
     return Exported(
         model, folder, folder / "export", export.run(folder / "last.pt", folder / "export")
     )
@@ -209,7 +190,7 @@ def test_preprocessing_says_how_to_make_the_inputs(tiny, tmp_path):
         "context_length": encoder.tokenizer(["a"]).shape[1],
         "tokenizer": type(encoder.tokenizer).__name__,
     }
-    save(tmp_path / "hf", f"open_clip:{HF}")
+    save_run(tmp_path / "hf", f"open_clip:{HF}")
     export.run(tmp_path / "hf", tmp_path / "out")
     assert (
         json.loads((tmp_path / "out/preprocessing.json").read_text())["text"]["tokenizer"]
@@ -428,7 +409,7 @@ def test_every_model_loads_in_open_clip_in_another_process_and_folder(names, tmp
     monkeypatch.chdir(tmp_path)
     encoders = {}
     for name in names:
-        save(Path("run"), name, **MODELS[name])
+        save_run(Path("run"), name, **MODELS[name])
         encoders[name] = simplclip.load("run", device="cpu")
         export.run("run", "export")
         exported = simplclip.load("export", device="cpu")

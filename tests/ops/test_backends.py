@@ -52,17 +52,17 @@ def test_forcing_is_scoped_and_named():
 
 
 def test_a_backend_forced_for_all_ops_spares_parts_that_lack_it():
-    facts = {"width": 64, "length": 4, "lengths": False}
+    facts = backends.Facts(length=4, width=64)
     for spec, part, expected in (("triton", True, "cpu"), ("reference", True, "reference")):
         assert (
-            backends.select("shaped_attention_fwd", CPU, torch.float32, spec, part=part, **facts)[0]
+            backends.select("shaped_attention_fwd", CPU, torch.float32, spec, facts, part=part)[0]
             == expected
         )
     with pytest.raises(
         RuntimeError, match="backend 'cuda' was forced but cannot serve shaped_attention_fwd"
     ):
         backends.select(
-            "shaped_attention_fwd", CPU, torch.float32, "shaped_attention=cuda", part=True, **facts
+            "shaped_attention_fwd", CPU, torch.float32, "shaped_attention=cuda", facts, part=True
         )
 
 
@@ -79,8 +79,8 @@ def test_a_forced_backend_never_falls_back(name, features):
 def test_backward_keeps_the_backend_of_forward(monkeypatch):
     selected, select = [], backends.select
 
-    def recorded(op, *args, **facts):
-        name, function = select(op, *args, **facts)
+    def recorded(op, *args, **options):
+        name, function = select(op, *args, **options)
         selected.append((op, name))
         return name, function
 
@@ -188,7 +188,9 @@ def test_report_is_json_and_names_a_backend_for_every_op():
 @pytest.mark.skipif(backends.cuda_extension is None, reason=str(backends.cuda_extension_error))
 def test_the_cuda_kernels_of_attention_name_what_they_do_not_serve(monkeypatch):
     def why_not(dtype=torch.bfloat16, device=CUDA, **call):
-        return backends.why_not("shaped_attention_fwd", "cuda", device, dtype, **call)
+        return backends.why_not(
+            "shaped_attention_fwd", "cuda", device, dtype, backends.Facts(**call)
+        )
 
     monkeypatch.setattr(backends, "capability", lambda device: (8, 6))
     monkeypatch.setattr(backends, "_has_binary", lambda index: True)
@@ -225,7 +227,7 @@ def test_a_device_without_a_binary_gets_the_next_backend(monkeypatch):
             backends, "_has_binary", lambda index, has_binary=has_binary: has_binary
         )
         chosen, _ = backends.select(
-            "shaped_attention_fwd", CUDA, torch.bfloat16, length=77, width=64
+            "shaped_attention_fwd", CUDA, torch.bfloat16, facts=backends.Facts(length=77, width=64)
         )
         assert (chosen == "cuda") == has_binary
     reason = backends.why_not("shaped_attention_bwd", "cuda", CUDA, torch.bfloat16)

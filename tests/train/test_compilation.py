@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from simplclip import models
-from simplclip.train import compilation, config, loop, setup
+from simplclip.common import hardware
+from simplclip.train import compilation, config, setup
 from support.train import tiny
 from support.train.runs import bits, check_resumed, go, state_of
 
@@ -114,10 +115,11 @@ def test_the_layout_of_a_prepared_model(device, last):
 @pytest.mark.slow
 def test_algorithms_of_cudnn(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(loop, "timed_algorithms", mock.Mock(side_effect=loop.timed_algorithms))
-    with loop.timed_algorithms(True):
+    timed = mock.Mock(side_effect=hardware.timed_algorithms)
+    monkeypatch.setattr(hardware, "timed_algorithms", timed)
+    with hardware.timed_algorithms(True):
         seen.append(torch.backends.cudnn.benchmark)
     seen.append(torch.backends.cudnn.benchmark)
     assert seen == [True, False]
     go(tiny.settings(tmp_path, "run.steps=1"))
-    assert loop.timed_algorithms.call_args == mock.call(False)  # on a CPU
+    assert timed.call_args == mock.call(False)  # on a CPU

@@ -18,13 +18,9 @@ from simplclip.ops.calls import accumulate_dtype, by_name
 from simplclip.ops.registry import define, register_gradient
 
 
-def facts_of(shape: Sequence[int], lengths: Tensor | None) -> dict:
-    """Returns the facts of a call that the backends' predicates take, besides device and dtype.
-
-    shape: [B, L, H, K], of q. The dict has "width": K, "length": L, and "lengths": whether the call
-    has `lengths`.
-    """
-    return {"width": shape[3], "length": shape[1], "lengths": lengths is not None}
+def facts_of(shape: Sequence[int], lengths: Tensor | None) -> backends.Facts:
+    """Returns the facts of a call for the backends' predicates. shape: [B, L, H, K], of q."""
+    return backends.Facts(length=shape[1], width=shape[3], lengths=lengths is not None)
 
 
 def run_forward(function: Callable, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,11 +44,11 @@ def av_shape(shape: Sequence[int], q: Tensor, spec: str, lengths: Tensor | None)
     """
     op = "shaped_attention_fwd"
     facts = facts_of(shape, lengths)
-    backend, _ = backends.select(op, q.device, q.dtype, spec, part=True, **facts)
+    backend, _ = backends.select(op, q.device, q.dtype, spec, facts, part=True)
     return shape if backend in LIBRARIES else (0,)
 
 
-def _facts(call: AttentionCall) -> dict[str, Any]:
+def _facts(call: AttentionCall) -> backends.Facts:
     """Returns the facts of a call for the backends' predicates, see `facts_of`."""
     return facts_of(call.q.shape, call.lengths)
 
@@ -98,13 +94,8 @@ def _empty_gradients(call: AttentionCall) -> list[Tensor]:
     return [t.new_empty(t.shape) for t in (call.q, call.k, call.v)]
 
 
-def _why_not_cuda(
-    device: torch.device, dtype: torch.dtype, *, length: int = 1, width: int = 16, **call
-) -> str | None:
-    """Returns why the CUDA C++ kernels cannot run shaped attention, or None if they can.
-
-    length: tokens of a sequence. width: of a head. Other facts in `call` are ignored.
-    """
+def _why_not_cuda(device: torch.device, dtype: torch.dtype, facts: backends.Facts) -> str | None:
+    """Returns why the CUDA C++ kernels cannot run shaped attention, or None if they can."""
     if reason := backends.extension_on_cuda(device, dtype):
         return reason
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
@@ -112,27 +103,26 @@ def _why_not_cuda(
             "serves float32 only through TF32, which torch does not allow "
             "(torch.backends.cuda.matmul.allow_tf32)"
         )
-    reason = backends.cuda_extension.shaped_attention_why_not(length, width, dtype == torch.float32)
-    return reason and f"{reason}; got {length} tokens, width {width}"
+    reason = backends.cuda_extension.shaped_attention_why_not(
+        facts.length, facts.width, dtype == torch.float32
+    )
+    return reason and f"{reason}; got {facts.length} tokens, width {facts.width}"
 
 
-def _why_not_sdpa(device: torch.device, dtype: torch.dtype, **call) -> str | None:
-    """Returns why backend "sdpa" cannot run shaped attention, or None; `call` is not used."""
+def _why_not_sdpa(device: torch.device, dtype: torch.dtype, facts: backends.Facts) -> str | None:
+    """Returns why backend "sdpa" cannot run shaped attention, or None; ignores `facts`."""
     if device.type not in ("cuda", "cpu"):
         return f"serves cuda and cpu tensors, not {device.type}"
     return backends.why_not_kernels(device.type, device, dtype)
 
 
 def _why_not_xformers(
-    device: torch.device, dtype: torch.dtype, *, lengths: bool = False, **call
+    device: torch.device, dtype: torch.dtype, facts: backends.Facts
 ) -> str | None:
-    """Returns why backend "xformers" cannot run shaped attention, or None if it can.
-
-    lengths: whether the call has `lengths`. Other facts in `call` are ignored.
-    """
+    """Returns why backend "xformers" cannot run shaped attention, or None if it can."""
     if not backends.installed("xformers"):
         return "the package xformers is not installed"
-    if lengths:
+    if facts.lengths:
         return "takes lengths only as a list on the host"
     return backends.why_not_kernels("cuda", device, dtype)
 

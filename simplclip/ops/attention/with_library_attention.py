@@ -26,8 +26,7 @@ class Library(NamedTuple):
     """Another library's softmax attention: forward, backward, and its backend's predicate.
 
     forward: maps a call to A v and the log-sum-exps. backward: maps a call to dq, dk and dv of
-    ordinary attention. why_not(device, dtype, **facts): why it cannot run a call, or None if it
-    can.
+    ordinary attention. why_not(device, dtype, facts): why it cannot run a call, or None if it can.
     """
 
     forward: Callable[[AttentionCall], tuple[Tensor, Tensor]]

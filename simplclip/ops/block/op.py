@@ -76,14 +76,14 @@ def _attention_call(
 def _fwd(pick: Callable, call: BlockCall) -> tuple[Tensor, ...]:
     """Returns out [B, L, C], [q|k] [T, 2C], h [T, F], the log-sum-exps [B, H, L], and A v.
 
-    pick(op, **facts): returns the backend's function of an op. A v: see AttentionGradient. [q|k], h
+    pick(op, facts): returns the backend's function of an op. A v: see AttentionGradient. [q|k], h
     and A v are empty unless call.keep.
     """
     x = call.x.view(-1, call.x.shape[2])
     shape = heads_of(call)
     n, _ = norm_fwd(x, call)
     qk = F.linear(n, call.qk_weight)
-    attention = pick("shaped_attention_fwd", **facts_of(shape, call.lengths))
+    attention = pick("shaped_attention_fwd", facts_of(shape, call.lengths))
     out, lse, av = run_forward(attention, _attention_call(call, shape, n, qk, gains_of(call)))
     out = out.view(x.shape)
     if not call.keep:
@@ -141,7 +141,7 @@ def _mlp_bwd(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the gradient of h [T, F], and gradients of fc1, fc2 and mlp_gain by name.
 
-    pick(op, **facts): returns the backend's function of an op. n: [T, C], the normalised x. grad:
+    pick(op, facts): returns the backend's function of an op. n: [T, C], the normalised x. grad:
     [T, C], of the block's result. need_n: whether the gradient of n is needed, and so that of h.
     The gradient of h overwrites call.h, or an h computed again if that is empty. By name there may
     be gradients that are not needed too. With w = mlp_gain fc2_weight: d mlp_gain = <dw,
@@ -175,7 +175,7 @@ def _mlp_bwd(
 def _bwd(pick: Callable, call: BlockGradient) -> tuple[Tensor, ...]:
     """Returns the gradients in the order of Needed, empty where not needed; overwrites call.h.
 
-    pick(op, **facts): returns the backend's function of an op. What forward did not keep is
+    pick(op, facts): returns the backend's function of an op. What forward did not keep is
     computed again.
     """
     x = call.x.view(-1, call.x.shape[2])
@@ -192,7 +192,7 @@ def _bwd(pick: Callable, call: BlockGradient) -> tuple[Tensor, ...]:
         gains = gains_of(call)
         attention = _attention_call(call, heads_of(call), n, qk, gains)
     if need.output_weight:
-        function = pick("shaped_attention_fwd", **facts_of(attention.q.shape, call.lengths))
+        function = pick("shaped_attention_fwd", facts_of(attention.q.shape, call.lengths))
         out, *_ = function(attention)
         gradients["output_weight"] = torch.mm(grad.t(), out.view(x.shape))
     if need_attention:
@@ -224,7 +224,7 @@ def _attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of [q|k] [T, 2C], of v [T, C] and of the attention's gains [3, H].
 
-    pick(op, **facts): returns the backend's function of an op. attention: the call of forward.
+    pick(op, facts): returns the backend's function of an op. attention: the call of forward.
     d_out: the gradient of the attention's result, [T, C].
     """
     shape = heads_of(call)
@@ -241,7 +241,7 @@ def _attention_bwd(
         dk=dk,
         dv=dv.view(shape),
     )
-    function = pick("shaped_attention_bwd", **facts_of(shape, call.lengths))
+    function = pick("shaped_attention_bwd", facts_of(shape, call.lengths))
     return dqk, dv, function(gradient)
 
 

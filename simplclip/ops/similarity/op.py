@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,19 +24,9 @@ from simplclip.ops.similarity.call import (
     SimilarityGradient,
 )
 from simplclip.ops.similarity.chunks import computes_in, stored_rows, sweep_rows
-from simplclip.ops.similarity.terms import Options, merge_columns, values
+from simplclip.ops.similarity.terms import Options, Sigmoid, merge_columns, values
 
 FEATURES = ("image", "text", "teacher_image", "teacher_text")
-
-
-class Sigmoid(NamedTuple):
-    """The numbers of a sigmoid term, in the order of SigmoidRow."""
-
-    weight: Tensor  # [], or [D] of a hadamard plane
-    bias: Tensor | float
-    negative: Tensor | float
-    positive: float
-    mix: float
 
 
 def _prepared(call: Any) -> Any:

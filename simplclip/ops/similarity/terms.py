@@ -24,6 +24,16 @@ def mismatch(negated: Tensor) -> Tensor:
     return torch.add(softplus(negated), negated, alpha=0)
 
 
+class Sigmoid(NamedTuple):
+    """The numbers of a sigmoid term, in the order of SigmoidRow."""
+
+    weight: Tensor  # [], or [D] of a hadamard plane
+    bias: Tensor | float
+    negative: Tensor | float
+    positive: float
+    mix: float
+
+
 class Options(NamedTuple):
     """What `values` computes."""
 

@@ -13,10 +13,13 @@ from unittest import mock
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
+from simplclip import models
 from simplclip.models.trained import read_checkpoint
-from simplclip.train import loop
-from simplclip.train.config import Config
+from simplclip.train import checkpoint, loop
+from simplclip.train.config import Config, from_dict
+from support.models.weights import randomise
 from support.train import tiny
 
 TIMED = ("samples_per_s", "data_share", "peak_mb")
@@ -29,6 +32,23 @@ def go(config: Config, curves: bool = False, **options: Any) -> str:
     with drawing:
         loop.run(config, console=Console(file=text, width=200), **options)
     return text.getvalue()
+
+
+def save_run(folder: Path, name: str, **options: Any) -> nn.Module:
+    """Saves a model with random weights as the trainer does after step 7; returns the model.
+
+    name, options: as of `models.create`.
+    """
+    model = randomise(models.create(name, **options))
+    values = {
+        "model": {"name": name, "options": options},
+        "data": {"train": "x.tar"},
+        "run": {"out": str(folder)},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {"model": model.state_dict(), "step": 7, "config": from_dict(values).model_dump()}
+    checkpoint.save(folder, state)
+    return model
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], object]) -> None:
