@@ -118,6 +118,19 @@ def sample_name(sample: Sample) -> str:
     return f"{sample['__shard__']}/{sample['__key__']}"
 
 
+def described(sample: Sample) -> str:
+    """Returns the name of a broken sample for a message, with the json's "source" if it has one.
+
+    `pack` writes there which file or row of the user it packed.
+    """
+    name = sample_name(sample)
+    try:
+        source = record_of(sample).get("source")
+    except (BrokenSample, TypeError):  # TypeError: a json that was not read
+        return name
+    return f"{name}, source {source[:500]}" if isinstance(source, str) else name
+
+
 def parse(sample: Sample, teacher: bool = False) -> Pair:
     """Returns the parsed files of a sample; the image is not decoded.
 
