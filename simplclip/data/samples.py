@@ -312,9 +312,11 @@ def stable_hash(text: str) -> int:
 def clean(text: str) -> str:
     """Returns a caption or name without white space at its ends, cut to LONGEST characters.
 
-    Lone surrogates and NUL become U+FFFD.
+    NUL at its ends goes too, since a computer that lost power leaves files of zeros. Other NUL and
+    lone surrogates become U+FFFD.
     """
-    return _NO_CHARACTER.sub("\ufffd", text.removeprefix("\ufeff").strip()[:LONGEST].rstrip())
+    text = text.removeprefix("\ufeff").strip("\0").strip()[:LONGEST].rstrip()
+    return _NO_CHARACTER.sub("\ufffd", text)
 
 
 def json_of(data: str | bytes) -> Any:
