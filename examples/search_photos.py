@@ -79,6 +79,14 @@ def features_of(folder: Path, encoder: Any) -> tuple[list[str], torch.Tensor]:
     return paths, torch.from_numpy(rows).float()
 
 
+def weights_of(encoder: Any) -> str:
+    """Returns the file or folder of an encoder's weights, with the step of training if known."""
+    file = encoder.source
+    if Path(file, "last.pt").is_file():  # a run without a best.pt
+        file = os.path.join(file, "last.pt")
+    return file if encoder.step is None else f"{file}, step {encoder.step}"
+
+
 def draw(picture: str, hits: dict[str, list[tuple[float, str]]]) -> None:
     """Draws the hits of each query, four beside each other, with their scores, folders and
     names.
@@ -126,7 +134,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     encoder = simplclip.load(options.model)
+    print(f"weights: {weights_of(encoder)}")
     paths, features = features_of(options.folder, encoder)
+    print(f"searching {len(paths)} photos")
     hits = {}
     for query in options.find:
         if Path(query).is_file():

@@ -73,15 +73,16 @@ def train(
             raise
         raise typer.Exit(2) from error
 
-    from simplclip import train as trainer
+    # outside of the try: after a Ctrl-C that stops this import, `except` would begin it again
+    from simplclip.train import Interrupted, TrainingError, run
 
     if values.data.micro_batch == "auto":
         values = _resolve_micro_batch(values)
     try:
-        trainer.run(values, resume=resume)
-    except trainer.Interrupted as stop:
+        run(values, resume=resume)
+    except Interrupted as stop:
         fail(str(stop), 130)
-    except trainer.TrainingError as error:
+    except TrainingError as error:
         if error.__cause__ and not isinstance(error.__cause__, (UserError, OSError)):
             traceback.print_exception(error.__cause__)
         fail(str(error), 1)

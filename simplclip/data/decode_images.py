@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from collections.abc import Callable
 
-from PIL import Image, ImageStat, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import ExifTags, Image, ImageStat, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from simplclip.data.errors import BrokenSample
 
@@ -78,12 +79,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def remarks_on(image: Image.Image, size: int) -> list[str]:
     """Returns what is odd about an image's pixels, as phrases that `simplclip data pack` counts.
 
-    There are two, "with transparency, ..." and "of one colour ..."; [] if neither holds or the
-    pixels are damaged. An opaque image with many bytes for its size is not decoded.
+    There are three, "turned by EXIF, ...", "with transparency, ..." and "of one colour ..."; [] if
+    none holds or the pixels are damaged. An opaque image with many bytes for its size is not
+    decoded.
 
     image: from `open_image`; it is shrunk in place. size: bytes of its file.
     """
     remarks: list[str] = []
+    if _is_turned(image):
+        remarks.append("turned by EXIF, which the model does not heed")
     any_alpha = image.mode in ("LA", "RGBA") or "transparency" in image.info
     sixteen_bits = image.mode.startswith("I")  # of grey, which become white
     # an image of one colour takes fewer bytes
@@ -98,6 +102,16 @@ def remarks_on(image: Image.Image, size: int) -> list[str]:
         if all(high - low <= 8 for low, high in ImageStat.Stat(opaque(image)).extrema):
             remarks.append("of one colour as the model sees them")
     return remarks
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether an image's EXIF, if it stands before the pixels, says to turn or mirror it."""
+    if "exif" not in image.info:  # without it, getexif decodes a PNG
+        return False
+    # the type of an error depends on the damage, of which Pillow may warn too
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    return False
 
 
 def opaque(image: Image.Image) -> Image.Image:

@@ -26,10 +26,10 @@ from simplclip.data.read_tars import read_tar
 from simplclip.data.samples import (
     MAX_BYTES,
     Sample,
+    described,
     digest_of,
     is_held_out,
     parse,
-    sample_name,
 )
 from simplclip.data.transforms import ImageTransform, stack_pixels
 from simplclip.data.views import pixels_of, seeded
@@ -266,7 +266,7 @@ class Loader:
             try:
                 yield consumed, self._prepare(sample, pass_number)
             except BrokenSample as broken:
-                skipped.add(broken.reason, sample_name(sample), broken.detail)
+                skipped.add(broken.reason, described(sample), broken.detail)
 
     def _order(self, pass_number: int) -> list[tuple[Source, int]]:
         """Returns the tars of a pass in order, each with the number of its copy, from 0.

@@ -148,6 +148,34 @@ def packed(data: Any, out: str | os.PathLike, *, progress: bool = True) -> Any:
     mapping may also have the fields of `Options`, which are left out of the result. progress: print
     lines. Raises the errors of `pack`.
     """
+
+    def packed_source(source: str | os.PathLike, folder: Path, options: Options) -> list[str]:
+        return pack(source, folder, options, progress=progress)
+
+    return _with_sources_replaced(data, Path(out), packed_source)
+
+
+def pack_folders(data: Any, out: str | os.PathLike) -> dict[str, str]:
+    """Returns {OUT/NAME: source} of the folders that `packed` writes with these arguments.
+
+    Nothing is read but whether a path is a folder, and nothing is written.
+    """
+    sources = dict[str, str]()
+
+    def noted(source: str | os.PathLike, folder: Path, options: Options) -> None:
+        sources[str(folder)] = os.fspath(source)
+
+    _with_sources_replaced(data, Path(out), noted)
+    return sources
+
+
+def _with_sources_replaced(
+    data: Any, out: Path, replacement: Callable[[str | os.PathLike, Path, Options], Any]
+) -> Any:
+    """Returns `data` with `replacement(source, OUT/NAME, options)` in place of each source.
+
+    Sources are tables, JSON files and folders; data and NAME are as in `packed`.
+    """
     folders: set[str] = set()
 
     def new_folder(source: str | os.PathLike) -> Path:
@@ -162,10 +190,10 @@ def packed(data: Any, out: str | os.PathLike, *, progress: bool = True) -> Any:
                 break
             name = f"{stem}-{number}"  # of another source with this name
         folders.add(name)
-        return Path(out) / name
+        return out / name
 
     def replaced(value: Any, options: Options = Options()) -> Any:  # noqa: B008
-        """Packs the sources in `value`, a part of `data`; returns it with their shards instead."""
+        """Returns `value`, a part of `data`, with its sources replaced."""
         if isinstance(value, Mapping):
             fields = {key: value[key] for key in OPTION_NAMES if value.get(key) is not None}
             rest = {key: value[key] for key in value if key not in OPTION_NAMES}
@@ -173,7 +201,7 @@ def packed(data: Any, out: str | os.PathLike, *, progress: bool = True) -> Any:
         if isinstance(value, (list, tuple)):
             return [replaced(entry, options) for entry in value]
         if isinstance(value, (str, os.PathLike)) and is_source(value):
-            return pack(value, new_folder(value), options, progress=progress)
+            return replacement(value, new_folder(value), options)
         return value
 
     return replaced(data)

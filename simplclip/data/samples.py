@@ -118,6 +118,19 @@ def sample_name(sample: Sample) -> str:
     return f"{sample['__shard__']}/{sample['__key__']}"
 
 
+def described(sample: Sample) -> str:
+    """Returns the name of a broken sample for a message, with the json's "source" if it has one.
+
+    `pack` writes there which file or row of the user it packed.
+    """
+    name = sample_name(sample)
+    try:
+        source = record_of(sample).get("source")
+    except (BrokenSample, TypeError):  # TypeError: a json that was not read
+        return name
+    return f"{name}, source {source[:500]}" if isinstance(source, str) else name
+
+
 def parse(sample: Sample, teacher: bool = False) -> Pair:
     """Returns the parsed files of a sample; the image is not decoded.
 
@@ -299,9 +312,11 @@ def stable_hash(text: str) -> int:
 def clean(text: str) -> str:
     """Returns a caption or name without white space at its ends, cut to LONGEST characters.
 
-    Lone surrogates and NUL become U+FFFD.
+    NUL at its ends goes too, since a computer that lost power leaves files of zeros. Other NUL and
+    lone surrogates become U+FFFD.
     """
-    return _NO_CHARACTER.sub("\ufffd", text.removeprefix("\ufeff").strip()[:LONGEST].rstrip())
+    text = text.removeprefix("\ufeff").strip("\0").strip()[:LONGEST].rstrip()
+    return _NO_CHARACTER.sub("\ufffd", text)
 
 
 def json_of(data: str | bytes) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.find_sources import Address, Source
-from simplclip.data.samples import Sample, sample_name
+from simplclip.data.samples import Sample, described
 from simplclip.data.workers import from_workers
 
 
@@ -100,6 +100,6 @@ class StoredOrder:
                 positions.append(position)
                 keys.append(sample["__key__"])
             except BrokenSample as broken:
-                skipped.add(broken.reason, sample_name(sample), broken.detail)
+                skipped.add(broken.reason, described(sample), broken.detail)
         batch = self.collate(prepared) if prepared else None
         return Portion(source, positions, keys, batch, skipped)

@@ -24,6 +24,7 @@ import torch
 from simplclip.common import ranks
 from simplclip.common.files import differences, replacing, write_atomically
 from simplclip.data.loader import STATE
+from simplclip.data.pack import pack_folders
 from simplclip.models.sources import BEST, LAST
 from simplclip.models.trained import FORMAT, VERSION, CheckpointError, read_checkpoint
 from simplclip.train.config import Config, ConfigError, check_out, from_dict
@@ -127,14 +128,43 @@ def check_settings(checkpoint: dict[str, Any], config: Config) -> None:
     ]
     if changes:
         raise ConfigError(
-            f"resume: expected the settings of {last}, got other settings: {'; '.join(changes)}. A "
-            f"new run takes its weights: --set model.checkpoint={last} --set run.out=FOLDER"
+            f"resume: expected the settings of {last}, got other settings: {'; '.join(changes)}. "
+            f"{_new_run(last)}"
         )
     if checkpoint["step"] > config.run.steps:
         raise ConfigError(
             f"run.steps: expected at least {checkpoint['step']}, the step of {last}, got "
             f"{config.run.steps}"
         )
+
+
+def check_sources(checkpoint: dict[str, Any], config: Config) -> None:
+    """Raises ConfigError if data.train has a source of which the checkpoint's run has no shards.
+
+    Only names of folders are compared; `check_settings` compares all, but needs packed data.
+    """
+    last = Path(config.run.out) / "last.pt"
+    packed = _folders_of(checkpoint["config"]["data"]["train"])
+    for folder, source in pack_folders(config.data.train, last.parent / "shards").items():
+        if Path(folder).name not in packed:
+            raise ConfigError(
+                f"resume: expected the data.train of {last}, got {source!r}, of which the run has "
+                f"no shards. {_new_run(last)}"
+            )
+
+
+def _folders_of(data: Any) -> set[str]:
+    """Returns the names of the folders in which the shards of a data.train are."""
+    if isinstance(data, str):
+        return {Path(data).parent.name}
+    if isinstance(data, dict):
+        return _folders_of(data["shards"])
+    return {name for part in data for name in _folders_of(part)}
+
+
+def _new_run(last: Path) -> str:
+    """Returns the sentence for the terminal which says how a new run begins with these weights."""
+    return f"A new run takes its weights: --set model.checkpoint={last} --set run.out=FOLDER"
 
 
 def _names_of_paths(data: Any) -> Any:

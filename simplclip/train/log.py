@@ -60,6 +60,7 @@ class Log:
         # of a step, and of waiting for its data; smoothed over about the last 20 steps
         self.seconds = self.waiting = 0.0
         self._columns: dict[str, list[str]] = {}
+        self._reports: set[str] = set()  # lines of `report` that are printed
         self.board: Any = None
         if state.config.run.tensorboard and ranks.first():
             from torch.utils.tensorboard import SummaryWriter
@@ -126,6 +127,16 @@ class Log:
             f"peak {row['peak_mb']:.0f} MiB{hardware.describe_gpu(self.state.device)}",
         ]
         return "  ".join(parts)
+
+    def report(self, name: str, split: Any) -> None:
+        """Prints how many samples of an encoded split were read and skipped, if some were skipped.
+
+        name: of the split. The same line is printed once in a run.
+        """
+        line = f"evaluation {name}: {split.report()}"
+        if split.skipped.counts and line not in self._reports:
+            self._reports.add(line)
+            self.print(line)
 
     def evaluation(self, split: str, direction: str, recall: Recall, loss: float) -> None:
         """Writes a row of R@k of one direction to evaluation.csv, with its chance, and prints it.

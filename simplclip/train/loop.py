@@ -306,6 +306,7 @@ def evaluate(
             # as `simplclip evaluate` and the export compute, so that the figures are equal
             towers = evaluation.Towers(state.model, state.device, "fp32")
             evaluation.encode(towers, split, workers=state.config.data.workers)
+            log.report(name, split)
             retrieval, loss = ranks.on_first(_figures, state, split)
             if retrieval:
                 for direction, figures in retrieval.directions.items():
@@ -350,7 +351,9 @@ def _pack_and_count(
     the checkpoint `former`.
     """
     out = Path(config.run.out)
-    if not former:
+    if former:
+        checkpoint.check_sources(former, config)
+    else:
         _check_new_run(config)
     remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
     config = config.replaced(data={"train": data.packed(config.data.train, out / "shards")})

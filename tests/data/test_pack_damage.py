@@ -1,5 +1,6 @@
 """Packing: rows that are bad, hostile files, and what is said of them."""
 
+import itertools
 import json
 import os
 import random
@@ -8,7 +9,7 @@ from collections import deque
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from simplclip.common.errors import InputError
 from simplclip.data import pack, read_tables, write_tars
@@ -161,6 +162,24 @@ def test_pictures_with_transparency_and_of_one_colour_are_told(tmp_path, monkeyp
         "docs/data.md"
         not in call("data", "pack", tmp_path / "photo", "--out", tmp_path / "plain").output
     )
+
+
+def test_photos_that_exif_turns_are_told(tmp_path):
+    """As phones write them; EXIF that is damaged, or says nothing of it, is no matter."""
+    contents = {"damaged": b"Exif\0\0II*\0\xff\xff\xff\xff"}
+    for orientation in (1, 3, 6):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        contents[str(orientation)] = exif.tobytes()
+    for (name, exif), form in itertools.product(contents.items(), ("JPEG", "PNG", "WEBP")):
+        path = tmp_path / "photos" / f"{name}-{form}.{form.lower()}"
+        path.parent.mkdir(exist_ok=True)
+        photo().save(path, form, exif=exif)
+        path.with_suffix(".txt").write_text("a photo")
+    output = call("data", "pack", tmp_path / "photos", "--out", tmp_path / "out").output
+    assert "packed 12 samples" in output
+    first = tmp_path / "photos" / "3-JPEG.jpeg"
+    assert f"6 turned by EXIF, which the model does not heed, such as '{first}'; see" in output
 
 
 @pytest.mark.slow

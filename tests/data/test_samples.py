@@ -86,6 +86,7 @@ DAMAGE = {
     "missing caption (json)": {"png": png(), "json": b'{"group": 1}'},
     "empty caption": {"png": png(), "txt": b" \n"},
     "empty caption (json)": {"png": png(), "json": b'{"captions": ["", " "]}'},
+    "empty caption (zeros)": {"png": png(), "txt": bytes(512)},
     "caption not UTF-8": {"png": png(), "txt": b"\xff\xfe\xff"},
     "bad json": {"png": png(), "json": b'{"caption": ', "txt": b"x"},
     "bad json (list)": {"png": png(), "json": b"[1]", "txt": b"x"},

@@ -322,6 +322,24 @@ def test_a_pil_image_is_preprocessed_whole_and_batches_are_channels_last():
     )
 
 
+def test_what_is_seen_of_a_panorama_is_as_your_photos_says():
+    """Of three thirds in red, green and blue: all when siclip-lite0 trains, else the middle."""
+    file = np.zeros((60, 180, 3), np.uint8)
+    for third in range(3):
+        file[:, 60 * third : 60 * (third + 1), third] = 255
+    panorama = Image.fromarray(file)
+    seen = {}
+    for augment in (None, "none", {"scale": [0.6, 1.0]}):
+        pixels = models.transforms("siclip-lite0", train=True, augment=augment)(panorama)
+        seen[str(augment)] = (pixels > 0.5).float().mean((1, 2))
+    assert (seen["None"] > 0.15).all()
+    assert seen["none"].tolist() == [0, 1, 0]
+    assert seen["{'scale': [0.6, 1.0]}"][1] > 0.7
+    evaluated = models.transforms("siclip-lite0", train=False)(panorama)
+    assert (evaluated > 0.5).float().mean((1, 2)).tolist() == [0, 1, 0]
+    assert evaluated.shape == (3, 48, 48)
+
+
 def test_an_image_one_pixel_wide_does_not_become_gigabytes():
     file = encode(Image.new("L", (60_000, 1)), "PNG")
     with pytest.raises(BrokenSample, match="image too large"):

@@ -3,6 +3,7 @@ are encoded.
 """
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,6 +50,8 @@ def test_photos_are_found_and_drawn(photos, model, tmp_path, capsys):
         [str(photos), "--model", model, "--find", query, "$5 [red] ring", "--picture", picture]
     )
     printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"weights: {model}"
+    assert "searching 5 photos" in printed
     assert any(line.startswith(f"skipped {photos / 'broken.jpg'}") for line in printed)
     hits = printed[printed.index(query) + 1 :]
     assert hits[0].split() == ["1.000", query]
@@ -62,6 +65,21 @@ def test_photos_are_found_and_drawn(photos, model, tmp_path, capsys):
             [str(path) for path in stored["paths"]]
         )
         np.testing.assert_allclose(stored["features"], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("source", "step", "expected"),
+    [
+        ("run/best.pt", 25, "run/best.pt, step 25"),
+        ("run", 50, "run/last.pt, step 50"),
+        ("open_clip:tiny/tiny.bin", None, "open_clip:tiny/tiny.bin"),
+    ],
+)
+def test_the_weights_are_named(tmp_path, monkeypatch, source, step, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.pt").touch()
+    assert search.weights_of(SimpleNamespace(source=source, step=step)) == expected
 
 
 def test_only_new_photos_are_encoded_and_another_model_encodes_all(

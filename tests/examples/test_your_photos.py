@@ -18,7 +18,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from simplclip.commands.main import main
 from support.paths import ROOT
@@ -109,6 +109,10 @@ def test_every_cell_runs(tmp_path, monkeypatch, request):
         (tmp_path / "photos/2019/red/IMG_0000.png").read_bytes()[:40]
     )
     (tmp_path / "photos/2019/broken.txt").write_text("a broken picture\n")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (64, 32), "blue").save(tmp_path / "photos/2019/turned.jpg", exif=exif)
+    (tmp_path / "photos/2019/turned.txt").write_text("a blue wall\n")
     before = contents(tmp_path / "photos")
     for text in cells():
         if text.startswith("%%writefile "):
@@ -128,6 +132,10 @@ def test_every_cell_runs(tmp_path, monkeypatch, request):
                         in Path("printed").read_text()
                     )
                     assert (
+                        "1 turned by EXIF, which the model does not heed"
+                        in Path("printed").read_text()
+                    )
+                    assert (
                         "8 with transparency, which the model does not see"
                         in Path("printed").read_text()
                     )
@@ -138,12 +146,13 @@ def test_every_cell_runs(tmp_path, monkeypatch, request):
                 exec(compile(text, "cell", "exec"), {})
     assert contents(tmp_path / "photos") == before
     assert shown == [b"\x89PNG"] * 3
+    assert Image.open(tmp_path / "on_white/2019/turned.jpg").size == (32, 64)
     white = Image.open(tmp_path / "on_white/2019/red/IMG_0004.png")
     assert (white.mode, white.getextrema()[1]) == ("RGB", (30, 255))
     figures = json.loads((tmp_path / "runs" / "photos" / "evaluation.json").read_text())
     assert figures["checkpoint"] == "runs/photos/best.pt"
     assert 1 <= figures["splits"]["held_out"]["images"] <= 12
-    assert len(np.load(tmp_path / "photos.npz")["features"]) == 48
+    assert len(np.load(tmp_path / "photos.npz")["features"]) == 49
     for made in ("hits.png", "export/open_clip_model.safetensors", "export/README.md", *onnx):
         assert os.path.getsize(made), made
 

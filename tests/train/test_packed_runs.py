@@ -1,0 +1,68 @@
+"""Runs that pack a folder of pictures: what they say of broken ones, and other data on resume."""
+
+import itertools
+import json
+import re
+import shutil
+
+import pytest
+
+from simplclip.common.errors import InputError
+from simplclip.train.config import ConfigError
+from support.programs import call
+from support.train import tiny
+from support.train.runs import go
+
+pytestmark = pytest.mark.long
+
+
+def picture_folder(folder, broken=()):
+    """Writes a folder of the 24 pictures with captions; those numbers are cut."""
+    folder.mkdir()
+    kinds = itertools.product(tiny.COLOURS, tiny.SHAPES)
+    for number, (colour, shape) in enumerate(kinds):
+        content = tiny.picture(tiny.COLOURS[colour], shape, size=64)
+        if number in broken:
+            content = content[: len(content) // 2]
+        (folder / f"{colour}-{shape}.png").write_bytes(content)
+        (folder / f"{colour}-{shape}.txt").write_text(f"{colour} {shape}")
+    return folder
+
+
+@pytest.mark.slow
+def test_broken_pictures_are_counted_and_named_as_the_user_knows_them(tmp_path):
+    """Those that train, and once those that are held out, in the words of `simplclip evaluate`."""
+    photos = picture_folder(tmp_path / "photos", broken=range(0, 24, 3))
+    changes = [f"data.train={photos}", "eval.hold_out=0.5", "eval.every=2"]
+    text = go(tiny.settings(tmp_path, *changes))
+    name = r"photos-000000.tar/(\d{9}), source photos/([a-z]+-[a-z]+)"
+    sources = re.findall(rf"^data .* skipped: .* \(first: {name}: ", text, re.M)
+    assert sources
+    (line,) = re.findall("^evaluation (held_out: .* skipped: .*)$", text, re.M)
+    sources += re.findall(name, line)
+    names = [
+        f"{colour}-{shape}" for colour in sorted(tiny.COLOURS) for shape in sorted(tiny.SHAPES)
+    ]
+    assert {names[int(number)] for number, _ in sources} == {source for _, source in sources}
+    result = call("evaluate", tmp_path / "run", "--device", "cpu", "--workers", 0)
+    assert line in result.output
+
+
+@pytest.mark.slow
+def test_resuming_with_another_source_packs_nothing(tmp_path):
+    photos = picture_folder(tmp_path / "photos")
+    other = picture_folder(tmp_path / "other")
+    go(tiny.settings(tmp_path, f"data.train={photos}", "run.steps=1"))
+    before = sorted((tmp_path / "run").rglob("*"))
+    for train in (other, [str(photos), str(other)]):
+        message = rf"resume: expected the data.train of .*last.pt, got '{other}', of which the run"
+        with pytest.raises(ConfigError, match=message):
+            go(tiny.settings(tmp_path, f"data.train={json.dumps(train, default=str)}"), resume=True)
+    (tmp_path / "copy").mkdir()
+    same_name = picture_folder(tmp_path / "copy" / "photos", broken=[0])
+    (same_name / "red-ring.txt").write_text("another caption")
+    with pytest.raises(InputError, match="out: expected .*photos to hold what an earlier run made"):
+        go(tiny.settings(tmp_path, f"data.train={same_name}"), resume=True)
+    assert sorted((tmp_path / "run").rglob("*")) == before
+    shutil.rmtree(tmp_path / "run" / "shards")  # which packing makes again
+    go(tiny.settings(tmp_path, f"data.train={photos}", "run.steps=2"), resume=True)
