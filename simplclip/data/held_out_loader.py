@@ -135,7 +135,7 @@ class HeldOut:
             results: Iterator[tuple[Any, ...]] = self._results(order, workers, None)
         else:
             order.rank, order.world_size = ranks.number(), ranks.count()
-            results = ranks.gathered(self._results(order, workers, use))
+            results = ranks.gather_to_first(self._results(order, workers, use))
         any_usable = use is not None and not ranks.first()
         for images, positions, pairs, new in results:
             skipped.merge(new)

@@ -213,7 +213,7 @@ def encode(
             images.append(features)
             bar.update(len(features))
     captions = ranks.on_first(lambda: split.captions)
-    texts = list(ranks.mapped(text_features, range(0, len(captions), batch_size)))
+    texts = list(ranks.map_to_first(text_features, range(0, len(captions), batch_size)))
     if images:
         split.image_features = torch.cat(images)
     if texts:

@@ -124,7 +124,7 @@ def run(
     Raises InputError for an argument out of range, a model that is no CoCa, and weights that do not
     fit; FileNotFoundError.
     """
-    torch_device = ranks.device(device)
+    torch_device = ranks.set_device(device)
     precision, _ = hardware.pick_precision(precision, torch_device)
     coca = load_model(model, checkpoint=checkpoint, pretrained=pretrained).to(torch_device)
     if not 3 <= sampling.max_tokens <= coca.context_length:
@@ -179,7 +179,7 @@ def run(
         title="captions",
         progress=progress,
     )
-    total = sum(ranks.exchanged(counts), Counter())
+    total = sum(ranks.all_gather(counts), Counter())
     return summary | {name: total[name] for name in ("captions", "duplicate", "empty")}
 
 

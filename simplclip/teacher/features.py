@@ -265,7 +265,7 @@ def run(
     drawn = None
     if config is not None:
         drawn = Views(student_transform(config), views, seed)
-    torch_device = ranks.device(device)
+    torch_device = ranks.set_device(device)
     precision, _ = hardware.pick_precision(precision, torch_device)
     teacher = load(name, checkpoint, device=torch_device, precision=precision)
     shards = ranks.on_first(packed, data, os.path.join(out, "shards"))

@@ -57,7 +57,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
             "number"
         )
     out, began = Path(config.run.out), time.monotonic()
-    with ranks.joined(config.run.timeout_minutes), ExitStack() as stack:
+    with ranks.join(config.run.timeout_minutes), ExitStack() as stack:
         is_first = ranks.first()
         if not is_first:
             console = Console(quiet=True)
@@ -65,8 +65,8 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
 
         ranks.on_first(stack.enter_context, locked(out, "run.out"))
         former = ranks.on_first(checkpoint.former, out, resume)
-        with ranks.agreed():
-            device = ranks.device(config.run.device)
+        with ranks.fail_together():
+            device = ranks.set_device(config.run.device)
         precision, why_precision = hardware.pick_precision(config.run.precision, device)
         stack.enter_context(timed_algorithms(config.run.cudnn_benchmark and device.type == "cuda"))
         torch.manual_seed(config.run.seed)
@@ -76,7 +76,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
             checkpoint.set_rng_state(former["rng"])
         elif resume:
             state.lines.append(f"resume     {out} has no checkpoint yet: starting at step 0")
-        with ranks.agreed():
+        with ranks.fail_together():
             loader = make_loader(state)
 
         snapshot, log = Snapshot(state, former, samples), Log(state, console)
@@ -126,13 +126,13 @@ def _start(
     Returns the state, the held-out data by name, and the two counts of `_pack_and_count`.
     """
     state: Any = None
-    with ranks.agreed():
+    with ranks.fail_together():
         _micro_batch_size_and_count(config)
         if not former:
             state = make_state(config, device, precision)
         splits = _splits(config, config.eval.splits)
     config, samples, division = ranks.on_first(_pack_and_count, config, former)
-    with ranks.agreed():
+    with ranks.fail_together():
         data.sources_of(config.data.train, "data.train")  # which a node may lack
         splits |= _splits(config, config.held_out)
         if former:
@@ -179,7 +179,7 @@ def _train(
         row = compilation.step(partial(train_step, state, batches))
         snapshot.take()
         log.step(row)
-        ends = stop.agreed() or state.step == config.run.steps
+        ends = stop.agree_to_stop() or state.step == config.run.steps
         evaluate_if_due(state, splits, snapshot, log)
         late = time.monotonic() - saved > 60 * SAVE_MINUTES
         if ends or late or state.step % config.run.save_every == 0:
@@ -216,7 +216,7 @@ def steps(state: State, loader: data.Loader, log: Log) -> Iterator[list[Batch]]:
         batches.append(_copied(batch) if count > 1 else batch)
         if len(batches) < count:
             continue
-        state.data = ranks.exchanged(loader.state_dict())
+        state.data = ranks.all_gather(loader.state_dict())
         yield batches
         batches = []
         reasons = len(loader.skipped.counts)

@@ -17,7 +17,7 @@ from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, UserError
 from simplclip.data.transforms import finish_on_device
 from simplclip.train import prefix as prefixes
-from simplclip.train.distributed import averaged
+from simplclip.train.distributed import average_gradient
 from simplclip.train.setup import State, learning_rate
 
 KEPT_SHARE = 10  # of the memory, one part may hold outputs that are kept
@@ -137,7 +137,7 @@ def losses(
     teacher = _teacher_features(state, batches) if state.teacher else []
     groups = _groups(state, batches)
     with hardware.autocast(state.precision, state.device):
-        scale, bias = averaged(state.model.logit_scale), averaged(state.logit_bias)
+        scale, bias = average_gradient(state.model.logit_scale), average_gradient(state.logit_bias)
         return state.objective(state.step, image, text, scale.exp(), bias, groups, *teacher)
 
 
