@@ -77,7 +77,7 @@ class Op:
         """Takes an op apart as `define` does, which also registers it; this constructor does not.
 
         name: without "simplclip::". call_type: the dataclass of a call. run, facts: see `define`.
-        composed: whether `run` gets a `pick` of several functions, see `pick`, not a backend's
+        composed: whether `run` gets a `pick` of several functions, see `picker`, not a backend's
         function.
         """
         self.name = name
@@ -114,7 +114,7 @@ class Op:
         """
         first = getattr(call, self.first)
         if self.composed:
-            function = self.pick(first, spec, through)
+            function = self.picker(first, spec, through)
         else:
             facts = self.facts(call) if self.facts else {}
             function = _select(self.name, first, spec, False, facts, through)
@@ -139,10 +139,10 @@ class Op:
                 values[position] = t.contiguous()
         return self.call_type(*values)
 
-    def pick(self, first: Tensor, spec: str, through: Callable | None) -> Callable:
-        """Returns a function pick(op, **facts) for ops that are composed of others, as the block.
+    def picker(self, first: Tensor, spec: str, through: Callable | None) -> Callable:
+        """Returns the function pick(op, **facts) of ops that are composed of others, as the block.
 
-        pick returns the backend's function that serves the op of that name; facts are what a
+        It returns the backend's function that serves the op of that name; facts are what a
         backend's choice depends on besides device and dtype, e.g. width=64. first: a tensor with
         the call's device and dtype. spec: the forced backends, as in SIMPLCLIP_BACKEND. through:
         None, or a function (op, backend, function) that returns another function to call.
