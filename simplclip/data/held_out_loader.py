@@ -254,7 +254,7 @@ class Division(NamedTuple):
     repeated: int  # of these, how many stand verbatim in training
 
 
-def divided(shards: Any, share: float, sidecars: Folders = ()) -> Division:
+def count_division(shards: Any, share: float, sidecars: Folders = ()) -> Division:
     """Reads all training data, of which `share` is held out, and returns counts of both parts.
 
     shards: as `sources_of` takes them. share: above 0, below 1, see `samples.is_held_out`.

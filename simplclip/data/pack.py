@@ -138,11 +138,10 @@ def _print_result(folder: TarFolder, source: str, earlier: bool, hold_out: float
         print(f"{count:,} {remark}, such as {example!r}; see Pixels in docs/data.md")
 
 
-def packed(data: Any, out: str | os.PathLike, *, progress: bool = True) -> Any:
-    """Returns `data` with lists of shards in place of tables, JSON files and folders.
+def pack_shards(data: Any, out: str | os.PathLike, *, progress: bool = True) -> Any:
+    """Packs the tables, JSON files and folders in `data`; returns it with lists of their shards.
 
-    `pack` first writes these shards to OUT/NAME, NAME from the source. `data` itself is not
-    changed.
+    `pack` writes these shards to OUT/NAME, NAME from the source. `data` itself is not changed.
 
     data: a path or address, a mapping with "shards", or a list of these, as `Loader` takes them. A
     mapping may also have the fields of `Options`, which are left out of the result. progress: print
@@ -164,19 +163,19 @@ def packed(data: Any, out: str | os.PathLike, *, progress: bool = True) -> Any:
         folders.add(name)
         return Path(out) / name
 
-    def replaced(value: Any, options: Options = Options()) -> Any:  # noqa: B008
+    def pack_sources(value: Any, options: Options = Options()) -> Any:  # noqa: B008
         """Packs the sources in `value`, a part of `data`; returns it with their shards instead."""
         if isinstance(value, Mapping):
             fields = {key: value[key] for key in OPTION_NAMES if value.get(key) is not None}
             rest = {key: value[key] for key in value if key not in OPTION_NAMES}
-            return rest | {"shards": replaced(value.get("shards"), Options(**fields))}
+            return rest | {"shards": pack_sources(value.get("shards"), Options(**fields))}
         if isinstance(value, (list, tuple)):
-            return [replaced(entry, options) for entry in value]
+            return [pack_sources(entry, options) for entry in value]
         if isinstance(value, (str, os.PathLike)) and is_source(value):
             return pack(value, new_folder(value), options, progress=progress)
         return value
 
-    return replaced(data)
+    return pack_sources(data)
 
 
 def summary(shards: list[str], examples: int = 3) -> str:

@@ -62,7 +62,7 @@ class Encoder:
 
     @property
     def towers(self) -> Towers:
-        """The model as `evaluation.encode` takes it, without its transform and tokenizer."""
+        """The model as `evaluation.encode_split` takes it, without its transform and tokenizer."""
         return Towers(self.model, self.device, self.precision, self.source or self.name)
 
     @property

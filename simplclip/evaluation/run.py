@@ -32,7 +32,7 @@ from simplclip.evaluation.figures import in_words, table
 from simplclip.evaluation.results import ModelResult, Results, Retrieval, SplitResult
 from simplclip.evaluation.retrieval import recall_of
 from simplclip.evaluation.sheets import contact_sheet
-from simplclip.evaluation.split import BATCH_SIZE, Split, encode
+from simplclip.evaluation.split import BATCH_SIZE, Split, encode_split
 from simplclip.models.sources import about_best
 from simplclip.version import __version__
 
@@ -131,7 +131,7 @@ def evaluate(
         for name, held in data.items():
             label = f"{name}, {source}" if sources[1:] else name
             split = Split(held, encoder.tokenizer, encoder.preprocess)
-            encode(towers, split, settings.batch_size, workers=workers, progress=label)
+            encode_split(towers, split, settings.batch_size, workers=workers, progress=label)
             say(f"{label}: {split.report()}")
             picture = folder / f"evaluation-{file_name(name)}{ending}.png"
             texts = templates or phrases(held.classes.templates or config_templates)

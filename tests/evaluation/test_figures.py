@@ -139,7 +139,7 @@ def test_features_do_not_depend_on_batches_and_workers(trained, tmp_path):
     results = []
     for size, workers in ((5, 0), (24, 0), (5, 2)):
         towers = evaluation.Towers(model, CPU, "fp32")
-        evaluation.encode(towers, split, size, workers=workers)
+        evaluation.encode_split(towers, split, size, workers=workers)
         results.append((split.image_features, split.text_features))
     torch.testing.assert_close(results[0], results[1])
     assert all(torch.equal(a, b) for a, b in zip(results[0], results[2]))
