@@ -16,7 +16,7 @@ from benchmarks.steps import TEACHER_WIDTH, OpenClipStep
 from simplclip.plan.cards import CARDS, GIB
 from simplclip.plan.count import Usage
 from simplclip.plan.measure import predict
-from simplclip.plan.search import Budget, Planner, one_graphs
+from simplclip.plan.search import Budget, Planner, predict_graphs
 from simplclip.train import config
 
 SHOWN = ("rtx-3090", "rtx-4090", "rtx-5090")
@@ -31,7 +31,7 @@ PLAIN = {
 def ours(values: config.Config) -> Callable[[int], Usage]:
     return Planner(
         values, Budget(24 * GIB), teacher_width=TEACHER_WIDTH, card="rtx-3090"
-    ).in_one_graph
+    ).predict_in_one_graph
 
 
 def theirs(name: str) -> Callable[[int], Usage]:
@@ -54,10 +54,10 @@ def main() -> None:
     rows = []
     limits = [Budget(CARDS[card].memory * GIB).usable for card in SHOWN]
     for form, make in FORMS.items():
-        graphs = one_graphs(make(), min(limits), max(limits), print)
+        graphs = predict_graphs(make(), min(limits), max(limits), print)
         row: dict[str, object] = {"form": form}
         for card, limit in zip(SHOWN, limits):
-            pairs, rate = graphs.largest(limit, CARDS[card])
+            pairs, rate = graphs.largest_batch(limit, CARDS[card])
             row |= {f"{card} pairs": pairs, f"{card} images/s": round(rate)}
             row |= {f"{card} hours": round(PASSES * PAIRS / rate / 3600, 1)}
         rows.append(row)

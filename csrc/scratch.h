@@ -27,17 +27,18 @@ class Scratch {
   int64_t grain_, bytes_ = 0;
 };
 
-// Returns the bytes of workspace of a function. Its Work is a struct whose constructor takes the workspace from a Scratch.
-template <class Call, class Work, int64_t grain = 1>
-int64_t workspace(const Call& call) {
+// Returns the bytes of workspace of a function. Workspace is a struct whose constructor takes all of it from a Scratch.
+template <class Call, class Workspace, int64_t grain = 1>
+int64_t workspace_bytes(const Call& call) {
   Scratch scratch(grain);
-  Work(call, scratch);
+  Workspace(call, scratch);
   return scratch.bytes();
 }
 
-struct NoWork {
+// The workspace of a function that allocates nothing but its results.
+struct NoWorkspace {
   template <class Call>
-  NoWork(const Call&, Scratch&) {}
+  NoWorkspace(const Call&, Scratch&) {}
 };
 
 }  // namespace simplclip

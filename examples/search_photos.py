@@ -96,19 +96,19 @@ def draw(picture: str, hits: dict[str, list[tuple[float, str]]]) -> None:
     gap = 0.12
     side = (WIDTH - 2 * MARGIN - (columns - 1) * gap) / columns
     for query, photos in hits.items():
-        sheet.line(query, 12, 2, weight="bold")
+        sheet.draw_line(query, 12, 2, weight="bold")
         if Path(query).is_file():
-            sheet.tile(shown(query), MARGIN, sheet.y + 0.05, side)
+            sheet.draw_tile(shown(query), MARGIN, sheet.y + 0.05, side)
             sheet.y += side + 0.15
         sheet.y += 0.06
         for row in range(0, len(photos), columns):
             heights = [0.0]
             for column, (score, path) in enumerate(photos[row : row + columns]):
                 x, y = MARGIN + column * (side + gap), sheet.y + side + 0.03
-                sheet.tile(shown(path), x, sheet.y, side)
+                sheet.draw_tile(shown(path), x, sheet.y, side)
                 name = "/".join(Path(path).parts[-2:])
-                height = sheet.text(x, y, f"{score:.2f}", side, 9.5, weight="bold")
-                height += sheet.text(x, y + height, name, side, 9, 2, color=MUTED)
+                height = sheet.draw_text(x, y, f"{score:.2f}", side, 9.5, weight="bold")
+                height += sheet.draw_text(x, y + height, name, side, 9, 2, color=MUTED)
                 heights.append(height)
             sheet.y += side + 0.12 + max(heights)
         sheet.y += 0.12

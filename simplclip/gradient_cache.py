@@ -99,7 +99,7 @@ def backward(
     Setup", arXiv 2101.06983.
     """
     towers = _towers(encode, micro_batches)
-    checks.instance("scaler", scaler, GradScaler | None, "a torch.amp.GradScaler or None")
+    checks.check_instance("scaler", scaler, GradScaler | None, "a torch.amp.GradScaler or None")
     if model is not None:
         check(model)
     ranks = _Ranks(model, towers)
@@ -297,7 +297,7 @@ class _Tower:
             outputs = dict(enumerate(outputs))
         for name, output in outputs.items():
             label = f"output {name!r} of {self.label}"
-            checks.floating(label, output)
+            checks.check_floating(label, output)
             if output.dim() < 2 and output.numel() != 1:
                 raise ValueError(
                     f"{label}: expected features [m, ...] or one element, got shape "
@@ -335,7 +335,7 @@ def check(model: nn.Module) -> None:
     Micro-batches change both. The message of the error, a ValueError, names the first such module,
     e.g. a batch norm in training mode. Changes nothing.
     """
-    checks.instance("model", model, nn.Module, "an nn.Module")
+    checks.check_instance("model", model, nn.Module, "an nn.Module")
     for name, module in model.named_modules():
         mean = getattr(module, "running_mean", None)
         variance = getattr(module, "running_var", None)

@@ -64,7 +64,7 @@ class ShapedAttention(nn.Module):
         check_count("width", width, 1)
         check_count("heads", heads, 1)
         for name, flag in (("causal", causal), ("value", value), ("output", output)):
-            checks.boolean(name, flag)
+            checks.check_boolean(name, flag)
         if width % heads:
             raise ValueError(f"heads: expected a divisor of the width {width}, got {heads}")
         self.width = width
@@ -163,9 +163,9 @@ class SimplifiedBlock(ShapedAttention):
         drop_path outside [0, 1) or an mlp_ratio without a hidden unit.
         """
         super().__init__(width, heads, causal=causal, value=value, output=output, gamma=gamma)
-        checks.choice("norm", norm, tuple(NORMS))
-        checks.choice("act", act, tuple(ACTIVATIONS))
-        checks.boolean("recompute", recompute)
+        checks.check_choice("norm", norm, tuple(NORMS))
+        checks.check_choice("act", act, tuple(ACTIVATIONS))
+        checks.check_boolean("recompute", recompute)
         if not 0.0 <= checks.number("drop_path", drop_path) < 1.0:
             raise ValueError(f"drop_path: expected a probability in [0, 1), got {drop_path}")
         self.hidden = round(width * checks.number("mlp_ratio", mlp_ratio))
@@ -304,7 +304,7 @@ def share_weights(
         ValueError: a group is empty, an index is out of range or in two groups, or the blocks of
             one group differ in width or in heads (attention), hidden units or activation (MLP).
     """
-    checks.choice("what", what, SHARED_PARTS)
+    checks.check_choice("what", what, SHARED_PARTS)
     groups = [list(group) for group in groups]
     every = [index for group in groups for index in group]
     for group in groups:

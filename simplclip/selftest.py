@@ -302,7 +302,7 @@ def _eps(dtype: torch.dtype, device: torch.device) -> float:
     return EPS[dtype]
 
 
-def rows(device: torch.device, names: Iterable[str] | None = None) -> Iterator[Row]:
+def check_ops(device: torch.device, names: Iterable[str] | None = None) -> Iterator[Row]:
     """Checks ops on the backends that serve them on the device, and yields the rows.
 
     There is one Row for each op, backend and dtype, yielded when its calls have run. names: ops,

@@ -20,9 +20,11 @@ knows the length of an epoch.
 import argparse
 import io
 import json
+import math
 import random
 import shutil
 import time
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -74,9 +76,9 @@ Drawing = tuple[str, Concept, Concept]
 def build(out: Path, swap: float = 0.0) -> dict[str, Any]:
     """Writes the data to the folder `out`, and returns the content of its meta.json.
 
-    A whole earlier build is kept.
+    A whole earlier build with the same settings is kept. `out` appears when it is complete. The
+    bytes are the same on every run with the same packages.
 
-    The bytes are the same on every run with the same packages. `out` appears when it is complete.
     swap: this share of the training pairs, drawn by SEED, have the captions and group of another
     pair in the share, as in noisy data. Their json has "swapped": true.
     """
@@ -102,8 +104,10 @@ def build(out: Path, swap: float = 0.0) -> dict[str, Any]:
         },
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
-    notice = f"Noto Color Emoji (vendor)   {drawers['noto'].notice}\n" if "noto" in drawers else ""
-    (work / "LICENSES.md").write_text(LICENSES + notice, "utf-8")
+    licenses = LICENSES
+    if "noto" in drawers:
+        licenses += f"Noto Color Emoji (vendor)   {drawers['noto'].notice}\n"
+    (work / "LICENSES.md").write_text(licenses, "utf-8")
     (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
     if out.exists():
         out.rmdir()  # it is empty
@@ -112,8 +116,9 @@ def build(out: Path, swap: float = 0.0) -> dict[str, Any]:
 
 
 def plan(swap: float) -> tuple[dict[str, list[Drawing]], dict[str, Any], list[str]]:
-    """Returns the drawings of each split, the vendors by name, and the keys of the held-out
-    concepts.
+    """Returns the drawings by split, the vendors by name, and the keys of held-out concepts.
+
+    swap: share of the training pairs that exchange their captions.
     """
     every = concepts()
     rng = random.Random(SEED)
@@ -121,30 +126,32 @@ def plan(swap: float) -> tuple[dict[str, list[Drawing]], dict[str, Any], list[st
     held_out = set(rng.sample([concept.key for concept in every], HELD_OUT))
     known = [concept for concept in every if concept.key not in held_out]
     unseen = [concept for concept in every if concept.key in held_out]
-    train: list[Drawing] = [(vendor, concept, concept) for concept in known for vendor in drawers]
-    splits = {
-        "train": train,
-        "concepts": [(vendor, concept, concept) for concept in unseen for vendor in drawers],
-    }
+    train = drawings_by(drawers, known)
+    splits = {"train": train, "concepts": drawings_by(drawers, unseen)}
     # Each shard is a random mixture, so that a small shuffle buffer or a single shard still gives
     # mixed batches.
     rng.shuffle(train)
     swap_captions(train, swap, rng)
     font = find_font()
-    if font and (vendor := noto(font)):
+    vendor = noto(font) if font else None
+    if vendor:
         drawers["noto"] = vendor
-        splits["vendor"] = [("noto", concept, concept) for concept in known if vendor.has(concept)]
+        splits["vendor"] = drawings_by(["noto"], filter(vendor.has, known))
     return splits, drawers, sorted(held_out)
 
 
+def drawings_by(vendors: Iterable[str], drawn: Iterable[Concept]) -> list[Drawing]:
+    """Returns a drawing of each concept by each vendor, with the concept's own captions."""
+    return [(vendor, concept, concept) for concept in drawn for vendor in vendors]
+
+
 def swap_captions(drawings: list[Drawing], share: float, rng: random.Random) -> None:
-    """Lets a share of the drawings exchange their captions, in place; none keeps those of its own
-    concept.
-    """
-    chosen = rng.sample(range(len(drawings)), round(share * len(drawings)))
-    named = [drawings[place][1] for place in chosen]
+    """Lets a share of the drawings exchange captions, in place; none keeps its own concept's."""
+    rows = rng.sample(range(len(drawings)), round(share * len(drawings)))
+    own = [drawings[row][1] for row in rows]
+    named = list(own)
     for _ in range(1000):
-        if all(drawings[place][1].key != concept.key for place, concept in zip(chosen, named)):
+        if all(concept.key != other.key for concept, other in zip(own, named)):
             break
         rng.shuffle(named)
     else:
@@ -152,27 +159,34 @@ def swap_captions(drawings: list[Drawing], share: float, rng: random.Random) -> 
             f"--swap: expected 0, or a share that swaps at least a few of {len(drawings)} pairs, "
             f"got {share}"
         )
-    for place, concept in zip(chosen, named):
-        drawings[place] = (*drawings[place][:2], concept)
+    for row, concept, other in zip(rows, own, named):
+        drawings[row] = (drawings[row][0], concept, other)
 
 
 def write_split(
     folder: Path, split: str, drawings: list[Drawing], drawers: dict[str, Any]
 ) -> dict[str, Any]:
-    per_shard = -(-len(drawings) // (TRAIN_SHARDS if split == "train" else 1))
+    """Writes the shards SPLIT-NUMBER.tar of the drawings; returns the split's part of meta.json.
+
+    drawers: the vendors by name.
+    """
+    count = TRAIN_SHARDS if split == "train" else 1
+    per_shard = math.ceil(len(drawings) / count)
+    owner = {"user": "simplclip", "group": "simplclip"}
     shards = {}
     for start in range(0, len(drawings), per_shard):
-        path, part = folder / f"{split}-{len(shards):06d}.tar", drawings[start : start + per_shard]
-        with webdataset.TarWriter(
-            str(path), mtime=0, user="simplclip", group="simplclip"
-        ) as writer:
+        path = folder / f"{split}-{len(shards):06d}.tar"
+        part = drawings[start : start + per_shard]
+        with webdataset.TarWriter(str(path), mtime=0, **owner) as writer:
             for vendor, concept, named in part:
-                writer.write(sample(vendor, concept, named, drawers[vendor].draw(concept)))
+                image = drawers[vendor].draw(concept)
+                writer.write(sample(vendor, concept, named, image))
         shards[path.name] = {"samples": len(part), "bytes": path.stat().st_size}
     return {"samples": len(drawings), "shards": shards}
 
 
 def sample(vendor: str, concept: Concept, named: Concept, image: Image.Image) -> dict[str, Any]:
+    """Returns a sample as webdataset writes it: a concept's image, with the captions of `named`."""
     record: dict[str, Any] = {"captions": named.captions, "group": named.key, "vendor": vendor}
     if named is not concept:
         record["swapped"] = True

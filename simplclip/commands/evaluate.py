@@ -94,7 +94,7 @@ def evaluate(
         device=device,
         precision=precision,
     )
-    with ranks.joined():
+    with ranks.join():
         evaluation.evaluate(models, splits, settings, out=out)
 
 

@@ -40,7 +40,7 @@ def selftest(
 
     began, rows = time.monotonic(), []
     typer.echo(f"{'op':<18}{'backend':<15}{'dtype':<10}{'calls':>5}{'error':>8}")
-    for row in selftest.rows(pick_device(device)):
+    for row in selftest.check_ops(pick_device(device)):
         error = "FAILED" if row.failures else f"{row.worst:.2f}"
         typer.echo(f"{row.op:<18}{row.backend:<15}{_name(row.dtype):<10}{row.calls:>5}{error:>8}")
         rows.append(row)

@@ -57,7 +57,7 @@ def teacher(
     from simplclip import teacher as teachers
     from simplclip.common import ranks
 
-    with ranks.joined():
+    with ranks.join():
         teachers.run(
             source,
             out,

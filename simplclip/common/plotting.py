@@ -56,7 +56,7 @@ class Sheet:
         self.y = MARGIN
         self._renderer: Any = FigureCanvasAgg(self.figure).get_renderer()
 
-    def text(
+    def draw_text(
         self,
         x: float,
         y: float,
@@ -85,7 +85,7 @@ class Sheet:
             )
         return LINE * size * len(rows)
 
-    def line(
+    def draw_line(
         self,
         text: str,
         size: float = 10,
@@ -99,9 +99,9 @@ class Sheet:
         size: in points. lines: the most lines. weight, color: matplotlib's.
         """
         style = {"weight": weight, "color": color}
-        self.y += self.text(MARGIN, self.y, text, WIDTH - 2 * MARGIN, size, lines, **style)
+        self.y += self.draw_text(MARGIN, self.y, text, WIDTH - 2 * MARGIN, size, lines, **style)
 
-    def tile(self, image: Any, x: float, y: float, side: float, right: bool = False) -> None:
+    def draw_tile(self, image: Any, x: float, y: float, side: float, right: bool = False) -> None:
         """Draws a PIL image, whole and centred, in a square of `side` inches with a frame.
 
         x, y: its left upper corner. right: whether it is the right answer, whose frame is green.
@@ -115,11 +115,11 @@ class Sheet:
             aspect="auto",
         )
         if right:
-            self.box(x, y, side, side, RIGHT, 3)
+            self.draw_box(x, y, side, side, RIGHT, 3)
         else:
-            self.box(x, y, side, side, FRAME, 0.8)
+            self.draw_box(x, y, side, side, FRAME, 0.8)
 
-    def box(
+    def draw_box(
         self,
         x: float,
         y: float,
@@ -185,7 +185,7 @@ class Panel:
     solid: int = len(COLOURS)  # lines until the colours come again, for dashed ones
 
 
-def curves(path: Path, panels: Sequence[Panel], best: int | None = None) -> Path:
+def write_panels(path: Path, panels: Sequence[Panel], best: int | None = None) -> Path:
     """Draws panels below each other, with one axis of steps, into a PNG file; returns its path.
 
     path is replaced. best: a step at which a dashed line is drawn; None: no line.

@@ -1,10 +1,11 @@
 """The ranks of a command that torchrun started, which exchange Python objects.
 
-joined      a context in which there are ranks; elsewhere, and without torchrun, there is one
-            rank, and nothing here has an effect
-agreed      a context that all ranks leave, or in which all end
-on_first    a call on the first rank, whose result all get
-exchanged, gathered, mapped     values of all ranks
+join            a context in which there are ranks; elsewhere, and without torchrun, there is one
+                rank, and nothing here has an effect
+fail_together   a context that all ranks leave, or in which all end
+on_first        a call on the first rank, whose result all get
+all_gather      the values of all ranks, on each of them
+gather_to_first, map_to_first   items of all ranks, on the first one
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
 
-_objects: Any = None  # within `joined`: the group that exchanges Python objects, by gloo
+_objects: Any = None  # within `join`: the group that exchanges Python objects, by gloo
 _limit = timedelta(days=7)  # the time that a rank waits for another one
 
 
@@ -40,12 +41,12 @@ class RankError(UserError, RuntimeError):
 
 
 def count() -> int:
-    """Returns the number of ranks; 1 outside `joined`."""
+    """Returns the number of ranks; 1 outside `join`."""
     return dist.get_world_size() if _objects is not None else 1
 
 
 def number() -> int:
-    """Returns the number of this rank, from 0; 0 outside `joined`."""
+    """Returns the number of this rank, from 0; 0 outside `join`."""
     return dist.get_rank() if _objects is not None else 0
 
 
@@ -55,7 +56,7 @@ def first() -> bool:
 
 
 @contextmanager
-def joined(minutes: float | None = None) -> Iterator[None]:
+def join(minutes: float | None = None) -> Iterator[None]:
     """Context in which the processes that torchrun started work together.
 
     Makes the process group, with NCCL on cards and gloo on CPUs, and destroys it at the end; if
@@ -136,10 +137,10 @@ def as_rank_error(error: Exception) -> Exception:
     return RankError(f"another rank has ended ({reason})")
 
 
-def device(name: str) -> torch.device:
+def set_device(name: str) -> torch.device:
     """Returns the device `name`; of several ranks on GPUs, the GPU of this rank.
 
-    That GPU becomes torch's current one. name: as for `hardware.pick_device`.
+    With several ranks that GPU becomes torch's current one. name: as for `hardware.pick_device`.
     """
     picked = hardware.pick_device(name)
     if count() > 1 and picked.type == "cuda":
@@ -148,7 +149,7 @@ def device(name: str) -> torch.device:
     return picked
 
 
-def exchanged(value: Item) -> list[Item]:
+def all_gather(value: Item) -> list[Item]:
     """Returns the values of all ranks, in the order of the ranks, on each rank.
 
     All ranks have to call it, and wait for each other. Values are pickled.
@@ -161,7 +162,7 @@ def exchanged(value: Item) -> list[Item]:
 
 
 @contextmanager
-def agreed() -> Iterator[None]:
+def fail_together() -> Iterator[None]:
     """Context that all ranks leave together; if one of them fails inside, all end.
 
     The first rank that fails raises its error. The others end in silence, but for the first rank of
@@ -174,7 +175,7 @@ def agreed() -> Iterator[None]:
     except Exception as failure:
         error = failure
     node = os.environ.get("GROUP_RANK")
-    failures: list[Any] = exchanged(None if error is None else (str(error), node))
+    failures: list[Any] = all_gather(None if error is None else (str(error), node))
     failed = next((rank for rank, failure in enumerate(failures) if failure), None)
     if failed is None:
         return
@@ -189,12 +190,13 @@ def agreed() -> Iterator[None]:
 def on_first(function: Callable[[*Arguments], Result], *args: *Arguments) -> Result:
     """Calls `function` on the first rank; returns its result on all ranks, which wait for it.
 
-    If it fails, all end, as in `agreed`. The function must not exchange anything with other ranks.
+    If it fails, all end, as in `fail_together`. The function must not exchange anything with other
+    ranks.
     """
     if count() == 1:
         return function(*args)
     result: Any = None
-    with agreed():
+    with fail_together():
         if first():
             with _telling_others_to_wait():
                 result = function(*args)
@@ -249,7 +251,7 @@ def _broadcast_from_first(value: Any) -> Any:
     return values[0]
 
 
-def gathered(items: Iterable[Item]) -> Iterator[Item]:
+def gather_to_first(items: Iterable[Item]) -> Iterator[Item]:
     """Yields the items of all ranks on the first rank, one of each rank in turn.
 
     It yields nothing on other ranks. All ranks have to iterate over the result to its end. An error
@@ -260,22 +262,22 @@ def gathered(items: Iterable[Item]) -> Iterator[Item]:
         return
     iterator = iter(items)
     while True:
-        with agreed():
+        with fail_together():
             part = list(islice(iterator, 1))  # empty at the end
-        parts = exchanged(part)
+        parts = all_gather(part)
         if not any(parts):
             return
         if first():
             yield from chain.from_iterable(parts)
 
 
-def mapped(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def map_to_first(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Yields `function(item)` of each item, in order, on the first rank; nothing on others.
 
     The ranks divide the items, which must be the same on all. All have to iterate over the result
     to its end.
     """
-    return gathered(function(item) for item in islice(items, number(), None, count()))
+    return gather_to_first(function(item) for item in islice(items, number(), None, count()))
 
 
 def seed_apart(seed: int) -> None:

@@ -18,16 +18,16 @@ from simplclip.common.lazy import attribute
 if TYPE_CHECKING:
     from simplclip.data.errors import EmptyDataError, ShardError, Skipped, WorkerError
     from simplclip.data.find_sources import sources_of
-    from simplclip.data.held_out_loader import Division, HeldOut, divided, held_out
+    from simplclip.data.held_out_loader import Division, HeldOut, count_division, held_out
     from simplclip.data.loader import Loader
-    from simplclip.data.pack import packed
+    from simplclip.data.pack import pack_shards
     from simplclip.data.read_meta import dataset_size, teacher_stamp
 
 _MODULES = {  # imported on first use: packing needs no torch
     "errors": ("EmptyDataError", "ShardError", "Skipped", "WorkerError"),
-    "held_out_loader": ("Division", "HeldOut", "divided", "held_out"),
+    "held_out_loader": ("Division", "HeldOut", "count_division", "held_out"),
     "loader": ("Loader",),
-    "pack": ("packed",),  # simplclip.data.pack is the module
+    "pack": ("pack_shards",),  # simplclip.data.pack is the module
     "read_meta": ("dataset_size", "teacher_stamp"),
     "find_sources": ("sources_of",),
 }
@@ -40,7 +40,8 @@ __all__ = [
     "Skipped",
     "WorkerError",
 ]
-__all__ += ["dataset_size", "divided", "held_out", "packed", "sources_of", "teacher_stamp"]
+__all__ += ["count_division", "dataset_size", "held_out"]
+__all__ += ["pack_shards", "sources_of", "teacher_stamp"]
 
 if not TYPE_CHECKING:  # a type checker would take any name for known
 

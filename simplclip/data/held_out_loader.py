@@ -135,7 +135,7 @@ class HeldOut:
             results: Iterator[tuple[Any, ...]] = self._results(order, workers, None)
         else:
             order.rank, order.world_size = ranks.number(), ranks.count()
-            results = ranks.gathered(self._results(order, workers, use))
+            results = ranks.gather_to_first(self._results(order, workers, use))
         any_usable = use is not None and not ranks.first()
         for images, positions, pairs, new in results:
             skipped.merge(new)
@@ -254,7 +254,7 @@ class Division(NamedTuple):
     repeated: int  # of these, how many stand verbatim in training
 
 
-def divided(shards: Any, share: float, sidecars: Folders = ()) -> Division:
+def count_division(shards: Any, share: float, sidecars: Folders = ()) -> Division:
     """Reads all training data, of which `share` is held out, and returns counts of both parts.
 
     shards: as `sources_of` takes them. share: above 0, below 1, see `samples.is_held_out`.

@@ -138,11 +138,10 @@ def _print_result(folder: TarFolder, source: str, earlier: bool, hold_out: float
         print(f"{count:,} {remark}, such as {example!r}; see Pixels in docs/data.md")
 
 
-def packed(data: Any, out: str | os.PathLike, *, progress: bool = True) -> Any:
-    """Returns `data` with lists of shards in place of tables, JSON files and folders.
+def pack_shards(data: Any, out: str | os.PathLike, *, progress: bool = True) -> Any:
+    """Packs the tables, JSON files and folders in `data`; returns it with lists of their shards.
 
-    `pack` first writes these shards to OUT/NAME, NAME from the source. `data` itself is not
-    changed.
+    `pack` writes these shards to OUT/NAME, NAME from the source. `data` itself is not changed.
 
     data: a path or address, a mapping with "shards", or a list of these, as `Loader` takes them. A
     mapping may also have the fields of `Options`, which are left out of the result. progress: print
@@ -192,19 +191,19 @@ def _with_sources_replaced(
         folders.add(name)
         return out / name
 
-    def replaced(value: Any, options: Options = Options()) -> Any:  # noqa: B008
+    def replace_sources(value: Any, options: Options = Options()) -> Any:  # noqa: B008
         """Returns `value`, a part of `data`, with its sources replaced."""
         if isinstance(value, Mapping):
             fields = {key: value[key] for key in OPTION_NAMES if value.get(key) is not None}
             rest = {key: value[key] for key in value if key not in OPTION_NAMES}
-            return rest | {"shards": replaced(value.get("shards"), Options(**fields))}
+            return rest | {"shards": replace_sources(value.get("shards"), Options(**fields))}
         if isinstance(value, (list, tuple)):
-            return [replaced(entry, options) for entry in value]
+            return [replace_sources(entry, options) for entry in value]
         if isinstance(value, (str, os.PathLike)) and is_source(value):
             return replacement(value, new_folder(value), options)
         return value
 
-    return replaced(data)
+    return replace_sources(data)
 
 
 def summary(shards: list[str], examples: int = 3) -> str:

@@ -73,7 +73,7 @@ def is_address(text: str) -> bool:
 
 
 def is_source(path: str | os.PathLike) -> bool:
-    """Whether a path is a table, a JSON file or a folder, of which `packed` makes shards.
+    """Whether a path is a table, a JSON file or a folder, of which `pack_shards` makes shards.
 
     A file is told by its ending (also FILE.json#SPLIT) and need not exist.
     """

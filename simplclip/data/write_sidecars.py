@@ -127,7 +127,7 @@ def write_sidecars(
             paths = [out / name for name in rank_names]
             written = _write(portions, paths, process, bar.update)
             rank_entries = ((path.name, rank, entry) for path, entry in written)
-            for name, writer, entry in ranks.gathered(rank_entries):
+            for name, writer, entry in ranks.gather_to_first(rank_entries):
                 folder.entries[name] = entry | _origin(unfinished[name], sidecars)
                 folder.save()
                 if writer != 0:  # the first rank's own samples are counted already

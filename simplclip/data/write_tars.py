@@ -55,7 +55,7 @@ class TarFolder:
         with locked(self.out, "out"):
             names = sorted(path.name for path in self.out.iterdir())
             visible_names = [name for name in names if not name.startswith(".")]
-            # `packed` makes the folder "shards" for this command
+            # `pack_shards` makes the folder "shards" for this command
             other_names = [name for name in visible_names if name != "shards"]
             if "meta.json" in names:
                 self._load_meta()

@@ -111,7 +111,9 @@ def evaluate(
     results: Results | None = None
 
     for source in sources:
-        encoder = load(source, device=ranks.device(settings.device), precision=settings.precision)
+        encoder = load(
+            source, device=ranks.set_device(settings.device), precision=settings.precision
+        )
         if encoder.source != source:
             say(about_best(encoder.source, encoder.step))
         model = ModelResult(encoder.source, encoder.name, encoder.step, encoder.precision)

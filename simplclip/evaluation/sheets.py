@@ -76,18 +76,18 @@ def sheet_of(split: Split, title: str, subtitles: Sequence[str] = ("", "")) -> S
     shown += [answers.query for _, answers in by_image]
     pictures = split.pictures(list(dict.fromkeys(shown)))
     sheet = Sheet()
-    sheet.line(title, 13, 2, weight="bold")
-    sheet.line(LEGEND, 10, 4, color=MUTED)
+    sheet.draw_line(title, 13, 2, weight="bold")
+    sheet.draw_line(LEGEND, 10, 4, color=MUTED)
     headings = "Caption → nearest pictures", "Picture → nearest captions"
     for heading, queries, subtitle in zip(headings, (by_text, by_image), subtitles):
         sheet.y += 0.2
-        sheet.line(heading, 12, weight="bold")
-        sheet.line(subtitle, 10, 2, color=MUTED)
+        sheet.draw_line(heading, 12, weight="bold")
+        sheet.draw_line(subtitle, 10, 2, color=MUTED)
         for part, answers in queries:
             sheet.y += 0.14
             if part:
                 sheet.y += 0.08
-                sheet.line(part, 10.5, weight="bold", color=MUTED)
+                sheet.draw_line(part, 10.5, weight="bold", color=MUTED)
                 sheet.y += 0.04
             if queries is by_text:
                 _draw_images(sheet, split, pictures, answers)
@@ -102,7 +102,7 @@ def _draw_images(sheet: Sheet, split: Split, pictures: dict, answers: Answers) -
 
     pictures: row of an image in the split -> the PIL image. answers: of a query that is a caption.
     """
-    sheet.line(split.captions[answers.query], 10.5, 2)
+    sheet.draw_line(split.captions[answers.query], 10.5, 2)
     sheet.y += 0.05
     group = split.caption_groups[answers.query]
     for column, (image, label) in enumerate(answers.shown()):
@@ -110,8 +110,10 @@ def _draw_images(sheet: Sheet, split: Split, pictures: dict, answers: Answers) -
         if column == TOP:  # the right answer, which was missed, stands apart
             x += GAP
         right = bool(split.groups[image] == group)
-        sheet.tile(pictures[image], x, sheet.y, SIDE, right)
-        sheet.text(x + SIDE / 2, sheet.y + SIDE + 0.04, label, SIDE, 9.5, ha="center", color=MUTED)
+        sheet.draw_tile(pictures[image], x, sheet.y, SIDE, right)
+        sheet.draw_text(
+            x + SIDE / 2, sheet.y + SIDE + 0.04, label, SIDE, 9.5, ha="center", color=MUTED
+        )
     sheet.y += SIDE + 0.04 + LINE * 9.5
 
 
@@ -122,17 +124,17 @@ def _draw_captions(sheet: Sheet, split: Split, pictures: dict, answers: Answers)
     """
     side = 1.1
     x = MARGIN + side + GAP
-    sheet.tile(pictures[answers.query], MARGIN, sheet.y, side)
+    sheet.draw_tile(pictures[answers.query], MARGIN, sheet.y, side)
     step = side / (TOP + 1)
     for line, (row, label) in enumerate(answers.shown()):
         y = sheet.y + line * step
         weight = "normal"
         if split.caption_groups[row] == split.groups[answers.query]:
             weight = "bold"
-            sheet.box(x, y, WIDTH - MARGIN - x, step - 0.01)
+            sheet.draw_box(x, y, WIDTH - MARGIN - x, step - 0.01)
         caption = split.captions[row]
-        sheet.text(x + 0.06, y + 0.015, caption, WIDTH - MARGIN - x - 1.05, 9.5, weight=weight)
-        sheet.text(WIDTH - MARGIN - 0.06, y + 0.015, label, 0.9, 9.5, ha="right", color=MUTED)
+        sheet.draw_text(x + 0.06, y + 0.015, caption, WIDTH - MARGIN - x - 1.05, 9.5, weight=weight)
+        sheet.draw_text(WIDTH - MARGIN - 0.06, y + 0.015, label, 0.9, 9.5, ha="right", color=MUTED)
     sheet.y += side
 
 

@@ -189,10 +189,10 @@ def encode(
     workers: int = 0,
     progress: str | None = None,
 ) -> None:
-    """Reads a split and computes its features, which stay on the CPU, in place of what it had.
+    """Reads a split and stores its features in it, on the CPU, in place of what it had.
 
-    They take 4 D bytes for each image and caption. Ranks divide the images and captions. The first
-    rank gets all of them; on other ranks `split` stays empty.
+    They take 4 D bytes for each image and caption. All ranks have to call it: they divide the
+    images and captions. The first rank gets all features; on other ranks `split` stays empty.
 
     workers: processes that decode images; 0: this one. progress: title of the progress that is
     shown; None: nothing is shown. Raises: InputError if features are not finite; the errors of
@@ -213,7 +213,7 @@ def encode(
             images.append(features)
             bar.update(len(features))
     captions = ranks.on_first(lambda: split.captions)
-    texts = list(ranks.mapped(text_features, range(0, len(captions), batch_size)))
+    texts = list(ranks.map_to_first(text_features, range(0, len(captions), batch_size)))
     if images:
         split.image_features = torch.cat(images)
     if texts:

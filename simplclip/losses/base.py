@@ -260,7 +260,7 @@ class SimilarityLoss(DistributedLoss):
             local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, **unknown
         )
         self.pm_weight = checked_weight("pm_weight", pm_weight)
-        checks.choice("plane", plane, PLANES)
+        checks.check_choice("plane", plane, PLANES)
         self.plane = plane
         self.embed_dim = checked_width("embed_dim", embed_dim)
         self.plane_weight = self.plane_bias = None
@@ -311,8 +311,8 @@ class SimilarityLoss(DistributedLoss):
         no gradient, and "loss", their weighted sum, has it. A collective call if world_size > 1.
         Raises ValueError or TypeError for features, ids or a teacher that do not fit.
         """
-        checks.features("image_features", pairs.image, "[N, D]")
-        checks.features("text_features", pairs.text, "[N, D]")
+        checks.check_features("image_features", pairs.image, "[N, D]")
+        checks.check_features("text_features", pairs.text, "[N, D]")
         if self.embed_dim is not None:
             self._check_width(self.embed_dim, pairs.image, pairs.text)
         if self.world_size > 1:

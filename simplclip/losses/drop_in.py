@@ -82,7 +82,7 @@ class CoCaLoss(ClipLoss, open_clip_loss.CoCaLoss):
         )
         self.caption_loss_weight = checks.number("caption_loss_weight", caption_loss_weight)
         self.clip_loss_weight = checks.number("clip_loss_weight", clip_loss_weight)
-        checks.instance("pad_id", pad_id, int, "an integer")
+        checks.check_instance("pad_id", pad_id, int, "an integer")
         self.caption_loss = nn.CrossEntropyLoss(ignore_index=pad_id)
 
     def forward(  # type: ignore[override]
@@ -155,6 +155,6 @@ class SigLipLoss(PairLoss, open_clip_loss.SigLipLoss):
         modes = True, True, cache_labels, rank, world_size
         super().__init__(*modes, pm_weight=pm_weight, plane=plane, embed_dim=embed_dim, **unknown)
         self.dist_impl = dist_impl or "bidir"
-        checks.choice("dist_impl", self.dist_impl, DIST_IMPLS)
+        checks.check_choice("dist_impl", self.dist_impl, DIST_IMPLS)
         check_count("chunk_size", chunk_size, 0)
         self.chunk_size = chunk_size  # not used here; open_clip 4's own `_loss` reads it

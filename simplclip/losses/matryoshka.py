@@ -43,7 +43,7 @@ class MatryoshkaLoss(nn.Module):
         number.
         """
         super().__init__()
-        checks.instance("loss", loss, nn.Module, "an nn.Module")
+        checks.check_instance("loss", loss, nn.Module, "an nn.Module")
         self.loss, self.widths = loss, tuple(widths)
         self.weights = (1.0,) * len(self.widths) if weights is None else tuple(weights)
         _check_widths(self.widths)

@@ -82,7 +82,7 @@ class RowwiseLoss(DistributedLoss):
         )
         if not callable(fn):
             raise TypeError(f"fn: expected a function or an nn.Module, got {type(fn).__name__}")
-        checks.boolean("symmetric", symmetric)
+        checks.check_boolean("symmetric", symmetric)
         self.fn = fn
         self.symmetric = symmetric
 
@@ -117,8 +117,8 @@ class RowwiseLoss(DistributedLoss):
         Raises: TypeError, ValueError: features or the result of fn are not valid; the message names
         them.
         """
-        checks.features("image_features", image_features, "[N, D]")
-        checks.features("text_features", text_features, "[M, D]")
+        checks.check_features("image_features", image_features, "[N, D]")
+        checks.check_features("text_features", text_features, "[M, D]")
         image, text = autocast(image_features, text_features)
         if self.world_size > 1:
             image, text = self._check_and_scale_with_all_ranks(image, text)

@@ -94,8 +94,8 @@ class WIKDLoss(SimilarityLoss):
         self.relational_weight = checked_weight("relational_weight", relational_weight)
         self.interactive_weight = checked_weight("interactive_weight", interactive_weight)
         self.feature_weight = checked_weight("feature_weight", feature_weight)
-        checks.choice("interactive", interactive, INTERACTIVE)
-        checks.choice("divergence", divergence, DIVERGENCES)
+        checks.check_choice("interactive", interactive, INTERACTIVE)
+        checks.check_choice("divergence", divergence, DIVERGENCES)
         self.interactive, self.divergence = interactive, divergence
         self.teacher_dim = checked_width("teacher_dim", teacher_dim)
         if not self._weights():

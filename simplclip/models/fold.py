@@ -47,7 +47,7 @@ def fold(model: Model) -> Model:
     gradient, and its state dict has other names. Raises InputError if a module is in training mode,
     where a batch norm uses its batch's statistics.
     """
-    checks.instance("model", model, nn.Module, "an nn.Module")
+    checks.check_instance("model", model, nn.Module, "an nn.Module")
     for name, module in model.named_modules():
         if module.training:
             kind = type(module).__name__

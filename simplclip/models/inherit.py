@@ -69,9 +69,9 @@ def inherit(
             has no block in the place of a simplified block, or one of another kind or shape.
         FileNotFoundError: there is no such file.
     """
-    checks.instance("model", model, nn.Module, "an nn.Module")
+    checks.check_instance("model", model, nn.Module, "an nn.Module")
     sources = [source] if isinstance(source, str | os.PathLike | nn.Module | Mapping) else source
-    checks.instance(
+    checks.check_instance(
         "source", sources, Sequence, "a module, a state dict, a path or name, or a list of them"
     )
     if not sources:

@@ -96,9 +96,11 @@ def simplify(
     open_clip, window or rotary attention) or a mask that is not causal (CoCa's text tower), or
     padding cannot be masked, or `init_blocks` does not know a block.
     """
-    checks.instance("model", model, nn.Module, "an nn.Module")
-    checks.instance("blocks", blocks, Mapping | None, "a mapping of towers to indices")
-    checks.instance("share", share, Mapping | None, "a mapping of towers to groups of indices")
+    checks.check_instance("model", model, nn.Module, "an nn.Module")
+    checks.check_instance("blocks", blocks, Mapping | None, "a mapping of towers to indices")
+    checks.check_instance(
+        "share", share, Mapping | None, "a mapping of towers to groups of indices"
+    )
     blocks = dict(blocks or {})
     share = dict(share or {})
     _check_names("towers", towers, TOWERS)

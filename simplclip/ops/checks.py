@@ -19,7 +19,7 @@ def shape_of(t: Any) -> str:
     return f"[{', '.join(map(str, t.shape))}]"
 
 
-def floating(name: str, t: Any, letters: str = "") -> None:
+def check_floating(name: str, t: Any, letters: str = "") -> None:
     """Raises TypeError unless t is a tensor of float32, bfloat16, float16 or float64.
 
     name: of the argument, for the message. letters: its shape there, e.g. "[N, D]".
@@ -31,7 +31,7 @@ def floating(name: str, t: Any, letters: str = "") -> None:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
 
 
-def features(name: str, t: Tensor, letters: str) -> None:
+def check_features(name: str, t: Tensor, letters: str) -> None:
     """Raises TypeError or ValueError unless t is a floating matrix without an empty dimension.
 
     name: of the argument, for the message. letters: its shape there, e.g. "[N, D]".
@@ -40,11 +40,11 @@ def features(name: str, t: Tensor, letters: str) -> None:
         return
     if isinstance(t, Tensor) and t.dim() != 2:
         raise ValueError(f"{name}: expected a tensor {letters}, got shape {shape_of(t)}")
-    floating(name, t, letters)
+    check_floating(name, t, letters)
     raise ValueError(f"{name}: expected at least one row and one column, got shape {shape_of(t)}")
 
 
-def on(name: str, t: Any, other_name: str, device: torch.device) -> None:
+def check_device(name: str, t: Any, other_name: str, device: torch.device) -> None:
     """Raises ValueError unless the tensor t is on the device of another, `other_name`.
 
     name, other_name: of the arguments, for the message.
@@ -53,24 +53,24 @@ def on(name: str, t: Any, other_name: str, device: torch.device) -> None:
         raise ValueError(f"{name}: expected the device of {other_name}, {device}, got {t.device}")
 
 
-def like(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+def check_like(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
     """Raises ValueError, or TypeError, unless t has the device, and the dtype, of `other`.
 
     name, other_name: of the arguments, for the message.
     """
-    on(name, t, other_name, other.device)
+    check_device(name, t, other_name, other.device)
     if t.dtype != other.dtype:
         raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {t.dtype}")
 
 
-def all_like_x(x: Tensor, names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
+def check_all_like_x(x: Tensor, names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
     """Raises ValueError or TypeError unless each tensor, or None, has the device and dtype of x.
 
     names: of the tensors, in their order, for the message.
     """
     for name, t in zip(names, tensors):
         if t is not None and (t.dtype != x.dtype or t.device != x.device):
-            like(name, t, "x", x)
+            check_like(name, t, "x", x)
 
 
 def scalar(
@@ -91,8 +91,8 @@ def scalar(
             return value
         if value.numel() != 1:
             raise ValueError(f"{name}: expected one element, got shape {shape_of(value)}")
-        floating(name, value)
-        on(name, value, of, device)
+        check_floating(name, value)
+        check_device(name, value, of, device)
         return value.reshape(()).to(dtype)
     value = _real(name, value, "a number or a tensor with one element")
     return torch.full((), value, device=device, dtype=dtype)
@@ -124,21 +124,21 @@ def constant(name: str, t: Tensor) -> Tensor:
     return savable(t.detach())
 
 
-def choice(name: str, value: Any, options: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, options: tuple[str, ...]) -> None:
     """Raises ValueError unless the value is one of the options. name: of the argument."""
     if value not in options:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
 
 
-def instance(name: str, value: Any, kind: Any, expected: str) -> None:
+def check_instance(name: str, value: Any, kind: Any, expected: str) -> None:
     """Raises TypeError "NAME: expected EXPECTED, got ..." unless the value is a `kind`."""
     if not isinstance(value, kind):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
 
 
-def boolean(name: str, value: Any) -> None:
+def check_boolean(name: str, value: Any) -> None:
     """Raises TypeError unless the value is a bool. name: of the argument, for the message."""
-    instance(name, value, bool, "a bool")
+    check_instance(name, value, bool, "a bool")
 
 
 def _real(name: str, value: Any, expected: str) -> float:
@@ -168,13 +168,15 @@ def number(name: str, value: Any, *, positive: bool = False) -> float:
     return float(value)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor) -> None:
+def check_attention(
+    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor
+) -> None:
     """Raises TypeError or ValueError if one of these tensors of shaped_attention is not valid."""
     gains = (("alpha", alpha), ("beta", beta), ("gamma", gamma))
     for name, t in (("q", q), ("k", k), ("v", v), *gains):
         if not isinstance(t, Tensor) or t.dtype not in FLOATS or t.device != q.device:
-            floating(name, t)
-            on(name, t, "q", q.device)
+            check_floating(name, t)
+            check_device(name, t, "q", q.device)
     if q.dim() != 4:
         raise ValueError(f"q: expected a tensor [B, L, H, K], got shape {shape_of(q)}")
     if 0 in q.shape:
@@ -185,7 +187,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, gamm
         if t.shape != q.shape:
             raise ValueError(f"{name}: expected the shape of q, {shape_of(q)}, got {shape_of(t)}")
         if t.dtype != q.dtype:
-            like(name, t, "q", q)
+            check_like(name, t, "q", q)
     for name, t in gains:
         if t.shape != q.shape[2:3]:
             raise ValueError(
@@ -207,7 +209,7 @@ def lengths_of_batch(lengths: Tensor, batch: int, length: int, device: torch.dev
         raise TypeError(f"lengths: expected an integer dtype, got {lengths.dtype}")
     if lengths.shape != (batch,):
         raise ValueError(f"lengths: expected one per sequence, [{batch}], got {shape_of(lengths)}")
-    on("lengths", lengths, "q", device)
+    check_device("lengths", lengths, "q", device)
     if device.type == "cpu" and type(lengths) is Tensor and not torch.compiler.is_compiling():
         least, most = map(int, lengths.aminmax())
         extreme = least if least < 0 else most
@@ -216,7 +218,7 @@ def lengths_of_batch(lengths: Tensor, batch: int, length: int, device: torch.dev
     return lengths.clamp(0, length).to(torch.int32)
 
 
-def mlp(
+def check_mlp(
     x: Tensor,
     fc1_weight: Tensor,
     fc1_bias: Tensor | None,
@@ -233,7 +235,7 @@ def mlp(
         if isinstance(t, Tensor) and t.dtype in FLOATS:
             continue
         if t is not None or not name.endswith("bias"):
-            floating(name, t)
+            check_floating(name, t)
     if x.dim() < 1 or 0 in x.shape:
         raise ValueError(
             f"x: expected [..., C] without an empty dimension, got shape {shape_of(x)}"
@@ -259,7 +261,7 @@ def mlp(
             raise ValueError(f"{name}: expected [{size}], got shape {shape_of(t)}")
 
 
-def block(x: Tensor, tensors: Mapping[str, Any], norm: str) -> None:
+def check_block(x: Tensor, tensors: Mapping[str, Any], norm: str) -> None:
     """Raises TypeError or ValueError if one of simplified_block's tensors is not valid.
 
     tensors: all but x, by the names of the arguments. norm: "layernorm" or "rmsnorm". Types, shapes
@@ -283,7 +285,7 @@ def block(x: Tensor, tensors: Mapping[str, Any], norm: str) -> None:
         )
     if norm == "rmsnorm" and tensors["norm_bias"] is not None:
         raise ValueError("norm_bias: expected None, since RMSNorm has no bias, got a tensor")
-    floating("x", x)
+    check_floating("x", x)
     shapes = {
         "qk_weight": (2 * c, c),
         "fc1_weight": (f, c),
@@ -310,14 +312,14 @@ def block(x: Tensor, tensors: Mapping[str, Any], norm: str) -> None:
         ):
             continue
         _check_mlp_of_block(x, tensors)
-        floating(name, t)
-        on(name, t, "x", x.device)
+        check_floating(name, t)
+        check_device(name, t, "x", x.device)
         raise ValueError(f"{name}: expected shape {list(shape)}, got {shape_of(t)}")
 
 
 def _check_mlp_of_block(x: Tensor, tensors: Mapping[str, Any]) -> None:
-    """Raises the errors of `mlp` for a block's x and tensors by name, if it has any.
+    """Raises the errors of `check_mlp` for a block's x and tensors by name, if it has any.
 
     They say more of the shapes that do not fit.
     """
-    mlp(x, *[tensors[name] for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")])
+    check_mlp(x, *[tensors[name] for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")])

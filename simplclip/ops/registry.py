@@ -82,7 +82,7 @@ class Op:
         """Takes an op apart as `define` does, which also registers it; this constructor does not.
 
         name: without "simplclip::". call_type: the dataclass of a call. run, facts: see `define`.
-        composed: whether `run` gets a `pick` of several functions, see `pick`, not a backend's
+        composed: whether `run` gets a `pick` of several functions, see `picker`, not a backend's
         function.
         """
         self.name = name
@@ -119,7 +119,7 @@ class Op:
         """
         first = getattr(call, self.first)
         if self.composed:
-            function = self.pick(first, spec, through)
+            function = self.picker(first, spec, through)
         else:
             facts = self.facts(call) if self.facts else backends.NO_FACTS
             function = _select(self.name, first, spec, False, facts, through)
@@ -144,8 +144,8 @@ class Op:
                 values[position] = t.contiguous()
         return self.call_type(*values)
 
-    def pick(self, first: Tensor, spec: str, through: Callable | None) -> Callable:
-        """Returns a function pick(op, facts) for ops that are composed of others, as the block.
+    def picker(self, first: Tensor, spec: str, through: Callable | None) -> Callable:
+        """Returns the function pick(op, facts) of ops that are composed of others, as the block.
 
         pick returns the backend's function that serves the op of that name. facts: see
         backends.Facts, by default those of a call without attention. first: a tensor with the

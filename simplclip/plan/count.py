@@ -135,7 +135,7 @@ class Counter(TorchDispatchMode):
                 self._change(before, -size)
                 self._change(kind, size)
 
-    def transient(self, size: int) -> None:
+    def count_workspace(self, size: int) -> None:
         """Counts a kernel's workspace of `size` bytes, which is freed at once."""
         self._change(WORKSPACE, size)
         self._change(WORKSPACE, -size)
@@ -149,10 +149,10 @@ class Counter(TorchDispatchMode):
         """
         patches = (
             (registry, "counted", True),
-            (launching, "start", self._launched),
+            (launching, "start", self._count_launch),
             (launching, "repeated", self._repeated),
             (fakes.FakeTensor, "tolist", self._tolist),
-            (torch.cuda, "synchronize", lambda *_: self.wait("synchronize")),
+            (torch.cuda, "synchronize", lambda *_: self.count_wait("synchronize")),
         )
         with ExitStack() as stack:
             for patch in patches:
@@ -160,7 +160,7 @@ class Counter(TorchDispatchMode):
             stack.enter_context(self)
             yield
 
-    def repeat(self, times: int) -> None:
+    def set_repeats(self, times: int) -> None:
         """Makes each kernel that is counted from now on stand for `times` runs."""
         self.times = times
 
@@ -174,7 +174,7 @@ class Counter(TorchDispatchMode):
         finally:
             self.times = before
 
-    def wait(self, name: str) -> None:
+    def count_wait(self, name: str) -> None:
         """Counts a wait of the host for a value, as a Kernel by "host" named after what waits."""
         self.usage.kernels.append(Kernel("host", name, times=self.times))
 
@@ -202,7 +202,7 @@ class Counter(TorchDispatchMode):
                 out = func(*args, **kwargs)
         except (*_NO_FAKE, *_VALUES) as error:
             if self.waits and isinstance(error, fakes.DataDependentOutputException):
-                self.wait(func.name())
+                self.count_wait(func.name())
                 return 0.0
             reason = f"{type(error).__name__} {str(error).strip()}".splitlines()[0]
             raise UncountedOp(
@@ -211,7 +211,7 @@ class Counter(TorchDispatchMode):
             ) from error
         self.hold(out, self.kind, instead_of=())
         if func is torch.ops.aten._flash_attention_backward.default:
-            self.transient(_flash_scratch(args[1], args[6]))
+            self.count_workspace(_flash_scratch(args[1], args[6]))
         self._record(func, args, kwargs, out)
         return out
 
@@ -224,7 +224,7 @@ class Counter(TorchDispatchMode):
         name, starts_kernel = self._leaf_ops[func]
         tensors = [t for t in tree_leaves((args, options, out)) if isinstance(t, Tensor)]
         if "copy" in name and len({t.device.type for t in tensors}) > 1:
-            self.wait(func.name())
+            self.count_wait(func.name())
             return
         on_device = any(t.device.type == self.device.type and t.numel() for t in tensors)
         if not starts_kernel or not on_device:
@@ -242,7 +242,7 @@ class Counter(TorchDispatchMode):
         """A method in place of FakeTensor.tolist: counts a wait and returns a zero per element."""
 
         def tolist(tensor: Tensor) -> list[float]:
-            self.wait("tolist")
+            self.count_wait("tolist")
             return [0.0] * tensor.numel()
 
         return tolist
@@ -261,7 +261,9 @@ class Counter(TorchDispatchMode):
             )
         return Stand.of(tensor, self._numbers[key][0])
 
-    def _launched(self, kernel: Any, programs: int, args: tuple, options: dict[str, Any]) -> None:
+    def _count_launch(
+        self, kernel: Any, programs: int, args: tuple, options: dict[str, Any]
+    ) -> None:
         """Counts a Triton kernel instead of starting it; in place of `kernels.runtime.start`.
 
         kernel: the jitted function; programs: the size of its grid; args, options: its arguments.
@@ -291,7 +293,7 @@ class Counter(TorchDispatchMode):
         def fake(*args: Any) -> Any:
             """Returns fake results of a C++ or CUDA function; counts its workspace and a kernel."""
             out = registry.NATIVE_FAKES[op](*args)
-            self.transient(workspace_bytes(op, backend, *args))
+            self.count_workspace(workspace_bytes(op, backend, *args))
             fields, results = tree_map_only(Tensor, self.stand, (vars(args[0]).copy(), out))
             stands = [v for v in tree_leaves((fields, results)) if isinstance(v, Stand)]
             call = ExtensionCall(op, SimpleNamespace(**fields))

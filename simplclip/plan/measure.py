@@ -35,7 +35,7 @@ def predict(step: Step, device: torch.device, card: Card | None = None) -> Usage
     shortened = mock.patch.object(
         gradient_cache,
         "backward",
-        first_and_last(gradient_cache.backward, counter.repeat, step.skip),
+        first_and_last(gradient_cache.backward, counter.set_repeats, step.skip),
     )
     with fake.fake_weights(step.modules, fake.faker(mode, device)):
         counter.hold(_weights(step), "parameters")

@@ -16,7 +16,7 @@ from simplclip.common.errors import UserError
 from simplclip.models.trained import image_transform, tokenizer
 from simplclip.plan.cards import CARDS, GIB, Card
 from simplclip.plan.count import WEIGHTS
-from simplclip.plan.search import Budget, Planner, Row, gib, one_graphs
+from simplclip.plan.search import Budget, Planner, Row, gib, predict_graphs
 from simplclip.plan.time import FITTED, HELD_OUT, HOST_MS, StepTime, column, step_time
 from simplclip.train.config import Config
 
@@ -157,10 +157,10 @@ def chosen(planner: Planner, rows: list[Row]) -> Row | None:
     if configured.micro_batch is None or size > whole.batch_size:
         steps = [configured, *cached, whole]
     else:
-        steps = [planner.row("in one graph", size, None), configured]
+        steps = [planner.predict_row("in one graph", size, None), configured]
     if cached and cached[0].batch_size >= size and not configured.fits:
         micro = next(n for n in range(cached[0].micro_batch, 0, -1) if size % n == 0)
-        steps = [planner.row("by gradient caching", size, micro), *steps]
+        steps = [planner.predict_row("by gradient caching", size, micro), *steps]
     return next((row for row in steps if row.fits and row.batch_size), None)
 
 
@@ -264,11 +264,13 @@ def run_all(config: Config, *, teacher_width: int | None = None, pairs: int | No
     )
     size, micro = config.data.batch_size, config.data.micro_batch
     if micro == "auto":
-        micro = planner.micro_batch()
-    configured = planner.usage(size, micro)
+        micro = planner.find_micro_batch()
+    configured = planner.predict_usage(size, micro)
     cards = {name: card for name, card in CARDS.items() if card.triton}
     limits = {name: Budget(card.memory * GIB).usable for name, card in cards.items()}
-    graphs = one_graphs(planner.in_one_graph, min(limits.values()), max(limits.values()), _tell)
+    graphs = predict_graphs(
+        planner.predict_in_one_graph, min(limits.values()), max(limits.values()), _tell
+    )
     steps = config.run.steps
     if not steps:
         steps = round(config.run.epochs * (pairs or config.data.samples or 0) / size)
@@ -277,7 +279,7 @@ def run_all(config: Config, *, teacher_width: int | None = None, pairs: int | No
     heads = ("largest in one graph", "its images/s", "the run fits", "its images/s", "its hours")
     print(f"{'card':<20}{'GiB':>4}" + "".join(f"{name:>22}" for name in heads))
     for name, card in cards.items():
-        largest, rate = graphs.largest(limits[name], card)
+        largest, rate = graphs.largest_batch(limits[name], card)
         ms = step_time(configured.kernels, card).ms
         fits = "yes" if configured.peak <= limits[name] else "no"
         hours = f"{steps * ms / 3.6e6:,.1f}" if steps else "(--pairs)"

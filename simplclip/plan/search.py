@@ -95,7 +95,7 @@ class Graphs:
         """Stores the predicted steps: pairs in the batch -> Usage; at least one."""
         self.usages = usages
 
-    def largest(self, limit: int, card: Card) -> tuple[int, float]:
+    def largest_batch(self, limit: int, card: Card) -> tuple[int, float]:
         """Returns the largest batch that takes at most `limit` bytes, and its images/s on a card.
 
         The batch is a little smaller, within WITHIN, and at most MOST_PAIRS; (0, 0.0) if not even
@@ -112,7 +112,7 @@ class Graphs:
         return size, 1e3 * size / ms
 
 
-def one_graphs(
+def predict_graphs(
     predicted: Callable[[int], Usage], least: int, most: int, tell: Callable[[str], object]
 ) -> Graphs:
     """Returns steps of three batches in one graph, as `predicted` predicts them from their pairs.
@@ -135,7 +135,7 @@ class Planner:
     """Plans the steps of a config on a device, "cuda" or "cpu", with a budget; the device need not
     be there.
 
-    config.data.micro_batch "auto" means the result of `micro_batch`. teacher_width: D̂ of the
+    config.data.micro_batch "auto" means the result of `find_micro_batch`. teacher_width: D̂ of the
     stored features, if the shards are not on this machine. tell: gets a line after each prediction
     of a search. card: of CARDS, for times.
 
@@ -198,10 +198,10 @@ class Planner:
         for good.
         """
         if self.config.data.micro_batch == "auto":
-            self.config = self.config.replaced(data={"micro_batch": self.micro_batch()})
+            self.config = self.config.replaced(data={"micro_batch": self.find_micro_batch()})
         data = self.config.data
-        yield self.row("as configured", data.batch_size, data.micro_batch)
-        whole = self.largest("largest in one graph", None)
+        yield self.predict_row("as configured", data.batch_size, data.micro_batch)
+        whole = self.find_largest("largest in one graph", None)
         yield whole
         if self.cacheable and whole.batch_size:
             images = min(SMALL_MICRO_BATCH, data.batch_size)
@@ -209,16 +209,16 @@ class Planner:
                 images = data.images_at_a_time
             if images >= whole.batch_size:  # which would leave no memory for a larger batch
                 images = max(1, whole.batch_size // 2)
-            yield self.largest("largest by gradient caching", images)
+            yield self.find_largest("largest by gradient caching", images)
 
-    def micro_batch(self) -> int | None:
+    def find_micro_batch(self) -> int | None:
         """Returns the largest micro-batch whose step fits, or None if the whole batch fits.
 
         It is a divisor of data.batch_size. Calls `tell` after each prediction. Raises ConfigError
         if not even the smallest micro-batch fits.
         """
         size = self.config.data.batch_size
-        peak = self.usage(size, None).peak
+        peak = self.predict_usage(size, None).peak
         self.tell(f"data.micro_batch = null: {gib(peak)}")
         if peak <= self.budget.usable:
             return None
@@ -227,12 +227,12 @@ class Planner:
             divisors = [micro for micro in range(1, size) if size % micro == 0]
 
         def peak_of(micro: int) -> int:
-            peak = self.usage(size, micro).peak
+            peak = self.predict_usage(size, micro).peak
             self.tell(f"data.micro_batch = {micro}: {gib(peak)}")
             return peak
 
         start = size * self.budget.usable // peak
-        micro, peaks = largest(peak_of, self.budget.usable, divisors, start=start)
+        micro, peaks = search_largest(peak_of, self.budget.usable, divisors, start=start)
         if not micro:
             usable, memory = gib(self.budget.usable), gib(self.budget.memory)
             raise ConfigError(
@@ -242,11 +242,11 @@ class Planner:
             )
         return micro
 
-    def in_one_graph(self, pairs: int) -> Usage:
-        """Predicts a step of so many pairs without gradient caching; see `usage`."""
-        return self.usage(pairs, None)
+    def predict_in_one_graph(self, pairs: int) -> Usage:
+        """Predicts a step of so many pairs without gradient caching; see `predict_usage`."""
+        return self.predict_usage(pairs, None)
 
-    def usage(self, batch_size: int, micro_batch: int | None) -> Usage:
+    def predict_usage(self, batch_size: int, micro_batch: int | None) -> Usage:
         """Predicts the step of the config with these values in its section `data`.
 
         Results are cached. The planner's `step` keeps the changed config.
@@ -258,7 +258,7 @@ class Planner:
             self._usages[size] = predict(self.step, self.device, self.card)
         return self._usages[size]
 
-    def largest(self, what: str, micro_batch: int | None) -> Row:
+    def find_largest(self, what: str, micro_batch: int | None) -> Row:
         """Returns the row of the largest batch that fits, up to the share WITHIN.
 
         what: the row's name. micro_batch: pairs at a time, of which the batch is a multiple; None:
@@ -267,7 +267,7 @@ class Planner:
         """
 
         def peak_of(pairs: int) -> int:
-            peak = self.usage(pairs, micro_batch).peak
+            peak = self.predict_usage(pairs, micro_batch).peak
             self.tell(f"{what}: {pairs:,} pairs take {gib(peak)}")
             return peak
 
@@ -278,17 +278,17 @@ class Planner:
             if micro == micro_batch and pairs in sizes:
                 known[pairs] = usage.peak
         start = MOST_PAIRS if micro_batch else SMALL_MICRO_BATCH
-        size, _ = largest(peak_of, self.budget.usable, sizes, start=start, known=known)
+        size, _ = search_largest(peak_of, self.budget.usable, sizes, start=start, known=known)
         if not size:
             return Row(what, 0, micro_batch, 0, False)
-        return self.row(what, size, micro_batch, at_least=size == sizes[-1])
+        return self.predict_row(what, size, micro_batch, at_least=size == sizes[-1])
 
-    def row(self, what: str, size: int, micro_batch: Any, at_least: bool = False) -> Row:
+    def predict_row(self, what: str, size: int, micro_batch: Any, at_least: bool = False) -> Row:
         """Predicts a step of `size` pairs and returns it as a row named `what`.
 
         micro_batch: pairs at a time; None: all. at_least: whether larger batches were not tried.
         """
-        usage = self.usage(size, micro_batch)
+        usage = self.predict_usage(size, micro_batch)
         time = step_time(usage.kernels, self.card) if self.card else None
         return Row(
             what,
@@ -337,10 +337,10 @@ def largest_micro_batch(config: Config, device: torch.device, ranks: int = 1) ->
     share = config.replaced(
         data={"batch_size": config.data.batch_size // ranks, "micro_batch": None}
     )
-    return Planner(share, Budget.of(device), device.type).micro_batch()
+    return Planner(share, Budget.of(device), device.type).find_micro_batch()
 
 
-def largest(
+def search_largest(
     peak: Callable[[int], int],
     limit: int,
     sizes: Sequence[int],

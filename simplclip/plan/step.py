@@ -263,7 +263,7 @@ def _counted_by_kind(during: During) -> AbstractContextManager:
 
     return mock.patch.multiple(
         steps,
-        losses=allocating("loss", steps.losses),
+        compute_losses=allocating("loss", steps.compute_losses),
         encode_image=allocating("activations", steps.encode_image),
         encode_text=allocating("activations", steps.encode_text),
     )

@@ -23,7 +23,7 @@ from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, check_count
 from simplclip.common.files import sha256
 from simplclip.data.find_sidecars import Folders
-from simplclip.data.pack import packed
+from simplclip.data.pack import pack_shards
 from simplclip.data.samples import Pair, stable_hash
 from simplclip.data.transforms import ImageTransform, finish_on_device, stack_pixels
 from simplclip.data.write_sidecars import write_sidecars
@@ -110,8 +110,8 @@ def run(
     only on the seed, its shard and its key, not on the batch. All ranks have to call it.
 
     Args:
-        data: as `data.pack.packed` takes them; shards of tables, JSON files and folders are made in
-            OUT/shards.
+        data: as `data.pack.pack_shards` takes them, which packs tables, JSON files and folders
+            into OUT/shards.
         model: name of an open_clip CoCa, e.g. coca_ViT-B-32.
         checkpoint: file of its weights, see `models.create`; or
         pretrained: a tag of weights that open_clip downloads.
@@ -124,7 +124,7 @@ def run(
     Raises InputError for an argument out of range, a model that is no CoCa, and weights that do not
     fit; FileNotFoundError.
     """
-    torch_device = ranks.device(device)
+    torch_device = ranks.set_device(device)
     precision, _ = hardware.pick_precision(precision, torch_device)
     coca = load_model(model, checkpoint=checkpoint, pretrained=pretrained).to(torch_device)
     if not 3 <= sampling.max_tokens <= coca.context_length:
@@ -165,7 +165,7 @@ def run(
         **asdict(sampling),
         "precision": precision,
     }
-    shards = ranks.on_first(packed, data, os.path.join(out, "shards"))
+    shards = ranks.on_first(pack_shards, data, os.path.join(out, "shards"))
     summary = write_sidecars(
         shards,
         out,
@@ -179,7 +179,7 @@ def run(
         title="captions",
         progress=progress,
     )
-    total = sum(ranks.exchanged(counts), Counter())
+    total = sum(ranks.all_gather(counts), Counter())
     return summary | {name: total[name] for name in ("captions", "duplicate", "empty")}
 
 

@@ -30,7 +30,7 @@ from simplclip.data.decode_images import open_image
 from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.find_sidecars import Folders
 from simplclip.data.find_sources import sources_of
-from simplclip.data.pack import packed
+from simplclip.data.pack import pack_shards
 from simplclip.data.read_tars import read_tar
 from simplclip.data.samples import TEACHER, TEACHER_JSON, Pair, digests_of, parse
 from simplclip.data.transforms import (
@@ -250,7 +250,7 @@ def run(
     Returns the dict of `write_features`, which documents batch_size, workers and sidecars. All
     ranks have to call it.
 
-    data: as `data.pack.packed` takes them; shards of tables, JSON files and folders are made in
+    data: as `data.pack.pack_shards` takes them, which packs tables, JSON files and folders into
     OUT/shards.
     name, checkpoint, device, precision: arguments of `simplclip.load`, which loads the teacher.
     views, config, seed: number of views, the student whose augmentation they have (a config's file
@@ -265,10 +265,10 @@ def run(
     drawn = None
     if config is not None:
         drawn = Views(student_transform(config), views, seed)
-    torch_device = ranks.device(device)
+    torch_device = ranks.set_device(device)
     precision, _ = hardware.pick_precision(precision, torch_device)
     teacher = load(name, checkpoint, device=torch_device, precision=precision)
-    shards = ranks.on_first(packed, data, os.path.join(out, "shards"))
+    shards = ranks.on_first(pack_shards, data, os.path.join(out, "shards"))
     summary = write_features(
         shards,
         out,

@@ -62,8 +62,8 @@ MAY_CHANGE = (
 )
 
 
-def former(out: Path, resume: bool) -> dict[str, Any] | None:
-    """Returns the checkpoint to continue from, or None for a run that begins; only reads files.
+def read_last(out: Path, resume: bool) -> dict[str, Any] | None:
+    """Reads the checkpoint to continue from; returns None for a run that begins.
 
     out: folder of the run. With `resume` it is last.pt, if there is one, on the CPU; its key "best"
     has "recall", "step" and "config" of best.pt, all None without that file. Without `resume` the
@@ -193,8 +193,8 @@ class Snapshot:
     ) -> None:
         """Takes the present state as the last whole step.
 
-        former: what the function `former` returned. images: number of images of an epoch, for
-        checkpoints; None if they are not counted.
+        former: what `read_last` returned. images: number of images of an epoch, for checkpoints;
+        None if they are not counted.
         """
         self.state, self.out = state, Path(state.config.run.out)
         self.go_on = f"To go on: simplclip train {self.out / 'config.yaml'} --resume"

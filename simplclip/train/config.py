@@ -47,7 +47,7 @@ class Config(Section):
     run: RunConfig = setting(..., "the run itself")
 
     @model_validator(mode="after")
-    def _equal_micro_batches(self) -> Config:
+    def _check_micro_batch(self) -> Config:
         """Raises ValueError if data.micro_batch is a number that does not divide batch_size."""
         size, micro = self.data.batch_size, self.data.micro_batch
         if micro != "auto" and size % self.data.images_at_a_time:
@@ -57,7 +57,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _a_weight_at_every_step(self) -> Config:
+    def _check_weights(self) -> Config:
         """Raises ValueError if no term of the loss has a weight above 0 at some step of the run.
 
         Nothing is checked while run.steps is None.
@@ -162,7 +162,7 @@ def load(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Con
     overrides: "key=value" with dotted keys; values are parsed as YAML. Raises ConfigError, which
     names the key.
     """
-    return from_dict(overridden(read(source), overrides))
+    return from_dict(override(read(source), overrides))
 
 
 def read(source: str | Path) -> dict[str, Any]:
@@ -195,17 +195,17 @@ def _no_config(source: str) -> ConfigError:
     )
 
 
-def overridden(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+def override(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
     """Changes `values`, the sections of a config, in place by "key=value" items; returns them.
 
     Keys are dotted (optim.lr=1e-3). Raises ConfigError.
     """
-    for override in overrides:
-        _override(values, override)
+    for assignment in overrides:
+        _set_value(values, assignment)
     return values
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def _set_value(values: dict[str, Any], override: str) -> None:
     """Sets one "key=value" in `values`, in place; the value is parsed as YAML.
 
     Keys are dotted; sections that are missing are added. Of run.steps and run.epochs the one that

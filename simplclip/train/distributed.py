@@ -1,8 +1,8 @@
 """Training of one model by several ranks, which average gradients and share statistics of norms.
 
 Each tower has a wrapper of its own, since `gradient_cache.backward` exchanges a tower's gradients
-in its last backward pass. Losses average the gradients of their own parameters, and `averaged`
-those of logit scale and bias, which a step may not use.
+in its last backward pass. Losses average the gradients of their own parameters; `average_gradient`
+does it for logit scale and bias, which a step may not use.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def wrap(model: nn.Module) -> dict[str, DistributedDataParallel]:
     }
 
 
-def averaged(scale: Tensor | None) -> Tensor | None:
+def average_gradient(scale: Tensor | None) -> Tensor | None:
     """Returns logit scale or bias; backward averages its gradient over the ranks. None for None.
 
     All ranks have to run backward. With one rank, or if it does not train, it is returned as it is.

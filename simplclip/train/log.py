@@ -18,8 +18,7 @@ from rich.console import Console
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, visible
 from simplclip.common.files import read_csv, write_csv
-from simplclip.common.plotting import Panel, png
-from simplclip.common.plotting import curves as draw_curves
+from simplclip.common.plotting import Panel, png, write_panels
 from simplclip.common.progress import Pace, duration
 from simplclip.data import Division
 from simplclip.evaluation.results import Recall
@@ -78,11 +77,11 @@ class Log:
         """Starts the time of the next step, after work that does not belong to a step."""
         self._began = self._loaded = time.perf_counter()
 
-    def loaded(self) -> None:
-        """Ends the time that a step waits for its data."""
+    def end_loading(self) -> None:
+        """Ends the time that the next step waits for its data; to be called when it has come."""
         self._loaded = time.perf_counter()
 
-    def step(self, row: dict[str, float]) -> None:
+    def write_step(self, row: dict[str, float]) -> None:
         """Shows the figures of a step and writes them to metrics.csv, when they are due.
 
         row: what `train_step` returned. It gets, in place, "samples_per_s", "data_share" (share of
@@ -128,7 +127,7 @@ class Log:
         ]
         return "  ".join(parts)
 
-    def report(self, name: str, split: Any) -> None:
+    def print_skipped(self, name: str, split: Any) -> None:
         """Prints how many samples of an encoded split were read and skipped, if some were skipped.
 
         name: of the split. The same line is printed once in a run.
@@ -138,7 +137,7 @@ class Log:
             self._reports.add(line)
             self.print(line)
 
-    def evaluation(self, split: str, direction: str, recall: Recall, loss: float) -> None:
+    def write_evaluation(self, split: str, direction: str, recall: Recall, loss: float) -> None:
         """Writes a row of R@k of one direction to evaluation.csv, with its chance, and prints it.
 
         split: its name. direction: "image_to_text" or "text_to_image". loss: of the split, which is
@@ -197,7 +196,7 @@ class Log:
         write_csv(path, columns, rows)
         return columns
 
-    def sheet(self, name: str, split: Any) -> None:
+    def write_sheet(self, name: str, split: Any) -> None:
         """Adds the evaluation sheet of an encoded split to TensorBoard, if run.tensorboard is set.
 
         name: of the split. A split without captions has none.
@@ -298,8 +297,8 @@ def _backends(state: State) -> str:
     return ", ".join(f"{op} by {backend}" for op, backend in names.items())
 
 
-def curves(run: Path) -> None:
-    """Draws RUN/curves.png from RUN/metrics.csv and, if there is one, RUN/evaluation.csv.
+def write_curves(run: Path) -> None:
+    """Writes RUN/curves.png from RUN/metrics.csv and, if there is one, RUN/evaluation.csv.
 
     A former picture is replaced. Without a row of metrics.csv nothing is drawn.
     """
@@ -327,7 +326,7 @@ def curves(run: Path) -> None:
         panels.insert(position, _recalls(split, split_rows))
         if "loss" in split_rows[0]:  # of both directions
             panels[0].lines[split] = _series(split_rows[::2], ["loss"])["loss"]
-    draw_curves(run / "curves.png", panels, _best_step(evaluated))
+    write_panels(run / "curves.png", panels, _best_step(evaluated))
 
 
 def _recalls(split: str, rows: list[dict[str, str]]) -> Panel:

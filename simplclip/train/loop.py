@@ -24,7 +24,7 @@ from simplclip.train.checkpoint import Snapshot
 from simplclip.train.compilation import Compilation
 from simplclip.train.config import Config, ConfigError
 from simplclip.train.distributed import wrap
-from simplclip.train.log import Log, curves, first_lines
+from simplclip.train.log import Log, first_lines, write_curves
 from simplclip.train.setup import State, make_state
 from simplclip.train.signals import Interrupted, StopSignals
 from simplclip.train.step import Batch, TrainingError, keep_frozen, train_step
@@ -57,16 +57,16 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
             "number"
         )
     out, began = Path(config.run.out), time.monotonic()
-    with ranks.joined(config.run.timeout_minutes), ExitStack() as stack:
+    with ranks.join(config.run.timeout_minutes), ExitStack() as stack:
         is_first = ranks.first()
         if not is_first:
             console = Console(quiet=True)
         console = console or Console()
 
         ranks.on_first(stack.enter_context, locked(out, "run.out"))
-        former = ranks.on_first(checkpoint.former, out, resume)
-        with ranks.agreed():
-            device = ranks.device(config.run.device)
+        former = ranks.on_first(checkpoint.read_last, out, resume)
+        with ranks.fail_together():
+            device = ranks.set_device(config.run.device)
         precision, why_precision = hardware.pick_precision(config.run.precision, device)
         timed = config.run.cudnn_benchmark and device.type == "cuda"
         stack.enter_context(hardware.timed_algorithms(timed))
@@ -77,7 +77,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
             checkpoint.set_rng_state(former["rng"])
         elif resume:
             state.lines.append(f"resume     {out} has no checkpoint yet: starting at step 0")
-        with ranks.agreed():
+        with ranks.fail_together():
             loader = make_loader(state)
 
         snapshot, log = Snapshot(state, former, samples), Log(state, console)
@@ -87,7 +87,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
                 for line in first_lines(state, why_precision, samples, division):
                     log.print(line)
                 _train(state, loader, splits, snapshot, stop, log)
-            ranks.on_first(curves, out)
+            ranks.on_first(write_curves, out)
         except Exception as error:
             _save_and_raise(ranks.as_rank_error(error), snapshot)
             raise
@@ -113,13 +113,13 @@ def _start(
     Returns the state, the held-out data by name, and the two counts of `_pack_and_count`.
     """
     state: Any = None
-    with ranks.agreed():
+    with ranks.fail_together():
         _micro_batch_size_and_count(config)
         if not former:
             state = make_state(config, device, precision)
         splits = _splits(config, config.eval.splits)
     config, samples, division = ranks.on_first(_pack_and_count, config, former)
-    with ranks.agreed():
+    with ranks.fail_together():
         data.sources_of(config.data.train, "data.train")  # which a node may lack
         splits |= _splits(config, config.held_out)
         if former:
@@ -160,13 +160,13 @@ def _train(
         return
     compilation = Compilation(state, snapshot, log)
     log.print("data       loading the first batch")
-    for batches in steps(state, loader, log):
-        log.loaded()
+    for batches in load_micro_batches(state, loader, log):
+        log.end_loading()
         ranks.seed_apart(config.run.seed + state.step)
         row = compilation.step(partial(train_step, state, batches))
         snapshot.take()
-        log.step(row)
-        ends = stop.agreed() or state.step == config.run.steps
+        log.write_step(row)
+        ends = stop.agree_to_stop() or state.step == config.run.steps
         evaluate_if_due(state, splits, snapshot, log)
         late = time.monotonic() - saved > 60 * SAVE_MINUTES
         if ends or late or state.step % config.run.save_every == 0:
@@ -190,7 +190,7 @@ def _print_end(snapshot: Snapshot, log: Log, seconds: float) -> None:
         log.print(f"best       mean R@1 {recall:.1%}, of step {step}: {out / 'best.pt'}")
 
 
-def steps(state: State, loader: data.Loader, log: Log) -> Iterator[list[Batch]]:
+def load_micro_batches(state: State, loader: data.Loader, log: Log) -> Iterator[list[Batch]]:
     """Yields the micro-batches of each step, one or several, without end.
 
     Before each step `state.data` is set to the loaders' states of all ranks, which have to iterate
@@ -203,7 +203,7 @@ def steps(state: State, loader: data.Loader, log: Log) -> Iterator[list[Batch]]:
         batches.append(_copied(batch) if count > 1 else batch)
         if len(batches) < count:
             continue
-        state.data = ranks.exchanged(loader.state_dict())
+        state.data = ranks.all_gather(loader.state_dict())
         yield batches
         batches = []
         reasons = len(loader.skipped.counts)
@@ -306,13 +306,13 @@ def evaluate(
             # as `simplclip evaluate` and the export compute, so that the figures are equal
             towers = evaluation.Towers(state.model, state.device, "fp32")
             evaluation.encode(towers, split, workers=state.config.data.workers)
-            log.report(name, split)
+            log.print_skipped(name, split)
             retrieval, loss = ranks.on_first(_figures, state, split)
             if retrieval:
                 for direction, figures in retrieval.directions.items():
-                    log.evaluation(name, direction, figures, loss)
+                    log.write_evaluation(name, direction, figures, loss)
                     recalls.append(figures["R@1"].value)
-            ranks.on_first(log.sheet, name, split)
+            ranks.on_first(log.write_sheet, name, split)
             if retrieval:
                 size = min(len(split), state.config.data.batch_size)
                 log.print(f"evaluation {name} loss: {loss:.3f}, in batches of {size}")
@@ -356,10 +356,10 @@ def _pack_and_count(
     else:
         _check_new_run(config)
     remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
-    config = config.replaced(data={"train": data.packed(config.data.train, out / "shards")})
+    config = config.replaced(data={"train": data.pack_shards(config.data.train, out / "shards")})
     if former and config.run.compile == "auto":  # what the run had
         config = config.replaced(run={"compile": former["config"]["run"]["compile"]})
-    division = _division(config) if config.eval.hold_out else None
+    division = _count_division(config) if config.eval.hold_out else None
     samples = config.data.samples
     if samples is None:
         samples = division.train if division else data.dataset_size(config.data.train)
@@ -388,10 +388,10 @@ def _check_new_run(config: Config) -> None:
         )
 
 
-def _division(config: Config) -> data.Division:
+def _count_division(config: Config) -> data.Division:
     """Counts what eval.hold_out makes of the data; raises ConfigError if nothing is left."""
     share = config.eval.hold_out
-    division = data.divided(config.data.train, share, config.data.sidecars)
+    division = data.count_division(config.data.train, share, config.data.sidecars)
     if not division.train or not division.held_out:
         raise ConfigError(
             f"eval.hold_out: expected a share that leaves samples on both sides, got {share:g}: "

@@ -72,7 +72,7 @@ class ModelConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _one_shape(self) -> ModelConfig:
+    def _check_shape(self) -> ModelConfig:
         """Raises ValueError if image_size or context_length has another value in `options`."""
         for section, name in (("vision_cfg", "image_size"), ("text_cfg", "context_length")):
             options = self.options.get(section) or {}
@@ -177,7 +177,7 @@ class Schedule(Section):
     until: int | None = None
 
     @model_validator(mode="after")
-    def _ordered(self) -> Schedule:
+    def _check_order(self) -> Schedule:
         """Raises ValueError if `end` or `until` is not after `start`, or `end` has no `to`."""
         for name, last in (("end", self.end), ("until", self.until)):
             if last is not None and last <= self.start:
@@ -312,7 +312,7 @@ class EvalConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _one_name(self) -> EvalConfig:
+    def _check_split_names(self) -> EvalConfig:
         """Raises ValueError if one of `splits` has the name of the split of hold_out."""
         if self.hold_out and "held_out" in self.splits:
             raise ValueError(
@@ -372,14 +372,14 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_default(cls, values: Any) -> Any:
+    def _without_default_steps(cls, values: Any) -> Any:
         """Returns the values with steps set to None if epochs are given without steps."""
         if isinstance(values, dict) and values.get("epochs") is not None:
             return {"steps": None} | values
         return values
 
     @model_validator(mode="after")
-    def _one_length(self) -> RunConfig:
+    def _check_length(self) -> RunConfig:
         """Raises ValueError unless exactly one of steps and epochs is given."""
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(

@@ -49,12 +49,12 @@ class StopSignals:
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
-    def agreed(self) -> bool:
+    def agree_to_stop(self) -> bool:
         """Whether any rank has noted a stop, so that all stop now; sets `reason` on all of them.
 
         All ranks have to call it, between two steps.
         """
-        stopped = any(ranks.exchanged(self.reason is not None))
+        stopped = any(ranks.all_gather(self.reason is not None))
         if stopped and self.reason is None:
             self.reason = "signal to another rank"
         return stopped

@@ -17,7 +17,7 @@ from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, UserError
 from simplclip.data.transforms import finish_on_device
 from simplclip.train import prefix as prefixes
-from simplclip.train.distributed import averaged
+from simplclip.train.distributed import average_gradient
 from simplclip.train.setup import State, learning_rate
 
 KEPT_SHARE = 10  # of the memory, one part may hold outputs that are kept
@@ -45,7 +45,7 @@ def train_step(state: State, batches: list[Batch]) -> dict[str, float]:
     """
     optimizer, scaler = state.optimizer, state.scaler
     optimizer.zero_grad(set_to_none=True)
-    terms = gradients(state, batches)
+    terms = accumulate_gradients(state, batches)
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, state.config.optim.grad_clip or math.inf)
@@ -72,7 +72,7 @@ def train_step(state: State, batches: list[Batch]) -> dict[str, float]:
     return {"step": state.step, **values, "lr": lr}
 
 
-def gradients(state: State, batches: list[Batch]) -> dict[str, Tensor]:
+def accumulate_gradients(state: State, batches: list[Batch]) -> dict[str, Tensor]:
     """Adds the gradients of a step to `.grad` of the parameters, scaled by `state.scaler`.
 
     Returns "loss", then its weighted terms by their columns, without gradients.
@@ -84,7 +84,7 @@ def gradients(state: State, batches: list[Batch]) -> dict[str, Tensor]:
     if state.config.data.micro_batch is None:
         (batch,) = batches
         features = {tower: function(batch) for tower, function in encode.items()}
-        loss, terms = losses(state, batches, features["image"], features["text"])
+        loss, terms = compute_losses(state, batches, features["image"], features["text"])
         state.scaler.scale(loss).backward()
         return {"loss": loss.detach(), **terms}
     texts, rows = text_batches(state, batches)
@@ -96,7 +96,7 @@ def gradients(state: State, batches: list[Batch]) -> dict[str, Tensor]:
         """Computes the loss of texts, which may be sorted by length, in the order of the images."""
         if rows is not None:
             text = text.index_select(0, rows)
-        return losses(state, batches, image, text)
+        return compute_losses(state, batches, image, text)
 
     terms = gradient_cache.backward(
         encode,
@@ -127,7 +127,7 @@ def update(state: State, lr: float) -> None:
     state.updating = False
 
 
-def losses(
+def compute_losses(
     state: State, batches: list[Batch], image: Tensor, text: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the loss over all `batches`, and its weighted terms by column, without gradients.
@@ -137,7 +137,7 @@ def losses(
     teacher = _teacher_features(state, batches) if state.teacher else []
     groups = _groups(state, batches)
     with hardware.autocast(state.precision, state.device):
-        scale, bias = averaged(state.model.logit_scale), averaged(state.logit_bias)
+        scale, bias = average_gradient(state.model.logit_scale), average_gradient(state.logit_bias)
         return state.objective(state.step, image, text, scale.exp(), bias, groups, *teacher)
 
 

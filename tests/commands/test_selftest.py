@@ -26,7 +26,7 @@ def test_every_op_is_checked():
 @pytest.mark.slow
 @pytest.mark.parametrize("op", selftest.CALLS)
 def test_each_backend_that_serves_is_checked(op):
-    served = {(row.backend, row.dtype) for row in selftest.rows(CPU, [op])}
+    served = {(row.backend, row.dtype) for row in selftest.check_ops(CPU, [op])}
     expected = {("reference", dtype) for dtype in selftest.EPS} | {
         (selftest.COMPILED, torch.float32)
     }

@@ -90,7 +90,7 @@ def test_training_and_evaluation_divide_the_samples(pattern, workers, ranks):
 
 def test_the_share_is_about_the_share(tmp_path):
     shard = write(tmp_path / "a.tar", [(str(i), {"png": png(), "txt": b"x"}) for i in range(1000)])
-    assert 70 <= data.divided(shard, 0.1).held_out <= 130
+    assert 70 <= data.count_division(shard, 0.1).held_out <= 130
 
 
 def test_the_place_of_the_shards_does_not_matter(pattern, tmp_path):
@@ -118,9 +118,9 @@ def test_counts_and_captions_that_stand_in_training(tmp_path):
     held = {int(key) for key in held_of(shard)[0]}
     train = Counter(text for i, text in enumerate(texts) if i not in held)
     twice = [shard, {"shards": shard, "weight": 1.5}]
-    division = data.divided(twice, SHARE)
+    division = data.count_division(twice, SHARE)
     assert division.train == round(2.5 * (40 - len(held)))
-    once = data.divided(shard, SHARE)
+    once = data.count_division(shard, SHARE)
     assert once == (
         40 - len(held),
         len(held),

@@ -246,7 +246,7 @@ def test_data_with_shards_in_place_of_tables_and_folders(folder, tmp_path, monke
         {"shards": ["other.csv", "c.tar"], "weight": 2, **columns},
         "rows.tsv",
     ]
-    found = pack.packed(source, tmp_path / "out")
+    found = pack.pack_shards(source, tmp_path / "out")
     shard = {
         name: [str(tmp_path / f"out/{name}/{name.split('-')[0]}-000000.tar")]
         for name in ("other", "rows", "rows-2")
@@ -259,13 +259,15 @@ def test_data_with_shards_in_place_of_tables_and_folders(folder, tmp_path, monke
     ]
     assert capsys.readouterr().out.count("packed ") == 3
     before = digests(tmp_path / "out", "*/*.tar")
-    assert pack.packed(source, tmp_path / "out") == found
+    assert pack.pack_shards(source, tmp_path / "out") == found
     assert capsys.readouterr().out.count("kept 2 samples of ") == 3
     assert digests(tmp_path / "out", "*/*.tar") == before
     tables = [tmp_path / name for name in ("rows.csv", "more/rows.csv", "rows-2.csv")]
     for place in tables:
         place.parent.mkdir(exist_ok=True)
         table(place, [(folder / path, text) for path, text in ROWS])
-    found = pack.packed(tables, tmp_path / "several")
+    found = pack.pack_shards(tables, tmp_path / "several")
     assert [Path(shard).parent.name for (shard,) in found] == ["rows", "rows-2", "rows-2-2"]
-    assert pack.packed("texts", tmp_path / "one") == [str(tmp_path / "one/texts/texts-000000.tar")]
+    assert pack.pack_shards("texts", tmp_path / "one") == [
+        str(tmp_path / "one/texts/texts-000000.tar")
+    ]

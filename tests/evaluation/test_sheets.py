@@ -215,7 +215,7 @@ def curves_of(run, splits=("held_out",), steps=60, chance=True, terms=()):
     if evaluated:
         rows_of(run / "evaluation.csv", evaluated)
     with drawings.figures() as figures:
-        log.curves(run)
+        log.write_curves(run)
     return figures[0]
 
 

@@ -174,7 +174,7 @@ def test_captions_are_used_or_counted(content, expected):
     for caption in captions:
         json.dumps(caption, ensure_ascii=False).encode()
         sheet = plotting.Sheet()
-        sheet.line(caption, lines=2)
+        sheet.draw_line(caption, lines=2)
         sheet.write("x.png")
 
 

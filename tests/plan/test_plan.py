@@ -15,7 +15,7 @@ from simplclip import models
 from simplclip.plan import actual, fake, measure, search
 from simplclip.plan.cards import GIB, parse_memory
 from simplclip.plan.count import UncountedOp
-from simplclip.plan.search import Budget, largest, largest_micro_batch
+from simplclip.plan.search import Budget, largest_micro_batch, search_largest
 from simplclip.plan.step import TrainerStep, busiest_step, shapes_of
 from simplclip.train import config, setup
 from simplclip.train.config import ConfigError
@@ -289,16 +289,16 @@ def test_the_largest_batch(monkeypatch, peak, limit, most, peaks):
     sizes = range(1, (1 << 20) + 1)
     with monkeypatch.context() as patch:
         patch.setattr(search, "WITHIN", 0)
-        assert largest(peak, limit, sizes, start=8)[0] == most
-    size, seen = largest(peak, limit, sizes, start=8)
+        assert search_largest(peak, limit, sizes, start=8)[0] == most
+    size, seen = search_largest(peak, limit, sizes, start=8)
     assert most / 1.05 - 1 <= size <= most
     assert not size or seen[size] <= limit
     assert len(seen) <= peaks
     divisors = [1, 2, 3, 100, 5000]
-    assert largest(peak, limit, divisors, start=50)[0] == max(
+    assert search_largest(peak, limit, divisors, start=50)[0] == max(
         (n for n in divisors if n <= most), default=0
     )
-    assert largest(peak, limit, [], start=8) == (0, {})
+    assert search_largest(peak, limit, [], start=8) == (0, {})
 
 
 def test_memory_of_cards():

@@ -101,14 +101,15 @@ def test_the_step_that_is_chosen(tiny):
     """One graph where it fits, else the largest micro-batch that fits."""
     values = config.load(tiny, ["data.batch_size=96", "data.micro_batch=48"])
     planner = Planner(values, Budget(CARD.memory * GIB), card="rtx-3090")
-    configured, whole = planner.row("as configured", 96, 48), planner.row("largest", 96, None)
+    configured = planner.predict_row("as configured", 96, 48)
+    whole = planner.predict_row("largest", 96, None)
     assert report.chosen(planner, [configured, whole]).micro_batch is None
     planner.budget = Budget(whole.peak - 1, context=0, libraries=0, fragmentation=0)
-    configured = planner.row("as configured", 96, 48)
+    configured = planner.predict_row("as configured", 96, 48)
     none = search.Row("largest", 0, None, 0, False)
     assert report.chosen(planner, [configured, none]).micro_batch == 48
     planner.budget = Budget(1, context=0, libraries=0, fragmentation=0)
-    assert report.chosen(planner, [planner.row("as configured", 96, 48), none]) is None
+    assert report.chosen(planner, [planner.predict_row("as configured", 96, 48), none]) is None
 
 
 @pytest.mark.slow
@@ -118,19 +119,21 @@ def test_cards_share_their_predictions(tiny):
     """
     planner = Planner(config.load(tiny, []), Budget(GIB), card="rtx-3090")
     limits = [Budget(memory * GIB).usable for memory in (2, 4, 8)]
-    graphs = search.one_graphs(planner.in_one_graph, limits[0], limits[2], lambda line: None)
+    graphs = search.predict_graphs(
+        planner.predict_in_one_graph, limits[0], limits[2], lambda line: None
+    )
     assert len(graphs.usages) == 3
-    size, rate = graphs.largest(limits[1], CARDS["rtx-4090"])
+    size, rate = graphs.largest_batch(limits[1], CARDS["rtx-4090"])
     direct = Planner(planner.config, Budget(4 * GIB), card="rtx-4090")
-    row = direct.row("in one graph", size, None)
+    row = direct.predict_row("in one graph", size, None)
     assert row.peak <= limits[1] < 1.03 * row.peak
     assert rate == pytest.approx(row.images_per_s, rel=0.02)
 
 
 def test_one_prediction_is_enough_for_cards():
     usage = count.Usage(peak=100, kernels=[Kernel("torch", "mm", torch.float16, bytes=10**9)])
-    size, rate = search.Graphs({10: usage}).largest(1000, CARD)
-    assert (size, search.Graphs({10: usage}).largest(5, CARD)) == (98, (0, 0.0))
+    size, rate = search.Graphs({10: usage}).largest_batch(1000, CARD)
+    assert (size, search.Graphs({10: usage}).largest_batch(5, CARD)) == (98, (0, 0.0))
     assert rate == pytest.approx(1e3 * 10 / step_time(usage.kernels, CARD).ms)
 
 

@@ -80,7 +80,7 @@ def test_where_towers_may_compile():
 
 def settings(*changes):
     values = {"data": {"train": "nowhere/*.tar"}, "run": {"out": "runs/none"}}
-    return config.from_dict(config.overridden(values, changes))
+    return config.from_dict(config.override(values, changes))
 
 
 GROUPED = SimpleNamespace(visual=nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, groups=2)))

@@ -303,7 +303,9 @@ def test_shares_and_names_that_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_epochs_count_what_trains(tmp_path):
-    division = data.divided(str(tiny.write_shard(tmp_path / "data/train-0.tar", copies=4)), 0.4)
+    division = data.count_division(
+        str(tiny.write_shard(tmp_path / "data/train-0.tar", copies=4)), 0.4
+    )
     go(tiny.settings(tmp_path, "eval.hold_out=0.4", "run.epochs=1"))
     assert state_of(tmp_path / "run")["step"] == round(division.train / 8)
     assert bits(state_of(tmp_path / "run")["config"])["run"]["steps"] == round(division.train / 8)

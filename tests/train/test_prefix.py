@@ -146,7 +146,7 @@ def trainer_step(*changes):
         "data": {"train": "nowhere/*.tar", "batch_size": 6, "micro_batch": 2},
         "run": {"out": "runs/none", "steps": 10},
     }
-    return TrainerStep(config.from_dict(config.overridden(values, changes)), "fp32")
+    return TrainerStep(config.from_dict(config.override(values, changes)), "fp32")
 
 
 @pytest.mark.slow

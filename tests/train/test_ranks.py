@@ -369,7 +369,7 @@ def test_two_nodes_are_two_ranks(folder, trained):
 def waits(folder):
     """Runs in each of two ranks: the first one works longer than another rank may be silent."""
     began = time.monotonic()
-    with ranks.joined(0.05):
+    with ranks.join(0.05):
         seconds = ranks.on_first(lambda: time.sleep(6) or time.monotonic() - began)
         with pytest.raises((ValueError, SystemExit), match="bad|1"):
             ranks.on_first(int, "bad")

@@ -45,13 +45,13 @@ def test_the_towers_that_train_are_wrapped_apart(monkeypatch):
         }
         for _ in range(3):  # a second step would fail if every parameter had to be used
             model.zero_grad()
-            scale = distributed.averaged(model.logit_scale)
+            scale = distributed.average_gradient(model.logit_scale)
             (
                 scale * (encode["image"](torch.ones(4, 2)) * encode["text"](torch.ones(4, 2))).sum()
             ).backward()
             assert model["never"].weight.grad is None
             assert model["visual"].weight.grad is not None
-        assert distributed.averaged(None) is None
+        assert distributed.average_gradient(None) is None
         assert model.logit_scale.grad is not None
     finally:
         dist.destroy_process_group()

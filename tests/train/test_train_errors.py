@@ -46,7 +46,7 @@ def test_an_error_within_a_step_saves_the_one_before_to_the_bit(
     None: the loss is not finite.
     """
     config = tiny.settings(undisturbed, DROPOUT, f"run.out={tmp_path / 'run'}")
-    original = step.losses
+    original = step.compute_losses
 
     def losses(state, *args, **features):
         if state.step < 4:
@@ -64,7 +64,7 @@ def test_an_error_within_a_step_saves_the_one_before_to_the_bit(
         values = r"loss=nan, contrastive_loss=\d.*, pair_matching_loss=nan"
         message = f"step 5: not finite: {values}.*Step 4 is saved in "
     with monkeypatch.context() as patch:
-        patch.setattr(step, "losses", losses)
+        patch.setattr(step, "compute_losses", losses)
         with pytest.raises(loop.TrainingError, match=message) as raised:
             go(config)
     assert raised.value.__cause__ is error or error is None
@@ -99,7 +99,11 @@ def test_what_fails_behind_a_step_saves_that_step(tmp_path, monkeypatch, undistu
         f"eval.splits.held={held}",
         f"run.out={tmp_path / 'run'}",
     )
-    for target, name, number in ((Log, "write", 1), (evaluation, "encode", 4), (loop, "curves", 7)):
+    for target, name, number in (
+        (Log, "write", 1),
+        (evaluation, "encode", 4),
+        (loop, "write_curves", 7),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, lambda *a, **k: fails())
             with pytest.raises(
@@ -125,7 +129,7 @@ def test_an_evaluation_that_failed_is_made_up(tmp_path, monkeypatch, step):
         for name in ("whole", "parts")
     )
     go(whole)
-    original = Log.evaluation
+    original = Log.write_evaluation
 
     def failing(log, split, *figures):
         if (log.state.step, split) == (step, "b"):
@@ -133,7 +137,7 @@ def test_an_evaluation_that_failed_is_made_up(tmp_path, monkeypatch, step):
         original(log, split, *figures)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Log, "evaluation", failing)
+        patch.setattr(Log, "write_evaluation", failing)
         for resume in (False, True):
             with pytest.raises(
                 loop.TrainingError, match=f"after step {step}: OSError.* Step {step} is saved"

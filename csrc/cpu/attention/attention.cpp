@@ -88,8 +88,10 @@ Tensor shaped_attention_bwd(const AttentionInto& call) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("shaped_attention_fwd_cpu_workspace", TORCH_BOX((&Unpacked<AttentionCall, workspace<AttentionCall, NoWork>>::run)));
-  m.impl("shaped_attention_bwd_cpu_workspace", TORCH_BOX((&Unpacked<AttentionInto, workspace<AttentionInto, NoWork>>::run)));
+  m.impl("shaped_attention_fwd_cpu_workspace",
+         TORCH_BOX((&Unpacked<AttentionCall, workspace_bytes<AttentionCall, NoWorkspace>>::run)));
+  m.impl("shaped_attention_bwd_cpu_workspace",
+         TORCH_BOX((&Unpacked<AttentionInto, workspace_bytes<AttentionInto, NoWorkspace>>::run)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {

@@ -52,10 +52,11 @@ Tensor hidden_rows(const Tensor& h, Scratch& scratch) {
   return scratch.take(h, {std::min(chunk_rows(h), h.size(0)), h.size(1)});
 }
 
-struct Forward {
+// The workspace of forward: activated rows of h, a chunk at a time.
+struct ForwardWorkspace {
   Tensor rows;
 
-  Forward(const HiddenCall& call, Scratch& scratch) : rows(hidden_rows(call.h, scratch)) {}
+  ForwardWorkspace(const HiddenCall& call, Scratch& scratch) : rows(hidden_rows(call.h, scratch)) {}
 };
 
 void parallel_mlp_fwd(const HiddenCall& call) {
@@ -69,7 +70,7 @@ void parallel_mlp_fwd(const HiddenCall& call) {
   const int64_t rows_of_chunk = chunk_rows(h);
   const Tensor w2 = transposed(weight);  // [F, C]
   Scratch scratch;
-  const Forward work(call, scratch);
+  const ForwardWorkspace work(call, scratch);
   for (int64_t i = 0; i < h.size(0); i += rows_of_chunk) {
     const int64_t count = std::min(rows_of_chunk, h.size(0) - i);
     Tensor activated = rows(work.rows, 0, count), to = rows(out, i, count);
@@ -80,11 +81,12 @@ void parallel_mlp_fwd(const HiddenCall& call) {
   }
 }
 
-struct Backward {
+// The workspace of backward: the sum of the weight's gradient, and rows of h, a chunk at a time.
+struct BackwardWorkspace {
   TransposedSum d_weight;
   Tensor rows;
 
-  Backward(const HiddenGradient& call, Scratch& scratch)
+  BackwardWorkspace(const HiddenGradient& call, Scratch& scratch)
       : d_weight(call.weight, call.need_weight,
                  call.h.scalar_type() != ScalarType::Float && chunk_rows(call.h) < call.h.size(0), scratch),
         rows(hidden_rows(call.h, scratch)) {}
@@ -97,7 +99,7 @@ Tensor parallel_mlp_bwd(const HiddenGradient& call) {
   const Activation kind = activation_of(call.act);
   const int64_t rows_of_chunk = chunk_rows(h);
   Scratch scratch;
-  Backward work(call, scratch);
+  BackwardWorkspace work(call, scratch);
   for (int64_t i = 0; i < h.size(0); i += rows_of_chunk) {
     const int64_t count = std::min(rows_of_chunk, h.size(0) - i);
     Tensor to = rows(work.rows, 0, count), hidden = rows(h, i, count);
@@ -113,8 +115,10 @@ Tensor parallel_mlp_bwd(const HiddenGradient& call) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("parallel_mlp_fwd_cpu_workspace", TORCH_BOX((&Unpacked<HiddenCall, workspace<HiddenCall, Forward>>::run)));
-  m.impl("parallel_mlp_bwd_cpu_workspace", TORCH_BOX((&Unpacked<HiddenGradient, workspace<HiddenGradient, Backward>>::run)));
+  m.impl("parallel_mlp_fwd_cpu_workspace",
+         TORCH_BOX((&Unpacked<HiddenCall, workspace_bytes<HiddenCall, ForwardWorkspace>>::run)));
+  m.impl("parallel_mlp_bwd_cpu_workspace",
+         TORCH_BOX((&Unpacked<HiddenGradient, workspace_bytes<HiddenGradient, BackwardWorkspace>>::run)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {

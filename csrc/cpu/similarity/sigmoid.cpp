@@ -8,13 +8,13 @@
 namespace simplclip {
 namespace {
 
-// The memory of similarity_sigmoid: the sweep, and the sum of d_text.
-struct SigmoidWork {
+// The workspace of similarity_sigmoid: the sweep, and the sum of d_text.
+struct SigmoidWorkspace {
   SimilarityCall call;
   Sweep sweep;
   TransposedSum d_text;
 
-  SigmoidWork(const SigmoidCall& sigmoid, Scratch& scratch)
+  SigmoidWorkspace(const SigmoidCall& sigmoid, Scratch& scratch)
       : call(similarities_of(sigmoid)), sweep(call, nullptr, scratch),
         d_text(call.text, sigmoid.need_text, sweep.is_bf16 && sweep.chunk < sweep.n, scratch) {}
 };
@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(const SigmoidCall&
   const int64_t terms = call.sigmoids.size(1);
   STD_TORCH_CHECK(terms == 1 || terms == 2, "sigmoids: expected one or two terms, got ", terms);
   Scratch scratch;
-  SigmoidWork work(call, scratch);
+  SigmoidWorkspace work(call, scratch);
   const Sweep& sweep = work.sweep;
   expect_layout(work.call);
 
@@ -72,7 +72,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(const SigmoidCall&
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("similarity_sigmoid_cpu_workspace", TORCH_BOX((&Unpacked<SigmoidCall, workspace<SigmoidCall, SigmoidWork>>::run)));
+  m.impl("similarity_sigmoid_cpu_workspace",
+         TORCH_BOX((&Unpacked<SigmoidCall, workspace_bytes<SigmoidCall, SigmoidWorkspace>>::run)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {

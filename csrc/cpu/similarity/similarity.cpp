@@ -15,12 +15,12 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 // Returns the statistics of a tensor [6, N] of rows or [3, M] of columns.
 Stats stats_of(const Tensor& t) { return {data<float>(t), t.size(1)}; }
 
-// The memory of forward: the sweep, and the statistics of the columns over each strip of a chunk.
-struct Forward {
+// The workspace of forward: the sweep, and the statistics of the columns over each strip of a chunk.
+struct ForwardWorkspace {
   Sweep sweep;
   Tensor parts;  // [strips, 3, M], [strips, 1, M] without a teacher; no strips if statistics of columns are not needed
 
-  Forward(const SimilarityCall& call, Scratch& scratch) : sweep(call, nullptr, scratch) {
+  ForwardWorkspace(const SimilarityCall& call, Scratch& scratch) : sweep(call, nullptr, scratch) {
     const int64_t strips = call.columns ? strips_of(sweep.chunk) : 0;
     parts = scratch.take(call.image, {strips, has_teacher(call) ? 3 : 1, sweep.m}, ScalarType::Float);
   }
@@ -47,7 +47,7 @@ struct Forward {
 std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(const SimilarityCall& call) {
   expect_layout(call);
   Scratch scratch;
-  const Forward work(call, scratch);
+  const ForwardWorkspace work(call, scratch);
   const Sweep& sweep = work.sweep;
 
   Tensor row_stats = allocate(call.image, {int64_t(RowStat::kCount), sweep.n}, ScalarType::Float);
@@ -91,12 +91,12 @@ struct Sharing {
   }
 };
 
-// The memory of backward.
-struct Backward {
+// The workspace of backward: the sweep, and the sum of d_text.
+struct BackwardWorkspace {
   Sweep sweep;
   TransposedSum d_text;
 
-  Backward(const SimilarityGradient& call, Scratch& scratch)
+  BackwardWorkspace(const SimilarityGradient& call, Scratch& scratch)
       : sweep(call, &call.stored, scratch), d_text(call.text, call.need_text, sweep.is_bf16 && has_several_chunks(), scratch) {}
 
  private:
@@ -107,7 +107,7 @@ struct Backward {
 std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_loss_bwd(const SimilarityGradient& call) {
   expect_layout(call);
   Scratch scratch;
-  Backward work(call, scratch);
+  BackwardWorkspace work(call, scratch);
   const Sweep& sweep = work.sweep;
 
   BackwardIn whole{};  // of all rows
@@ -162,9 +162,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_loss_bwd(const SimilarityG
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("similarity_loss_fwd_cpu_workspace", TORCH_BOX((&Unpacked<SimilarityCall, workspace<SimilarityCall, Forward>>::run)));
+  m.impl("similarity_loss_fwd_cpu_workspace",
+         TORCH_BOX((&Unpacked<SimilarityCall, workspace_bytes<SimilarityCall, ForwardWorkspace>>::run)));
   m.impl("similarity_loss_bwd_cpu_workspace",
-         TORCH_BOX((&Unpacked<SimilarityGradient, workspace<SimilarityGradient, Backward>>::run)));
+         TORCH_BOX((&Unpacked<SimilarityGradient, workspace_bytes<SimilarityGradient, BackwardWorkspace>>::run)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {

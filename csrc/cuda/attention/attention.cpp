@@ -28,17 +28,18 @@ Tensor aligned(const Tensor& t, Scratch& scratch) {
   return to;
 }
 
-struct Forward : AttentionCall {
-  Forward(const AttentionCall& call, Scratch& scratch) : AttentionCall(call) {
+// The workspace of forward: the call, with copies of the tensors that are not aligned.
+struct ForwardWorkspace : AttentionCall {
+  ForwardWorkspace(const AttentionCall& call, Scratch& scratch) : AttentionCall(call) {
     for (Tensor* t : {&q, &k, &v}) *t = aligned(*t, scratch);
   }
 };
 
-// The call with aligned tensors, and memory for the gradients of the gains by sequence.
-struct Backward : AttentionInto {
+// The workspace of backward: the call with aligned tensors, and memory for the gradients of the gains by sequence.
+struct BackwardWorkspace : AttentionInto {
   Tensor parts;  // [B, 3, H]
 
-  Backward(const AttentionInto& call, Scratch& scratch) : AttentionInto(call) {
+  BackwardWorkspace(const AttentionInto& call, Scratch& scratch) : AttentionInto(call) {
     for (Tensor* t : {&q, &k, &v, &grad}) *t = aligned(*t, scratch);
     for (Tensor* t : {&dq, &dk, &dv}) *t = aligned_like(*t, scratch);
     parts = scratch.take(gains, {q.size(0), 3, q.size(2)});
@@ -90,7 +91,7 @@ std::tuple<Tensor, Tensor> shaped_attention_fwd(const AttentionCall& call) {
   const Tensor out = allocate(q, q.sizes());
   const Tensor lse = allocate(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
   Scratch scratch(kGrain);
-  const Forward work(call, scratch);
+  const ForwardWorkspace work(call, scratch);
   const ShapedAttentionForward p{shaped(work, lse), view(out), 0};
   if (q.size(0) == 0) return {out, lse};
   check_by_type(q, [&]<class T>(T*) { return launch_shaped_forward<T>(p, stream_of(q)); });
@@ -104,7 +105,7 @@ Tensor shaped_attention_bwd(const AttentionInto& call) {
   const int batch = call.q.size(0), heads = call.q.size(2);
   const Tensor d_gains = allocate(call.gains, {3, heads});
   Scratch scratch(kGrain);
-  const Backward work(call, scratch);
+  const BackwardWorkspace work(call, scratch);
   const ShapedAttentionBackward p{shaped(work, work.lse), view(work.grad), view(work.dq), view(work.dk), view(work.dv),
                                   work.parts.mutable_data_ptr<float>()};
   if (batch > 0) check_by_type(call.q, [&]<class T>(T*) { return launch_shaped_backward<T>(p, stream); });
@@ -117,8 +118,10 @@ Tensor shaped_attention_bwd(const AttentionInto& call) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("shaped_attention_fwd_cuda_workspace", TORCH_BOX((&Unpacked<AttentionCall, workspace<AttentionCall, Forward, kGrain>>::run)));
-  m.impl("shaped_attention_bwd_cuda_workspace", TORCH_BOX((&Unpacked<AttentionInto, workspace<AttentionInto, Backward, kGrain>>::run)));
+  m.impl("shaped_attention_fwd_cuda_workspace",
+         TORCH_BOX((&Unpacked<AttentionCall, workspace_bytes<AttentionCall, ForwardWorkspace, kGrain>>::run)));
+  m.impl("shaped_attention_bwd_cuda_workspace",
+         TORCH_BOX((&Unpacked<AttentionInto, workspace_bytes<AttentionInto, BackwardWorkspace, kGrain>>::run)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CUDA, m) {

@@ -234,8 +234,8 @@ def shaped_attention(
     Source: He & Hofmann 2023, arXiv 2311.01906, where C is causal only; C over all valid keys and
     `lengths` are additions of this library.
     """
-    checks.attention(q, k, v, alpha, beta, gamma)
-    checks.boolean("causal", causal)
+    checks.check_attention(q, k, v, alpha, beta, gamma)
+    checks.check_boolean("causal", causal)
     if lengths is not None:
         lengths = checks.lengths_of_batch(lengths, q.shape[0], q.shape[1], q.device)
     q, k, v = autocast(q, k, v)

@@ -348,10 +348,10 @@ def simplified_block(
 
     Source: He & Hofmann 2023, arXiv 2311.01906; SiCLIP, arXiv 2411.14789.
     """
-    checks.choice("norm", norm, NORMS)
-    checks.choice("act", act, tuple(ACTIVATIONS))
-    checks.boolean("causal", causal)
-    checks.boolean("recompute", recompute)
+    checks.check_choice("norm", norm, NORMS)
+    checks.check_choice("act", act, tuple(ACTIVATIONS))
+    checks.check_boolean("causal", causal)
+    checks.check_boolean("recompute", recompute)
     matrices = (qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, value_weight, output_weight)
     tensors = {
         **dict(zip(MATRICES, matrices)),
@@ -361,11 +361,11 @@ def simplified_block(
         "beta": beta,
         "gamma": gamma,
     }
-    checks.block(x, tensors, norm)
+    checks.check_block(x, tensors, norm)
     if lengths is not None:
         lengths = checks.lengths_of_batch(lengths, x.shape[0], x.shape[1], x.device)
     x, *cast = autocast(x, *matrices)
-    checks.all_like_x(x, MATRICES, cast)
+    checks.check_all_like_x(x, MATRICES, cast)
     qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, value_weight, output_weight = cast
     wide = accumulate_dtype(x.dtype)
     attention_gain = checks.scalar("attention_gain", attention_gain, x.device, wide, of="x")

@@ -159,16 +159,16 @@ def feature_loss(
     Source: feature distillation in CLIP-KD (Yang et al. 2023, arXiv 2307.12732); unimodal stage of
     WIKD (arXiv 2411.14789).
     """
-    checks.features("student", student, "[N, D]")
-    checks.features("teacher", teacher, "[N, D]")
-    checks.on("teacher", teacher, "student", student.device)
+    checks.check_features("student", student, "[N, D]")
+    checks.check_features("teacher", teacher, "[N, D]")
+    checks.check_device("teacher", teacher, "student", student.device)
     if teacher.shape[0] != student.shape[0]:
         raise ValueError(
             f"teacher: expected one row for each of student's {student.shape[0]}, got "
             f"{teacher.shape[0]}"
         )
-    checks.choice("distance", distance, DISTANCES)
-    checks.boolean("normalize", normalize)
+    checks.check_choice("distance", distance, DISTANCES)
+    checks.check_boolean("normalize", normalize)
     if isinstance(beta, bool) or not isinstance(beta, (int, float)):
         raise TypeError(f"beta: expected a number, got {type(beta).__name__}")
     if not torch.finfo(torch.float32).tiny <= beta < math.inf:
@@ -212,7 +212,7 @@ def _project(student: Tensor, projection: Any, width: int) -> Tensor:  # [N, wid
             f"projection: expected shape [D, D_student] = {shape}, got "
             f"{checks.shape_of(projection)}"
         )
-    checks.on("projection", projection, "student", student.device)
+    checks.check_device("projection", projection, "student", student.device)
     # Autocast casts both, unless one is float64.
     cast = autocasts(student.device) and torch.float64 not in (student.dtype, projection.dtype)
     if projection.dtype != student.dtype and not (cast and projection.is_floating_point()):

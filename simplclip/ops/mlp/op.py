@@ -194,10 +194,10 @@ def parallel_mlp(
             what it got.
         RuntimeError: a forced backend does not support the call.
     """
-    checks.choice("act", act, tuple(ACTIVATIONS))
-    checks.mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    checks.check_choice("act", act, tuple(ACTIVATIONS))
+    checks.check_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     x, *weights = autocast(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    checks.all_like_x(x, WEIGHTS, weights)
+    checks.check_all_like_x(x, WEIGHTS, weights)
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
     keep = keeps_hidden(x, *weights)
     rows = x.reshape(-1, x.shape[-1])

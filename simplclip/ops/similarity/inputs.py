@@ -22,8 +22,8 @@ def check_options(
         raise ValueError(
             f"terms: expected a tuple of at least one of {', '.join(TERMS)}, got {terms!r}"
         )
-    checks.choice("divergence", divergence, DIVERGENCES)
-    checks.boolean("symmetric", symmetric)
+    checks.check_choice("divergence", divergence, DIVERGENCES)
+    checks.check_boolean("symmetric", symmetric)
     for name, value in (("scratch_bytes", scratch_bytes), ("store_bytes", store_bytes)):
         if value is None:
             continue
@@ -53,8 +53,8 @@ def features(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises TypeError or ValueError if a shape, a dtype, a device or the widths do not fit.
     """
-    checks.features("image", image, "[N, D]")
-    checks.features("text", text, "[M, D]")
+    checks.check_features("image", image, "[N, D]")
+    checks.check_features("text", text, "[M, D]")
     image, text = autocast(image, text)
     if text.dtype != image.dtype or text.device != image.device or text.size(1) != image.size(1):
         check_pair({"image": image, "text": text})
@@ -78,7 +78,7 @@ def check_pair(student: Mapping[str, Tensor], equal_rows: bool = False) -> None:
         raise ValueError(
             f"{text_name}: expected the {len(image)} rows of {image_name}, got shape {got}"
         )
-    checks.like(text_name, text, image_name, image)
+    checks.check_like(text_name, text, image_name, image)
     if text.shape[1] != image.shape[1]:
         raise ValueError(
             f"{text_name}: expected the width of {image_name}, {image.shape[1]}, got "
@@ -143,14 +143,14 @@ def _check_teacher(
     name, student_name: of the features in errors. letters: the expected shape there, e.g. "[N,
     D̂]".
     """
-    checks.features(name, features, letters)
+    checks.check_features(name, features, letters)
     if features.size(0) != student.size(0):
         raise ValueError(
             f"{name}: expected the {student.shape[0]} rows of {student_name}, got shape "
             f"{checks.shape_of(features)}"
         )
     if features.device != student.device:
-        checks.on(name, features, student_name, student.device)
+        checks.check_device(name, features, student_name, student.device)
 
 
 def hyperplane(plane: Any, image: Tensor) -> tuple[Tensor, Tensor]:  # [] or [D], []
@@ -172,7 +172,7 @@ def hyperplane(plane: Any, image: Tensor) -> tuple[Tensor, Tensor]:  # [] or [D]
             raise ValueError(
                 f"plane: expected w [D] = [{width}], got shape {checks.shape_of(weight)}"
             )
-        checks.floating("plane's w", weight)
+        checks.check_floating("plane's w", weight)
         if weight.device != device:
             raise ValueError(
                 f"plane: expected w on the device of the features, {device}, got {weight.device}"
@@ -196,7 +196,7 @@ def check_ids(name: str, ids: Tensor, count: int, letter: str, device: torch.dev
         raise ValueError(
             f"{name}: expected shape [{letter}] = [{count}], got {checks.shape_of(ids)}"
         )
-    checks.on(name, ids, "the features", device)
+    checks.check_device(name, ids, "the features", device)
     return checks.savable(ids.long().contiguous())
 
 
@@ -256,7 +256,7 @@ def check_offset(label_offset: int, n: int, m: int, group: Any) -> None:
     if isinstance(label_offset, bool) or not isinstance(label_offset, (int, torch.SymInt)):
         raise TypeError(f"label_offset: expected an int, got {type(label_offset).__name__}")
     if group is not None:
-        checks.instance("group", group, torch.distributed.ProcessGroup, "a process group")
+        checks.check_instance("group", group, torch.distributed.ProcessGroup, "a process group")
         if m != n:
             raise ValueError(
                 f"text: expected this rank's {n} rows with group (they are gathered), got {m}"

@@ -65,7 +65,7 @@ class Parts:
         return self.loader.skipped
 
 
-Loader, curves = data.Loader, loop.curves
+Loader, write_curves = data.Loader, loop.write_curves
 
 
 def observed(config: Any, fault: list | None = None, **options: Any) -> dict:
@@ -96,7 +96,7 @@ def observed(config: Any, fault: list | None = None, **options: Any) -> dict:
         return Parts(rank, world_size, shards=shards, **options)
 
     loop.train_step = recording_step
-    loop.curves = lambda out: None
+    loop.write_curves = lambda out: None
     TextCrop.split = recording_split
     loop.data.Loader = parts
     try:
@@ -106,7 +106,7 @@ def observed(config: Any, fault: list | None = None, **options: Any) -> dict:
         error = f"{type(failed).__name__}: {failed}"
     finally:
         loop.train_step = train_step
-        loop.curves = curves
+        loop.write_curves = write_curves
         TextCrop.split = split
         loop.data.Loader = Loader
     weights = []
