@@ -6,10 +6,14 @@ Each launch is also compared by itself with its definition
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from support.kernels.calls import CALLS, KINDS, QUICK, case_of, kernels_alone, skip_without_fence
 
@@ -19,6 +23,7 @@ import triton
 
 import ptx
 from ptx.capture import CODES, Started
+from simplclip.kernels.similarity.blocks import range_factor
 from support.kernels import launches
 
 pytestmark = pytest.mark.long
@@ -88,6 +93,35 @@ def test_all_calls(name, kind):
 def test_other_architectures(name, kind, sm):
     skip_without_fence(name, kind, sm)
     run(name, kind, sm)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("largest", [1e3, torch.inf])
+def test_range_of_many_rows(largest):
+    """The range kernel with more rows and columns than a block has, and with an infinite bound.
+
+    A whole call of this size would take minutes.
+    """
+    n, m = 5003, 4100
+    features = SimpleNamespace(image=torch.empty(n, 1).half(), text=torch.empty(m, 1).half())
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    scale = torch.tensor(-20.0)
+    planes = (None, draw(2))
+    checked = []
+
+    def compare(started: Started) -> None:
+        checked.append(launches.check(started))
+
+    with ptx.card(86, compare=compare):
+        for teacher, plane, position in itertools.product((False, True), planes, (0, 2047, 4099)):
+            rows, columns = draw(6, n), draw(3, m)
+            rows[:, position] = columns[:, position] = largest
+            inputs = {"scale": scale, "plane": plane, "HAS_TEACHER": teacher}
+            range_factor(features, **inputs, grad_rows=rows, grad_columns=columns)
+            range_factor(features, **inputs, grad_rows=rows)
+        for terms in (1, 2):
+            range_factor(features, sigmoids=largest * draw(5, terms), TERMS=terms)
+    assert len(checked) == 26
 
 
 def coverage(sm: int) -> dict[str, tuple[int, int, set[str]]]:
