@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 from support.kernels.calls import CALLS, KINDS, QUICK, case_of, kernels_alone, skip_without_fence
 
@@ -25,6 +26,8 @@ import ptx
 from ptx.capture import Started
 from ptx.machine import Code
 from simplclip.kernels.similarity.blocks import range_factor
+from simplclip.kernels.similarity.launch import _merge
+from simplclip.kernels.similarity.plan import ROW_SLOTS, column_slots
 from support.kernels import launches
 
 pytestmark = pytest.mark.long
@@ -127,6 +130,25 @@ def test_range_of_many_rows(largest):
         for terms in (1, 2):
             range_factor(features, sigmoids=largest * draw(5, terms), TERMS=terms)
     assert machine.launches == 26
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 50])
+def test_merge_of_many_parts(count):
+    """The merge kernel with more parts than a block has; a call with so many takes minutes."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(count))
+
+    def parts(slots: int) -> Tensor:
+        drawn = draw(count, slots, 133)
+        drawn[:, 1::2] = drawn[:, 1::2].abs() + 1  # sums of exponentials
+        return drawn
+
+    with ptx.card(86, compare=partial(checked, sm=86)) as machine:
+        for has_teacher, other_form in itertools.product((False, True), repeat=2):
+            call = SimpleNamespace(has_teacher=has_teacher)
+            _merge(call, parts(ROW_SLOTS), draw(6, 150), 9, plane=other_form)
+            _merge(call, parts(column_slots(call)), draw(3, 150), 9, previous=other_form)
+    assert machine.launches == 8
 
 
 @dataclass
