@@ -6,10 +6,15 @@ Each launch is also compared by itself with its definition
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import Tensor
 
 from support.kernels.calls import CALLS, KINDS, QUICK, case_of, kernels_alone, skip_without_fence
 
@@ -18,7 +23,11 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 import triton
 
 import ptx
-from ptx.capture import CODES, Started
+from ptx.capture import Started
+from ptx.machine import Code
+from simplclip.kernels.similarity.blocks import range_factor
+from simplclip.kernels.similarity.launch import _merge
+from simplclip.kernels.similarity.plan import ROW_SLOTS, column_slots
 from support.kernels import launches
 
 pytestmark = pytest.mark.long
@@ -42,13 +51,21 @@ class Row:
 
 
 TABLE: dict[tuple[int, str, str], Row] = defaultdict(Row)
+# architecture, kernel -> the code of its forms that the calls of this file started
+FORMS: dict[tuple[int, str], set[Code]] = defaultdict(set)
+
+
+def checked(started: Started, sm: int) -> float:
+    """Notes the code of a launch, and returns its largest error in parts of what is allowed."""
+    FORMS[sm, started.name].add(started.launch.code)
+    return launches.check(started)
 
 
 def run(name: str, kind: str, sm: int, *, need: list[str] | None = None) -> None:
     case, row = case_of(name, kind, need=need), TABLE[sm, name.partition(",")[0], kind]
 
     def compare(started: Started) -> None:
-        row.launch_error = max(row.launch_error, (launches.check(started), started.name))
+        row.launch_error = max(row.launch_error, (checked(started, sm), started.name))
 
     processors = FEW if "blocks" in name or "every" in name else None
     with (
@@ -90,30 +107,76 @@ def test_other_architectures(name, kind, sm):
     run(name, kind, sm)
 
 
-def coverage(sm: int) -> dict[str, tuple[int, int, set[str]]]:
-    """Returns for each kernel the number of instructions in all its forms, of those executed, and
-    where others are.
+@pytest.mark.prove
+@pytest.mark.parametrize("largest", [1e3, torch.inf])
+def test_range_of_many_rows(largest):
+    """The range kernel with more rows and columns than a block has, and with an infinite bound.
+
+    A whole call of this size would take minutes.
     """
-    table = {}
-    for (kernel, architecture), codes in CODES.items():
-        if architecture == sm:
-            done = [
-                (each, executed)
-                for code in codes
-                for each, executed in zip(code.kernel.instructions, code.executed)
-            ]
-            missing = {each.source for each, executed in done if not executed}
-            table[kernel] = len(done), sum(executed for _, executed in done), missing
-    return table
+    n, m = 5003, 4100
+    features = SimpleNamespace(image=torch.empty(n, 1).half(), text=torch.empty(m, 1).half())
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    scale = torch.tensor(-20.0)
+    planes = (None, draw(2))
+
+    with ptx.card(86, compare=partial(checked, sm=86)) as machine:
+        for teacher, plane, position in itertools.product((False, True), planes, (0, 2047, 4099)):
+            rows, columns = draw(6, n), draw(3, m)
+            rows[:, position] = columns[:, position] = largest
+            inputs = {"scale": scale, "plane": plane, "HAS_TEACHER": teacher}
+            range_factor(features, **inputs, grad_rows=rows, grad_columns=columns)
+            range_factor(features, **inputs, grad_rows=rows)
+        for terms in (1, 2):
+            range_factor(features, sigmoids=largest * draw(5, terms), TERMS=terms)
+    assert machine.launches == 26
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 50])
+def test_merge_of_many_parts(count):
+    """The merge kernel with more parts than a block has; a call with so many takes minutes."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(count))
+
+    def parts(slots: int) -> Tensor:
+        drawn = draw(count, slots, 133)
+        drawn[:, 1::2] = drawn[:, 1::2].abs() + 1  # sums of exponentials
+        return drawn
+
+    with ptx.card(86, compare=partial(checked, sm=86)) as machine:
+        for has_teacher, other_form in itertools.product((False, True), repeat=2):
+            call = SimpleNamespace(has_teacher=has_teacher)
+            _merge(call, parts(ROW_SLOTS), draw(6, 150), 9, plane=other_form)
+            _merge(call, parts(column_slots(call)), draw(3, 150), 9, previous=other_form)
+    assert machine.launches == 8
+
+
+@dataclass
+class Coverage:
+    """Instructions of a kernel in all its forms."""
+
+    count: int
+    executed: int
+    others: set[str]  # the lines in the source of those that are not executed
+
+
+def coverage(forms: set[Code]) -> Coverage:
+    instructions = []
+    executed = []
+    for code in forms:
+        instructions += code.kernel.instructions
+        executed += code.executed
+    others = {each.source for each, done in zip(instructions, executed) if not done}
+    return Coverage(len(instructions), sum(executed), others)
 
 
 @pytest.mark.prove
 def test_coverage():
-    """The calls above execute what is compiled for sm_86.
+    """The calls above, all together, execute what is compiled of each kernel for sm_86.
 
     Prints what they showed, and what of each kernel they leave.
     """
-    if not CODES:
+    if not FORMS:
         pytest.skip("no call has run in this process")
     print(
         f"Triton {triton.__version__}: calls, launches, seconds; worst error of a result, of a "
@@ -122,16 +185,17 @@ def test_coverage():
     for (sm, op, kind), row in sorted(TABLE.items()):
         worst = "".join(f"  {error:.3f} {name:60}" for error, name in (row.error, row.launch_error))
         print(f"sm_{sm:<4}{op:24}{kind:5}{row.calls:5}{row.launches:6}{row.seconds:7.1f}{worst}")
-    opcodes = {
-        each.opcode
-        for codes in CODES.values()
-        for code in codes
-        for each in code.kernel.instructions
-    }
+    opcodes = set()
+    for code in set().union(*FORMS.values()):
+        opcodes |= {each.opcode for each in code.kernel.instructions}
     print(len(opcodes), "opcodes:", *sorted(opcodes))
-    table = coverage(86)
-    for kernel, (count, executed, missing) in table.items():
-        print(f"{kernel:40} {count:7} {executed / count:7.1%}  {', '.join(sorted(missing))}")
-    assert sum(executed for _, executed, _ in table.values()) >= 0.97 * sum(
-        count for count, *_ in table.values()
-    )
+    too_few = []
+    for (sm, name), forms in FORMS.items():
+        if sm != 86:
+            continue
+        kernel = coverage(forms)
+        share = kernel.executed / kernel.count
+        print(f"{name:40} {kernel.count:7} {share:7.1%}  {', '.join(sorted(kernel.others))}")
+        if share < 0.97:
+            too_few.append(name)
+    assert not too_few

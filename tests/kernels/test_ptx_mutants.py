@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 import torch
 
-from support.ops.calls import TERMS, mlp_call, similarity_call
+from support.ops.calls import TERMS, Call, mlp_call, similarity_call
 from support.ops.compare import Case
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 import ptx
 from ptx.capture import Started
+from ptx.parse import parse
 from support.kernels import mutants
+from support.kernels.equal_programs import is_equal
 
 # Launches of calls with tiles at the edge of the matrix, and where kernels copy, multiply and
 # reduce.
@@ -26,6 +28,17 @@ CALLS = {
     "fp32": (similarity_call(70, 133, 20, terms=TERMS[:1], width=80), torch.float32),
     "mlp": (mlp_call(130, 72, 200, 40), torch.bfloat16),
 }
+# Calls with the same code: of less than a tile, so that no mask is full, and with longer loops.
+MORE_CALLS = (
+    (similarity_call(3, 5, 1, terms=TERMS, width=16, teacher_width=16, ids=True), torch.bfloat16),
+    (
+        similarity_call(129, 200, 20, terms=TERMS, width=208, teacher_width=176, ids=True),
+        torch.bfloat16,
+    ),
+    (similarity_call(3, 5, 1, terms=TERMS[:1], width=16), torch.float32),
+    (similarity_call(129, 200, 20, terms=TERMS[:1], width=208), torch.float32),
+    (mlp_call(3, 24, 8, 8), torch.bfloat16),
+)
 # A kind, and which of the instructions that it fits: the first, the last, or all together, since
 # single waits and barriers of a pipelined loop are redundant.
 TWELVE = {
@@ -44,20 +57,24 @@ TWELVE = {
 }
 
 
-def started(*names: str) -> list[Started]:
-    """Returns the launches of calls, one of each kernel's form."""
-    launches: dict[int, Started] = {}
-    for name in names:
-        call, dtype = CALLS[name]
-        with ptx.card(86, compare=lambda each: launches.setdefault(id(each.launch.code), each)):
+def started(*calls: tuple[Call, torch.dtype]) -> list[list[Started]]:
+    """Returns for each form of a kernel its first launch in each call."""
+    launches: dict[int, list[Started]] = defaultdict(list)
+    for call, dtype in calls:
+        first: dict[int, Started] = {}
+        with ptx.card(86, compare=lambda each: first.setdefault(id(each.launch.code), each)):  # noqa: B023
             Case(call, dtype, "triton", call.needed()).run()
+        for code, launch in first.items():
+            launches[code].append(launch)
     return list(launches.values())
 
 
 @pytest.fixture(scope="module")
 def gradient():
-    (launch,) = (each for each in started("bf16") if each.name == "_similarity_gradient_kernel")
-    return launch
+    for (launch,) in started(CALLS["bf16"]):
+        if launch.name == "_similarity_gradient_kernel":
+            return launch
+    raise AssertionError("no launch of the gradient kernel")
 
 
 @pytest.mark.slow
@@ -75,22 +92,77 @@ def test_twelve_kinds(gradient, name):
     assert mutants.found_by(gradient, mutants.mutant(kernel, kind, chosen))
 
 
+PIPELINE = """
+.visible .entry test(.param .u64 p0) {{
+.reg .b32 %r<2>;
+.reg .b64 %d<1>;
+ld.param.u64 %d0, [p0];
+mov.u32 %r0, %tid.x;
+cp.async.cg.shared.global [ %r0 + 0 ], [ %d0 + 0 ], 16, 16;
+cp.async.commit_group;
+cp.async.cg.shared.global [ %r0 + 512 ], [ %d0 + 512 ], 16, 16;
+cp.async.commit_group;
+cp.async.wait_group 1;
+bar.sync 0;
+{second}
+ld.shared.b32 %r1, [%r0+16];
+cp.async.wait_group 0;
+bar.sync 0;
+ld.shared.b32 %r1, [%r0+528];
+{last}
+ret;
+}}
+"""
+DROPPED = {
+    "bar.sync": "no barrier",
+    "cp.async.wait_group": "no wait",
+    "cp.async.commit_group": "no end of a group",
+}
+
+
+@pytest.mark.parametrize(
+    ("second", "last", "equal"),
+    [
+        ("", "", []),
+        ("cp.async.wait_group 1;\nbar.sync 0;", "", [6, 7, 8, 9]),
+        ("cp.async.wait_group 1;", "", [8]),
+        ("bar.sync 0;", "", [7, 8]),
+        ("st.shared.b32 [%r0+1024], %r0;\nbar.sync 0;", "", []),
+        ("", "bar.sync 0;\ncp.async.commit_group;", [12, 13]),
+    ],
+)
+def test_equal_programs(second, last, equal):
+    """Each place whose instruction may be dropped alone."""
+    kernel = parse(PIPELINE.format(second=second, last=last))["test"]
+    assert equal == [
+        place
+        for place, instruction in enumerate(kernel.instructions)
+        if is_equal(kernel, DROPPED.get(instruction.opcode, ""), place)
+    ]
+
+
 @pytest.mark.prove
 def test_many():
-    """Most of the rest are equal programs: a second wait, a bound that the data do not reach, a sum
-    of equal lanes.
+    """Prints how many of each kind there are, are found, and are equal programs; then the missed.
+
+    Most of the missed are equal programs too: masks that are always full, a sum of equal lanes.
     """
-    count = Counter()
-    found = Counter()
+    count, found, equal = Counter(), Counter(), Counter()
     missed = []
-    for launch, name, place in mutants.sample(started(*CALLS), 300):
-        kernel = launch.launch.code.kernel
-        how = mutants.found_by(launch, mutants.mutant(kernel, mutants.KINDS[name], {place}))
+    for launches, name, place in mutants.sample(started(*CALLS.values(), *MORE_CALLS), 300):
+        kernel = launches[0].launch.code.kernel
+        mutant = mutants.mutant(kernel, mutants.KINDS[name], {place})
+        line = f"{kernel.name}: {name}: {kernel.instructions[place]}"
         count[name] += 1
-        found[name] += bool(how)
-        if not how:
-            missed.append(f"{kernel.name}: {name}: {kernel.instructions[place]}")
-    print(
-        *(f"{name:42} {count[name]:4} {found[name]:4}" for name in mutants.KINDS), *missed, sep="\n"
-    )
+        if any(mutants.found_by(launch, mutant) for launch in launches):
+            found[name] += 1
+            assert not is_equal(kernel, name, place), line
+        elif is_equal(kernel, name, place):
+            equal[name] += 1
+        else:
+            missed.append(line)
+    for name in mutants.KINDS:
+        print(f"{name:42} {count[name]:4} {found[name]:4} {equal[name]:4}")
+    print(f"{'all':42} {count.total():4} {found.total():4} {equal.total():4}", *missed, sep="\n")
     assert found.total() >= 0.8 * count.total()
+    assert found.total() >= 0.85 * (count.total() - equal.total())

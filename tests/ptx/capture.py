@@ -61,14 +61,13 @@ class Card(Machine):
     def start(self, code: Code, metadata: Any, programs: int, source: Any, values: tuple) -> None:
         arguments = dict(zip(source.fn.arg_names, values))
         flat = list(_flat(source.signature.values(), values))
-        before = (
-            {name: t.clone() for name, t in arguments.items() if isinstance(t, Tensor)}
-            if self.compare
-            else {}
-        )
+        before = {}
+        if self.compare:
+            before = {name: t.clone() for name, t in arguments.items() if isinstance(t, Tensor)}
         began = time.process_time()
         launch = self.launch(code, programs, metadata.num_warps * 32, metadata.shared, flat)
-        self.launches, self.seconds = self.launches + 1, self.seconds + time.process_time() - began
+        self.seconds += time.process_time() - began
+        self.launches += 1
         if self.compare:
             self.compare(Started(source.name, arguments, launch, before))
 
@@ -136,17 +135,10 @@ class _Driver:
 
     def load_binary(self, name: str, text: bytes, shared: int, device: int) -> tuple:
         """Returns module, function, registers, spills and the most threads."""
-        code = Code(parse(text.decode())[name])
-        every = CODES.setdefault((name, device), [])
-        every.append(code)
-        return object(), code, 0, 0, 1024
+        return object(), Code(parse(text.decode())[name]), 0, 0, 1024
 
     def unload_module(self, module: object) -> None:
         pass
-
-
-# kernel, architecture -> the code of its forms so far
-CODES: dict[tuple[str, int], list[Code]] = {}
 
 
 def _without_assembler(*args: Any) -> tuple[str, str] | None:

@@ -19,8 +19,6 @@ from ptx.parse import Register
 
 # log2 of the bytes from one tensor to the next: an index of 32 bits cannot be wrong by so much
 APART = 46
-
-
 FOREVER = np.iinfo(np.int64).max
 # jumps back before a loop is shortened: more than a pipeline has stages, whose numbers come round
 # again
@@ -106,18 +104,16 @@ class Loops:
         body = batch.code.kernel.instructions[start : place + 1]
         predicates = {i.predicate for i in body if i.opcode.startswith("bra")}
         for i in body:
-            if (
-                i.opcode.startswith("setp.")
-                and i.operands[0] in predicates
-                and not i.opcode.endswith("f32")
-            ):
-                kind = i.opcode.rpartition(".")[2].replace("u", "s").replace("b", "s")
-                (left, left_step), (right, right_step) = (
-                    _value(batch, each, kind, steps) for each in i.operands[1:]
-                )
-                closing = left_step - right_step
-                several = (right - left) // np.where(closing == 0, 1, closing)
-                count = np.where((closing != 0) & (several > 0), np.minimum(count, several), count)
+            of_integers = i.opcode.startswith("setp.") and not i.opcode.endswith("f32")
+            if not of_integers or i.operands[0] not in predicates:
+                continue
+            kind = i.opcode.rpartition(".")[2].replace("u", "s").replace("b", "s")
+            left, left_step = _value(batch, i.operands[1], kind, steps)
+            right, right_step = _value(batch, i.operands[2], kind, steps)
+            closing = left_step - right_step
+            several = (right - left) // np.where(closing == 0, 1, closing)
+            ends = (closing != 0) & (several > 0)
+            count = np.where(ends, np.minimum(count, several), count)
         return np.where(count == FOREVER, 0, count)
 
 
@@ -128,7 +124,6 @@ def _signed(batch: Batch, bank: str) -> np.ndarray:
 def _value(batch: Batch, operand: Any, kind: str, steps: dict) -> tuple[np.ndarray, np.ndarray]:
     """Returns an operand's values in int64, and by how much they grow in an iteration."""
     values = reader(operand, kind, batch.code)(batch, slice(None)).astype(np.int64)
-    steady = isinstance(operand, Register)
-    return values, steps[operand.bank][operand.index].astype(np.int64) if steady else np.zeros_like(
-        values
-    )
+    if not isinstance(operand, Register):
+        return values, np.zeros_like(values)
+    return values, steps[operand.bank][operand.index].astype(np.int64)

@@ -1,10 +1,9 @@
 """A machine that runs launches of kernels in PTX.
 
-A register is an array with a lane for each thread of a batch of programs.
-
-The lanes with the lowest program counter run first, so that lanes that took different ways meet
-again where these join. A barrier opens when no lane can go on. What no correct kernel does is
-reported as a hazard, and execution goes on.
+A register is an array with a lane for each thread of a batch of programs. The lanes with the lowest
+program counter run first, so that lanes that took different ways meet again where these join. A
+barrier opens when no lane can go on. What no correct kernel does is reported as a hazard, and
+execution goes on.
 """
 
 from __future__ import annotations
@@ -106,8 +105,12 @@ class Machine:
         tensors = [value for value in values if not isinstance(value, np.generic | None)]
         memory, parameters = self.memory(tensors, code), b""
         for value in values:
-            word = np.uint64(0) if value is None else value
-            word = word if isinstance(word, np.generic) else np.uint64(memory.address(word))
+            if value is None:
+                word = np.uint64(0)
+            elif isinstance(value, np.generic):
+                word = value
+            else:
+                word = np.uint64(memory.address(value))
             parameters += bytes(-len(parameters) % word.itemsize) + word.tobytes()
         assert len(parameters) <= code.kernel.parameter_bytes, code.kernel.name
         parameters = parameters.ljust(code.kernel.parameter_bytes, b"\0")
@@ -281,7 +284,9 @@ class Batch:
             return
         if place in groups:
             lanes = np.sort(np.concatenate([groups[place], lanes]))
-        groups[place] = ALL if not isinstance(lanes, slice) and len(lanes) == self.size else lanes
+        if not isinstance(lanes, slice) and len(lanes) == self.size:
+            lanes = ALL
+        groups[place] = lanes
 
     def opened(self, waiting: dict[int, Lanes]) -> dict[int, Lanes]:
         """Opens the barriers, and returns where their lanes go on."""

@@ -81,9 +81,8 @@ class Memory:
     def __init__(self, size: int, granule: int):
         self.data, self.granule = np.full(-(-size // 16) * 16, 0xFF, np.uint8), granule
         self.views = {size: self.data.view(f"u{size}") for size in (1, 2, 4, 8)}
-        self.writers, self.readers = (
-            np.zeros(len(self.data) // granule, np.int64) for _ in range(2)
-        )
+        self.writers = np.zeros(len(self.data) // granule, np.int64)
+        self.readers = np.zeros_like(self.writers)
 
     def places(
         self, access: Access, addresses: np.ndarray, size: int
@@ -94,8 +93,8 @@ class Memory:
     def checked(
         self, access: Access, addresses: np.ndarray, size: int
     ) -> tuple[Access, np.ndarray, np.ndarray | slice]:
-        """Returns the access of the lanes that may access their addresses, their positions, and
-        which lanes these are.
+        """Returns the access of the lanes whose addresses are good, their positions, and which
+        lanes these are; reports the others.
         """
         at, bad = self.places(access, addresses, size)
         unaligned = (at & (size - 1)) != 0
@@ -104,15 +103,15 @@ class Memory:
         good = ~bad if bad.any() else slice(None)
         return access.of(good), at[good], good
 
-    # [n, count]
     def load(self, access: Access, addresses: np.ndarray, size: int, count: int = 1) -> np.ndarray:
+        """Returns `count` elements of `size` bytes at each address [n]: [n, count]."""
         access, at, good = self.checked(access, addresses, size * count)
         out = np.full((len(addresses), count), -1).astype(f"u{size}")
         out[good] = self.read(access, at, size, count)
         return out
 
-    # [n, count]
     def store(self, access: Access, addresses: np.ndarray, values: np.ndarray) -> None:
+        """Stores values [n, count] from each address [n] on."""
         access, at, good = self.checked(access, addresses, _width(values))
         self.write(access, at, values[good])
 
@@ -138,9 +137,7 @@ class Memory:
         return self.elements(at, self.granule, max(1, size // self.granule))
 
     def races(self, access: Access, others: np.ndarray) -> np.ndarray:
-        """Returns where the shadow words of others [n, granules] are of accesses that race with
-        this one.
-        """
+        """Returns where shadow words [n, granules] are of accesses that race with this one."""
         difference = others ^ access.token[:, None]
         unordered = (others >= access.batch.limit[access.lanes, None]) | (
             difference >> PROGRAM_SHIFT != 0
@@ -165,9 +162,11 @@ class Memory:
         if before.any():
             word = np.where(self.races(access, before), _several(word, before), word)
         self.readers[granules] = word
-        kept = self.readers[granules]
-        if (lost := kept != word).any():
-            self.readers[granules[lost]] = _several(word, kept)[lost]
+        # of the lanes that read the same granule, one has stored its word
+        stored = self.readers[granules]
+        lost = stored != word
+        if lost.any():
+            self.readers[granules[lost]] = _several(word, stored)[lost]
 
     def check_written(self, access: Access, writers: np.ndarray) -> None:
         pass
@@ -204,22 +203,22 @@ class GlobalMemory(Memory):
                 np.lib.stride_tricks.as_strided(inside, (*t.shape, t.itemsize), strides)[...] = True
         self.fetch()
 
-    def both(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields for each storage the bytes here and those of torch."""
+    def copies_and_storages(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields the bytes of each storage here, and in torch."""
         for pointer, storage in self.storages.items():
             begin = self.begin[pointer]
-            theirs = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-            yield self.data[begin : begin + len(storage)], theirs
+            in_torch = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+            yield self.data[begin : begin + len(storage)], in_torch
 
     def fetch(self) -> None:
         """Takes the tensors' values, and forgets who read and wrote them."""
-        for mine, theirs in self.both():
-            mine[...] = theirs
+        for copy, storage in self.copies_and_storages():
+            copy[...] = storage
         self.writers[:], self.readers[:] = 0, 0
 
     def write_back(self) -> None:
-        for mine, theirs in self.both():
-            theirs[...] = mine
+        for copy, storage in self.copies_and_storages():
+            storage[...] = copy
 
     def address(self, tensor: torch.Tensor) -> int:
         begin = self.begin[tensor.untyped_storage().data_ptr()]
@@ -267,8 +266,8 @@ class SharedMemory(Memory):
     def check_written(self, access: Access, writers: np.ndarray) -> None:
         access.report("shared memory is read that was never written", writers == 0)
 
-    # [n, words]
     def start_copy(self, access: Access, addresses: np.ndarray, values: np.ndarray) -> None:
+        """Starts copies of words [n, words] to each address [n]; the bytes are poisoned."""
         access, at, good = self.checked(access, addresses, _width(values))
         self.track_write(access, self.granules(at, _width(values)), access.in_flight)
         self.views[4][self.elements(at, 4, values.shape[1])] = 0xFFFFFFFF

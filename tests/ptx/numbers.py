@@ -189,16 +189,17 @@ LEFT_TF32 = _order((16, 8), [(_G + 8 * i, _T + 4 * h) for h in range(2) for i in
 RIGHT_TF32 = _order((8, 8), [(_T + 4 * h, _G) for h in range(2)])
 
 
-# [lanes, n] -> [warps, rows, columns]
 def matrices(words: np.ndarray, order: np.ndarray, kind: str) -> np.ndarray:
-    """Returns the numbers of a type in an order that whole warps hold in words of 32 bits."""
+    """Returns the matrices [warps, rows, columns] that whole warps hold in words [lanes, n].
+
+    kind: the type of the elements, of 16 or 32 bits.
+    """
     bits = words.view(np.uint16) if TYPES[kind].bank == "16" else words
     return TYPES[kind].decode(bits.reshape(-1, order.size)[:, order])
 
 
-# [warps, rows, columns] -> [lanes, elements]
 def fragments(values: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Returns the elements of each lane."""
+    """Returns the elements of each lane, [lanes, elements], of matrices [warps, rows, columns]."""
     out = np.empty((len(values), order.size), values.dtype)
     out[:, order.ravel()] = values.reshape(len(values), -1)
     return out.reshape(-1, order.size // 32)

@@ -75,9 +75,8 @@ class Kernel:
     parameter_bytes: int = 0
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # -> index of an instruction
-    # of parameters, and of shared variables
-    addresses: dict[str, int] = field(default_factory=dict)
-    # in each bank
+    addresses: dict[str, int] = field(default_factory=dict)  # of parameters and shared variables
+    # how many in each bank
     registers: dict[str, int] = field(
         default_factory=lambda: {"pred": 0, "16": 0, "32": 0, "64": 0}
     )
@@ -113,17 +112,17 @@ class _Parser:
         self.files = {number: Path(name).name for number, name in _FILE.findall(text)}
         self.source = "?"
         self.line = 1
-        place = 0
+        position = 0
         text = re.sub(r"//[^\n]*", "", text)
-        while match := _TOKEN.match(text, place):
-            begin = match.end() - len(match[0].lstrip())
-            self.line += text.count("\n", place, begin)
-            self.take(match)
-            self.line += text.count("\n", begin, match.end())
-            place = match.end()
-            if match["end"] is not None:
+        while token := _TOKEN.match(text, position):
+            begin = token.end() - len(token[0].lstrip())
+            self.line += text.count("\n", position, begin)
+            self.take(token)
+            self.line += text.count("\n", begin, token.end())
+            position = token.end()
+            if token["end"] is not None:
                 return
-        raise self.fail(text[place:].strip().partition("\n")[0])
+        raise self.fail(text[position:].strip().partition("\n")[0])
 
     def fail(self, text: str) -> UnknownPTXError:
         return UnknownPTXError(
@@ -171,7 +170,9 @@ class _Parser:
             raise self.fail(f".reg .{kind}")
         for name in map(str.strip, names.split(",")):
             stem, _, count = name.partition("<")
-            every = [f"{stem}{i}" for i in range(int(count.rstrip(">")))] if count else [name]
+            every = [name]
+            if count:
+                every = [f"{stem}{i}" for i in range(int(count.rstrip(">")))]
             for each in every:
                 self.scopes[-1][each] = Register(bank, counts[bank])
                 counts[bank] += 1
@@ -205,8 +206,10 @@ class _Parser:
         if text in ("%tid.x", "%ctaid.x", "%ntid.x", "%nctaid.x"):
             return Special(text[1:])
         if match := _NUMBER.fullmatch(text):
-            sign, digits, decimal = match.groups()
-            return Immediate(int(f"{sign}{digits}", 16) if digits else int(f"{sign}{decimal}"))
+            sign, bits, decimal = match.groups()
+            if bits:
+                return Immediate(int(f"{sign}{bits}", 16))
+            return Immediate(int(f"{sign}{decimal}"))
         if re.fullmatch(r"[$\w]+", text):
             return Symbol(text)
         raise self.fail(text)

@@ -45,7 +45,9 @@ class Flights:
 
     def check_registers(self, batch: Batch, i: Instruction, lanes: Lanes) -> None:
         """Reports an instruction that uses registers of a product in flight."""
-        for product in self.products if not i.opcode.startswith("wgmma") else ():
+        if i.opcode.startswith("wgmma"):
+            return
+        for product in self.products:
             if not product.registers.isdisjoint(registers(i.operands)):
                 used = np.intersect1d(product.lanes, batch.numbers[lanes])
                 if used.size:
@@ -177,8 +179,9 @@ def _product(i, match, code):
     # have signs that transpose a matrix in shared memory
     of_halves = kind != "tf32" and not in_registers
     expect(int(match[2]) == depth, f"k{depth}")
+    sign_count = 4 if of_halves else 2
     expect(
-        len(signs) == (4 if of_halves else 2),
+        len(signs) == sign_count,
         "signs of both factors, and of halves in shared memory their order",
     )
     expect(
@@ -188,9 +191,8 @@ def _product(i, match, code):
     transposed, used = signs[3:] == [Immediate(1)], _registers(i)
     order, sums = numbers.accumulators(width), vector(sums, width // 2)
     read_sums, write = reader(sums, "b32", code), writer(sums, "f32")
-    read_left = reader(
-        vector(left, 4) if in_registers else left, "b32" if in_registers else "b64", code
-    )
+    left, kind_of_left = (vector(left, 4), "b32") if in_registers else (left, "b64")
+    read_left = reader(left, kind_of_left, code)
     read_right, read_adds = reader(right, "b64", code), reader(adds, "pred", code)
     code.accesses("shared", 16)
 

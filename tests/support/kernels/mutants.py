@@ -128,12 +128,14 @@ def found_by(started: Started, kernel: Kernel) -> str:
     return f"an error of {error:.3g} times what is allowed" if error > 1 else ""
 
 
-def sample(started: list[Started], count: int, seed: int = 0) -> list[tuple[Started, str, int]]:
-    """Draws launches, kinds and places: at most six places of a kind in a launch."""
+def sample(
+    started: list[list[Started]], count: int, seed: int = 0
+) -> list[tuple[list[Started], str, int]]:
+    """Draws the launches of a form, kinds and places: at most six places of a kind in a form."""
     rng, mutations = random.Random(seed), []
-    for launch in started:
+    for form in started:
         for name, kind in KINDS.items():
-            indices = places(kind, launch.launch.code)
+            indices = places(kind, form[0].launch.code)
             drawn = rng.sample(indices, min(len(indices), 6))
-            mutations += [(launch, name, index) for index in drawn]
+            mutations += [(form, name, index) for index in drawn]
     return rng.sample(mutations, min(count, len(mutations)))
