@@ -3,7 +3,7 @@
     python -m benchmarks.cards
         the committed selection; writes a result file and docs/plan_cards.svg
     python -m benchmarks.cards --fit
-        fits the constants of simplclip/plan/time.py to it, as a result file
+        fits the constants of simplclip/plan/time.py to its rows with fitted = yes, as a result file
     python -m benchmarks.cards --file steps.csv --mode train --layout nhwc --card rtx-3090
             [--models resnet50 ...]
         a file of measured steps
@@ -41,10 +41,15 @@ CHART = ROOT / "docs" / "plan_cards.svg"
 
 
 def steps_of(options: argparse.Namespace) -> list[Measured]:
-    """Returns the steps of the file. Columns that it lacks come from the options."""
+    """Returns the steps of the file; for a fit, without rows that were drawn to check one.
+
+    Columns that it lacks come from the options.
+    """
     steps = []
     for row in read_csv(options.file):
         if options.models and row["model"] not in options.models:
+            continue
+        if options.fit and row.get("fitted") == "no":
             continue
         card, mode, layout = (
             row.get(name) or getattr(options, name) for name in ("card", "mode", "layout")

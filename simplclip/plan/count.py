@@ -58,6 +58,8 @@ _NO_FAKE = NotImplementedError, fakes.UnsupportedOperatorException, TypeError
 _EFFICIENT_BACKWARD = (
     torch.ops.aten._efficient_attention_backward.default if torch.__version__ < "2.15" else None
 )
+# C++ asks each fake tensor for its device, more often than it calls ops.
+_DEVICE = torch.ops.prim.device.default
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 _VALUES = fakes.DataDependentOutputException, fakes.DynamicOutputShapeException
 
@@ -182,6 +184,8 @@ class Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is _DEVICE:
+            return func(*args, **kwargs)
         ours = registry.DISPATCH.get(func.name())
         if ours is not None:
             with self:
@@ -222,12 +226,14 @@ class Counter(TorchDispatchMode):
         devices counts as a wait of the host; a view or an op on other devices counts as nothing.
         """
         name, starts_kernel = self._leaf_ops[func]
+        if not starts_kernel:
+            return
         tensors = [t for t in tree_leaves((args, options, out)) if isinstance(t, Tensor)]
         if "copy" in name and len({t.device.type for t in tensors}) > 1:
             self.count_wait(func.name())
             return
         on_device = any(t.device.type == self.device.type and t.numel() for t in tensors)
-        if not starts_kernel or not on_device:
+        if not on_device:
             return
         args, options, out = tree_map_only(Tensor, self.stand, (args, options, out))
         results = [t for t in tree_leaves(out) if isinstance(t, Stand)]

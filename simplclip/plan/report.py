@@ -169,10 +169,7 @@ def _run_length_text(config: Config, row: Row, pairs: int | None) -> str:
 
     pairs: of an epoch; None: as the config or the shards say.
     """
-    try:
-        pairs = pairs or config.data.samples or _training_pairs(config)
-    except (UserError, OSError):
-        pairs = None
+    pairs = _epoch_pairs(config, pairs)
     epoch = "the number of pairs is not known (--pairs)"
     if pairs:
         epoch = f"an epoch of {pairs:,} pairs takes {_duration_text(pairs / row.images_per_s)}"
@@ -187,13 +184,19 @@ def _run_length_text(config: Config, row: Row, pairs: int | None) -> str:
     return f"{epoch}, the run of {length} {_duration_text(steps * row.time.ms / 1e3)}"
 
 
-def _training_pairs(config: Config) -> int | None:
-    """Returns the pairs in the training shards that are not held out.
+def _epoch_pairs(config: Config, pairs: int | None) -> int | None:
+    """Returns `pairs` or, of None, the pairs of an epoch as the config or the shards say.
 
-    None if the shards do not say how many they have.
+    Of the shards' pairs those count that are not held out. None if the shards are not here, or do
+    not say how many they have.
     """
-    pairs = data.dataset_size(config.data.train)
-    return pairs and round(pairs * (1 - config.eval.hold_out))
+    if pairs or config.data.samples:
+        return pairs or config.data.samples
+    try:
+        stored = data.dataset_size(config.data.train)
+    except (UserError, OSError):
+        return None
+    return stored and round(stored * (1 - config.eval.hold_out))
 
 
 def _duration_text(seconds: float) -> str:
@@ -273,7 +276,7 @@ def run_all(config: Config, *, teacher_width: int | None = None, pairs: int | No
     )
     steps = config.run.steps
     if not steps:
-        steps = round(config.run.epochs * (pairs or config.data.samples or 0) / size)
+        steps = round(config.run.epochs * (_epoch_pairs(config, pairs) or 0) / size)
     steps_text = f"the run: {size:,} pairs, {micro or 'all'} at a time"
     print(f"{config.model.name}, {planner.precision}; {steps_text}\n")
     heads = ("largest in one graph", "its images/s", "the run fits", "its images/s", "its hours")

@@ -174,6 +174,22 @@ def test_pairs_that_are_held_out_take_no_time(tiny, monkeypatch):
         assert f"an epoch of {pairs} minutes" in report._run_length_text(settings, row, None)
 
 
+def test_all_cards_read_the_pairs_from_the_shards(tiny, monkeypatch, capsys):
+    """Hours of 2 epochs of the 2,700 of 3,000 pairs that are not held out, 96 a step."""
+    monkeypatch.setattr(report.data, "dataset_size", lambda shards: 3000)
+    copy = Kernel("torch", "copy_", torch.float16, bytes=10**14)
+    usage = count.Usage(peak=GIB, kernels=[copy])
+    monkeypatch.setattr(search, "predict", lambda step, device, card: usage)
+    changes = ["run.epochs=2", "eval.hold_out=0.1", "data.micro_batch=null"]
+    report.run_all(config.load(tiny, changes))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    hours = {row[0]: float(row[6]) for row in rows if row and row[0] in CARDS}
+    assert len(hours) > 10
+    for name, value in hours.items():
+        ms = step_time([copy], CARDS[name]).ms
+        assert value == pytest.approx(round(2 * 2700 / 96) * ms / 3.6e6, abs=0.05)
+
+
 @pytest.mark.slow
 def test_counts_and_wrong_usage(tiny):
     assert [parse_count(text) for text in (None, "12.4M", "500k", "1,000")] == [
