@@ -3,8 +3,8 @@
     python examples/search_photos.py photos --model open_clip:ViT-B-32/openai \
         --find "a red car" beach.jpg --picture hits.png
 
-Features are kept in photos.npz beside the folder, float16 [N, D] with N paths: another search
-encodes new photos only.
+Features are kept in photos.npz beside the folder, float16 [N, D] with N paths, times and sizes:
+another search encodes new and changed photos only.
 """
 
 import argparse
@@ -50,18 +50,38 @@ class Photos(torch.utils.data.Dataset):
             return path, None
 
 
+def version_of(path: str | Path) -> tuple[int, int]:
+    """Returns the time and the size of a file, of which one changes when the file does.
+
+    (0, 0) of a link to nothing, which is skipped later.
+    """
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
+
+
+def stored_features(file: Path, model: str, versions: dict[str, tuple]) -> dict[str, np.ndarray]:
+    """Returns the features of unchanged photos by path; {} if another model's are stored."""
+    if not file.exists():
+        return {}
+    with np.load(file) as stored:
+        if stored["model"] != model or "versions" not in stored:
+            return {}
+        rows = zip(map(str, stored["paths"]), stored["versions"].tolist(), stored["features"])
+        return {path: row for path, version, row in rows if versions.get(path) == tuple(version)}
+
+
 def features_of(folder: Path, encoder: Any) -> tuple[list[str], torch.Tensor]:
     """Returns the paths of N photos and their features float32 [N, D]; encodes those that are not
     stored yet.
     """
     file = folder.parent / f"{folder.name}.npz"
     model = encoder.fingerprint()
-    features = {}
-    if file.exists():
-        with np.load(file) as stored:
-            if stored["model"] == model:
-                features = dict(zip(map(str, stored["paths"]), stored["features"]))
     paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    versions = {path: version_of(path) for path in paths}
+    features = stored_features(file, model, versions)
     photos = Photos([path for path in paths if path not in features], encoder.preprocess)
     for batch in torch.utils.data.DataLoader(photos, 64, num_workers=WORKERS, collate_fn=list):
         batch = {path: pixels for path, pixels in batch if pixels is not None}
@@ -74,7 +94,8 @@ def features_of(folder: Path, encoder: Any) -> tuple[list[str], torch.Tensor]:
         raise SystemExit(f"{folder}: expected photos, got none that can be read")
     rows = np.stack([features[path] for path in paths])
     unfinished = file.with_suffix(".unfinished.npz")
-    np.savez(unfinished, features=rows, paths=np.array(paths), model=model)
+    arrays = {"paths": np.array(paths), "versions": np.array([versions[path] for path in paths])}
+    np.savez(unfinished, features=rows, model=model, **arrays)
     os.replace(unfinished, file)
     return paths, torch.from_numpy(rows).float()
 

@@ -1,5 +1,5 @@
-"""examples/search_photos.py on a folder of small photos: a photo finds itself, and new photos alone
-are encoded.
+"""examples/search_photos.py on a folder of small photos: a photo finds itself, and only new and
+changed photos are encoded.
 """
 
 import io
@@ -36,6 +36,7 @@ def photos(tmp_path, monkeypatch):
         )
     (folder / "notes.txt").write_text("no photo")
     (folder / "broken.jpg").write_bytes(b"no photo either")
+    (folder / "gone.jpg").symlink_to("nothing.jpg")
     return folder
 
 
@@ -82,18 +83,23 @@ def test_the_weights_are_named(tmp_path, monkeypatch, source, step, expected):
     assert search.weights_of(SimpleNamespace(source=source, step=step)) == expected
 
 
-def test_only_new_photos_are_encoded_and_another_model_encodes_all(
+def test_only_new_and_changed_photos_are_encoded_and_another_model_encodes_all(
     photos, model, tmp_path, monkeypatch
 ):
     search.main([str(photos), "--model", model, "--find", "a ring"])
     (photos / "new.png").write_bytes(tiny.picture(tiny.COLOURS["green"], "bar", size=24))
     (photos / "trip" / "bar.png").unlink()
+    (photos / "trip" / "square.png").write_bytes(
+        tiny.picture(tiny.COLOURS["blue"], "square", size=25)
+    )
     encoded = []
     monkeypatch.setattr(
         search, "opened", lambda path, opened=search.opened: encoded.append(path) or opened(path)
     )
     search.main([str(photos), "--model", model, "--find", "a ring"])
-    assert encoded == [str(photos / "broken.jpg"), str(photos / "new.png")]
+    changed = str(photos / "trip" / "square.png")
+    broken = [str(photos / "broken.jpg"), str(photos / "gone.jpg")]
+    assert encoded == [*broken, str(photos / "new.png"), changed]
     state = torch.load(tmp_path / "tiny.bin", weights_only=True)
     torch.save(
         state | {"text_projection": torch.randn_like(state["text_projection"])},
@@ -103,7 +109,7 @@ def test_only_new_photos_are_encoded_and_another_model_encodes_all(
     search.main(
         [str(photos), "--model", f"open_clip:tiny/{tmp_path / 'other.pt'}", "--find", "a ring"]
     )
-    assert len(encoded) == 5
+    assert len(encoded) == 6
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match="empty: expected photos"):
         search.main([str(tmp_path / "empty"), "--model", model, "--find", "a ring"])
