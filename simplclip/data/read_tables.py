@@ -75,7 +75,8 @@ def is_address(text: str) -> bool:
 def is_source(path: str | os.PathLike) -> bool:
     """Whether a path is a table, a JSON file or a folder, of which `pack_shards` makes shards.
 
-    A file is told by its ending (also FILE.json#SPLIT) and need not exist.
+    A file is told by its ending (also FILE.json#SPLIT) and need not exist; a folder must. False for
+    a URL or pipe:COMMAND.
     """
     text = os.path.expanduser(os.fspath(path))
     if not os.path.exists(text) and is_address(text):

@@ -119,9 +119,10 @@ class Encoder:
         return self._joined(features)
 
     def encode_text(self, texts: str | Sequence[str], batch_size: int = 256) -> Tensor:
-        """Returns features float32 [N, width] of a text (N = 1) or of N texts.
+        """Returns features float32 [N, width], L2-normalised, of a text (N = 1) or of N texts.
 
-        Raises InputError if a feature is not finite.
+        They are on `self.device`, in the order of the texts. Raises InputError if a feature is not
+        finite.
 
         Each different text is encoded once, together with texts of similar length. batch_size:
         texts at a time.

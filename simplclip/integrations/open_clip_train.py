@@ -327,9 +327,10 @@ class OneSweepSigLipLoss(losses.SigLipLoss):
 
 
 def _width(model: str) -> int | None:
-    """Returns the embedding width D of a model by its name, from open_clip's configs.
+    """Returns the embedding width D of a model by its name, as open_clip's config says.
 
-    None for a model without a config there.
+    None for a model without a config. open_clip downloads the config of hf-hub:NAME, and reads that
+    of local-dir:PATH, for which it raises FileNotFoundError.
     """
     import open_clip
 

@@ -226,13 +226,14 @@ class Planner:
         if self.cacheable:
             divisors = [micro for micro in range(1, size) if size % micro == 0]
 
-        def peak_of(micro: int) -> int:
+        def predict_peak(micro: int) -> int:
+            """Returns the bytes predicted with this micro-batch, which `tell` gets as a line."""
             peak = self.predict_usage(size, micro).peak
             self.tell(f"data.micro_batch = {micro}: {gib(peak)}")
             return peak
 
         start = size * self.budget.usable // peak
-        micro, peaks = search_largest(peak_of, self.budget.usable, divisors, start=start)
+        micro, peaks = search_largest(predict_peak, self.budget.usable, divisors, start=start)
         if not micro:
             usable, memory = gib(self.budget.usable), gib(self.budget.memory)
             raise ConfigError(
@@ -266,7 +267,8 @@ class Planner:
         the largest that is tried. Calls `tell` after each prediction.
         """
 
-        def peak_of(pairs: int) -> int:
+        def predict_peak(pairs: int) -> int:
+            """Returns the bytes predicted for so many pairs, which `tell` gets as a line."""
             peak = self.predict_usage(pairs, micro_batch).peak
             self.tell(f"{what}: {pairs:,} pairs take {gib(peak)}")
             return peak
@@ -278,7 +280,7 @@ class Planner:
             if micro == micro_batch and pairs in sizes:
                 known[pairs] = usage.peak
         start = MOST_PAIRS if micro_batch else SMALL_MICRO_BATCH
-        size, _ = search_largest(peak_of, self.budget.usable, sizes, start=start, known=known)
+        size, _ = search_largest(predict_peak, self.budget.usable, sizes, start=start, known=known)
         if not size:
             return Row(what, 0, micro_batch, 0, False)
         return self.predict_row(what, size, micro_batch, at_least=size == sizes[-1])

@@ -194,7 +194,8 @@ class Schedule(Section):
     def at(self, step: int, steps: int) -> float:
         """Returns the weight at `step` (from 0) of a run of `steps` steps.
 
-        Without `end`, `to` is reached at the last step.
+        It is 0 before `start` and from `until` on, and `value` without `to`. Without `end`, `to` is
+        reached at the last step before `until` or the run's end.
         """
         if step < self.start or (self.until is not None and step >= self.until):
             return 0.0

@@ -142,10 +142,10 @@ def compute_losses(
 
 
 def _teacher_features(state: State, batches: list[Batch]) -> list[Tensor]:
-    """Returns the teacher's features of the images [N, D̂] and of the texts [N k, D̂] of a step.
+    """Returns the teacher's stored features of a step: of images [N, D̂] and of texts [N k, D̂].
 
-    They are moved to the device. D̂ is the teacher's width, k the captions of each image. Raises
-    InputError for features of another width.
+    They come from the batches and are moved to the device. D̂ is the teacher's width, k the
+    captions of each image. Raises InputError for features of another width.
     """
     features = []
     for name in ("teacher_image", "teacher_text"):

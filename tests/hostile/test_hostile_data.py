@@ -184,7 +184,7 @@ CLASSES = {
         b"caf\xe9\nx\n",
         "expected imagenet or a file of names, got c.txt: .*utf-8",
     ),
-    "NUL": ("c.txt", b"a\nb\0\n", ["a", "b\ufffd"]),
+    "NUL": ("c.txt", b"a\nb\0c\n", ["a", "b\ufffdc"]),
     "marks and spaces": ("c.txt", b"\xef\xbb\xbfone\n\n two\n", ["one", "two"]),
     "20 MB of a name": ("c.txt", b"a\n" + b"b" * 20_000_000, ["a", "b" * samples.LONGEST]),
 }

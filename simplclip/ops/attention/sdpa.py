@@ -102,9 +102,10 @@ def _flash(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _flash_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dq, dk and dv = Aᵀ grad of ordinary attention A v, [B, L, H, K] each.
+    """Returns new dq, dk and dv = Aᵀ grad of ordinary attention A v, [B, L, H, K] each.
 
-    A = softmax(q kᵀ scale). By FlashAttention, see `attention_backward`.
+    A = softmax(q kᵀ scale), within the call's `causal` and `lengths`; from forward's `lse` and
+    `av`. By FlashAttention, see `attention_backward`.
     """
     length = call.q.shape[1]
     width = call.q.shape[3]
@@ -150,9 +151,10 @@ def _efficient(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _efficient_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dq, dk and dv = Aᵀ grad of ordinary attention A v, [B, L, H, K] each.
+    """Returns new dq, dk and dv = Aᵀ grad of ordinary attention A v, [B, L, H, K] each.
 
-    A = softmax(q kᵀ scale). By the memory-efficient kernel, see `attention_backward`.
+    A = softmax(q kᵀ scale), within the call's `causal` and `lengths`; from forward's `lse` and
+    `av`. By the memory-efficient kernel, see `attention_backward`.
     """
     length = call.q.shape[1]
     width = call.q.shape[3]
@@ -191,9 +193,10 @@ def _on_cpu(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _on_cpu_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dq, dk and dv = Aᵀ grad of ordinary attention A v, [B, L, H, K] each.
+    """Returns new dq, dk and dv = Aᵀ grad of ordinary attention A v, [B, L, H, K] each.
 
-    A = softmax(q kᵀ scale). By torch's kernel for the CPU, see `attention_backward`.
+    A = softmax(q kᵀ scale), within the call's `causal` and `lengths`; from forward's `lse` and
+    `av`. By torch's kernel for the CPU, see `attention_backward`.
     """
     tensors, mask = _heads_and_mask(call, call.grad, call.q, call.k, call.v, call.av)
     gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
