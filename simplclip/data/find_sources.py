@@ -37,7 +37,7 @@ class Source:
     """A tar."""
 
     url: str
-    weight: float = 1.0  # how often it comes in a pass over the data
+    weight: float = 1.0  # how often it comes in an epoch
     name: str = ""  # in messages and seeds; it stays if the data move
 
 
@@ -103,8 +103,8 @@ def sources_of(shards: Any, name: str = "shards") -> list[Source]:
     - a tar by path, brace pattern (train-{000000..000003}.tar) or glob;
     - the URL of tars, http:// or https://, with brace patterns, or pipe:COMMAND, whose output is a
       tar;
-    - a mapping of "shards" (one of these or a list) and "weight" (how often its shards come in a
-      pass over the data; of a fraction a random share, drawn in each pass);
+    - a mapping of "shards" (one of these or a list) and "weight" (how often its shards come in an
+      epoch; of a fraction a random share, drawn in each epoch);
     - a list of these.
 
     A text that names an existing file is that file, whatever it begins with. A pathlib.Path is

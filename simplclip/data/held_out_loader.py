@@ -248,7 +248,7 @@ def held_out(source: Any, *, captions: int | None = None, name: str = "data") ->
 class Division(NamedTuple):
     """Counts of training data of which a share is held out."""
 
-    train: int  # samples of a pass, each as often as its weight says
+    train: int  # samples of an epoch, each as often as its weight says
     held_out: int
     captions: int  # that are held out
     repeated: int  # of these, how many stand verbatim in training

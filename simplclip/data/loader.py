@@ -1,8 +1,8 @@
 """Training batches: `Loader`. held_out_loader.py makes those of evaluation.
 
-A worker's stream has no end. In each pass it shuffles the tars by (seed, pass), takes its part of
+A worker's stream has no end. In each epoch it shuffles the tars by (seed, epoch), takes its part of
 them, shuffles samples in a buffer, and only then draws captions, decodes, augments and tokenises.
-So a position is two numbers for each worker, the pass and the samples consumed in it. Another
+So a position is two numbers for each worker, the epoch and the samples consumed in it. Another
 process can go on from there without decoding what came before.
 """
 
@@ -39,7 +39,7 @@ from simplclip.data.workers import from_workers
 STATE_OWNER = ("rank", "world_size", "workers", "seed")
 # keys of a state_dict, which in version 0.1.0 had no digest
 STATE = (*STATE_OWNER, "turn", "passes", "consumed")
-EMPTY_PASSES = 100  # in a row, after which a worker without a usable sample gives up
+EMPTY_EPOCHS = 100  # in a row, after which a worker without a usable sample gives up
 
 Batch = dict[str, Any]
 
@@ -49,8 +49,8 @@ class WorkerItem(NamedTuple):
 
     batch: Batch
     worker: int
-    pass_number: int
-    consumed: int  # samples of the worker's part of this pass, broken ones included
+    epoch: int
+    consumed: int  # samples of the worker's part of this epoch, broken ones included
     skipped: Skipped  # since the worker's last item
 
 
@@ -80,9 +80,9 @@ class Loader:
     features are those of the image without augmentation.
 
     Order: with fewer shards than workers of all ranks, each worker reads all shards and takes its
-    share of the samples. In each pass of all workers every sample comes once, or as often as its
+    share of the samples. In each epoch of all workers every sample comes once, or as often as its
     weight says. The order depends on (seed, workers, world_size) only. The drawn caption and the
-    augmentation of a sample depend on (seed, pass, shard's name, key): the transform may draw from
+    augmentation of a sample depend on (seed, epoch, shard's name, key): the transform may draw from
     the global generators of torch (CPU), random and numpy, which are seeded for it and restored.
 
     Args:
@@ -113,8 +113,8 @@ class Loader:
     has no sidecar or has changed since its sidecar was made. While iterating: ShardError if a
     teacher's features are missing or belong to other captions, or a stream or disk fails after
     several tries; WorkerError if a loader process died (never while the caller uses a batch) or
-    cannot send one; EmptyDataError if no sample is usable, or none of a worker's in EMPTY_PASSES
-    passes.
+    cannot send one; EmptyDataError if no sample is usable, or none of a worker's in EMPTY_EPOCHS
+    epochs.
     """
 
     shards: Any
@@ -150,7 +150,7 @@ class Loader:
         check_sidecars(self.sources, self.sidecars)
         self.shards_digest = digest_of([(source.name, source.weight) for source in self.sources])
         self.turn = 0  # the worker that yields the next batch
-        # of each: the pass, and the samples consumed in it
+        # of each: the epoch, and the samples consumed in it
         self.positions = [(0, 0)] * max(1, self.workers)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -161,7 +161,7 @@ class Loader:
         """
         item: WorkerItem
         for item in from_workers(self.items, self.workers, self.pin_memory):
-            self.positions[item.worker] = item.pass_number, item.consumed
+            self.positions[item.worker] = item.epoch, item.consumed
             self.turn = (item.worker + 1) % len(self.positions)
             self.skipped.merge(item.skipped)
             yield item.batch
@@ -171,13 +171,13 @@ class Loader:
 
         "rank", "world_size", "workers", "seed" and "shards_digest" say whose position it is; "turn"
         is the worker that makes the next batch; "passes" and "consumed" are lists with each
-        worker's pass and the samples consumed in it.
+        worker's epoch and the samples consumed in it.
         """
-        passes, consumed = map(list, zip(*self.positions))
+        epochs, consumed = map(list, zip(*self.positions))
         return {
             **self._state_owner(),
             "turn": self.turn,
-            "passes": passes,
+            "passes": epochs,
             "consumed": consumed,
         }
 
@@ -207,13 +207,13 @@ class Loader:
         loader itself is not changed. Raises ShardError, and EmptyDataError as the class.
         """
         worker = (process + self.turn) % workers
-        first_pass, consumed_before = self.positions[worker]
+        first_epoch, consumed_before = self.positions[worker]
         skipped = Skipped()
         rows: list[Prepared] = []  # of the next batch
-        empty = 0  # passes in a row without a usable sample
-        for pass_number in itertools.count(first_pass):
-            order = self._order(pass_number)
-            samples = enumerate(self._part(order, pass_number, worker, workers, skipped), 1)
+        empty = 0  # epochs in a row without a usable sample
+        for epoch in itertools.count(first_epoch):
+            order = self._order(epoch)
+            samples = enumerate(self._part(order, epoch, worker, workers, skipped), 1)
             if consumed_before:
                 deque(itertools.islice(samples, consumed_before), maxlen=0)
                 # counted before the resume, but for the damage within the shuffle buffer
@@ -221,59 +221,59 @@ class Loader:
             else:
                 empty += 1
             consumed_before = 0
-            for consumed, row in self._rows(samples, pass_number, skipped):
+            for consumed, row in self._rows(samples, epoch, skipped):
                 empty = 0
                 rows.append(row)
                 if len(rows) < self.batch_size:
                     continue
-                yield WorkerItem(self._collate(rows), worker, pass_number, consumed, skipped.take())
+                yield WorkerItem(self._collate(rows), worker, epoch, consumed, skipped.take())
                 rows = []
             if empty:
-                self._check_usable(pass_number)
-            if empty == EMPTY_PASSES:
+                self._check_usable(epoch)
+            if empty == EMPTY_EPOCHS:
                 name = f"worker {self.rank * workers + worker + 1} of {self.world_size * workers}"
                 raise EmptyDataError(
                     "data: expected usable samples for every loader process, got none in "
-                    f"{in_words(self.sources)} for {name} in {empty} passes; fewer data.workers "
+                    f"{in_words(self.sources)} for {name} in {empty} epochs; fewer data.workers "
                     f"or larger weights may help; {skipped}"
                 )
 
-    def _check_usable(self, pass_number: int) -> None:
+    def _check_usable(self, epoch: int) -> None:
         """Reads all sources up to the first usable sample; raises EmptyDataError if there is none.
 
-        pass_number: the pass whose captions and pixels are drawn. Damage is counted in the message
+        epoch: the epoch whose captions and pixels are drawn. Damage is counted in the message
         only.
         """
         skipped = Skipped()
         samples = self._read([(source, 0) for source in self.sources], skipped)
-        if next(self._rows(enumerate(samples), pass_number, skipped), None) is None:
+        if next(self._rows(enumerate(samples), epoch, skipped), None) is None:
             raise EmptyDataError(
                 f"data: expected usable samples, got none in {in_words(self.sources)}; {skipped}"
             )
 
     def _rows(
-        self, samples: Iterator[tuple[int, Sample]], pass_number: int, skipped: Skipped
+        self, samples: Iterator[tuple[int, Sample]], epoch: int, skipped: Skipped
     ) -> Iterator[tuple[int, Prepared]]:
         """Yields (number, prepared sample) of the usable ones among `samples`, (number, sample).
 
-        The number is the sample's in the worker's part of the pass, from 1. Captions and pixels are
-        drawn for `pass_number`. Held-out samples are left out; broken ones too, and added to
+        The number is the sample's in the worker's part of the epoch, from 1. Captions and pixels
+        are drawn for `epoch`. Held-out samples are left out; broken ones too, and added to
         `skipped`.
         """
         for consumed, sample in samples:
             if is_held_out(sample, self.hold_out):
                 continue
             try:
-                yield consumed, self._prepare(sample, pass_number)
+                yield consumed, self._prepare(sample, epoch)
             except BrokenSample as broken:
                 skipped.add(broken.reason, described(sample), broken.detail)
 
-    def _order(self, pass_number: int) -> list[tuple[Source, int]]:
-        """Returns the tars of a pass in order, each with the number of its copy, from 0.
+    def _order(self, epoch: int) -> list[tuple[Source, int]]:
+        """Returns the tars of an epoch in order, each with the number of its copy, from 0.
 
         A tar comes as often as its weight says. All ranks and workers get the same order.
         """
-        generator = random.Random(f"{self.seed}/{pass_number}")
+        generator = random.Random(f"{self.seed}/{epoch}")
         order: list[tuple[Source, int]] = []
         for source in self.sources:
             copies, fraction = int(source.weight), source.weight % 1
@@ -287,12 +287,12 @@ class Loader:
     def _part(
         self,
         order: list[tuple[Source, int]],
-        pass_number: int,
+        epoch: int,
         worker: int,
         workers: int,
         skipped: Skipped,
     ) -> Iterator[Sample]:
-        """Returns an iterator over one worker's samples of a pass, shuffled if `shuffle` is set.
+        """Returns an iterator over one worker's samples of an epoch, shuffled if `shuffle` is set.
 
         order: what `_order` returned. worker: its number of this rank's `workers`. The tars are
         divided as by webdataset's split_by_node, then split_by_worker. With fewer tars than workers
@@ -307,7 +307,7 @@ class Loader:
             samples = itertools.islice(self._read(order, damage), part, None, parts)
         if not self.shuffle:
             return samples
-        generator = random.Random(f"{self.seed}/{pass_number}/{part}/{parts}")
+        generator = random.Random(f"{self.seed}/{epoch}/{part}/{parts}")
         size = self.shuffle_buffer
         return filters.shuffle(size, initial=size, rng=generator)(samples)
 
@@ -330,14 +330,14 @@ class Loader:
                     sample["__copy__"] = copy_number
                 yield sample
 
-    def _prepare(self, sample: Sample, pass_number: int) -> Prepared:
-        """Parses a sample and draws its captions and pixels for this pass.
+    def _prepare(self, sample: Sample, epoch: int) -> Prepared:
+        """Parses a sample and draws its captions and pixels for this epoch.
 
         Global generators are seeded for it and restored. Raises BrokenSample, and ShardError for
         missing or stale features of a teacher.
         """
         pair = parse(sample, self.teacher)
-        seeds = [self.seed, pass_number, pair.name]
+        seeds = [self.seed, epoch, pair.name]
         if "__copy__" in sample:
             seeds.append(sample["__copy__"])
         view_number, view = 0, None

@@ -56,7 +56,7 @@ def teacher_stamp(folders: Sequence[str | os.PathLike]) -> dict[str, Any]:
 
 
 def dataset_size(shards: Any) -> int | None:
-    """Returns the number of samples in a pass over shards, from the meta.json beside them.
+    """Returns the number of samples in an epoch of shards, from the meta.json beside them.
 
     A shard counts as often as its weight says. shards: as `sources_of` takes them; they are not
     read. None if a shard is a stream, or is not listed with its present size, and if there is less

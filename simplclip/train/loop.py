@@ -272,7 +272,7 @@ def make_loader(state: State) -> data.Loader:
     if state.step:
         loader.seed += state.step
         state.lines.append(
-            "resume     ranks, workers or shards were others: the pass over the data starts again"
+            "resume     ranks, workers or shards were others: the epoch starts again"
         )
     return loader
 

@@ -328,7 +328,7 @@ class RunConfig(Section):
     )
     steps: int | None = setting(1000, "number of optimizer steps", ge=1)
     epochs: float | None = setting(
-        None, "passes over data.train in place of steps, see data.samples", gt=0
+        None, "epochs of data.train in place of steps, see data.samples", gt=0
     )
     seed: int = setting(
         0, "seed of weights, data order, drawn captions and augmentation", ge=0, lt=2**62

@@ -64,9 +64,7 @@ def one_pass(shards, share, workers=1, ranks=1):
             shards, workers=workers, rank=rank, world_size=ranks, batch_size=1, hold_out=share
         )
         for worker in range(workers):
-            items = itertools.takewhile(
-                lambda item: item.pass_number == 0, reader.items(worker, workers)
-            )
+            items = itertools.takewhile(lambda item: item.epoch == 0, reader.items(worker, workers))
             found += [key for item in items for key in item.batch["key"]]
     return found
 
@@ -145,7 +143,7 @@ def test_groups_of_a_sidecar_count(tmp_path):
     held = held_of(shard, 0.5, sidecars=folders)[0]
     assert {Counter(int(key) // 10 for key in held)[group] for group in range(4)} <= {0, 10}
     reader = loader(shard, workers=1, batch_size=1, hold_out=0.5, sidecars=folders)
-    trained = itertools.takewhile(lambda item: item.pass_number == 0, reader.items(0, 1))
+    trained = itertools.takewhile(lambda item: item.epoch == 0, reader.items(0, 1))
     assert sorted(held + [key for item in trained for key in item.batch["key"]]) == [
         f"{i:02}" for i in range(40)
     ]

@@ -51,9 +51,9 @@ def passes(shards, count, *, workers=1, ranks=1, **options):
             for of_pass in keys:
                 of_pass.append([])
             for item in pairs.items(worker, workers):
-                if item.pass_number >= count:
+                if item.epoch >= count:
                     break
-                keys[item.pass_number][-1] += item.batch["key"]
+                keys[item.epoch][-1] += item.batch["key"]
     return keys
 
 
@@ -211,7 +211,7 @@ def test_caption_and_augmentation_do_not_depend_on_workers(pattern):
             key: (text_of(item.batch["text"][0]), item.batch["image"][0].tolist())
             for worker in range(workers)
             for item in itertools.takewhile(
-                lambda item: item.pass_number < 1,
+                lambda item: item.epoch < 1,
                 loader(pattern, workers=workers, batch_size=1).items(worker, workers),
             )
             for key in item.batch["key"]
@@ -290,8 +290,7 @@ def test_a_broken_shard_does_not_end_the_data(tmp_path):
     longest = Counter()
     for seed, worker in itertools.product(range(4), (0, 1)):
         numbers = [
-            item.pass_number
-            for item in take(loader(mixed, seed=seed, **options).items(worker, 2), 40)
+            item.epoch for item in take(loader(mixed, seed=seed, **options).items(worker, 2), 40)
         ]
         longest[seed] = max(
             longest[seed], *(after - before for before, after in itertools.pairwise(numbers))
@@ -311,7 +310,7 @@ def test_a_broken_shard_does_not_end_the_data(tmp_path):
         [{"shards": good, "weight": 1e-7}, str(tmp_path / "bad.tar")],
     ):
         with pytest.raises(
-            data.EmptyDataError, match="for worker 1 of 1 in 100 passes; .* larger weights may help"
+            data.EmptyDataError, match="for worker 1 of 1 in 100 epochs; .* larger weights may help"
         ):
             take(loader(seldom), 1)
 
@@ -319,14 +318,14 @@ def test_a_broken_shard_does_not_end_the_data(tmp_path):
 def test_a_worker_whose_share_is_always_broken_says_so(tmp_path):
     few = write(tmp_path / "few.tar", [sample(0)])
     with pytest.raises(
-        data.EmptyDataError, match=r"worker 2 of 2 in 100 passes; fewer data.workers"
+        data.EmptyDataError, match=r"worker 2 of 2 in 100 epochs; fewer data.workers"
     ):
         list(loader(few, workers=2, batch_size=1))
     path = write(tmp_path / "a.tar", [broken(i) if i == 7 else sample(i) for i in range(9)])
     options = {"world_size": 3, "workers": 3, "batch_size": 1}
     assert take(loader(path, rank=1, **options), 9)
     with pytest.raises(
-        data.EmptyDataError, match=r"worker 8 of 9 in 100 passes; .*: 100 missing caption"
+        data.EmptyDataError, match=r"worker 8 of 9 in 100 epochs; .*: 100 missing caption"
     ):
         take(loader(path, rank=2, **options), 9)
 

@@ -27,7 +27,7 @@ def one_pass(shards, **options):
     pairs = loader(shards, batch_size=1, shuffle=False, transform=resize, **options)
     for item in pairs.items(0, 1):
         skipped.merge(item.skipped)
-        if item.pass_number:
+        if item.epoch:
             return found, skipped  # the damage behind the last batch is in the next one
         found += item.batch["key"]
 

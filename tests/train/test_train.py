@@ -163,7 +163,7 @@ def test_what_may_change_on_resume(tmp_path):
     )
     text = go(config, resume=True)
     assert "continuing from step 2; the learning rate now ends at 4, not 2" in text
-    assert "ranks, workers or shards were others: the pass over the data starts again" in text
+    assert "ranks, workers or shards were others: the epoch starts again" in text
     assert [float(row["lr"]) for row in rows(tmp_path / "run")[2:]] == [
         learning_rate(config, step) for step in (2, 3)
     ]
@@ -183,7 +183,7 @@ def test_shards_that_were_added_start_the_pass_again(tmp_path):
     config = tiny.settings(tmp_path, pattern, "run.steps=3")
     assert "starts again" not in go(config, resume=True)
     tiny.write_shard(tmp_path / "data" / "train-1.tar")
-    assert "shards were others: the pass over the data starts again" in go(
+    assert "shards were others: the epoch starts again" in go(
         config.replaced(run={"steps": 4}), resume=True
     )
     assert "starts again" not in go(config.replaced(run={"steps": 5}), resume=True)
