@@ -100,8 +100,9 @@ def run(name: str, device: str) -> None:
 def execute(name: str) -> None:
     import ptx
 
-    with ptx.card(86, processors=4):
+    with ptx.card(86, processors=4) as machine:
         run(name, "cpu")
+    machine.forget()
 
 
 @pytest.mark.slow

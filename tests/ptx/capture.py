@@ -14,7 +14,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -25,6 +25,7 @@ import triton
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction
 
 from ptx.machine import Code, Launch, Machine
 from ptx.parse import parse
@@ -57,8 +58,10 @@ class Card(Machine):
     compare: Callable[[Started], None] | None = None
     launches: int = 0
     seconds: float = 0.0  # of a processor, for their execution
+    functions: set[JITFunction] = field(default_factory=set)  # whose kernels were started
 
     def start(self, code: Code, metadata: Any, programs: int, source: Any, values: tuple) -> None:
+        self.functions.add(source.fn)
         arguments = dict(zip(source.fn.arg_names, values))
         flat = list(_flat(source.signature.values(), values))
         before = {}
@@ -70,6 +73,14 @@ class Card(Machine):
         self.launches += 1
         if self.compare:
             self.compare(Started(source.name, arguments, launch, before))
+
+    def forget(self) -> None:
+        """Drops the compiled forms of the kernels that were started here; each takes megabytes."""
+        for function in self.functions:
+            kernels, *_ = function.device_caches.pop(self.sm)
+            for kernel in kernels.values():
+                kernel.module = None  # of which a destructor would tell the driver
+        self.functions.clear()
 
     def execute(self, launch: Launch) -> None:
         super().execute(launch)
