@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageOps
 
 import simplclip
-from simplclip.common.plotting import MARGIN, MUTED, WIDTH, Sheet
+from simplclip.common.plotting import MARGIN, MUTED, WIDTH, Font, Sheet
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 WORKERS = min(4, os.cpu_count() or 1)  # processes that decode photos
@@ -117,7 +117,7 @@ def draw(picture: str, hits: dict[str, list[tuple[float, str]]]) -> None:
     gap = 0.12
     side = (WIDTH - 2 * MARGIN - (columns - 1) * gap) / columns
     for query, photos in hits.items():
-        sheet.draw_line(query, 12, 2, weight="bold")
+        sheet.draw_line(query, Font(12, "bold"), 2)
         if Path(query).is_file():
             sheet.draw_tile(shown(query), MARGIN, sheet.y + 0.05, side)
             sheet.y += side + 0.15
@@ -128,8 +128,8 @@ def draw(picture: str, hits: dict[str, list[tuple[float, str]]]) -> None:
                 x, y = MARGIN + column * (side + gap), sheet.y + side + 0.03
                 sheet.draw_tile(shown(path), x, sheet.y, side)
                 name = "/".join(Path(path).parts[-2:])
-                height = sheet.draw_text(x, y, f"{score:.2f}", side, 9.5, weight="bold")
-                height += sheet.draw_text(x, y + height, name, side, 9, 2, color=MUTED)
+                height = sheet.draw_text(x, y, f"{score:.2f}", side, Font(9.5, "bold"))
+                height += sheet.draw_text(x, y + height, name, side, Font(9, color=MUTED), 2)
                 heights.append(height)
             sheet.y += side + 0.12 + max(heights)
         sheet.y += 0.12

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import font_manager
@@ -42,6 +42,17 @@ DPI = 120
 LINE = 1.35 / 72  # inches of a line of text for each point of its size
 
 
+class Font(NamedTuple):
+    """How a text is drawn: its size in points, and matplotlib's weight and colour."""
+
+    size: float = 10
+    weight: str = "normal"
+    color: str = INK
+
+
+PLAIN = Font()
+
+
 class Sheet:
     """A picture WIDTH inches wide, drawn from above.
 
@@ -62,44 +73,39 @@ class Sheet:
         y: float,
         text: str,
         width: float,
-        size: float = 10,
+        font: Font = PLAIN,
         lines: int = 1,
-        **style: Any,
+        align: str = "left",
     ) -> float:
         """Draws text in at most `lines` lines of `width` inches; returns its height in inches.
 
-        x: left, or as the style's `ha` says; y: top, both in inches. size: in points. style:
-        options of matplotlib's Axes.text. `self.y` stays.
+        y: top, in inches. x: left, center or right, as `align` says. `self.y` stays.
         """
-        font = FontProperties(family=_fonts(), size=size, weight=style.get("weight"))
+        properties = FontProperties(family=_fonts(), size=font.size, weight=font.weight)
         length = functools.partial(
-            self._renderer.get_text_width_height_descent, prop=font, ismath=False
+            self._renderer.get_text_width_height_descent, prop=properties, ismath=False
         )
         with _any_letters():
             rows = wrapped(text, lambda part: length(part)[0] <= width * DPI, lines)
         for row in rows:
-            y += LINE * size
-            options = {"color": INK, "parse_math": False, **style}  # two $ are no formula
+            y += LINE * font.size
             self.axis.text(
-                x, y - 0.25 * LINE * size, row, fontsize=size, family=_fonts(), **options
+                x,
+                y - 0.25 * LINE * font.size,
+                row,
+                fontproperties=properties,
+                color=font.color,
+                ha=align,
+                parse_math=False,  # two $ are no formula
             )
-        return LINE * size * len(rows)
+        return LINE * font.size * len(rows)
 
-    def draw_line(
-        self,
-        text: str,
-        size: float = 10,
-        lines: int = 1,
-        *,
-        weight: str = "normal",
-        color: str = INK,
-    ) -> None:
+    def draw_line(self, text: str, font: Font = PLAIN, lines: int = 1) -> None:
         """Draws text below everything else, as wide as the sheet, and moves `y` below it.
 
-        size: in points. lines: the most lines. weight, color: matplotlib's.
+        lines: the most lines.
         """
-        style = {"weight": weight, "color": color}
-        self.y += self.draw_text(MARGIN, self.y, text, WIDTH - 2 * MARGIN, size, lines, **style)
+        self.y += self.draw_text(MARGIN, self.y, text, WIDTH - 2 * MARGIN, font, lines)
 
     def draw_tile(self, image: Any, x: float, y: float, side: float, right: bool = False) -> None:
         """Draws a PIL image, whole and centred, in a square of `side` inches with a frame.

@@ -51,7 +51,7 @@ class WorkerItem(NamedTuple):
     worker: int
     epoch: int
     consumed: int  # samples of the worker's part of this epoch, broken ones included
-    skipped: Skipped  # since the worker's last item
+    skipped: Skipped | None  # since the worker's last item; None without any
 
 
 class Prepared(NamedTuple):
@@ -163,7 +163,8 @@ class Loader:
         for item in from_workers(self.items, self.workers, self.pin_memory):
             self.positions[item.worker] = item.epoch, item.consumed
             self.turn = (item.worker + 1) % len(self.positions)
-            self.skipped.merge(item.skipped)
+            if item.skipped is not None:
+                self.skipped.merge(item.skipped)
             yield item.batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -226,7 +227,8 @@ class Loader:
                 rows.append(row)
                 if len(rows) < self.batch_size:
                     continue
-                yield WorkerItem(self._collate(rows), worker, epoch, consumed, skipped.take())
+                damage = skipped.take() if skipped.counts else None
+                yield WorkerItem(self._collate(rows), worker, epoch, consumed, damage)
                 rows = []
             if empty:
                 self._check_usable(epoch)

@@ -88,7 +88,7 @@ class Pair:
     @property
     def group_id(self) -> int:
         """Hash of the group, else of the sample's name, as int64."""
-        return _group_id(self.group, self.name)
+        return _group_id(self.record.get("group"), self.name)
 
 
 def _group_id(group: object, name: str) -> int:
@@ -172,21 +172,17 @@ def image_of(sample: Sample) -> bytes:
 def record_of(sample: Sample) -> dict[str, Any]:
     """Returns the parsed json of a sample, {} without one, and keeps it in the sample.
 
-    It is under "__record__", and not parsed again. Raises BrokenSample.
+    It is under "__record__", and not parsed again. Raises BrokenSample if it is no JSON object.
     """
-    if "__record__" not in sample:
-        sample["__record__"] = _parsed_record(sample)
-    return sample["__record__"]
-
-
-def _parsed_record(sample: Sample) -> dict[str, Any]:
-    """Parses the json of a sample, {} without one. Raises BrokenSample if it is no JSON object."""
+    if "__record__" in sample:
+        return sample["__record__"]
     try:
         record = json_of(sample.get("json", b"{}"))
     except ValueError as error:
         raise BrokenSample("bad json", error) from None
     if not isinstance(record, dict):
         raise BrokenSample("bad json", f"expected an object, got {type(record).__name__}")
+    sample["__record__"] = record
     return record
 
 
@@ -198,25 +194,27 @@ def captions_of(sample: Sample, record: dict[str, Any], *, txt_lines: bool = Fal
     or the txt is not UTF-8.
     """
     several = record.get("captions")
-    json_texts = [
-        _texts_in(several if isinstance(several, list) else []),
-        _texts_in([record.get("caption")]),
-    ]
-    for texts in json_texts:
-        captions = _cleaned(texts)
+    fields = [several if isinstance(several, list) else [], [record.get("caption")]]
+    for values in fields:
+        captions = _captions_in(values)
         if captions:
             return captions
     if "txt" in sample:
-        captions = _cleaned(_txt_texts(sample["txt"], txt_lines))
+        captions = _captions_in(_txt_texts(sample["txt"], txt_lines))
         if captions:
             return captions
-    any_text = "txt" in sample or any(json_texts)
-    raise BrokenSample("empty caption" if any_text else "missing caption")
+    any_text = any(isinstance(value, str) for values in fields for value in values)
+    raise BrokenSample("empty caption" if any_text or "txt" in sample else "missing caption")
 
 
-def _texts_in(values: list[Any]) -> list[str]:
-    """Returns those of some values that are texts."""
-    return [value for value in values if isinstance(value, str)]
+def _captions_in(values: list[Any]) -> list[str]:
+    """Returns those of some values that are texts and not empty, as `clean` returns them."""
+    captions = []
+    for value in values:
+        caption = clean(value) if isinstance(value, str) else ""
+        if caption:
+            captions.append(caption)
+    return captions
 
 
 def _txt_texts(content: bytes, txt_lines: bool) -> list[str]:
@@ -229,11 +227,6 @@ def _txt_texts(content: bytes, txt_lines: bool) -> list[str]:
     except UnicodeDecodeError as error:
         raise BrokenSample("caption not UTF-8", error) from None
     return text.splitlines() if txt_lines else [" ".join(text.split())]
-
-
-def _cleaned(texts: list[str]) -> list[str]:
-    """Returns the texts that are not empty, as `clean` returns them."""
-    return [text for text in map(clean, texts) if text]
 
 
 def label_of(sample: Sample, record: dict[str, Any]) -> str | int | None:

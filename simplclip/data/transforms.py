@@ -105,7 +105,8 @@ class ImageTransform:
         decoded at 1/2, 1/4 or 1/8 of its size if the crop is that many times as large as S. Raises
         BrokenSample.
         """
-        return self.apply_views(encoded, [view])[0]
+        least = self._size_for_crop(view) if "crop" in view else None
+        return self.apply_decoded(decode_image(encoded, least=least), view)
 
     def apply_views(self, encoded: bytes | Image.Image, views: Sequence[View]) -> list[Tensor]:
         """Returns the pixels of an image in each of several views, as `apply` does.
@@ -163,15 +164,17 @@ class ImageTransform:
         pixels = self.apply_decoded(_resizable(image), view)
         return self.finish(pixels[None])[0]
 
-    def _size_for_crop(self, view: View) -> list[int]:
-        """Returns the least [height, width] of a whole image whose crop has the model's input size.
+    def _size_for_crop(self, view: View) -> tuple[int, int]:
+        """Returns the least (height, width) of a whole image whose crop has the model's input size.
 
         view: one with a "crop"; its image may be decoded that small.
         """
-        return [
-            math.ceil(whole * side / max(1, part))
-            for whole, side, part in zip(view["image"], self.size, view["crop"][2:])
-        ]
+        height, width = view["image"]
+        _, _, crop_height, crop_width = view["crop"]
+        return (
+            math.ceil(height * self.size[0] / max(1, crop_height)),
+            math.ceil(width * self.size[1] / max(1, crop_width)),
+        )
 
     def _crop_and_resize(self, image: Tensor | Image.Image, view: View) -> Tensor:
         """Returns a view's crop at the model's input size, uint8 [3, S, S].

@@ -11,12 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from simplclip.common.plotting import LINE, MARGIN, MUTED, WIDTH, Sheet
+from simplclip.common.plotting import LINE, MARGIN, MUTED, WIDTH, Font, Sheet
 from simplclip.evaluation.retrieval import nearest
 from simplclip.evaluation.split import Split
 
 TOP = 5  # answers of a query
 PARTS = {"Best": 3, "Middle": 6, "Worst": 3}  # queries of each kind
+LABEL_FONT = Font(9.5, color=MUTED)
 LEGEND = (
     "Green: the right answer. Where it is not among the nearest five it comes last, with its rank: "
     "#23 is the 23rd. The numbers are similarities. Pictures are cropped as the model sees them."
@@ -76,18 +77,18 @@ def sheet_of(split: Split, title: str, subtitles: Sequence[str] = ("", "")) -> S
     shown += [answers.query for _, answers in by_image]
     pictures = split.pictures(list(dict.fromkeys(shown)))
     sheet = Sheet()
-    sheet.draw_line(title, 13, 2, weight="bold")
-    sheet.draw_line(LEGEND, 10, 4, color=MUTED)
+    sheet.draw_line(title, Font(13, "bold"), 2)
+    sheet.draw_line(LEGEND, Font(color=MUTED), 4)
     headings = "Caption → nearest pictures", "Picture → nearest captions"
     for heading, queries, subtitle in zip(headings, (by_text, by_image), subtitles):
         sheet.y += 0.2
-        sheet.draw_line(heading, 12, weight="bold")
-        sheet.draw_line(subtitle, 10, 2, color=MUTED)
+        sheet.draw_line(heading, Font(12, "bold"))
+        sheet.draw_line(subtitle, Font(color=MUTED), 2)
         for part, answers in queries:
             sheet.y += 0.14
             if part:
                 sheet.y += 0.08
-                sheet.draw_line(part, 10.5, weight="bold", color=MUTED)
+                sheet.draw_line(part, Font(10.5, "bold", MUTED))
                 sheet.y += 0.04
             if queries is by_text:
                 _draw_images(sheet, split, pictures, answers)
@@ -102,7 +103,7 @@ def _draw_images(sheet: Sheet, split: Split, pictures: dict, answers: Answers) -
 
     pictures: row of an image in the split -> the PIL image. answers: of a query that is a caption.
     """
-    sheet.draw_line(split.captions[answers.query], 10.5, 2)
+    sheet.draw_line(split.captions[answers.query], Font(10.5), 2)
     sheet.y += 0.05
     group = split.caption_groups[answers.query]
     for column, (image, label) in enumerate(answers.shown()):
@@ -112,9 +113,9 @@ def _draw_images(sheet: Sheet, split: Split, pictures: dict, answers: Answers) -
         right = bool(split.groups[image] == group)
         sheet.draw_tile(pictures[image], x, sheet.y, SIDE, right)
         sheet.draw_text(
-            x + SIDE / 2, sheet.y + SIDE + 0.04, label, SIDE, 9.5, ha="center", color=MUTED
+            x + SIDE / 2, sheet.y + SIDE + 0.04, label, SIDE, LABEL_FONT, align="center"
         )
-    sheet.y += SIDE + 0.04 + LINE * 9.5
+    sheet.y += SIDE + 0.04 + LINE * LABEL_FONT.size
 
 
 def _draw_captions(sheet: Sheet, split: Split, pictures: dict, answers: Answers) -> None:
@@ -133,8 +134,9 @@ def _draw_captions(sheet: Sheet, split: Split, pictures: dict, answers: Answers)
             weight = "bold"
             sheet.draw_box(x, y, WIDTH - MARGIN - x, step - 0.01)
         caption = split.captions[row]
-        sheet.draw_text(x + 0.06, y + 0.015, caption, WIDTH - MARGIN - x - 1.05, 9.5, weight=weight)
-        sheet.draw_text(WIDTH - MARGIN - 0.06, y + 0.015, label, 0.9, 9.5, ha="right", color=MUTED)
+        font = Font(9.5, weight)
+        sheet.draw_text(x + 0.06, y + 0.015, caption, WIDTH - MARGIN - x - 1.05, font)
+        sheet.draw_text(WIDTH - MARGIN - 0.06, y + 0.015, label, 0.9, LABEL_FONT, align="right")
     sheet.y += side
 
 

@@ -130,10 +130,16 @@ def register_models() -> list[str]:
 def _replace(function: str, ours: Callable[..., Any]) -> None:
     """Replaces a function of open_clip's factory in all loaded modules, for this process.
 
-    function: its name. ours: gets the original as its first argument, then those of the call.
+    function: its name. ours: gets the original and the arguments of a call, an
+    inspect.BoundArguments.
     """
     original = getattr(open_clip.factory, function)
-    replacement = functools.wraps(original)(functools.partial(ours, original))
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def replacement(*args: Any, **options: Any) -> Any:
+        return ours(original, signature.bind(*args, **options))
+
     for module, name in list(_names_of(original)):
         setattr(module, name, replacement)
 
@@ -165,23 +171,21 @@ def _part_of(name: str) -> dict[str, Any] | None:
     return part
 
 
-def _create_model(
-    original: Callable[..., nn.Module], model_name: str, *args: Any, **options: Any
-) -> nn.Module:
+def _create_model(original: Callable[..., nn.Module], call: inspect.BoundArguments) -> nn.Module:
     """Calls open_clip's create_model, with this library's model in it, and returns the model.
 
-    original: open_clip's function, which gets all other arguments and sets precision, loads weights
-    and so on. A name of another model is passed on as it is. During the call global names of
+    original: open_clip's function, which sets precision, loads weights and so on. call: its
+    arguments. A name of another model is passed on as it is. During the call global names of
     open_clip's factory are replaced. Raises CheckpointError if a folder's weights are not those of
     its export.json, and as `_part_of`.
     """
+    model_name = call.arguments["model_name"]
     if model_name.startswith(FOLDER):
         check_digest(Path(model_name.removeprefix(FOLDER), EXPORTED_WEIGHTS))
     if _part_of(model_name) is None:
-        return original(model_name, *args, **options)
+        return original(*call.args, **call.kwargs)
     factory = open_clip.factory
     convert = factory.convert_state_dict
-    call = inspect.signature(original).bind(model_name, *args, **options)
     if model_name in _registered:  # a folder has its own preprocessing
         forced = call.arguments.get("force_preprocess_cfg")
         call.arguments["force_preprocess_cfg"] = merge_preprocess_dict(
@@ -219,22 +223,18 @@ def _builder(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     return build
 
 
-def _get_tokenizer(
-    original: Callable[..., Any],
-    model_name: str = "",
-    context_length: int | None = None,
-    *args: Any,
-    **options: Any,
-) -> Any:
+def _get_tokenizer(original: Callable[..., Any], call: inspect.BoundArguments) -> Any:
     """Returns open_clip's tokenizer, or the one of a model of this library.
 
-    original: open_clip's get_tokenizer, for other names. model_name: also local-dir: or hf-hub: and
-    an export. context_length: None or 0 means the model's. Further arguments count for open_clip's
-    tokenizers only.
+    original: open_clip's get_tokenizer, for other names. call: its arguments; the name may also be
+    local-dir: or hf-hub: and an export. A context_length of None or 0 means the model's. Further
+    arguments count for open_clip's tokenizers only.
     """
+    model_name = call.arguments.get("model_name", "")
     name = (_part_of(model_name) or {}).get("model")
     if name is None:
-        return original(model_name, context_length, *args, **options)
+        return original(*call.args, **call.kwargs)
+    context_length = call.arguments.get("context_length")
     if not context_length:
         context_length = open_clip.get_model_config(model_name)["text_cfg"]["context_length"]
     return models.tokenizer(name, context_length)

@@ -250,18 +250,30 @@ def forced_for(op: str, spec: str) -> str:
 
 
 @contextlib.contextmanager
-def backend(name: str | None = None, /, **by_op: str) -> Iterator[None]:
+def backend(
+    name: str | None = None,
+    /,
+    *,
+    similarity_loss: str | None = None,
+    shaped_attention: str | None = None,
+    parallel_mlp: str | None = None,
+) -> Iterator[None]:
     """Forces backends within the block, for the whole process: `name` for all ops, or some ops'.
 
         with simplclip.backend("reference"): ...
         with simplclip.backend(shaped_attention="sdpa", parallel_mlp="reference"): ...
 
     Ops that the block does not name keep the backend that was forced outside. A backward uses the
-    backend of its forward.
+    backend of its forward. Raises ValueError for an unknown backend.
     """
     global _forced
     outer = {"": name} if name else _parse(_forced)
-    merged = {**outer, **by_op}
+    by_op = {
+        "similarity_loss": similarity_loss,
+        "shaped_attention": shaped_attention,
+        "parallel_mlp": parallel_mlp,
+    }
+    merged = outer | {op: value for op, value in by_op.items() if value is not None}
     spec = ",".join(f"{op}={value}" if op else value for op, value in merged.items())
     _parse(spec)
     before = _forced

@@ -26,7 +26,8 @@ def one_pass(shards, **options):
     found, skipped = [], Skipped()
     pairs = loader(shards, batch_size=1, shuffle=False, transform=resize, **options)
     for item in pairs.items(0, 1):
-        skipped.merge(item.skipped)
+        if item.skipped is not None:
+            skipped.merge(item.skipped)
         if item.epoch:
             return found, skipped  # the damage behind the last batch is in the next one
         found += item.batch["key"]

@@ -47,8 +47,16 @@ def test_forcing_is_scoped_and_named():
     with pytest.raises(ValueError, match=got_gpu), simplclip.backend("gpu"):
         pass
     got_mlp = "backend: expected an op among .*parallel_mlp.*, got 'mlp'"
-    with pytest.raises(ValueError, match=got_mlp), simplclip.backend(mlp="reference"):
+    with pytest.raises(ValueError, match=got_mlp):
+        backends.forced_for("parallel_mlp_fwd", "mlp=reference")
+    with pytest.raises(TypeError, match="mlp"), simplclip.backend(mlp="reference"):
         pass
+
+
+def test_every_op_can_be_forced_by_name():
+    ops = {backends.public_name(op) for op in backends.TABLE}
+    with simplclip.backend(**dict.fromkeys(ops, "reference")):
+        assert {backends.forced_for(op, backends.forced()) for op in ops} == {"reference"}
 
 
 def test_a_backend_forced_for_all_ops_spares_parts_that_lack_it():
