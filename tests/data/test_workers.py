@@ -126,9 +126,15 @@ def killed_with_a_lock(worker, workers):
     yield
 
 
+@pytest.fixture
+def often(monkeypatch):
+    """torch waits half a second, not five, for a process that may have died."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
+
+
 @pytest.mark.parametrize("items", [killed_while_it_sends, killed_with_a_lock])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_worker_ends_the_loader_wherever_it_was(items, workers):
+def test_a_killed_worker_ends_the_loader_wherever_it_was(items, workers, often):
     def overdue(signum, frame):
         pytest.fail("the loader waits for a process that was killed")
 
@@ -181,7 +187,7 @@ def test_workers_end_with_their_parent():
         time.sleep(0.1)
 
 
-def test_an_iterator_that_is_dropped_ends_workers_that_are_busy():
+def test_an_iterator_that_is_dropped_ends_workers_that_are_busy(often):
     received, began = from_workers(endless, 1), time.monotonic()
     next(received)
     (worker,) = multiprocessing.active_children()

@@ -194,7 +194,7 @@ def test_outputs_that_gradient_caching_keeps(monkeypatch):
     values = {
         "model": {"name": "siclip-lite0"},
         "inherit": {"source": ["efficientnet-lite0", "minilm"]},
-        "data": {"train": "nowhere/*.tar", "batch_size": 96, "micro_batch": 4},
+        "data": {"train": "nowhere/*.tar", "batch_size": 40, "micro_batch": 4},
         "run": {"out": "runs/none", "steps": 10},
     }
     step = TrainerStep(config.from_dict(values), "fp32")
@@ -315,7 +315,7 @@ def test_memory_of_cards():
 @pytest.mark.slow
 def test_batches_that_fit(tiny, monkeypatch):
     """Of a run of epochs, whose data is elsewhere."""
-    monkeypatch.setattr(search, "WITHIN", 0.25)  # fewer predictions
+    monkeypatch.setattr(search, "WITHIN", 0.5)  # fewer predictions
     changes = (
         "--set",
         "data.batch_size=64",
@@ -346,7 +346,7 @@ def test_batches_that_fit(tiny, monkeypatch):
 @pytest.mark.slow
 @needs_cuda_build
 def test_a_step_that_does_not_fit(tiny, monkeypatch):
-    monkeypatch.setattr(search, "WITHIN", 0.5)  # fewer predictions
+    monkeypatch.setattr(search, "WITHIN", 1.0)  # fewer predictions
     result = call("plan", tiny, "--memory", "1GiB", "--set", "data.batch_size=512")
     assert re.search(r"as configured +512 +all +0\.\d+ .* no\n", result.stdout)
     assert re.search(r"largest by gradient caching .* yes\n", result.stdout)
