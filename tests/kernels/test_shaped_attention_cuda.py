@@ -6,6 +6,7 @@ With --prove: every width with every number of tokens, five architectures, and a
 
 from __future__ import annotations
 
+import functools
 import re
 from unittest import mock
 
@@ -190,7 +191,8 @@ def test_faults_are_detected(fault, tmp_path):
         (tmp_path / path.relative_to(ROOT)).write_text(text.replace(old, new))
     assert replaced
     (tmp_path / "setup.py").write_text((ROOT / "setup.py").read_text())
-    # with no cache
-    there = mock.patch.multiple(attention, ROOT=tmp_path, compiled=attention.compiled.__wrapped__)
+    names = ("compiled", "code_of")
+    caches = {name: functools.cache(getattr(attention, name).__wrapped__) for name in names}
+    there = mock.patch.multiple(attention, ROOT=tmp_path, **caches)
     with there, pytest.raises(AssertionError, match=re.escape(message)):
         check(call, kind)

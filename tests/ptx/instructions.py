@@ -5,6 +5,7 @@ An opcode, modifier or operand that is not here is an error.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -46,14 +47,23 @@ def instruction(pattern: str, *counts: int) -> Callable:
     return register
 
 
+@functools.cache
+def _builders(opcode: str) -> list[tuple[re.Match, tuple[int, ...], Callable]]:
+    """Returns the entries of the table whose pattern an opcode matches."""
+    entries = []
+    for pattern, counts, build in _TABLE:
+        if match := pattern.fullmatch(opcode):
+            entries.append((match, counts, build))
+    return entries
+
+
 def step_of(instruction: Instruction, code: Code) -> Step:
     expected: list[int] = []
-    for pattern, counts, build in _TABLE:
-        if match := pattern.fullmatch(instruction.opcode):
-            fits = len(instruction.operands) in counts
-            if fits and (step := build(instruction, match, code)):
-                return step
-            expected += counts
+    for match, counts, build in _builders(instruction.opcode):
+        fits = len(instruction.operands) in counts
+        if fits and (step := build(instruction, match, code)):
+            return step
+        expected += counts
     if expected:
         raise UnknownPTXError(f"expected {expected} operands, got {len(instruction.operands)}")
     raise UnknownPTXError("the opcode is not known")

@@ -21,7 +21,7 @@ from torch import Tensor
 import ptx
 from ptx.capture import Card
 from ptx.machine import Code
-from ptx.parse import parse
+from ptx.parse import Kernel, parse
 from simplclip.ops import backends
 from simplclip.ops.attention.call import AttentionCall, AttentionInto
 from support.ops import layouts
@@ -43,14 +43,21 @@ def why_not() -> str | None:
 
 
 @functools.cache
-def compiled(source: str, sm: int) -> dict[str, Code]:
+def compiled(source: str, sm: int) -> dict[str, Kernel]:
     """Returns the kernels of a file of csrc/cuda/attention, compiled with the extension's flags."""
     (flags,) = re.findall(r'"nvcc": (\[.*?\])', (ROOT / "setup.py").read_text())
     target = f"-gencode=arch=compute_{sm},code=sm_{sm}"
     file = f"csrc/cuda/attention/{source}.cu"
     command = [nvcc(), "-ptx", "-lineinfo", *ast.literal_eval(flags), target, file, "-o", "-"]
     run = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
-    return {name: Code(kernel) for name, kernel in parse(run.stdout).items()}
+    return parse(run.stdout)
+
+
+@functools.cache
+def code_of(source: str, sm: int, name: str) -> Code:
+    """Returns the kernel of such a file whose name contains `name`, made executable."""
+    (kernel,) = (each for full_name, each in compiled(source, sm).items() if name in full_name)
+    return Code(kernel)
 
 
 def _start(
@@ -59,13 +66,12 @@ def _start(
     """Runs the kernel whose name contains `name`. values: its parameters in the layout of
     attention.h, HeadsView a tensor.
     """
-    (code,) = (code for kernel, code in compiled(source, card.sm).items() if name in kernel)
     fields = []
     for value in values:
         fields.append(value)
         if isinstance(value, Tensor) and value.dim() == 4:  # a HeadsView
             fields += [np.int64(step * value.itemsize) for step in value.stride()[:3]]
-    card.launch(code, programs, threads, shared, fields)
+    card.launch(code_of(source, card.sm, name), programs, threads, shared, fields)
 
 
 def _start_shaped(
