@@ -126,7 +126,7 @@ test-cpu: install  ## ops, losses, memory as on a CPU=avx2, avx512, avx512_bf16
 		$(PYTEST) tests/plan tests/ops/test_memory.py tests/ops/test_compile.py && $(PYTEST) -m "not slow" tests/ops tests/losses; \
 	else echo "skipped: this CPU has no $(CPU)"; fi
 
-prove: install  ## all proofs at full length, an estimated 90 minutes
+prove: install  ## all proofs at full length, about 75 minutes
 	SIMPLCLIP_CUDA_ARCHS=all PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -e .
 	$(PYTEST) --prove
 	$(MAKE) sanitize aot oldest

@@ -1,4 +1,4 @@
-"""Plans ten passes over 12.4 million pairs on one card, by this library and by open_clip's trainer:
+"""Plans ten epochs of 12.4 million pairs on one card, by this library and by open_clip's trainer:
 no GPU is needed.
 
 The row of siclip-s0 has the figures of "largest in one graph" of `simplclip plan siclip-s0 --card

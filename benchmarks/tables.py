@@ -221,10 +221,10 @@ def figures() -> list[str]:
 
 
 def hours(page: str) -> list[str]:
-    """Returns the table of ten passes on a card, for README or a page in docs/."""
+    """Returns the table of ten epochs on a card, for README or a page in docs/."""
     path, rows = read("plan-hours")
     columns = [name for name in rows[0] if name.endswith((" pairs", " images/s", " hours"))]
-    head = ["ten passes over 12.4 million pairs"]
+    head = ["ten epochs of 12.4 million pairs"]
     for name in columns:
         card, figure = name.split(" ")
         head.append(f"{card.removeprefix('rtx-')}: {figure}")

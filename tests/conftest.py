@@ -26,7 +26,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--prove",
         action="store_true",
-        help="proofs at full length, an estimated 100 minutes (make prove)",
+        help="proofs at full length, about 45 minutes (make prove has more)",
     )
     parser.addoption(
         "--cases",
