@@ -59,7 +59,7 @@ def _scratch(h: Tensor, chunks: list[slice]) -> Tensor:
 def parallel_mlp_fwd(call: HiddenCall) -> None:
     """Writes act(h) weightᵀ + bias to call.out [T, C], or adds it if call.accumulate.
 
-    Scratch: SCRATCH_BYTES (16 MiB), or 64 rows of act(h).
+    Scratch: 16 MiB (SCRATCH_BYTES), or more if 64 rows of act(h) need more.
     """
     h = call.h
     out = call.out

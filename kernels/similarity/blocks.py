@@ -86,10 +86,11 @@ def gradients_in_blocks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns d_image [N, D], d_text [M, D] and the programs' sums [programs, numbers].
 
-    kernel: computes blocks of G, the gradient of the similarities, one launch for each block. A
-    program adds to sums of its own in all blocks, so that the order of sums is fixed. factor,
-    unscale: from `range_factor`. dtype: of d_image and d_text, which have no rows where not needed.
-    stored: whether the kernel stores G. inputs: arguments of the kernel.
+    kernel: computes blocks of G, the gradient of the similarities, one launch for each block. The
+    sums are those that the kernel makes for gradients of numbers, as of the scale; a program adds
+    to its own in all blocks, so that their order is fixed. factor, unscale: from `range_factor`.
+    dtype: of d_image and d_text; one that the call does not need has no rows. stored: whether the
+    kernel stores G; False only if neither is needed. inputs: further arguments of the kernel.
     """
     tile = tile_of(call)
     n = call.image.shape[0]

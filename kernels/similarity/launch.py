@@ -74,7 +74,7 @@ def _write_positives(
 
 
 def _matrix_arguments(call: SimilarityCall) -> dict[str, Any]:
-    """Returns the arguments by name that the statistics kernel and the gradient kernel share."""
+    """Returns the arguments by name that the kernels of statistics and of the gradient share."""
     teacher_width = call.teacher_image.shape[1] if call.has_teacher else 0
     return {
         **arguments(call, teacher_width),

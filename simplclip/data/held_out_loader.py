@@ -70,10 +70,11 @@ class HeldOut:
         return in_words(self.sources)
 
     def open(self, sample: Sample) -> Pair:
-        """Parses the files of a sample; of a row ("__row__") it first reads them from the disk.
+        """Parses the files of a sample; the image stays encoded.
 
-        The image stays encoded. A sample with a label may have no captions; in a folder of classes
-        none has. Keeps the parsed json in the sample. Raises BrokenSample.
+        A sample of a table or folder has a `Row` under "__row__", whose files are read from the
+        disk first. A sample with a label may have no captions. In a folder of classes no sample has
+        any. The parsed json is kept in the sample. Raises BrokenSample.
         """
         row: Row | None = sample.get("__row__")
         if row is not None:

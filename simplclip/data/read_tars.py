@@ -242,8 +242,8 @@ def _members(
 def _contents(archive: Any, member: tarfile.TarInfo, limit: int) -> bytes | BrokenSample:
     """Returns the bytes of an archive's current member.
 
-    A BrokenSample takes their place if it is sparse or has more than `limit` bytes. Raises
-    ReadError if the archive ends before or its size is wrong.
+    A BrokenSample takes their place if the member is sparse or has more than `limit` bytes. Raises
+    ReadError if the archive ends before the member does, or the member's size cannot be right.
     """
     if member.issparse():
         return BrokenSample("sparse file", member.name)

@@ -145,7 +145,7 @@ def entry_of(
 
 
 def _with_examples(skipped: Skipped) -> dict[str, list[Any]]:
-    """Returns {reason: [count, the first example]} in order of reasons."""
+    """Returns {reason: [count, example]}, sorted by reason, as meta.json has them."""
     counts = sorted(skipped.counts.items())
     return {reason: [count, skipped.examples[reason]] for reason, count in counts}
 

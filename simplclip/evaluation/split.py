@@ -191,8 +191,8 @@ def encode(
 ) -> None:
     """Reads a split and stores its features in it, on the CPU, in place of what it had.
 
-    They take 4 D bytes for each image and caption. All ranks have to call it: they divide the
-    images and captions. The first rank gets all features; on other ranks `split` stays empty.
+    The features take 4 D bytes for each image and caption. All ranks have to call it: they divide
+    the images and captions. The first rank gets all features, other ranks none.
 
     workers: processes that decode images; 0: this one. progress: title of the progress that is
     shown; None: nothing is shown. Raises: InputError if features are not finite; the errors of

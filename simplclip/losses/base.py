@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from simplclip import ops
 from simplclip.common.errors import check_count
 from simplclip.ops import checks, distributed
-from simplclip.ops.autocast import autocast
+from simplclip.ops.modes import autocast
 from simplclip.ops.similarity import inputs
 
 PLANES = ("scalar", "hadamard")

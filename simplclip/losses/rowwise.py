@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from simplclip.losses.base import STUDENT, TEACHER, DistributedLoss, Pairs, Teacher
 from simplclip.ops import checks, distributed
-from simplclip.ops.autocast import autocast, no_autocast
 from simplclip.ops.calls import accumulate_dtype
+from simplclip.ops.modes import autocast, no_autocast
 from simplclip.ops.similarity import inputs
 
 _LEAST_ROWS = 64  # of a chunk: fewer make products slow
@@ -205,10 +205,10 @@ class RowwiseLoss(DistributedLoss):
         def chunk_sum(
             chunk: Tensor, columns: Tensor, teacher_chunk: Tensor | None, index: Tensor
         ) -> Tensor:
-            """Returns the sum [] of fn over a chunk of R rows.
+            """Returns the sum [] of what the loss's `fn` returns for a chunk of R rows.
 
-            chunk [R, D], columns [M, D]; teacher_chunk [R, D̂], or None: fn then gets no teacher;
-            index [R]: the rows' numbers in the batch of all ranks.
+            chunk: [R, D]. columns: [M, D]. teacher_chunk: the teacher's rows [R, D̂], or None, and
+            fn gets no teacher's logits. index: [R], the rows' numbers in the batch of all ranks.
             """
             product = torch.mm(chunk.to(product_dtype), columns.to(product_dtype).T)
             logits = direction.scale * product.to(dtype)

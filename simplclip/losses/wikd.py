@@ -15,7 +15,7 @@ from simplclip import ops
 from simplclip.losses.base import Pairs, SimilarityLoss, Teacher, checked_weight, checked_width
 from simplclip.losses.widen import widen
 from simplclip.ops import checks
-from simplclip.ops.autocast import no_autocast
+from simplclip.ops.modes import no_autocast
 from simplclip.ops.similarity.call import DIVERGENCES
 
 INTERACTIVE = ("infonce", "kl")

@@ -170,9 +170,9 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def freeze_norms(model: nn.Module) -> None:
-    """Keeps all batch norms in eval mode from now on, so that their statistics do not change.
+    """Keeps all batch norms in eval mode, also after model.train(): their statistics stay.
 
-    Their weights and biases are trained.
+    Whether their weights and biases are trained does not change.
     """
     for module in model.modules():
         if isinstance(module, _BatchNorm):

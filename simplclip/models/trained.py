@@ -167,10 +167,11 @@ def check_options(options: Mapping[str, Any], file: str) -> None:
 
 
 def _fetches(name: str, value: Any) -> bool:
-    """Whether an option of an architecture could fetch or run files by its name or value.
+    """Whether an option of a model could make it fetch or run files.
 
-    name: without the part before the dot. The options are timm_model_name with a path or URL,
-    tokenizer_kwargs with unknown keys, and all that begin with "hf_".
+    These are timm_model_name with a path or URL, tokenizer_kwargs with keys other than
+    _TOKENIZER_OPTIONS, and all options that begin with "hf_". name: "width", for example, of
+    "vision_cfg.width".
     """
     if name == "timm_model_name":  # timm takes hf-hub:OWNER/NAME and local-dir:PATH for names, too
         return bool(set(":/\\") & set(str(value)))

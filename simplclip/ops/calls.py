@@ -63,11 +63,6 @@ def flat(call: Any) -> tuple:
     return tuple([getattr(call, name) for name in call.__match_args__])
 
 
-def by_name(call: Any) -> dict[str, Any]:
-    """Returns the values of a call's fields by name, e.g. for a call with further fields."""
-    return {name: getattr(call, name) for name in call.__match_args__}
-
-
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype of statistics and sums: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

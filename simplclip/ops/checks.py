@@ -138,7 +138,8 @@ def check_instance(name: str, value: Any, kind: Any, expected: str) -> None:
 
 def check_boolean(name: str, value: Any) -> None:
     """Raises TypeError unless the value is a bool. name: of the argument, for the message."""
-    check_instance(name, value, bool, "a bool")
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
 def _real(name: str, value: Any, expected: str) -> float:

@@ -17,10 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from simplclip.ops import backends
-from simplclip.ops.autocast import autocasts, no_autocast
 from simplclip.ops.calls import flat, schema_of, tensors_of
-from simplclip.ops.derivatives import check_reverse_mode, first_order_only, is_transformed
 from simplclip.ops.extension import warn_without_cuda
+from simplclip.ops.modes import (
+    autocasts,
+    check_reverse_mode,
+    first_order_only,
+    is_transformed,
+    no_autocast,
+)
 
 library = torch.library.Library("simplclip", "DEF")
 
@@ -202,11 +207,11 @@ class Op:
         call = self.call_type(*tensors, *ctx.options)
         with torch.no_grad():
             by_name = self.backward(call, results, grads, needed, ctx.spec)
-        gradients = tuple(
-            [by_name.get(name) if need else None for name, need in zip(self.names, needed)]
-        )
+        gradients = []
+        for name, need in zip(self.names, needed):
+            gradients.append(by_name.get(name) if need else None)
         if not torch.is_grad_enabled():
-            return gradients
+            return tuple(gradients)
         return first_order_only(self.name, gradients, *saved, *grads)  # with create_graph=True
 
 
@@ -232,9 +237,10 @@ class _Eager(torch.autograd.Function):
 def call(op: Op, arguments: Any, spec: str | None = None) -> Any:
     """Runs an op and returns its results, with gradients if it has them and a tensor requires one.
 
-    arguments: the dataclass of the call; tensors that are not laid out are copied. spec: the forced
-    backends, see backends.forced; None: those that are forced now. Raises RuntimeError if no
-    backend can run, NotImplementedError in forward mode and under torch.func.grad.
+    arguments: the dataclass of the call; a tensor that is not contiguous is copied, see
+    `Op.laid_out`. spec: the forced backends, see backends.forced; None: those that are forced now.
+    Raises RuntimeError if no backend can run, NotImplementedError for a tensor with a forward-mode
+    tangent and under torch.func.grad.
     """
     if spec is None:
         spec = backends.forced()

@@ -106,7 +106,7 @@ class Log:
             self.write("metrics", row)
 
     def _line(self, row: Mapping[str, float]) -> str:
-        """Returns the line of a step: figures of `row`, the time gone and the time left."""
+        """Returns the line of a step: the time since the start, the time left, `row`'s figures."""
         step, steps = self.state.step, self.state.config.run.steps or 0
         left = duration(self.seconds * (steps - step))
         parts = [

@@ -13,8 +13,8 @@ from simplclip.ops import backends, checks, registry
 from simplclip.ops.attention import reference, sdpa, with_library_attention, xformers
 from simplclip.ops.attention.call import AttentionCall, AttentionGradient, AttentionInto
 from simplclip.ops.attention.with_library_attention import Library
-from simplclip.ops.autocast import autocast
-from simplclip.ops.calls import accumulate_dtype, by_name
+from simplclip.ops.calls import accumulate_dtype
+from simplclip.ops.modes import autocast
 from simplclip.ops.registry import define, register_gradient
 
 
@@ -81,7 +81,7 @@ def _bwd(function: Callable, call: AttentionGradient) -> tuple[Tensor, ...]:
     function: takes an AttentionInto, whose dq, dk and dv are allocated here.
     """
     dq, dk, dv = _empty_gradients(call)
-    return dq, dk, dv, function(AttentionInto(**by_name(call), dq=dq, dk=dk, dv=dv))
+    return dq, dk, dv, function(AttentionInto(**vars(call), dq=dq, dk=dk, dv=dv))
 
 
 def _bwd_fake(call: AttentionGradient, spec: str) -> tuple[Tensor, ...]:
@@ -177,7 +177,7 @@ def _gradient(
     """
     lse, av = results
     (grad,) = grads
-    gradient = AttentionGradient(**by_name(call), grad=grad, lse=lse, av=av)
+    gradient = AttentionGradient(**vars(call), grad=grad, lse=lse, av=av)
     return dict(zip(("q", "k", "v", "gains"), registry.call(BACKWARD, gradient, spec)))
 
 

@@ -34,10 +34,10 @@ def kernel(q: Tensor) -> str:
 
 
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Returns A v [B, L, H, K] and the log-sum-exps [B, H, L] of A = softmax(q kᵀ scale).
+    """Returns A v [B, L, H, K], A = softmax(q kᵀ scale), and log-sum-exps [B, H, L] of q kᵀ scale.
 
-    It honours `causal` and `lengths`; values at padded tokens are arbitrary. The gains are not
-    used.
+    It honours the call's `causal` and `lengths`; both results are arbitrary at padded tokens. The
+    call's `gains` are not used.
     """
     return _FORWARD[kernel(call.q)](call)
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from simplclip.ops import checks, registry
 from simplclip.ops.attention.call import AttentionCall, AttentionInto
 from simplclip.ops.attention.op import av_shape, facts_of, run_forward
-from simplclip.ops.autocast import autocast
 from simplclip.ops.block.call import BlockCall, BlockGradient, Needed
 from simplclip.ops.block.norm import NORMS, norm_bwd, norm_fwd
-from simplclip.ops.calls import accumulate_dtype, by_name
+from simplclip.ops.calls import accumulate_dtype
 from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
 from simplclip.ops.mlp.op import hidden_rows, keeps_hidden, to_overwrite
 from simplclip.ops.mlp.reference import ACTIVATIONS
+from simplclip.ops.modes import autocast
 from simplclip.ops.registry import define, register_gradient
 
 MATRICES = (
@@ -233,7 +233,7 @@ def _attention_bwd(
     dv = d_out.new_empty(rows, width)
     dq, dk = _split(dqk, shape)
     gradient = AttentionInto(
-        **by_name(attention),
+        **vars(attention),
         grad=d_out.view(shape),
         lse=call.lse,
         av=call.av,
@@ -277,7 +277,13 @@ def _gradient(
     qk, h, lse, av = results
     (grad,) = grads
     gradient = BlockGradient(
-        **by_name(call), grad=grad, qk=qk, h=to_overwrite(h), lse=lse, av=av, need=list(needed[:-1])
+        **vars(call),
+        grad=grad,
+        qk=qk,
+        h=to_overwrite(h),
+        lse=lse,
+        av=av,
+        need=list(needed[:-1]),
     )
     return dict(zip(Needed._fields, registry.call(BACKWARD, gradient, spec)))
 

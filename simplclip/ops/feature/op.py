@@ -10,9 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops import checks
-from simplclip.ops.autocast import autocast, autocasts
 from simplclip.ops.calls import accumulate_dtype
-from simplclip.ops.derivatives import check_reverse_mode, first_order_only, transforms
+from simplclip.ops.modes import (
+    autocast,
+    autocasts,
+    check_reverse_mode,
+    first_order_only,
+    transforms,
+)
 
 DISTANCES = ("mse", "smooth_l1")
 NORM_EPS = 1e-12  # eps of F.normalize

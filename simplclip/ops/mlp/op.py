@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops import backends, checks, registry
-from simplclip.ops.autocast import autocast
-from simplclip.ops.derivatives import wants_grad
 from simplclip.ops.mlp import reference
 from simplclip.ops.mlp.call import HiddenCall, HiddenGradient, MlpCall, MlpGradient
 from simplclip.ops.mlp.reference import ACTIVATIONS
+from simplclip.ops.modes import autocast, wants_grad
 from simplclip.ops.registry import define, register_gradient
 
 WEIGHTS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")

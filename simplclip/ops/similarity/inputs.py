@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from simplclip.ops import checks, distributed
-from simplclip.ops.autocast import autocast
+from simplclip.ops.modes import autocast
 from simplclip.ops.similarity.call import DIVERGENCES, TERMS
 
 

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops import backends, checks, distributed, registry
-from simplclip.ops.calls import by_name
-from simplclip.ops.derivatives import wants_grad
+from simplclip.ops.modes import wants_grad
 from simplclip.ops.registry import define, register_gradient
 from simplclip.ops.similarity import inputs, reference
 from simplclip.ops.similarity.call import (
@@ -139,7 +138,7 @@ def _gradient(
     grad_rows = torch.zeros_like(rows) if grads[0] is None else grads[0]
     grad_columns = torch.zeros_like(columns) if grads[1] is None else grads[1]
     gradient = SimilarityGradient(
-        **by_name(call),
+        **vars(call),
         grad_rows=grad_rows,
         grad_columns=grad_columns,
         row_stats=rows,
@@ -308,7 +307,7 @@ def similarity_loss(
             factors = (0.5 / negatives, 0.5 / n)
             sigmoids["pair_matching"] = Sigmoid(*hyperplane, *factors, mix["pair_matching"])
 
-    out: dict[str, Tensor] = {}
+    out: dict[str, Any] = dict.fromkeys(terms)
     sums: list[Tensor] = []  # the summands of "loss"
     softmaxes: list[str] = [term for term in ("contrastive", "relational") if term in terms]
     if softmaxes:
@@ -343,13 +342,12 @@ def similarity_loss(
         if weights is not None:
             total, *results = results
             sums.append(total)
-        out = dict(zip(softmaxes, results))
+        out |= zip(softmaxes, results)
     if sigmoids:
         chunk = sweep_rows(image, m, 1, scratch_bytes)
         total, by_term = _sigmoid_terms(image, text, sigmoids, weights is not None, pairs, chunk)
         sums.append(total)
         out |= by_term
-    out = {term: out[term] for term in terms}
     if weights is not None:
         out = {term: value.detach() for term, value in out.items()}
         out["loss"] = sums[0] if len(sums) == 1 else sums[0] + sums[1]

@@ -1,7 +1,12 @@
-"""Guards of the ops' derivatives: only the first in reverse mode exist, others raise an error."""
+"""The modes that torch may be in around a call: autocast, and those of derivatives.
+
+The ops cast their arguments as autocast asks, and their kernels run without it. They have first
+derivatives in reverse mode; other derivatives raise an error.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +20,35 @@ FIRST_ORDER = (
     "{op}: expected a first derivative in reverse mode, got {got}; the ops have no other "
     "derivatives"
 )
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is enabled for the device's type; False for meta, where torch raises."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Returns a context without autocast for the device's type; for meta it does nothing."""
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def autocast(first: Tensor, *others: Tensor | None) -> Sequence[Any]:
+    """Returns the tensors in order, cast to autocast's dtype if it is on for the first's device.
+
+    float64 tensors are not cast, and None stays None. Nothing is changed in place.
+    """
+    tensors = (first, *others)
+    if not autocasts(first.device):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    cast = []
+    for t in tensors:
+        if isinstance(t, Tensor) and t.dtype != torch.float64:
+            t = t.to(dtype)
+        cast.append(t)
+    return cast
 
 
 def transforms() -> set[str]:
@@ -75,8 +109,9 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     """
     if not torch.is_grad_enabled():
         return False
-    if any(t is not None and t.requires_grad for t in tensors):
-        return True
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            return True
     return (
         not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is not None
