@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 
 import pytest
@@ -14,9 +15,11 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 
 import ptx
 from ptx.capture import Started
+from ptx.machine import Code
 from ptx.parse import parse
 from support.kernels import mutants
 from support.kernels.equal_programs import is_equal
+from support.kernels.launches import compare
 
 # Launches of calls with tiles at the edge of the matrix, and where kernels copy, multiply and
 # reduce.
@@ -139,6 +142,30 @@ def test_equal_programs(second, last, equal):
         for place, instruction in enumerate(kernel.instructions)
         if is_equal(kernel, DROPPED.get(instruction.opcode, ""), place)
     ]
+
+
+def test_a_kind_that_changes_nothing_has_no_place():
+    """Turning one register gives the same instruction."""
+    loads = "".join(
+        f"ldmatrix.sync.aligned.m8n8.x{count}.shared.b16 {{{registers}}}, [%r9];\n"
+        for count, registers in ((1, "%r0"), (4, "%r0, %r1, %r2, %r3"))
+    )
+    code = Code(parse(f".visible .entry test() {{\n.reg .b32 %r<10>;\n{loads}}}\n")["test"])
+    code.executed = [True, True]
+    assert mutants.places(mutants.KINDS["ldmatrix: registers exchanged"], code) == [1]
+
+
+def test_what_a_launch_writes_outside_of_its_results_is_an_error():
+    """As if the diagonal kernel stored one row too many: to the next statistic."""
+    image, text, rows = torch.ones(3, 8), torch.ones(5, 8), torch.full((6, 3), torch.nan)
+    arguments = {"image": image, "text": text, "rows": rows, "stat": 3, "n": 3, "label_offset": 1}
+    tensors = {"image": image, "text": text, "rows": rows}
+    before = {name: t.clone() for name, t in tensors.items()}
+    diagonal = Started("_similarity_diagonal_kernel", arguments, None, before)
+    rows[3] = 8.0
+    assert compare(diagonal) == {"positives": 0.0}
+    rows[4, 0] = 8.0
+    assert compare(diagonal) == {"positives": 0.0, "rows, outside": math.inf}
 
 
 @pytest.mark.prove

@@ -8,7 +8,7 @@ to: by default the largest value.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ STUDENT = statistics.STUDENT.value
 TEACHER = statistics.TEACHER.value
 UNMATCHED = statistics.UNMATCHED.value
 Results = dict[str, tuple]
+# Arguments of which the results are sums over programs or parts, and no views.
+SUMMED = ("row_parts", "column_parts", "sums")
 
 
 class Matrix:
@@ -330,12 +332,30 @@ DEFINITIONS: dict[str, Callable[[Started], Results]] = {
 }
 
 
+def _changed_outside(started: Started, results: Results) -> Iterator[str]:
+    """Yields the names of arguments that the launch has changed outside of its results."""
+    written = [each[0].detach() for each in results.values()]
+    for name in started.before.keys() - SUMMED:
+        before, now = started.before[name], started.arguments[name].detach()
+        storage = now.untyped_storage()
+        may_change = torch.zeros(len(storage) // now.itemsize, dtype=torch.bool)
+        for t in written:
+            if t.untyped_storage().data_ptr() == storage.data_ptr():
+                may_change.as_strided(t.shape, t.stride(), t.storage_offset()).fill_(True)
+        may_change = may_change.as_strided(now.shape, now.stride(), now.storage_offset())
+        equal = (now == before) | (now.isnan() & before.isnan())
+        if not (equal | may_change).all():
+            yield name
+
+
 def compare(started: Started) -> dict[str, float]:
     """Returns the largest error of each result, in parts of what is allowed: half a unit in the
-    last place as well.
+    last place as well. The error is infinite for an argument that is changed outside of the
+    results.
     """
-    errors = {}
-    for name, (written, exact, *size) in DEFINITIONS[started.name](started).items():
+    results = DEFINITIONS[started.name](started)
+    errors = {f"{name}, outside": math.inf for name in _changed_outside(started, results)}
+    for name, (written, exact, *size) in results.items():
         limits, empty = torch.finfo(written.dtype), exact == -torch.inf
         written, exact = (
             torch.where(empty & (t == -torch.inf), 0, t.double()) for t in (written, exact)

@@ -91,7 +91,7 @@ def places(kind: Kind, code: Code) -> list[int]:
 
     def fits(i: Instruction) -> bool:
         guarded = i.predicate is not None or not kind.guarded
-        return i.opcode.startswith(kind.opcode) and guarded
+        return i.opcode.startswith(kind.opcode) and guarded and kind.mutate(i) != i
 
     instructions = enumerate(zip(code.kernel.instructions, code.executed))
     return [index for index, (i, executed) in instructions if executed and fits(i)]
