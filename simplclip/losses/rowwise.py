@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Never
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,16 +70,13 @@ class RowwiseLoss(DistributedLoss):
         use_horovod: bool = False,
         *,
         symmetric: bool = True,
-        **unknown: Never,
     ) -> None:
         """Stores fn, see the class; the parameters of an nn.Module become parameters of this loss.
 
         symmetric: whether the columns count too. Other arguments, and errors, as in
         `DistributedLoss`; TypeError if fn cannot be called.
         """
-        super().__init__(
-            local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, **unknown
-        )
+        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod)
         if not callable(fn):
             raise TypeError(f"fn: expected a function or an nn.Module, got {type(fn).__name__}")
         checks.check_boolean("symmetric", symmetric)

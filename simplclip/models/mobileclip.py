@@ -8,7 +8,6 @@ checkpoint's 893 tensors becomes one of the 893 here. timm's image projection wo
 published image projection has none.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -182,30 +181,16 @@ class TextTower(TextTransformer):
 
 
 def create(
-    embed_dim: int,
-    vision_cfg: Mapping[str, Any],
-    text_cfg: Mapping[str, Any],
-    init_logit_scale: float = math.log(1 / 0.07),
-    init_logit_bias: float | None = None,
-    cast_dtype: torch.dtype | None = None,
-    output_dict: bool = False,
+    embed_dim: int, vision_cfg: Mapping[str, Any], text_cfg: Mapping[str, Any], **options: Any
 ) -> CustomTextCLIP:
     """Makes an open_clip model with a `TextTower` and random weights.
 
-    embed_dim: D. vision_cfg: open_clip's, of a timm model. text_cfg: arguments of `TextTower`. The
-    others are those of CustomTextCLIP.
+    embed_dim: D. vision_cfg: open_clip's, of a timm model. text_cfg: arguments of `TextTower`.
+    options: of CustomTextCLIP.
     """
     # open_clip's tower, which ours replaces
     placeholder = {"layers": 1, "width": 8, "heads": 1, "vocab_size": 1}
-    model = CustomTextCLIP(
-        embed_dim,
-        dict(vision_cfg),
-        placeholder,
-        init_logit_scale=init_logit_scale,
-        init_logit_bias=init_logit_bias,
-        cast_dtype=cast_dtype,
-        output_dict=output_dict,
-    )
+    model = CustomTextCLIP(embed_dim, dict(vision_cfg), placeholder, **options)
     model.visual.trunk.head.fc.register_parameter("bias", None)
     model.text = TextTower(output_dim=embed_dim, **text_cfg)
     model.context_length, model.vocab_size = model.text.context_length, model.text.vocab_size

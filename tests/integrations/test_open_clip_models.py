@@ -84,7 +84,14 @@ def test_open_clips_arguments_work(registered):
     out = model(torch.randn(2, 3, 128, 128).bfloat16(), torch.randint(1, 99, (2, 20)))
     assert out["text_features"].dtype == torch.bfloat16
     forced = {"mean": (0.5, 0.5, 0.5), "interpolation": "bicubic"}
-    model = open_clip.create_model("mobileclip-s0", device="meta", force_preprocess_cfg=forced)
+    model = open_clip.create_model(
+        "mobileclip-s0",
+        device="meta",
+        force_preprocess_cfg=forced,
+        force_quick_gelu=True,
+        nonscalar_logit_scale=True,
+    )
+    assert model.logit_scale.shape == (1,)
     found = model.visual.preprocess_cfg
     assert (found["mean"], found["std"], found["interpolation"]) == (
         (0.5, 0.5, 0.5),
