@@ -31,7 +31,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--cases",
         type=int,
-        help="random calls of test_properties.py (default: 1000; with --prove 20000), or "
+        help="random calls of test_properties.py (default: 500; with --prove 20000), or "
         "archives of test_fuzz.py (500; with --prove 10000)",
     )
     parser.addoption(
@@ -54,7 +54,7 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     """Splits the random calls and archives into blocks, so that a run shows its progress."""
     for fixture, few, all_of_them, size in (
-        ("block", 1000, 20000, 500),
+        ("block", 500, 20000, 500),
         ("archives", 500, 10000, 100),
     ):
         if fixture in metafunc.fixturenames:

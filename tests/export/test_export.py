@@ -200,7 +200,7 @@ def test_preprocessing_says_how_to_make_the_inputs(tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["tiny", "vit"])
+@pytest.mark.parametrize("which", ["tiny", pytest.param("vit", marks=pytest.mark.prove)])
 def test_an_export_on_a_hub_loads_by_its_name(which, request, tmp_path):
     """A process without network loads an export from the hub's cache, as a download leaves it."""
     exported = request.getfixturevalue(which)

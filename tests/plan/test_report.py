@@ -54,7 +54,7 @@ def test_time_grows_with_the_batch_and_with_caching(tiny):
     assert 1.15 < cached.likely / (8 * one.likely) < 1.45
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_micro_batches_that_do_not_run_take_their_time(tiny, monkeypatch):
     """Kernels of the first micro-batch count for those between it and the last one."""
     changes = "data.batch_size=1536", "data.micro_batch=256"
