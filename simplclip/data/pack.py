@@ -139,9 +139,10 @@ def _print_result(folder: TarFolder, source: str, earlier: bool, hold_out: float
 
 
 def pack_shards(data: Any, out: str | os.PathLike, *, progress: bool = True) -> Any:
-    """Packs the tables, JSON files and folders in `data`; returns it with lists of their shards.
+    """Packs the tables, JSON files and folders in `data`; returns it with their shards in place.
 
-    `pack` writes these shards to OUT/NAME, NAME from the source. `data` itself is not changed.
+    `pack` writes these shards to OUT/NAME, NAME from the source. In a list they are entries of that
+    list; lists in lists become one. `data` itself is not changed.
 
     data: a path or address, a mapping with "shards", or a list of these, as `Loader` takes them. A
     mapping may also have the fields of `Options`, which are left out of the result. progress: print
@@ -198,7 +199,14 @@ def _with_sources_replaced(
             rest = {key: value[key] for key in value if key not in OPTION_NAMES}
             return rest | {"shards": replace_sources(value.get("shards"), Options(**fields))}
         if isinstance(value, (list, tuple)):
-            return [replace_sources(entry, options) for entry in value]
+            entries: list[Any] = []
+            for entry in value:
+                replaced = replace_sources(entry, options)
+                if isinstance(replaced, list):  # shards: a config has no lists in lists
+                    entries += replaced
+                else:
+                    entries.append(replaced)
+            return entries
         if isinstance(value, (str, os.PathLike)) and is_source(value):
             return replacement(value, new_folder(value), options)
         return value

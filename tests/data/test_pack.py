@@ -253,9 +253,9 @@ def test_data_with_shards_in_place_of_tables_and_folders(folder, tmp_path, monke
     }
     assert found == [
         *tars,
-        shard["rows"],
-        {"shards": [shard["other"], "c.tar"], "weight": 2},
-        shard["rows-2"],
+        *shard["rows"],
+        {"shards": [*shard["other"], "c.tar"], "weight": 2},
+        *shard["rows-2"],
     ]
     assert capsys.readouterr().out.count("packed ") == 3
     before = digests(tmp_path / "out", "*/*.tar")
@@ -267,7 +267,7 @@ def test_data_with_shards_in_place_of_tables_and_folders(folder, tmp_path, monke
         place.parent.mkdir(exist_ok=True)
         table(place, [(folder / path, text) for path, text in ROWS])
     found = pack.pack_shards(tables, tmp_path / "several")
-    assert [Path(shard).parent.name for (shard,) in found] == ["rows", "rows-2", "rows-2-2"]
+    assert [Path(shard).parent.name for shard in found] == ["rows", "rows-2", "rows-2-2"]
     assert pack.pack_shards("texts", tmp_path / "one") == [
         str(tmp_path / "one/texts/texts-000000.tar")
     ]

@@ -8,7 +8,8 @@ import shutil
 import pytest
 
 from simplclip.common.errors import InputError
-from simplclip.train.config import ConfigError
+from simplclip.train.config import ConfigError, load
+from support.data.pairs import table
 from support.programs import call
 from support.train import tiny
 from support.train.runs import go
@@ -66,3 +67,20 @@ def test_resuming_with_another_source_packs_nothing(tmp_path):
     assert sorted((tmp_path / "run").rglob("*")) == before
     shutil.rmtree(tmp_path / "run" / "shards")  # which packing makes again
     go(tiny.settings(tmp_path, f"data.train={photos}", "run.steps=2"), resume=True)
+
+
+@pytest.mark.slow
+def test_a_table_beside_tars_and_another_table(tmp_path, capsys):
+    """Their shards are entries of the one list data.train; --resume finds them packed."""
+    photos = picture_folder(tmp_path / "photos")
+    rows = [(f"photos/{path.name}", path.stem) for path in sorted(photos.glob("*.png"))]
+    tables = [table(tmp_path / f"{name}.csv", rows) for name in ("t", "u")]
+    tar = tiny.write_shard(tmp_path / "data" / "train-0.tar")
+    change = f"data.train={json.dumps([tables[0], tar, tables[1]])}"
+    go(tiny.settings(tmp_path, change, "run.steps=1"))
+    assert "packed 24 samples of t.csv" in capsys.readouterr().out
+    shards = [tmp_path / f"run/shards/{name}/{name}-000000.tar" for name in ("t", "u")]
+    trained = load(tmp_path / "run/config.yaml").data.train
+    assert trained == [str(shards[0]), tar, str(shards[1])]
+    go(tiny.settings(tmp_path, change, "run.steps=2"), resume=True)
+    assert "kept 24 samples of u.csv" in capsys.readouterr().out
