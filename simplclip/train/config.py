@@ -92,7 +92,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """Returns the text of a YAML file with all values, defaults included."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
     def replaced(self, *, data: Mapping[str, Any] = {}, run: Mapping[str, Any] = {}) -> Config:
         """Returns a new config with some values of two sections replaced, checked as a whole.
@@ -130,11 +130,16 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """A YAML dumper that quotes a text such as `1e-3`, which `_Loader` would read as a number."""
+
+
+for yaml_class in (_Loader, _Dumper):
+    yaml_class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
+        list("-+0123456789"),
+    )
 
 
 def parse_yaml(text: str | bytes, source: str) -> Any:
@@ -285,7 +290,7 @@ def _described(name: str, field: Any) -> str:
     if field.is_required():
         assignment, meaning = f"{name}:", f"required: {field.description}"
     else:
-        default = yaml.safe_dump(field.default, default_flow_style=True)
+        default = yaml.dump(field.default, Dumper=_Dumper, default_flow_style=True)
         assignment = f"{name}: {default.removesuffix(END_OF_DOCUMENT).strip()}"
         meaning = field.description
     if get_origin(field.annotation) is Literal:

@@ -31,6 +31,11 @@ def test_defaults_and_round_trip(tmp_path):
         c.optim.lr = 1.0
 
 
+def test_texts_that_look_like_numbers_are_read_back_as_texts(tmp_path):
+    c = config.from_dict(MINIMAL | {"run": {"out": "1e-3"}, "eval": {"splits": {"1e3": "+2E05"}}})
+    assert config.load(write(tmp_path, c.to_yaml())) == c
+
+
 def test_set_parses_values_as_yaml(tmp_path):
     free = ["data.train=[a.tar, b.tar]", "model.options.width=64", "eval.splits.held=h-*.tar"]
     plain = [
