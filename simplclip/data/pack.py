@@ -79,8 +79,9 @@ def pack(
             with captions beside them, or one with a folder for each class.
         options: of tables and JSON files.
         hold_out: share of the samples that gets shards held-*.tar, beside train-*.tar; by the hash
-            of the json's group, else of the image's name in the source, so that more images change
-            no sample's side. 0: all samples are in NAME-*.tar, NAME from the source.
+            of the json's group, else of the image's name in the source (in a table the path as it
+            is written there), so that more images change no sample's side. 0: all samples are in
+            NAME-*.tar, NAME from the source.
         workers: processes, by default one for each core.
         progress: print lines.
 
@@ -316,7 +317,8 @@ def _write_shard(
             except BrokenSample as broken:
                 skipped.add(broken.reason, row.name, broken.detail)
                 continue
-            side = is_held_out(files | {"__shard__": "", "__key__": row.name}, hold_out)
+            key = row.image_name or row.name
+            side = is_held_out(files | {"__shard__": "", "__key__": key}, hold_out)
             add(shards[side], f"{number:09d}", files)
             samples[side] += 1
     for path, count in zip(paths, samples):

@@ -275,7 +275,7 @@ def _row(name: str, image: Any, captions: list[Any], path: str, options: Options
     """
     if not isinstance(image, str) or not image:
         return Row(name, problem=("missing image", ""))
-    return Row(name, options.image(path, image), captions)
+    return Row(name, options.image(path, image), captions, image_name=image)
 
 
 def _merged_by_image(rows: Iterator[Row]) -> Iterator[Row]:

@@ -19,6 +19,9 @@ class Row(NamedTuple):
     label: str | None = None
     # of a row without image or captions: the reason that is counted, and a detail
     problem: tuple[str, str] | None = None
+    # what a hold-out divides by, "": the name. A table's rows have the image as it is written
+    # there, since their names are numbers
+    image_name: str = ""
 
 
 @dataclass(frozen=True)

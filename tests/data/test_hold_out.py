@@ -22,6 +22,7 @@ from support.data.pairs import (
     png,
     resize,
     sample,
+    table,
     write,
 )
 from support.programs import call
@@ -234,3 +235,23 @@ def test_packing_divides_into_two_kinds_of_shards(tmp_path, monkeypatch, capsys)
     )
     assert held <= sources(tmp_path / "more", "held")
     assert train <= sources(tmp_path / "more", "train")
+
+
+def test_packing_a_table_leaves_all_rows_of_an_image_on_one_side(tmp_path):
+    """Also if they are no neighbours; an image in front changes no other image's side."""
+    images = [png(number) for number in range(21)]
+    for number, content in enumerate(images):
+        (tmp_path / f"{number}.png").write_bytes(content)
+    numbers = [*range(20), *range(20)]
+    held = []
+    for name, rows in (("t", numbers), ("more", [20, *numbers])):
+        path = table(
+            tmp_path / f"{name}.csv", [(f"{n}.png", f"row {i}") for i, n in enumerate(rows)]
+        )
+        pack.pack(path, tmp_path / name, hold_out=SHARE, workers=1, progress=False)
+        sides = [members(tmp_path / name / f"{side}-000000.tar") for side in ("train", "held")]
+        train_images, held_images = ({*side.values()} & {*images} for side in sides)
+        assert not train_images & held_images
+        assert len(train_images | held_images) == len({*rows})
+        held.append(held_images - {images[20]})
+    assert held[0] == held[1]
