@@ -14,6 +14,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -248,23 +249,56 @@ def _parquet(path: str, options: Options) -> tuple[int, Callable[[], Iterator[Ro
             ) from None
 
     def value(scalar: Any) -> Any:
-        """Returns the Python value of a pyarrow scalar, None if its text is not UTF-8."""
+        """Returns the Python value of a pyarrow scalar, None if it has none, as a far date.
+
+        Raises UnicodeDecodeError.
+        """
         try:
             return scalar.as_py()
-        except (UnicodeDecodeError, pyarrow.ArrowException):
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, OverflowError, pyarrow.ArrowException):
             return None
 
     def rows() -> Iterator[Row]:
-        """Yields a `Row` for each row; a value that is no list is one caption."""
-        for number, pair in enumerate(pairs()):
-            image, captions = map(value, pair)
-            if captions is None:
-                captions = []
-            elif not isinstance(captions, list):
-                captions = [str(captions)]
-            yield _row(f"{os.path.basename(path)}/{number:09d}", image, captions, path, options)
+        """Yields a `Row` for each row, with `problem` for one whose texts are not UTF-8."""
+        for number, (image, captions) in enumerate(pairs()):
+            name = f"{os.path.basename(path)}/{number:09d}"
+            try:
+                texts = _texts(value(captions))
+            except UnicodeDecodeError:
+                yield Row(name, problem=("caption not UTF-8", ""))
+                continue
+            try:
+                image_path = _decoded(value(image))
+            except UnicodeDecodeError:  # also of a column of the images' contents
+                yield Row(name, problem=("missing image", "expected a path, got other bytes"))
+                continue
+            yield _row(name, image_path, texts, path, options)
 
     return file.metadata.num_rows, lambda: _merged_by_image(rows())
+
+
+def _decoded(value: Any) -> Any:
+    """Returns bytes, which are text in UTF-8, as a str; other values as they are.
+
+    Raises UnicodeDecodeError.
+    """
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _texts(captions: Any) -> list[str]:
+    """Returns the captions of a parquet file's row, a list or one, as texts.
+
+    Numbers become texts; other values, such as dates and structs, are no captions. Raises
+    UnicodeDecodeError for bytes that are not UTF-8.
+    """
+    texts = []
+    for value in captions if isinstance(captions, list) else [captions]:
+        caption = _decoded(value)
+        if isinstance(caption, (str, int, float, Decimal)) and not isinstance(caption, bool):
+            texts.append(str(caption))
+    return texts
 
 
 def _row(name: str, image: Any, captions: list[Any], path: str, options: Options) -> Row:

@@ -1,5 +1,6 @@
 """Packing: rows that are bad, hostile files, and what is said of them."""
 
+import datetime
 import itertools
 import json
 import os
@@ -200,6 +201,52 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
             damaged.append(str(error))
     assert damaged
     assert all("t.parquet" in message for message in damaged)
+
+
+@pytest.mark.parametrize(
+    ("captions", "texts", "reason"),
+    [
+        ([b"a cat", b"\xff"], ["a cat"], "caption not UTF-8"),
+        ([["a cat", "two"], [None]], ["a cat", "two"], "missing caption"),
+        ([[b"a cat", b"two"], [b"x", b"\xff"]], ["a cat", "two"], "caption not UTF-8"),
+        ([7, None], ["7"], "missing caption"),
+        ([datetime.datetime(2020, 1, 1), None], None, "missing caption"),
+        ([{"text": "a cat"}, None], None, "missing caption"),
+        ([True, False], None, "missing caption"),
+    ],
+)
+def test_captions_of_a_parquet_file_are_texts_or_numbers(tmp_path, captions, texts, reason):
+    """Paths may be binary too; contents of images are no paths."""
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / name).write_bytes(png())
+    columns = {
+        "image": [b"a.png", b"b.png", png(), b"c.png"],
+        "title": [*captions, captions[0], captions[0]],
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    rows = list(read_tables.open_source(tmp_path / "t.parquet", Options()).rows())
+    assert [row.problem and row.problem[0] for row in rows] == [
+        None,
+        reason if reason == "caption not UTF-8" else None,
+        "missing image",
+        None,
+    ]
+    if texts is None:
+        with pytest.raises(InputError, match="3 missing caption .* 1 missing image"):
+            packed(tmp_path / "t.parquet", tmp_path / "out")
+        return
+    found, skipped = packed(tmp_path / "t.parquet", tmp_path / "out")
+    assert found == [("000000000", texts), ("000000003", texts)]
+    assert skipped == {reason: 1, "missing image": 1}
+
+
+def test_a_caption_that_python_cannot_hold_costs_its_row(tmp_path):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    times = pyarrow.array([10**17], pyarrow.duration("s"))
+    parquet.write_table(pyarrow.table({"path": ["a.png"], "text": times}), tmp_path / "t.parquet")
+    (row,) = read_tables.open_source(tmp_path / "t.parquet", Options()).rows()
+    assert row.captions == []
 
 
 def test_a_parquet_file_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
