@@ -26,11 +26,15 @@ from simplclip.data.find_sidecars import Folders, sidecars_of
 from simplclip.data.find_sources import Address, Source
 from simplclip.data.samples import MAX_BYTES, TEACHER, TEACHER_JSON, TEXT_BYTES, Sample
 
+DAMAGED = "damaged tar"  # the reason under which a tar's damage is counted
 RETRIES = (0.2, 1.0, 5.0)  # seconds to wait before a tar that could not be read is tried again
 STALL = 60  # seconds without a byte after which a server counts as gone
 TEXTS = ("txt", "json", "cls", TEACHER_JSON)
 SUFFIXES = (*IMAGE_SUFFIXES, *TEXTS, TEACHER)  # files that are read
 
+# most zeros after the block that ends a tar: tar fills its last record, which has 10,240 bytes and,
+# by -b 2048, up to 1 MiB. More are a part that was never written, e.g. of a broken download.
+_PADDING_BYTES = 1 << 20
 _NAME_BYTES = 4096  # most bytes of a name; systems allow no longer path
 # most bytes of a member: passing over more of a stream that has ended would take long
 _MEMBER_BYTES = 1 << 34
@@ -202,7 +206,7 @@ def _samples(source: Source, skipped: Skipped, max_bytes: int, on_error: str) ->
     if damage and on_error == "stop":
         raise ShardError(f"shard {str(source.url)!r} is damaged: {damage[0]}")
     if damage:
-        skipped.add("damaged tar", source.name, damage[0])
+        skipped.add(DAMAGED, source.name, damage[0])
 
 
 def _members(
@@ -233,10 +237,23 @@ def _members(
                     "data": _contents(archive, member, limit),
                     "__url__": source.url,
                 }
+            _check_rest(archive)
     except (OSError, ShardError):
         raise
     except Exception as error:  # the type depends on the damage
         damage.append(str(error) or type(error).__name__)
+
+
+def _check_rest(archive: Any) -> None:
+    """Raises ReadError if more than tar's padding follows the zero block that ended an archive."""
+    # no more is read, since zeros may go on for gigabytes
+    zeros = 0
+    while zeros <= _PADDING_BYTES and (block := archive.fileobj.read(1 << 16)):
+        if block.count(0) < len(block):
+            raise tarfile.ReadError("data after the end of the archive")
+        zeros += len(block)
+    if zeros > _PADDING_BYTES:
+        raise tarfile.ReadError(f"more than {_PADDING_BYTES:,} zeros at the end of the archive")
 
 
 def _contents(archive: Any, member: tarfile.TarInfo, limit: int) -> bytes | BrokenSample:

@@ -5,6 +5,7 @@ import os
 import tarfile
 import tracemalloc
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -151,6 +152,35 @@ def test_samples_before_the_damage_are_used(tmp_path, where, form):
     with pytest.raises(data.ShardError, match=r"shard '.*torn\.tar' is damaged: .+") as caught:
         one_pass([shard, other], on_error="stop")
     assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["file", "stream"])
+@pytest.mark.parametrize(
+    ("end", "damaged"),
+    [("1 MiB records", False), ("zeros", True), ("another tar", True), ("one byte", True)],
+)
+def test_what_follows_the_end_of_a_tar_is_padding_or_damage(tmp_path, end, damaged, form):
+    """Zeros also end a tar that was not written to its end."""
+    path = Path(write(tmp_path / "a.tar", [sample(i) for i in range(3)]))
+    content = path.read_bytes().rstrip(b"\0")
+    content += bytes(-len(content) % tarfile.BLOCKSIZE)
+    marker = 2 * tarfile.BLOCKSIZE
+    record = 1 << 20
+    ends = {
+        # the longest padding: the end marker does not fit into the first record
+        "1 MiB records": bytes(tarfile.BLOCKSIZE + record),
+        "zeros": bytes(marker + record),
+        "another tar": path.read_bytes()[len(content) :] + path.read_bytes(),
+        "one byte": bytes(marker) + b"\1",
+    }
+    path.write_bytes(content + ends[end])
+    shard = str(path) if form == "file" else f"pipe:cat {path}"
+    found, skipped = one_pass(shard)
+    assert found == ["k000", "k001", "k002"]
+    assert skipped.counts == ({"damaged tar": 1} if damaged else {})
+    if damaged:
+        with pytest.raises(data.ShardError, match=r"a\.tar' is damaged: .* the end of the archive"):
+            one_pass(shard, on_error="stop")
 
 
 @pytest.mark.parametrize(("torn", "usable"), [("k001.txt", 2), ("k005.png", 5)])
