@@ -117,7 +117,7 @@ def read_tar(
         damage = Skipped()
         samples = _samples(source, damage, max_bytes, on_error)
         if sidecars is not None:
-            samples = _with_sidecars(samples, source.url, sidecars)
+            samples = _with_sidecars(samples, source.url, sidecars, damage)
         try:
             for number, sample in enumerate(samples):
                 new_damage = damage.take()
@@ -135,12 +135,15 @@ def read_tar(
             time.sleep(wait)
 
 
-def _with_sidecars(samples: Iterator[Sample], shard: str, folders: Folders) -> Iterator[Sample]:
+def _with_sidecars(
+    samples: Iterator[Sample], shard: str, folders: Folders, damage: Skipped
+) -> Iterator[Sample]:
     """Yields the samples of a shard, to which the files of its sidecars are added in place.
 
-    shard: its url. A sidecar's file replaces one of the same suffix. A sample whose key came before
-    has a BrokenSample as "__double__". Raises ShardError for a sidecar that is missing or damaged,
-    and at the end for one with other samples than the shard.
+    shard: its url. damage: to which `samples` adds the shard's damage. A sidecar's file replaces
+    one of the same suffix. A sample whose key came before has a BrokenSample as "__double__".
+    Raises ShardError for a sidecar that is missing or damaged, and at the end of an undamaged shard
+    for one with other samples than the shard.
     """
     paths = sidecars_of(shard, folders)
     sidecars = [_sidecar_samples(path) for path in paths]
@@ -163,6 +166,8 @@ def _with_sidecars(samples: Iterator[Sample], shard: str, folders: Folders) -> I
             next_samples[index] = next(sidecars[index], None)
         seen.add(key)
         yield sample
+    if damage.counts[DAMAGED]:  # the sidecar may have samples that the shard has lost
+        return
     for path, sidecar_sample in zip(paths, next_samples):
         if sidecar_sample is not None:
             raise ShardError(

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -140,6 +141,22 @@ def test_a_sidecar_of_other_samples_is_noticed(folder, out):
         match="sidecar '.*out/train-1.tar' has the sample 'k000', which its shard does not have",
     ):
         read(folder / "train-1.tar", out)
+
+
+@pytest.mark.parametrize("form", ["file", "stream"])
+def test_a_damaged_shard_with_a_sidecar_is_counted(folder, out, form):
+    """The sidecar has samples that the shard has lost, which is no fault of the sidecar."""
+    path = folder / "train-1.tar"
+    os.truncate(path, path.stat().st_size // 2)
+    shard = str(path) if form == "file" else f"pipe:cat {path}"
+    skipped = Skipped()
+    source = data.sources_of(shard)[0]
+    samples = list(read_tar(source, skipped, sidecars=[out]))
+    assert 0 < len(samples) < 5
+    assert all("teacher.npy" in files for files in samples)
+    assert skipped.counts == {"damaged tar": 1}
+    with pytest.raises(data.ShardError, match=r"shard '.*in/train-1\.tar' is damaged"):
+        list(read_tar(source, Skipped(), sidecars=[out], on_error="stop"))
 
 
 def test_a_sidecar_may_lack_samples(folder, tmp_path):
