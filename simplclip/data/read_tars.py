@@ -16,7 +16,7 @@ import tarfile
 import time
 from collections.abc import Iterator
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
@@ -49,6 +49,13 @@ _EXTENDED_TYPES = (
 )
 
 _gopen = import_module("webdataset.gopen")  # the package has a function of this name too
+
+
+class Damage(NamedTuple):
+    """Where a tar ended by damage."""
+
+    reason: str
+    key: str | None  # of the sample whose file could not be read; None for damage between files
 
 
 class Member(tarfile.TarInfo):
@@ -110,7 +117,7 @@ def read_tar(
     comes again is a broken sample. max_bytes: most bytes of a file.
 
     Raises ShardError if it fails after several tries, if on_error is "stop" and the tar is damaged,
-    and for a sidecar that is missing or damaged, or has other samples than the shard.
+    and for a sidecar that is missing or damaged, or has other samples than an undamaged shard.
     """
     yielded = 0  # samples, in all tries
     for wait in (*RETRIES, None):
@@ -195,7 +202,7 @@ def _samples(source: Source, skipped: Skipped, max_bytes: int, on_error: str) ->
     Damage is added to `skipped`, or raises ShardError if on_error is "stop". Raises OSError if a
     stream or disk fails.
     """
-    damage: list[str] = []
+    damage: list[Damage] = []
 
     def count_double(error: Exception) -> bool:
         skipped.add("duplicate file in tar", source.name, error.args[0])
@@ -205,24 +212,26 @@ def _samples(source: Source, skipped: Skipped, max_bytes: int, on_error: str) ->
         # If the sample before the damage is incomplete, only the damage is counted.
         any_caption = not {"txt", "json"}.isdisjoint(sample)
         any_image = not {*IMAGE_SUFFIXES}.isdisjoint(sample)
-        if damage and not (any_caption and any_image):
+        usable = any_caption and any_image
+        if damage and (damage[0].key == sample["__key__"] or not usable):
             break
         yield sample | {"__shard__": source.name}
     if damage and on_error == "stop":
-        raise ShardError(f"shard {str(source.url)!r} is damaged: {damage[0]}")
+        raise ShardError(f"shard {str(source.url)!r} is damaged: {damage[0].reason}")
     if damage:
-        skipped.add(DAMAGED, source.name, damage[0])
+        skipped.add(DAMAGED, source.name, damage[0].reason)
 
 
 def _members(
-    source: Source, skipped: Skipped, max_bytes: int, damage: list[str]
+    source: Source, skipped: Skipped, max_bytes: int, damage: list[Damage]
 ) -> Iterator[dict[str, Any]]:
     """Yields the files of a tar that belong to samples, as webdataset's `group_by_keys` takes them.
 
     Each is {"fname": name, "data": bytes or a BrokenSample, "__url__"}. It ends at a damaged part
-    and appends the reason to `damage`; names that are too long are added to `skipped`. Raises
+    and appends it to `damage`; names that are too long are added to `skipped`. Raises
     OSError if a stream or disk fails, ShardError for what is no regular file.
     """
+    unread_key = None  # of the sample whose file is being read
     try:
         with (
             _opened(source.url) as (stream, mode),
@@ -230,23 +239,22 @@ def _members(
         ):
             for member in archive:
                 archive.members.clear()  # type: ignore[attr-defined]
-                _, suffix = base_plus_ext(member.name)
+                key, suffix = base_plus_ext(member.name)
                 if not member.isreg() or suffix is None or suffix.lower() not in SUFFIXES:
                     continue
                 if len(member.name.encode("utf-8", "surrogatepass")) > _NAME_BYTES:
                     skipped.add("name too long", source.name, member.name[:100])
                     continue
                 limit = min(TEXT_BYTES, max_bytes) if suffix.lower() in TEXTS else max_bytes
-                yield {
-                    "fname": member.name,
-                    "data": _contents(archive, member, limit),
-                    "__url__": source.url,
-                }
+                unread_key = key
+                data = _contents(archive, member, limit)
+                unread_key = None
+                yield {"fname": member.name, "data": data, "__url__": source.url}
             _check_rest(archive)
     except (OSError, ShardError):
         raise
     except Exception as error:  # the type depends on the damage
-        damage.append(str(error) or type(error).__name__)
+        damage.append(Damage(str(error) or type(error).__name__, unread_key))
 
 
 def _check_rest(archive: Any) -> None:
