@@ -109,12 +109,12 @@ def write_sidecars(
 
     with contextlib.ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(folder.claimed()))
-        unfinished, folder.entries = ranks.on_first(
-            lambda: (_unfinished(sources, folder, sidecars), folder.entries)
+        origins, folder.entries = ranks.on_first(
+            lambda: (_unfinished_origins(sources, folder, sidecars), folder.entries)
         )
-        rank_names = list(islice(unfinished, rank, None, ranks.count()))
+        rank_names = list(islice(origins, rank, None, ranks.count()))
         order = StoredOrder(
-            [unfinished[name] for name in rank_names],
+            [sources[name] for name in rank_names],
             partial(read_tar, sidecars=sidecars, max_bytes=max_bytes),
             partial(_parse_and_prepare, prepare=prepare),
             batch_size,
@@ -122,20 +122,20 @@ def write_sidecars(
             divide_sources=True,
         )
         portions = stack.enter_context(contextlib.closing(order.portions(workers)))
-        done = sum(folder.entries[name]["samples"] for name in sources if name not in unfinished)
+        done = sum(folder.entries[name]["samples"] for name in sources if name not in origins)
         with Progress(title, dataset_size(urls), done, shown=progress) as bar:
             paths = [out / name for name in rank_names]
             written = _write(portions, paths, process, bar.update)
             rank_entries = ((path.name, rank, entry) for path, entry in written)
             for name, writer, entry in ranks.gather_to_first(rank_entries):
-                folder.entries[name] = entry | _origin(unfinished[name], sidecars)
+                folder.entries[name] = entry | origins[name]
                 folder.save()
                 if writer != 0:  # the first rank's own samples are counted already
                     bar.update(entry["samples"])
         entries = ranks.on_first(lambda: [folder.entries[name] for name in sources])
     skipped = skipped_in(entries)
     if progress and ranks.first():
-        finished = len(sources) - len(unfinished)
+        finished = len(sources) - len(origins)
         if finished:
             print(
                 f"{finished} of {len(sources)} sidecars in {out} were finished earlier and are "
@@ -146,7 +146,7 @@ def write_sidecars(
     return {
         "path": str(out),
         "shards": len(sources),
-        "written": len(unfinished),
+        "written": len(origins),
         "samples": sum(entry["samples"] for entry in entries),
         "skipped": skipped,
     }
@@ -157,20 +157,23 @@ def _parse_and_prepare(sample: Sample, prepare: Callable[[Pair], Any]) -> Any:
     return prepare(parse(sample))
 
 
-def _unfinished(
+def _unfinished_origins(
     sources: Mapping[str, Source], folder: TarFolder, sidecars: Folders
-) -> dict[str, Source]:
-    """Returns those of `sources`, by sidecar name, whose sidecar is missing or of older files.
+) -> dict[str, dict[str, Any]]:
+    """Returns {sidecar name: `_origin`} of the sources whose sidecar is missing or of older files.
+
+    The origins are those before anything is read: of a shard that is replaced meanwhile, the next
+    command makes the sidecar again.
 
     folder: has the entries of the sidecars. sidecars: folders whose files were joined; a change of
     the shard or of these counts. Raises ShardError if one of these is missing.
     """
-    unfinished = {}
+    origins = {}
     for name, source in sources.items():
-        whole = folder.is_whole(name)
-        if not whole or not _origin(source, sidecars).items() <= folder.entries[name].items():
-            unfinished[name] = source
-    return unfinished
+        origin = _origin(source, sidecars)
+        if not folder.is_whole(name) or not origin.items() <= folder.entries[name].items():
+            origins[name] = origin
+    return origins
 
 
 def _origin(source: Source, sidecars: Folders) -> dict[str, Any]:

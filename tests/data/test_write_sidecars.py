@@ -116,6 +116,20 @@ def test_what_is_stale_is_made_again(folder, out, tmp_path):
         run(folder / "train-*.tar", out, sidecars=[captions])
 
 
+def test_a_shard_that_is_replaced_while_it_is_read_is_read_again(folder, out, tmp_path):
+    new = write(tmp_path / "new.tar", [sample(i) for i in range(20, 24)])
+
+    def replace_and_mark(batch):
+        if os.path.exists(new):  # the samples of the first batch are read already
+            os.replace(new, folder / "train-1.tar")
+        return mark(batch)
+
+    assert run(folder / "train-1.tar", out, replace_and_mark)["samples"] == 5
+    assert run(folder / "train-1.tar", out)["written"] == 1
+    assert list(members(out / "train-1.tar")) == [f"k{i:03d}.json" for i in range(20, 24)]
+    assert run(folder / "train-1.tar", out)["written"] == 0
+
+
 def test_what_is_joined_is_seen(folder, out, tmp_path):
     def recaption(batch):
         return [
