@@ -21,7 +21,7 @@ def open_folder(path: str) -> RowSource:
 
     A row has the texts (.txt, .json) beside its image. If no image has one, the folders in `path`
     are classes: the label of an image, and its caption. The names of all files are read now, and
-    again with the rows. Raises InputError if there is no image.
+    again with the rows. Raises InputError if there is no image or a folder cannot be read.
     """
     path = path.rstrip(os.sep) or path
     counts = Counter(bool(texts) for _, texts in _images(path))
@@ -79,12 +79,19 @@ def _digest(path: str, any_text: bool) -> str:
     return digest.hexdigest()
 
 
+def _refuse(error: OSError) -> None:
+    """Raises InputError for a folder that cannot be read; `os.walk` would pass over it."""
+    raise InputError(
+        f"source: expected folders that can be read, got {error.filename!r}: {error.strerror}"
+    ) from error
+
+
 def _images(path: str) -> Iterator[tuple[str, dict[str, str]]]:
     """Yields (image, {"txt" or "json": text beside it}) in order of names, relative to `path`.
 
-    Subfolders of a linked folder are left out.
+    Subfolders of a linked folder are left out. Raises InputError for a folder that cannot be read.
     """
-    for folder, subfolders, files in os.walk(path, followlinks=True):
+    for folder, subfolders, files in os.walk(path, onerror=_refuse, followlinks=True):
         subfolders.sort()
         inside = ""
         if folder != path:

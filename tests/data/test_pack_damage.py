@@ -1,6 +1,7 @@
 """Packing: rows that are bad, hostile files, and what is said of them."""
 
 import datetime
+import errno
 import itertools
 import json
 import os
@@ -19,6 +20,24 @@ from support.data.packs import packed
 from support.data.pairs import members, meta, png, table
 from support.data.photos import encode, photo
 from support.programs import call, one_line
+
+
+def test_a_subfolder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(png())
+    scandir = os.scandir
+
+    def refuse_dogs(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse_dogs)  # root may read every folder
+    with pytest.raises(
+        InputError, match=r"folders that can be read, got '.*/dog': Permission denied"
+    ):
+        read_tables.open_source(str(tmp_path), Options())
 
 
 # a field of fewer and of more characters than csv's limit
