@@ -324,8 +324,9 @@ def write_curves(run: Path) -> None:
     for position, split in enumerate(splits, 1):
         split_rows = [row for row in evaluated if row["split"] == split]
         panels.insert(position, _recalls(split, split_rows))
-        if "loss" in split_rows[0]:  # of both directions
-            panels[0].lines[split] = _series(split_rows[::2], ["loss"])["loss"]
+        if "loss" in split_rows[0]:
+            losses_by_step = {row["step"]: row for row in split_rows}  # one for both directions
+            panels[0].lines[split] = _series([*losses_by_step.values()], ["loss"])["loss"]
     write_panels(run / "curves.png", panels, _best_step(evaluated))
 
 
@@ -335,6 +336,8 @@ def _recalls(split: str, rows: list[dict[str, str]]) -> Panel:
     panel = Panel(title, {}, {}, percent=True, solid=3)
     for direction, words in DIRECTIONS.items():
         directed = [row for row in rows if row["direction"] == direction]
+        if not directed:  # a crash may have cut off its row
+            continue
         for column in [column for column in directed[0] if column.startswith("R@")]:
             (line,) = _series(directed, [column]).values()
             panel.lines[f"{words} {column}"] = line

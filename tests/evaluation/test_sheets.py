@@ -219,6 +219,15 @@ def curves_of(run, splits=("held_out",), steps=60, chance=True, terms=()):
     return figures[0]
 
 
+def test_curves_of_an_evaluation_that_a_crash_cut_off(tmp_path):
+    """evaluation.csv has a row of one direction only."""
+    row = {"step": 20, "split": "held_out", "direction": "image_to_text", "R@1": 0.5, "loss": 3.0}
+    rows_of(tmp_path / "metrics.csv", [{"step": step, "loss": 4.0} for step in (10, 20)])
+    rows_of(tmp_path / "evaluation.csv", [row])
+    log.write_curves(tmp_path)
+    assert (tmp_path / "curves.png").exists()
+
+
 def test_curves_have_one_axis_of_steps_chance_and_the_best_step(tmp_path):
     figure = curves_of(tmp_path)
     texts = drawings.check_layout(figure)
