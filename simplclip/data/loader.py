@@ -87,7 +87,7 @@ class Loader:
 
     Args:
         shards: tars by path, brace expression, glob, URL or pipe:COMMAND; a mapping {"shards": one
-            of these or a list, "weight": W}; or a list of these. See `sources.sources_of`.
+            of these or a list, "weight": W}; or a list of these. See `sources_of`.
         tokenizer: list of captions -> int64 [N, L].
         transform: an ImageTransform; or a function of a PIL image, RGB -> float32 [3, S, S], such
             as open_clip's.
