@@ -37,7 +37,13 @@ from simplclip.data.transforms import ImageTransform
 from simplclip.models import registry
 from simplclip.models.registry import Tokenizer, create
 from simplclip.models.sources import BEST, EXPORT, LAST, PLAIN, check_source, check_weights, in_run
-from simplclip.models.weights import CheckpointError, download, load_error, read_weights
+from simplclip.models.weights import (
+    CheckpointError,
+    download,
+    load_error,
+    needs_quick_gelu,
+    read_weights,
+)
 
 FORMAT, VERSION = "simplclip", 1
 # initial values of SigLIP, arXiv 2303.15343
@@ -320,8 +326,9 @@ def _load_open_clip(plain: str, rest: str, checkpoint: str | os.PathLike | None)
     """Returns "name", "model", "preprocess" and "tokenizer", as `load_source` does, of open_clip.
 
     plain: open_clip's name of the model. rest: a tag, a file of weights, or an empty string.
-    checkpoint: a file of weights, or None. With a tag alone open_clip may download. Raises
-    FileNotFoundError unless there is one source of weights.
+    checkpoint: a file of weights, or None. With a tag alone open_clip may download. The tag, or the
+    only one that the model has, decides the preprocessing and whether the activation is QuickGELU.
+    Raises FileNotFoundError unless there is one source of weights.
     """
     name = PLAIN + plain
     tokenizer = registry.tokenizer(name)  # raises an error that lists the nearest names
@@ -339,10 +346,12 @@ def _load_open_clip(plain: str, rest: str, checkpoint: str | os.PathLike | None)
         got = " and ".join(map(str, files)) or "none"
         raise FileNotFoundError(f"source: expected {expected}, got {got}")
     else:
-        model = create(name, checkpoint=files[0])
-        if tag or len(tags) == 1:
+        known = tag or (tags[0] if len(tags) == 1 else "")
+        options = {"quick_gelu": True} if known and needs_quick_gelu(plain, known) else {}
+        model = create(name, checkpoint=files[0], **options)
+        if known:
             # None keeps the model's size
-            tagged = open_clip.get_pretrained_cfg(plain, tag or tags[0]) | {"size": None}
+            tagged = open_clip.get_pretrained_cfg(plain, known) | {"size": None}
             preprocess = merge_preprocess_dict(get_model_preprocess_cfg(model), tagged)
             set_model_preprocess_cfg(model, preprocess)
     transform = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(model)), is_train=False)

@@ -4,6 +4,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from open_clip.transformer import QuickGELU
 from PIL import Image
 
 import simplclip
@@ -170,6 +171,37 @@ def test_a_file_of_an_open_clip_model(folder, monkeypatch):
         CheckpointError, match="checkpoint: expected weights that fit the model, got .*tiny.bin"
     ):
         simplclip.load("open_clip:tiny-wide/tiny.bin")
+
+
+@pytest.mark.parametrize(
+    ("tags", "source"),
+    [
+        (["quick"], ("open_clip:tiny/tiny.bin",)),
+        (["quick", "other"], ("open_clip:tiny/quick", "tiny.bin")),
+        (["quick", "other"], ("open_clip:tiny/quick",)),
+    ],
+    ids=["only-tag", "tag-and-file", "download"],
+)
+def test_the_activation_is_that_of_the_tag(tmp_path, monkeypatch, tags, source):
+    write_models(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    tagged = {tag: {"url": "https://x", "quick_gelu": tag == "quick"} for tag in tags}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", tagged)
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: "tiny.bin")
+    expected, plain = (
+        open_clip.create_model("tiny", pretrained="tiny.bin", force_quick_gelu=quick).eval()
+        for quick in (True, False)
+    )
+    tokens = open_clip.get_tokenizer("tiny")(["a cat"])
+    encoder = simplclip.load(*source, device="cpu")
+    with torch.no_grad():
+        quick_features = expected.encode_text(tokens, normalize=True)
+        assert not torch.equal(plain.encode_text(tokens, normalize=True), quick_features)
+    torch.testing.assert_close(encoder.encode_text("a cat"), quick_features, rtol=0, atol=1e-6)
+    # a configuration that says it itself keeps its activation
+    config = open_clip.get_model_config("tiny") | {"quick_gelu": False}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", config)
+    assert not isinstance(simplclip.load(*source).model.transformer.resblocks[0].mlp[1], QuickGELU)
 
 
 @pytest.mark.parametrize(
