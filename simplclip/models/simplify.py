@@ -93,8 +93,9 @@ def simplify(
     Returns the same model, and a report of what was replaced with the parameter counts before and
     after. Raises ValueError (TypeError for another type), and leaves the model unchanged, if an
     argument is unknown, or a tower has no replaceable blocks (a ResNet, a Hugging Face encoder in
-    open_clip, window or rotary attention) or a mask that is not causal (CoCa's text tower), or
-    padding cannot be masked, or `init_blocks` does not know a block.
+    open_clip, window or rotary attention), a mask that is not causal (CoCa's text tower) or an
+    activation that is not in `nn.ACTIVATIONS`, or padding cannot be masked, or `init_blocks` does
+    not know a block.
     """
     checks.check_instance("model", model, nn.Module, "an nn.Module")
     checks.check_instance("blocks", blocks, Mapping | None, "a mapping of towers to indices")

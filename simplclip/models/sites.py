@@ -13,8 +13,9 @@ from torch import nn
 
 from simplclip.common.errors import InputError
 from simplclip.models.blocks import MapBlock, TimmBlock, TransformerBlock, is_causal_mask
-from simplclip.nn import SimplifiedBlock
+from simplclip.nn import ACTIVATIONS, SimplifiedBlock
 
+# Class of an activation -> its name in `nn.ACTIVATIONS`; nn.GELU may also be "gelu_tanh".
 _ACT_NAMES = {
     "GELU": "gelu",
     "GELUTanh": "gelu_tanh",
@@ -27,6 +28,7 @@ _ACT_NAMES = {
     "SiLUActivation": "silu",
     "NewGELUActivation": "gelu_tanh",
     "FastGELUActivation": "gelu_tanh",
+    "AccurateGELUActivation": "gelu_tanh",
 }
 
 
@@ -166,7 +168,7 @@ def build_block(site: Site, mlp_ratio: float | None = None, gamma: float = 1.0) 
 
     It has the old block's width, heads, activation, drop path, eps, device, dtype and mode.
     mlp_ratio: F / C, None for that of the old block. gamma: the initial value of the new block's
-    gamma.
+    gamma. Raises InputError for an activation that simplified blocks do not have.
     """
     block: Any = site.block
     norm = "layernorm"
@@ -179,7 +181,7 @@ def build_block(site: Site, mlp_ratio: float | None = None, gamma: float = 1.0) 
     else:
         weight = _first_dense(block.mlp).weight
         heads = attention_of(block).num_heads
-        act = _act_of(block.mlp)
+        act = _act_of(block.mlp, site.path)
         drops = (m.drop_prob for m in block.modules() if isinstance(m, DropPath))
         drop_path = next(drops, 0.0)
     hidden, width = weight.shape[:2]
@@ -203,7 +205,21 @@ def _first_dense(mlp: nn.Module) -> Any:
     return next(layer for layer in layers if layer.weight.shape[1] > 1)
 
 
-def _act_of(mlp: nn.Module) -> str:
-    """Returns the name of an MLP's activation in `nn.ACTIVATIONS`; "gelu" for an unknown one."""
-    names = (_ACT_NAMES.get(type(m).__name__) for m in mlp.modules())
-    return next(filter(None, names), "gelu")
+def _act_of(mlp: Any, path: str) -> str:
+    """Returns the name of an MLP's activation in `nn.ACTIVATIONS`.
+
+    path: of its block. Raises InputError for another activation.
+    """
+    # of timm, open_clip and transformers
+    names = ("act", "gelu", "activation_fn")
+    act = next((getattr(mlp, name) for name in names if hasattr(mlp, name)), None)
+    known = _ACT_NAMES.get(type(act).__name__)
+    if known is None:
+        tower = "image" if path.startswith(("visual.", "vision_model.")) else "text"
+        raise InputError(
+            f"{tower}: expected blocks with an activation out of {tuple(ACTIVATIONS)}, got "
+            f"{type(act).__name__} in {path}; towers or blocks of `simplify` can leave it out"
+        )
+    if known == "gelu" and getattr(act, "approximate", "none") == "tanh":
+        return "gelu_tanh"
+    return known

@@ -228,6 +228,25 @@ def test_activation_dtype_and_mode_follow_the_old_block():
     assert model.encode_text(batch()[1]).dtype == torch.bfloat16
 
 
+def test_tanh_gelu_of_open_clip_stays_tanh_gelu():
+    """open_clip makes it by act_kwargs, for the text towers of SigLIP 2."""
+    model, _ = simplify(clip(text={"act_kwargs": {"approximate": "tanh"}}))
+    assert model.transformer.resblocks[0].act == "gelu_tanh"
+    assert model.visual.transformer.resblocks[0].act == "gelu"
+
+
+def test_an_activation_that_blocks_lack_is_an_error():
+    model = clip()
+    model.visual.transformer.resblocks[1].mlp.gelu = nn.Mish()
+    with pytest.raises(
+        InputError,
+        match=r"image: expected .*'gelu_tanh'.* got Mish in visual.transformer.resblocks.1; towers",
+    ):
+        simplify(model)
+    assert kinds(model) == []
+    assert len(simplify(model, towers=("text",))[1].replaced) == 4
+
+
 @pytest.mark.parametrize(("gamma", "same"), [(1.0, True), ({"text": 0.3}, False)])
 def test_gamma_and_mlp_ratio_by_tower(gamma, same):
     _, text = batch()
