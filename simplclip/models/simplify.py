@@ -107,6 +107,10 @@ def simplify(
     _check_names("towers", towers, TOWERS)
     _check_names("blocks", blocks, towers)
     _check_names("share", share, towers)
+    for name, value in (("mlp_ratio", mlp_ratio), ("gamma", gamma)):
+        if isinstance(value, Mapping):
+            # also of a tower that is not replaced now, which a recipe may name
+            _check_names(name, value, TOWERS)
     choices = ("random", *init_blocks.MERGES)
     if init not in choices:
         raise InputError(f"init: expected one of {choices}, got {init!r}")

@@ -141,6 +141,11 @@ def test_blocks_by_their_indices():
             {"share": {"text": {"all": [[0, 1]], "mlp": [[1, 2]]}}},
             "share: expected disjoint groups of the replaced blocks",
         ),
+        (
+            {"gamma": {"texts": 0.3}},
+            r"gamma: expected names out of \['text', 'image'\], got \['texts'\]",
+        ),
+        ({"mlp_ratio": {"txt": 1.0}}, "mlp_ratio: expected names out of .*txt"),
         ({"blocks": [0]}, "blocks: expected a mapping of towers to indices, got list"),
         ({"share": [[0, 1]]}, "share: expected a mapping of towers to groups of indices, got list"),
     ],
