@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from open_clip.model import get_model_preprocess_cfg, get_model_tokenize_cfg
+from open_clip.transform import PreprocessCfg
 from open_clip.utils import to_2tuple
 from safetensors.torch import save
 
@@ -208,7 +209,7 @@ def open_clip_config(model: Any, name: str, options: dict[str, Any]) -> dict[str
 
     name, options: as `models.create` took them. Keys: "model_cfg", "preprocess_cfg". From the part
     "simplclip" of model_cfg `register_models` makes the model. An unchanged model of open_clip
-    needs no such part and has none.
+    has none, unless its trunk of timm was made for another image size.
     """
     ours = {key: options[key] for key in ("simplified", "simplify_options") if key in options}
     overrides = {key: value for key, value in options.items() if key not in ours}
@@ -220,4 +221,10 @@ def open_clip_config(model: Any, name: str, options: dict[str, Any]) -> dict[str
         config["simplclip"] = {"model": name, **ours}
     elif getattr(model, "simplify_report", None) is not None:
         config["simplclip"] = ours
+    elif hasattr(getattr(model.visual, "trunk", None), "set_input_size"):
+        own_size = models.spec_of(name).config["vision_cfg"].get("image_size", PreprocessCfg.size)
+        if to_2tuple(own_size) != (height, width):
+            # From a configuration open_clip makes timm's trunk in its own size; `models.create`
+            # calls set_input_size.
+            config["simplclip"] = {}
     return {"model_cfg": config, "preprocess_cfg": get_model_preprocess_cfg(model)}

