@@ -347,7 +347,9 @@ def _load_open_clip(plain: str, rest: str, checkpoint: str | os.PathLike | None)
         raise FileNotFoundError(f"source: expected {expected}, got {got}")
     else:
         known = tag or (tags[0] if len(tags) == 1 else "")
-        options = {"quick_gelu": True} if known and needs_quick_gelu(plain, known) else {}
+        options: dict[str, Any] = {}
+        if known and needs_quick_gelu(plain, known):
+            options["quick_gelu"] = True
         model = create(name, checkpoint=files[0], **options)
         if known:
             # None keeps the model's size
