@@ -182,7 +182,8 @@ def _weights(towers: Towers, split: Split, classes: list[str], templates: list[s
 def _classes(split: Split) -> tuple[list[str], list[int]]:
     """Returns the class names, and each sample's class number (-1: no label).
 
-    The names are those of the data, or else the different labels that are texts, sorted.
+    The names are those of the data, or else the different labels that are texts, sorted. Where a
+    label is a name, equal names are one class, else each number keeps a class of its own.
     Raises NamelessError for a number if there are no names, InputError for another unknown label.
     """
     names = split.data.classes.names
@@ -198,7 +199,10 @@ def _classes(split: Split) -> tuple[list[str], list[int]]:
                 raise NamelessError(f"{expected}, got the number {label}, and no names")
             raise InputError(f"{expected}, got {label} of {len(names)} classes")
         numbers.append(number)
-    return names, numbers
+    if by_name.keys().isdisjoint(split.labels):
+        return names, numbers
+    merged = {name: number for number, name in enumerate(by_name)}
+    return list(merged), [-1 if number < 0 else merged[names[number]] for number in numbers]
 
 
 def _class_number(label: str | int | None, by_name: dict[str, int]) -> int:

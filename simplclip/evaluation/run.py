@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +30,13 @@ from simplclip.evaluation.classification import (
 )
 from simplclip.evaluation.encoder import Encoder, load
 from simplclip.evaluation.figures import in_words, table
-from simplclip.evaluation.results import ModelResult, Results, Retrieval, SplitResult
+from simplclip.evaluation.results import (
+    Classification,
+    ModelResult,
+    Results,
+    Retrieval,
+    SplitResult,
+)
 from simplclip.evaluation.retrieval import recall_of
 from simplclip.evaluation.sheets import contact_sheet
 from simplclip.evaluation.split import BATCH_SIZE, Split, encode
@@ -224,17 +231,33 @@ def _evaluate_split(
             raise InputError(
                 f"data: expected captions or labels of at least two classes in {name}, got neither"
             )
-        if classification and classification.images < len(split):
-            missing = len(split) - classification.images
-            left_out.append(
-                f"no classification of images without a label: {missing:,} of {len(split):,}"
-            )
+        if classification:
+            left_out += _left_out_of_classes(classification, len(split))
     sheet = None
     if retrieval:
         sheet = str(picture)
         _draw(encoder, split, name, retrieval, picture)
     texts = len(split.captions)
     return SplitResult(len(split), texts, retrieval, classification, left_out, sheet)
+
+
+def _left_out_of_classes(classification: Classification, images: int) -> list[str]:
+    """Returns lines about images without a label, and about classes with equal names.
+
+    images: number of all images of the split.
+    """
+    lines = []
+    missing = images - classification.images
+    if missing:
+        lines.append(f"no classification of images without a label: {missing:,} of {images:,}")
+    counts = Counter(classification.classes)
+    repeated = [name for name in classification.classes if counts[name] > 1]
+    if repeated:
+        lines.append(
+            "no distinction of classes with equal names, which count as different: "
+            f"{len(repeated):,} of {len(classification.classes):,}, such as {repeated[0]!r}"
+        )
+    return lines
 
 
 def _draw(encoder: Encoder, split: Split, name: str, retrieval: Retrieval, picture: Path) -> None:

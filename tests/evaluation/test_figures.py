@@ -190,6 +190,29 @@ def test_zero_shot_counts_and_leaves_out_what_has_no_label(tmp_path, seed):
     assert zero_shot(["{}"]) is None
 
 
+def test_equal_names_are_one_class_of_labels_that_are_names(tmp_path):
+    names, labels = ["crane", "crane", "dog"], ["crane", "crane", "dog", "dog"]
+    rows = [
+        (f"k{i}", {"png": png(i), "json": json.dumps({"label": label}).encode()})
+        for i, label in enumerate(labels)
+    ]
+    split = split_of(data.held_out(write(tmp_path / "s.tar", rows)))
+    split.data = evaluation.named(split.data, names, None)
+    split.tokenizer = lambda texts: torch.tensor([names.index(text) for text in texts])
+    split.image_features = F.one_hot(torch.tensor([0, 0, 2, 0]), 6).float()
+    towers = evaluation.Towers(OneHot(), CPU, "fp32")
+    # a number beside labels that are names is the class of its name
+    for split.labels in (labels, ["crane", 0, 2, "dog"]):
+        got = evaluation.zero_shot(towers, split, ["{}"])
+        assert got.classes == ["crane", "dog"]
+        assert (got.top1, got.top5) == (Figure(0.75, 0.5), Figure(1.0, 1.0))
+        assert got.mean_per_class == Figure(0.75, 0.5)
+    split.labels = [0, 1, 2, 2]
+    numbered = evaluation.zero_shot(towers, split, ["{}"])
+    assert numbered.classes == names
+    assert numbered.top1 == Figure(0.5, 1 / 3)  # one of the two images of a crane is wrong
+
+
 def test_labels_need_names(tmp_path):
     rows = [(f"k{i}", {"png": png(i), "cls": str(i).encode()}) for i in range(3)]
     split = split_of(data.held_out(write(tmp_path / "s.tar", rows)))
