@@ -21,14 +21,17 @@ def recall_of(split: Split, device: torch.device | str = "cpu") -> Retrieval | N
     """Returns R@k of an encoded split in both directions; None for a split without captions.
 
     R@k is defined as for COCO and Flickr30k: an image is right if any of its captions is among the
-    first k; each caption is a query.
+    first k; each caption is a query. An image without a caption is a candidate, but no query.
     device: where similarities are computed; the features of the split stay where they are.
     """
     x, y = split.image_features, split.text_features
     if x is None or y is None:
         return None
+    captioned = split.captioned()
     return Retrieval(
-        image_to_text=recall(x, y, split.groups, split.caption_groups, device),
+        image_to_text=recall(
+            x[captioned], y, split.groups[captioned], split.caption_groups, device
+        ),
         text_to_image=recall(y, x, split.caption_groups, split.groups, device),
     )
 

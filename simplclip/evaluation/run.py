@@ -220,6 +220,11 @@ def _evaluate_split(
     left_out = []
     if not retrieval:
         left_out.append("no retrieval: no image has a caption")
+    elif not_captioned := len(split) - int(split.captioned().sum()):
+        left_out.append(
+            "no image-to-text retrieval of images without a caption: "
+            f"{not_captioned:,} of {len(split):,}"
+        )
     try:
         classification = zero_shot(encoder.towers, split, templates)
     except NamelessError as error:

@@ -99,6 +99,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def captioned(self) -> Tensor:
+        """Returns whether each image's group has a caption, boolean [n]."""
+        return torch.isin(self.groups, self.caption_groups)
+
     def pictures(self, rows: list[int]) -> dict[int, Image.Image]:
         """Returns the RGB images of these rows, by row, cropped as the model sees them.
 

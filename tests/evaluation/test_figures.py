@@ -73,6 +73,17 @@ def test_chance_counts_all_right_answers():
         assert evaluation.recall(x, y, gx, gy)[f"R@{k}"].chance == pytest.approx(expected)
 
 
+def test_an_image_without_a_caption_is_a_candidate_and_no_query():
+    split = evaluation.Split(None, None, None)
+    split.image_features, split.text_features = torch.eye(4), torch.eye(4)[:2]
+    split.groups, split.caption_groups = torch.arange(4), torch.arange(2)
+    split.image_features[2:] = torch.eye(4)[0]  # as near to the first caption as its own image is
+    got = evaluation.recall_of(split)
+    assert got.image_to_text["R@1"] == Figure(1.0, 0.5)
+    assert got.text_to_image["R@5"] == Figure(1.0, 1.0)
+    assert got.text_to_image["R@1"].chance == pytest.approx(0.25)
+
+
 def test_the_loss_is_that_of_batches_in_a_fixed_order():
     x, y, _, _ = features(10, 10, 10)
     split = evaluation.Split(None, None, None)
