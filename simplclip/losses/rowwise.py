@@ -132,7 +132,8 @@ class RowwiseLoss(DistributedLoss):
         if any(value is not None for value in arguments.values()):
             why = "a teacher has features and a scale"
             x, y, teacher_scale = inputs.constants_of_teacher(arguments, student, why)
-            teacher = Teacher(x.to(image.dtype), y.to(image.dtype), teacher_scale)
+            product_dtype = _product_dtype(image.dtype)
+            teacher = Teacher(x.to(product_dtype), y.to(product_dtype), teacher_scale)
         dtype = accumulate_dtype(image.dtype)
         scale = checks.scalar("logit_scale", logit_scale, image.device, dtype)
         bias = None
@@ -196,16 +197,16 @@ class RowwiseLoss(DistributedLoss):
         rows = direction.image
         n = len(rows)
         dtype = accumulate_dtype(rows.dtype)
-        # float16 would lose small gradients
-        product_dtype = rows.dtype if rows.dtype == torch.bfloat16 else dtype
+        product_dtype = _product_dtype(rows.dtype)
 
         def chunk_sum(
             chunk: Tensor, columns: Tensor, teacher_chunk: Tensor | None, index: Tensor
         ) -> Tensor:
             """Returns the sum [] of what the loss's `fn` returns for a chunk of R rows.
 
-            chunk: [R, D]. columns: [M, D]. teacher_chunk: the teacher's rows [R, D̂], or None, and
-            fn gets no teacher's logits. index: [R], the rows' numbers in the batch of all ranks.
+            chunk: [R, D]. columns: [M, D]. teacher_chunk: the teacher's rows [R, D̂] in the dtype of
+            products, or None, and fn gets no teacher's logits. index: [R], the rows' numbers in the
+            batch of all ranks.
             """
             product = torch.mm(chunk.to(product_dtype), columns.to(product_dtype).T)
             logits = direction.scale * product.to(dtype)
@@ -237,6 +238,14 @@ class RowwiseLoss(DistributedLoss):
                 chunk_sum, chunk, columns, teacher_chunk, index, use_reentrant=False
             )
         return total / n
+
+
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of products of features: bfloat16 or, for others, the dtype of sums.
+
+    float16 would lose small gradients, and digits of a teacher's logits.
+    """
+    return dtype if dtype == torch.bfloat16 else accumulate_dtype(dtype)
 
 
 def _direction(rows: Pairs, columns: Pairs) -> Pairs:

@@ -99,6 +99,21 @@ def test_small_gradients_of_float16_are_not_lost():
         )
 
 
+@pytest.mark.parametrize("teacher_dtype", [torch.float16, torch.float32])
+def test_a_teachers_logits_beside_float16_features_are_float32_products(teacher_dtype):
+    logits = []
+
+    def fn(z, index, teacher_logits):
+        logits.append(teacher_logits)
+        return z[:, 0]
+
+    leaves, _ = batch(n=20, dtype=torch.float16)
+    _, (x, y, scale) = batch(n=20, dtype=teacher_dtype)
+    call(RowwiseLoss(fn, symmetric=False), leaves, (x, y, 100 * scale))
+    exact = 100 * scale * (x.double() @ y.double().T)
+    torch.testing.assert_close(logits[0].double(), exact, rtol=1e-6, atol=1e-3)
+
+
 def test_second_derivatives():
     leaves, teacher = batch(n=3, m=4, width=3)
     assert torch.autograd.gradgradcheck(
