@@ -233,13 +233,17 @@ def _check(
         no_teacher = "expected a teacher (--distill-model and --distill-pretrained), got none"
         refused = dict.fromkeys(DISTILLATION, no_teacher)
         if "coca" in args.model.lower():
-            refused["pm_weight"] = (
-                f"expected 0, since CoCa's loss has no pair matching, got --model {args.model}"
-            )
+            why = f"since CoCa's loss has no pair matching, got --model {args.model}"
+            refused["pm_weight"] = f"expected 0, {why}"
+            refused["pm_plane"] = f"expected scalar, {why}"
         elif args.siglip:
             refused["pm_plane"] = (
                 "expected scalar, since --siglip computes pair matching with it in one sweep"
             )
+    if not options.pm_weight:
+        refused.setdefault("pm_plane", "expected a --pm-weight above 0, got 0")
+    if not options.interactive_weight:
+        refused.setdefault("interactive", "expected an --interactive-weight above 0, got 0")
     if options.crop_texts and (args.trace or args.torchscript):
         ours.error(
             "--crop-texts: expected no --trace and no --torchscript, which fix the length of texts"

@@ -332,6 +332,19 @@ TEACHER = ("--distill-model", "tiny", "--distill-pretrained", "tiny.bin")
             "--pm-weight: expected 0, since CoCa's loss has no pair matching",
         ),
         (
+            ["--model", "coca_ViT-B-32", "--pm-plane", "hadamard"],
+            "--pm-plane: expected scalar, since CoCa's loss has no pair matching",
+        ),
+        (["--pm-plane", "hadamard"], "--pm-plane: expected a --pm-weight above 0, got 0"),
+        (
+            ["--pm-plane", "hadamard", *TEACHER],
+            "--pm-plane: expected a --pm-weight above 0, got 0",
+        ),
+        (
+            ["--interactive", "kl", *TEACHER],
+            "--interactive: expected an --interactive-weight above 0, got 0",
+        ),
+        (
             ["--siglip", "--feature-weight", "1"],
             "--feature-weight: expected a teacher (--distill-model",
         ),
