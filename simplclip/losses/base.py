@@ -293,8 +293,10 @@ class SimilarityLoss(DistributedLoss):
         plane, by pm_weight above 0) and "relational"; of WIKDLoss "interactive" and "feature" too.
         ids: pairs with equal ids are not each other's negatives. teacher: (image, text, scale),
         which the last three names need. The values of the dict are weighted. A collective call if
-        world_size > 1.
+        world_size > 1. Raises ValueError for no weights, and for a name or value that is not valid.
         """
+        if not weights:
+            raise ValueError("weights: expected a weight of at least one term, got none")
         names = tuple(weights)
         record = checked_teacher(teacher, names)
         pairs = Pairs(image_features, text_features, logit_scale, logit_bias, ids, record)

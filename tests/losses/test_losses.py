@@ -235,6 +235,13 @@ def test_a_loss_without_a_plane_or_a_process_group():
         ClipPMLoss(world_size=2)(image, text, scale)
 
 
+@pytest.mark.parametrize("kind", [ClipLoss, WIKDLoss])
+def test_terms_need_a_weight(kind):
+    (image, text, scale, _), _ = loss_inputs(4)
+    with pytest.raises(ValueError, match="weights: expected a weight of at least one .* got none"):
+        kind().terms(image, text, scale, weights={})
+
+
 def test_the_module_lists_its_losses():
     assert set(losses.__all__) <= set(dir(losses))
     assert all(hasattr(losses, name) for name in losses.__all__)
