@@ -131,7 +131,7 @@ class SimplifiedBlock(ShapedAttention):
         attention_gain, mlp_gain: initial values of the two trainable gains.
         drop_path: probability that a sample skips the MLP in training. The attention is never
             dropped, since without a skip connection nothing would be left. In training, norm,
-            attention and MLP then run as separate ops.
+            attention and MLP then run as separate ops, and recompute has no effect.
         recompute: keep only the input for backward (a seventh of the memory), which then computes
             the block again.
 
