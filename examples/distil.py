@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         batch_size=options.batch_size,
         workers=options.workers,
     )
-    width = student.text_projection.shape[1]
+    width = models.spec_of(options.student).config["embed_dim"]
     weights = {"relational_weight": 1.0, "interactive_weight": 1.0, "feature_weight": 0.8}
     # projects to the teacher's width
     loss = WIKDLoss(embed_dim=width, teacher_dim=stamp["width"], **weights).to(device)
