@@ -44,11 +44,13 @@ def shrink(shard: str, out: Path, short: int, quality: int) -> None:
     target = out / Path(shard).name
     if target.exists():
         return
-    unfinished = target.with_suffix(".unfinished")
+    unfinished = target.with_name(f"{target.name}.unfinished")
     with webdataset.TarWriter(str(unfinished), mtime=0) as writer:
         path = os.path.abspath(shard)
         for sample in webdataset.WebDataset(path, shardshuffle=False, empty_check=False):
-            for suffix in SUFFIXES & sample.keys():
+            suffixes = SUFFIXES & sample.keys()
+            if len(suffixes) == 1:  # several would all become the one jpg
+                suffix = suffixes.pop()
                 jpeg = smaller(sample[suffix], short, quality)
                 if jpeg is not None:
                     del sample[suffix]
@@ -69,8 +71,21 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--quality", type=int, default=90, help="of the JPEGs (default: 90)")
     options = parser.parse_args(arguments)
+    paths = set[str]()
+    for pattern in options.shards:
+        paths.update(glob.glob(pattern) or [pattern])
+    shards = sorted(paths)
+    folders: dict[str, str] = {}  # of the shards, by name
+    for shard in shards:
+        if not os.path.isfile(shard):
+            parser.error(f"shards: expected files, got {shard!r}, which is none")
+        name = os.path.basename(shard)
+        folder = os.path.realpath(os.path.dirname(shard))
+        if folder == os.path.realpath(options.out):
+            parser.error(f"--out: expected another folder than that of {shard!r}")
+        if folders.setdefault(name, folder) != folder:
+            parser.error(f"shards: expected files of different names, got two {name!r}")
     options.out.mkdir(parents=True, exist_ok=True)
-    shards = sorted({path for pattern in options.shards for path in glob.glob(pattern)})
     tasks = [(shard, options.out, options.short, options.quality) for shard in shards]
     with Pool() as pool:
         pool.starmap(shrink, tasks, chunksize=1)

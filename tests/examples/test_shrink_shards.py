@@ -6,6 +6,7 @@ import io
 import json
 
 import numpy as np
+import pytest
 import webdataset
 from PIL import Image
 
@@ -57,3 +58,33 @@ def test_images_shrink_and_all_else_stays(tmp_path, capsys):
     assert (tmp_path / "small" / "0.tar").read_bytes() == b"whole"
     assert len(samples(tmp_path / "small" / "1.tar")) == 3
     assert sorted(path.name for path in (tmp_path / "small").iterdir()) == ["0.tar", "1.tar"]
+
+
+def test_shards_that_would_be_lost_are_refused(tmp_path, capsys):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        pairs.write(tmp_path / folder / "[0].tar", [("x", {"txt": folder.encode()})])
+    for shards, out, message in (
+        (["a/[[]0].tar", "b/[0].tar"], "c", "expected files of different names, got two '[0].tar'"),
+        (["none/*.tar"], "c", "none/*.tar', which is none"),
+        (["a/[0].tar"], "a", "--out: expected another folder than that of"),
+    ):
+        with pytest.raises(SystemExit):
+            shrinking.main(
+                [*(str(tmp_path / shard) for shard in shards), "--out", str(tmp_path / out)]
+            )
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
+def test_of_several_images_in_a_sample_none_replaces_another(tmp_path):
+    files = {}
+    for suffix in ("jpg", "png", "webp"):
+        buffer = io.BytesIO()
+        Image.effect_noise((90, 60), 80).save(buffer, {"jpg": "jpeg"}.get(suffix, suffix))
+        files[suffix] = buffer.getvalue()
+    pairs.write(tmp_path / "0.tar", [("a", files)])
+    (tmp_path / "small").mkdir()
+    shrinking.shrink(str(tmp_path / "0.tar"), tmp_path / "small", 20, 90)
+    (sample,) = samples(tmp_path / "small" / "0.tar")
+    assert {name: sample[name] for name in files} == files
