@@ -33,6 +33,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--out", required=True, help="file of the trained weights")
     options = parser.parse_args(arguments)
+    if options.batch_size % options.micro_batch:
+        parser.error("--batch-size: expected a multiple of --micro-batch")
+    open(options.out, "ab").close()  # an error now, not after the training
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, preprocess, _ = open_clip.create_model_and_transforms(options.model, device=device)

@@ -29,15 +29,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--out", required=True, help="file of the trained weights")
     options = parser.parse_args(arguments)
+    shards = sorted(glob.glob(options.shards))
+    if not shards:
+        parser.error(f"shards: expected files, got none by {options.shards!r}")
+    workers = min(options.workers, len(shards))  # webdataset gives each whole shards
+    open(options.out, "ab").close()  # an error now, not after the training
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, preprocess, _ = open_clip.create_model_and_transforms(options.model, device=device)
     tokenizer = open_clip.get_tokenizer(options.model)
-    shards = sorted(glob.glob(options.shards))
     pairs = webdataset.WebDataset(shards, shardshuffle=100).repeat().shuffle(5000)
     pairs = pairs.decode("pilrgb").to_tuple("jpg;png", "txt")
     pairs = pairs.map_tuple(preprocess, lambda text: tokenizer(text)[0])
-    batches = torch.utils.data.DataLoader(pairs, options.batch_size, num_workers=options.workers)
+    batches = torch.utils.data.DataLoader(pairs, options.batch_size, num_workers=workers)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2
     )

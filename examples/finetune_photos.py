@@ -43,7 +43,7 @@ class Photos(Dataset):
         file = self.files[number]
         with Image.open(file) as image:
             pixels = self.transform(image)
-        caption = file.with_suffix(".txt").read_text("utf-8").strip()
+        caption = file.with_suffix(".txt").read_text("utf-8-sig").strip()
         return pixels, self.tokenizer([caption])[0]
 
 
@@ -73,6 +73,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--out", required=True, help="file of the weights")
     options = parser.parse_args(arguments)
+    files = sorted(file for file in options.folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if len(files) < 2:
+        parser.error(f"folder: expected at least two pictures, got {len(files)}")
+    for file in files:
+        if not file.with_suffix(".txt").is_file():
+            parser.error(f"folder: expected a caption beside each picture, got none of {file}")
+    open(options.out, "ab").close()  # an error now, not after the training
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, augment, preprocess = open_clip.create_model_and_transforms(
@@ -80,7 +87,6 @@ def main(arguments: list[str] | None = None) -> None:
     )
     tokenizer = open_clip.get_tokenizer(options.model)
     crop_texts(model)  # captions cost their length
-    files = sorted(file for file in options.folder.rglob("*") if file.suffix.lower() in SUFFIXES)
     train_files = [file for number, file in enumerate(files) if number % 10]
     train = Photos(train_files, augment, tokenizer)
     shared = {"batch_size": min(options.batch_size, len(train)), "num_workers": options.workers}

@@ -65,6 +65,8 @@ def test_drop_in_loss(captioned, capsys):
     losses = run("drop_in_loss", capsys, "*.tar", "--model", "tiny", *sizes, "--out", "my.pt")
     assert losses[-1] < 2.5, losses  # ln 24 = 3.18
     assert simplclip.load("open_clip:tiny/my.pt").width == 16
+    few = ["--batch-size", "24", "--steps", "1", "--workers", "2"]  # of one shard
+    load_example("drop_in_loss").main(["*.tar", "--model", "tiny", *few, "--out", "my.pt"])
 
 
 @pytest.mark.slow
@@ -95,12 +97,35 @@ def test_finetune_photos_reads_open_clips_pixels(tmp_path):
     picture = Image.effect_noise((90, 60), 80).convert("RGBA")
     picture.putalpha(Image.effect_noise((90, 60), 200))
     picture.save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("noise")
+    (tmp_path / "a.txt").write_bytes("\ufeffnoise\r\n".encode())  # as of Windows
     transform = open_clip.image_transform(32, is_train=False)
-    pixels, _ = load_example("finetune_photos").Photos(
+    pixels, caption = load_example("finetune_photos").Photos(
         [tmp_path / "a.png"], transform, lambda texts: texts
     )[0]
     assert pixels.equal(transform(picture))
+    assert caption == "noise"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("drop_in_loss", ["*.tar"], "no/my.pt"),
+        ("drop_in_loss", ["no/*.tar"], "shards: expected files, got none by 'no/*.tar'"),
+        ("big_batch", ["*.tar"], "no/my.pt"),
+        ("big_batch", ["*.tar", "--batch-size", "100"], "expected a multiple of --micro-batch"),
+        ("finetune_photos", ["photos", "--pretrained", "tiny.bin"], "no/my.pt"),
+        ("finetune_photos", [".", "--pretrained", "tiny.bin"], "got none of alone.png"),
+        ("finetune_photos", ["no", "--pretrained", "tiny.bin"], "at least two pictures, got 0"),
+    ],
+)
+def test_what_would_fail_at_the_end_fails_before_the_model_is_made(
+    captioned, monkeypatch, capsys, script, arguments, message
+):
+    Path("alone.png").touch()
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", None)
+    with pytest.raises((SystemExit, FileNotFoundError)) as error:
+        run(script, capsys, *arguments, "--model", "tiny", "--out", "no/my.pt")
+    assert message in f"{error.value}{capsys.readouterr().err}"
 
 
 @pytest.mark.slow
