@@ -81,6 +81,8 @@ class Sheet:
 
         y: top, in inches. x: left, center or right, as `align` says. `self.y` stays.
         """
+        # bytes of a file's name that are no UTF-8 have lone surrogates, which matplotlib refuses
+        text = re.sub("[\ud800-\udfff]", "\ufffd", text)
         properties = FontProperties(family=_fonts(), size=font.size, weight=font.weight)
         length = functools.partial(
             self._renderer.get_text_width_height_descent, prop=properties, ismath=False
