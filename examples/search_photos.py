@@ -18,6 +18,8 @@ import torch
 from PIL import Image, ImageOps
 
 import simplclip
+from simplclip.common.errors import visible
+from simplclip.common.files import replacing
 from simplclip.common.plotting import MARGIN, MUTED, WIDTH, Font, Sheet
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -46,7 +48,7 @@ class Photos(torch.utils.data.Dataset):
         try:
             return path, self.transform(opened(path))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            print(f"skipped {path}: {error}")
+            print(visible(f"skipped {path}: {error}"))
             return path, None
 
 
@@ -89,14 +91,15 @@ def features_of(folder: Path, encoder: Any) -> tuple[list[str], torch.Tensor]:
             rows = encoder.encode_image(torch.stack([*batch.values()]))
             features |= zip(batch, rows.cpu().half().numpy())
             print(f"encoded {len(features)} of {len(paths)} photos")
-    paths = [path for path in paths if path in features]
-    if not paths:
+    if not (paths := [path for path in paths if path in features]):
         raise SystemExit(f"{folder}: expected photos, got none that can be read")
     rows = np.stack([features[path] for path in paths])
-    unfinished = file.with_suffix(".unfinished.npz")
     arrays = {"paths": np.array(paths), "versions": np.array([versions[path] for path in paths])}
-    np.savez(unfinished, features=rows, model=model, **arrays)
-    os.replace(unfinished, file)
+    try:
+        with replacing(file) as stream:
+            np.savez(stream, features=rows, model=model, **arrays)
+    except OSError as error:  # of a folder that is read-only, or full
+        print(f"the features are not kept: {error}")
     return paths, torch.from_numpy(rows).float()
 
 
@@ -118,7 +121,7 @@ def draw(picture: str, hits: dict[str, list[tuple[float, str]]]) -> None:
     side = (WIDTH - 2 * MARGIN - (columns - 1) * gap) / columns
     for query, photos in hits.items():
         sheet.draw_line(query, Font(12, "bold"), 2)
-        if Path(query).is_file():
+        if os.path.isfile(query):
             sheet.draw_tile(shown(query), MARGIN, sheet.y + 0.05, side)
             sheet.y += side + 0.15
         sheet.y += 0.06
@@ -160,14 +163,15 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"searching {len(paths)} photos")
     hits = {}
     for query in options.find:
-        if Path(query).is_file():
+        if os.path.isfile(query):
             row = encoder.encode_image(opened(query))
         else:
             row = encoder.encode_text(query)
         scores, indices = (row.cpu() @ features.T)[0].topk(min(HITS, len(paths)))
         nearest = [paths[index] for index in indices.tolist()]
         hits[query] = list(zip(scores.tolist(), nearest))
-        print(query, *(f"  {score:.3f}  {path}" for score, path in hits[query]), sep="\n")
+        lines = [f"  {score:.3f}  {path}" for score, path in hits[query]]
+        print(visible("\n".join([query, *lines]), keep="\n"))
     if options.picture:
         draw(options.picture, hits)
 

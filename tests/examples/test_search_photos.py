@@ -113,3 +113,27 @@ def test_only_new_and_changed_photos_are_encoded_and_another_model_encodes_all(
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match="empty: expected photos"):
         search.main([str(tmp_path / "empty"), "--model", model, "--find", "a ring"])
+
+
+def test_names_that_are_not_utf8_long_queries_and_a_folder_that_cannot_be_written(
+    photos, model, tmp_path, monkeypatch, capsys
+):
+    latin = b"caf\xe9.png".decode(errors="surrogateescape")
+    (photos / latin).write_bytes(tiny.picture(tiny.COLOURS["red"], "ring"))
+    (photos / latin).with_suffix(".jpg").write_bytes(b"no photo")
+
+    def refuse(path):
+        raise PermissionError(f"no writing to {path}")
+
+    monkeypatch.setattr(search, "replacing", refuse)
+    long = "a red ring " * 30
+    picture = str(tmp_path / "hits.png")
+    query = str(photos / latin)
+    search.main([str(photos), "--model", model, "--find", long, query, "--picture", picture])
+    printed = capsys.readouterr().out
+    printed.encode()
+    assert f"the features are not kept: no writing to {tmp_path / 'photos.npz'}" in printed
+    hits = printed[printed.index(long) :].splitlines()
+    assert hits[5].split() == ["1.000", str(photos / r"caf\udce9.png")]
+    assert Image.open(picture).width > 400
+    assert not (tmp_path / "photos.npz").exists()
