@@ -37,7 +37,8 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
     checkpoint: a file, or the folder of a run (its best.pt, else last.pt). `out` is made if it does
     not exist, and does not change before all files are written. With `force` they replace an
     earlier export, except README.md, which is kept. Prints the files and the lines that load the
-    export. Leftovers of interrupted exports beside `out` that are older than an hour are removed.
+    export. Leftovers of interrupted exports in or beside `out` that are older than an hour are
+    removed.
 
     The dict has "model" (name), "options", "step", "checkpoint" (path), "versions" and "files"
     (name -> bytes and sha256 of the weights).
@@ -63,8 +64,10 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
         "versions": {"simplclip": simplclip.__version__, "torch": torch.__version__},
     }
 
-    remove_leftovers(out.parent, out.name.__eq__, HOUR)
-    with temporary_folder(out) as work:
+    # Beside a mounted folder, or a link to one, is another file system, from which none can rename.
+    place = out / "export" if out.is_dir() else out
+    remove_leftovers(place.parent, place.name.__eq__, HOUR)
+    with temporary_folder(place) as work:
         (work / "open_clip_config.json").write_text(json.dumps(about, indent=2) + "\n")
         # The format has neither shared memory nor strides.
         tensors = {

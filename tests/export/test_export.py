@@ -1,5 +1,6 @@
 """Exports: open_clip and this library load the model back, and no export is left half-written."""
 
+import errno
 import json
 import math
 import os
@@ -254,9 +255,18 @@ def test_an_export_on_a_hub_loads_by_its_name(which, request, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_export_is_kept_unless_forced(tiny, tmp_path):
+def test_an_export_is_kept_unless_forced(tiny, tmp_path, monkeypatch):
+    """The folder is a link to another file system, to which files beside the link do not rename."""
+    (tmp_path / "disk").mkdir()
     out = tmp_path / "out"
-    out.mkdir()
+    out.symlink_to("disk")
+
+    def replace(source, target, replace=os.replace):
+        if Path(source).parents[1].resolve() != Path(target).parent.resolve():
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(source, target)
+
+    monkeypatch.setattr(export.os, "replace", replace)
     (out / "notes.txt").write_text("mine")
     export.run(tiny.run, out)
     with pytest.raises(
