@@ -198,13 +198,20 @@ def loading(out: Path, needs_simplclip: bool) -> str:
             "from simplclip.integrations.open_clip import register_models",
             "register_models()",
         ]
-    lines.append(f'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{out}")')
-    lines.append(f'tokenizer = open_clip.get_tokenizer("local-dir:{out}")')
+    folder = _literal(f"local-dir:{out}")
+    lines.append(f"model, _, preprocess = open_clip.create_model_and_transforms({folder})")
+    lines.append(f"tokenizer = open_clip.get_tokenizer({folder})")
     head = "To load it in open_clip:"
     if needs_simplclip:
         head = "To load it in open_clip, with simplclip installed:"
     code = "\n    ".join(lines)
-    return f'{head}\n\n    {code}\n\nTo load it here:\n\n    encoder = simplclip.load("{out}")'
+    here = f"encoder = simplclip.load({_literal(str(out))})"
+    return f"{head}\n\n    {code}\n\nTo load it here:\n\n    {here}"
+
+
+def _literal(text: str) -> str:
+    """Returns a text as Python's source; a path may have quotes, or bytes that are no UTF-8."""
+    return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 def open_clip_config(model: Any, name: str, options: dict[str, Any]) -> dict[str, Any]:

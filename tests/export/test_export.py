@@ -1,9 +1,11 @@
 """Exports: open_clip and this library load the model back, and no export is left half-written."""
 
+import ast
 import errno
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -119,7 +121,8 @@ def test_the_summary_says_what_was_exported(tiny):
 def test_the_printed_lines_load_the_export(which, request, tmp_path, capsys):
     """Plain open_clip loads a plain model; a simplified one needs the lines of register_models."""
     model, run, *_ = request.getfixturevalue(which)
-    export.run(run, tmp_path / "out")
+    out = tmp_path / 'a "b"\\n é'
+    export.run(run, out)
     printed = capsys.readouterr().out.splitlines()
     lines = [line.strip() for line in printed if line.startswith("    ")]
     assert ("register_models()" in lines) == (which == "tiny")
@@ -128,6 +131,14 @@ def test_the_printed_lines_load_the_export(which, request, tmp_path, capsys):
     assert_same(model, names["model"])
     assert_same(model, names["encoder"].model)
     assert names["tokenizer"](["a"]).shape == names["encoder"].tokenizer(["a"]).shape
+
+
+def test_the_lines_for_a_path_that_is_no_utf8_can_be_written():
+    out = Path(os.fsdecode(b"caf\xe9"))
+    lines = export.loading(out, needs_simplclip=False)
+    lines.encode()
+    code = re.search(r"simplclip.load\((.+)\)", lines)[1]
+    assert ast.literal_eval(code) == str(out)
 
 
 @pytest.mark.slow
