@@ -338,6 +338,8 @@ def _width(model: str) -> int | None:
     """
     import open_clip
 
+    if ":" not in model:
+        model = model.replace("/", "-")  # as create_model takes ViT-B/32
     return (open_clip.get_model_config(model) or {}).get("embed_dim")
 
 

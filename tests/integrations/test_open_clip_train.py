@@ -13,6 +13,7 @@ import shlex
 import sys
 from argparse import Namespace
 
+import open_clip
 import pytest
 import torch
 
@@ -300,6 +301,15 @@ def test_losses_that_do_not_go_with_the_trainer_are_refused():
         InputError, match="--model genlip: expected open_clip's .* got CrossEntropyLoss, which"
     ):
         openclip_train.replacement(options, args, torch.nn.CrossEntropyLoss())
+
+
+def test_models_that_are_named_with_a_slash_have_their_widths():
+    """As open_clip takes them: ViT-B/32 is ViT-B-32."""
+    words = ["--interactive-weight", "1", "--pm-weight", "1", "--pm-plane", "hadamard"]
+    args = Namespace(model="ViT-B/32", distill_model="ViT-L/14", device="meta")
+    options = openclip_train.parser().parse_args(words)
+    loss = openclip_train.replacement(options, args, open_clip.loss.DistillClipLoss())
+    assert (loss.embed_dim, loss.image_projection.shape) == (512, (768, 512))
 
 
 def test_sigmoid_and_pair_matching_have_one_sweep(monkeypatch):
