@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from simplclip.common.errors import visible
+from simplclip.common.errors import InputError, visible
 from simplclip.common.files import write_atomically
 
 
@@ -38,6 +39,8 @@ def selftest(
     from simplclip.common.hardware import pick_device
     from simplclip.ops.report import report
 
+    if as_json is not None and (as_json.is_dir() or not os.access(as_json.parent, os.W_OK)):
+        raise InputError(f"--json: expected a file in a folder that can be written, got {as_json}")
     began, rows = time.monotonic(), []
     typer.echo(f"{'op':<18}{'backend':<15}{'dtype':<10}{'calls':>5}{'error':>8}")
     for row in selftest.check_ops(pick_device(device)):

@@ -15,6 +15,7 @@ from simplclip import ops, selftest
 from simplclip.commands.main import app
 from simplclip.ops import backends, registry
 from support.devices import needs_cpu_kernels
+from support.programs import one_line
 
 CPU = torch.device("cpu")
 
@@ -119,6 +120,12 @@ def test_all_are_right(spoil):
     done = run()
     assert done.exit_code == 0, done.output
     assert "all are right" in done.output
+
+
+def test_a_report_that_cannot_be_written_is_refused_first(tmp_path):
+    for file in (tmp_path, tmp_path / "none/report.json"):
+        line = one_line("selftest", "--device", "cpu", "--json", file)
+        assert line.startswith("simplclip: --json: expected a file in a folder that can be written")
 
 
 def test_devices():
