@@ -101,7 +101,13 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Lets stdout and stderr write escapes for characters that they lack; runs before commands."""
+    """Lets stdout and stderr write escapes for characters that they lack; runs before commands.
+
+    One that the process has not (`2>&-`) writes to nowhere: the next file would get its number.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # an output that has no such characters shows escapes
         if isinstance(stream, io.TextIOWrapper):

@@ -350,7 +350,7 @@ def test_names_of_splits():
 
 
 def test_outputs_that_end_early_or_lack_characters(tmp_path):
-    """`| head` has read enough, and latin-1 has no emoji; neither costs a result."""
+    """`| head` has read enough, latin-1 has no emoji, a daemon no stderr; none costs a result."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in/1.txt").write_text("🙂")
     (tmp_path / "in/1.png").write_bytes(png())
@@ -358,13 +358,15 @@ def test_outputs_that_end_early_or_lack_characters(tmp_path):
     for command, expected in (
         (f"{words} a | true", ""),
         (f"PYTHONIOENCODING=latin-1 {words} b", r"in/1: \U0001f642"),
+        (f"{words} c 2>&-", "packed 1 samples of in"),
+        (f"{words} d >&-", ""),
     ):
         done = subprocess.run(
             command, shell=True, env=ENVIRONMENT, capture_output=True, text=True, cwd=tmp_path
         )
         assert expected in done.stdout
         assert not done.stderr
-    assert [*tmp_path.glob("?/in-000000.tar")]
+    assert len([*tmp_path.glob("?/in-000000.tar")]) == 4
 
 
 def test_doctor():
