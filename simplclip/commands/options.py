@@ -87,14 +87,14 @@ def named_splits(items: list[str]) -> dict[str, Any]:
     r"""Returns split name -> data, of items NAME=DATA, or DATA alone.
 
     DATA alone is named after its file or folder up to the first number or wildcard. A name is
-    anything without the characters of paths and patterns: / \ * ? [ ] { } # and =. Raises
-    InputError for an empty item, or for a name that comes twice.
+    anything without the characters of paths and patterns: / \ * ? [ ] { } # and =; pipe: begins
+    DATA. Raises InputError for an empty item, or for a name that comes twice.
     """
     from simplclip.data.read_tables import split_of
 
     splits: dict[str, Any] = {}
     for item in items:
-        match = re.fullmatch(r"(?:([^/\\*?\[\]{}#=]+)=)?(.+)", item, re.DOTALL)
+        match = re.fullmatch(r"(?:(?!pipe:)([^/\\*?\[\]{}#=]+)=)?(.+)", item, re.DOTALL)
         if not match:
             raise InputError(f"--data: expected NAME=DATA or DATA, got {item!r}")
         name = match[1]

@@ -339,7 +339,7 @@ def test_names_of_splits():
         "held": "/q=1/held-000.tar",
         "one": "one.tar.gz",
     }
-    derived |= {"photos": "set #1 [x]/photos"}
+    derived |= {"photos": "set #1 [x]/photos", "far": "pipe:curl --retry=3 https://host/far-1.tar"}
     derived |= {
         "データ": "データ-1.tar",
         "dataset_coco": "x/dataset_coco.json",
