@@ -16,6 +16,7 @@ from typing import Any
 import onnxruntime
 import torch
 import torch.nn.functional as F
+from open_clip.utils import to_2tuple
 from torch import Tensor, nn
 
 import simplclip
@@ -116,14 +117,15 @@ def main(arguments: list[str] | None = None) -> None:
         vars(encoder.model).pop(method, None)
     options.out.mkdir(parents=True, exist_ok=True)
     inputs = {
-        "image": torch.randn(2, 3, *encoder.model.visual.image_size),
+        "image": torch.randn(2, 3, *to_2tuple(encoder.model.visual.image_size)),
         "text": encoder.tokenizer(["a cat", "two dogs on a beach"]),
     }
     for name, tower_inputs in inputs.items():
         file = options.out / f"{name}.onnx"
         error = export(encoder.model, name, tower_inputs, file)
         print(f"wrote {file}: {file.stat().st_size:,} bytes, largest error {error:.1e}")
-        assert error <= 1e-4, "expected torch's features, vectors of length 1"  # NaN fails too
+        if not error <= 1e-4:  # also NaN
+            raise SystemExit(f"{file}: expected torch's features, vectors of length 1")
     write_preprocessing(options.out, encoder.model, encoder.tokenizer)
     print(f"wrote {options.out / 'preprocessing.json'}: how to make the inputs")
 

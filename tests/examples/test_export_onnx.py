@@ -3,6 +3,8 @@ block.
 """
 
 import json
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -85,3 +87,22 @@ def test_every_form_of_a_simplified_block_and_an_error_that_is_seen(tmp_path, mo
     mlp = exporting.mlp
     monkeypatch.setattr(exporting, "mlp", lambda *args: 1.01 * mlp(*args))
     assert error() > 1e-4
+
+
+def test_a_size_that_is_one_number_and_a_wrong_file_ends_the_script(tmp_path, monkeypatch):
+    """open_clip's ResNets have one number; an assertion would not hold under python -O."""
+    model = nn.Module()
+    model.visual = SimpleNamespace(image_size=224)
+    encoder = SimpleNamespace(model=model, tokenizer=lambda texts: torch.zeros(2, 77))
+    shapes = []
+
+    def export(model, name, inputs, file):
+        shapes.append(list(inputs.shape))
+        file.touch()
+        return math.nan
+
+    monkeypatch.setattr(simplclip, "load", lambda source, device: encoder)
+    monkeypatch.setattr(exporting, "export", export)
+    with pytest.raises(SystemExit, match=r"image.onnx: expected torch's features"):
+        exporting.main(["run", "--out", str(tmp_path)])
+    assert shapes == [[2, 3, 224, 224]]
