@@ -24,6 +24,8 @@ ISAS_WITHOUT_BF16 = (
     "AVX512_CORE",
     "AVX512_CORE_VNNI",
 )
+# the memory limit of a container, by versions 2 and 1 of control groups
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -99,11 +101,15 @@ def timed_algorithms(enabled: bool) -> Iterator[None]:
 def total_memory(device: torch.device) -> int:
     """Returns the bytes of the GPU's memory or, on a CPU, of a rank's share of the machine's.
 
-    The ranks that torchrun started on the machine (LOCAL_WORLD_SIZE) have equal shares.
+    In a container with a limit, that is the limit. The ranks that torchrun started on the machine
+    (LOCAL_WORLD_SIZE) have equal shares.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for file in LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+            total = min(total, int(Path(file).read_text()))
     return total // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 

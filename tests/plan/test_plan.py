@@ -12,6 +12,7 @@ import yaml
 from open_clip import add_model_config
 
 from simplclip import models
+from simplclip.common import hardware
 from simplclip.plan import actual, fake, measure, search
 from simplclip.plan.cards import GIB, parse_memory
 from simplclip.plan.count import UncountedOp
@@ -310,6 +311,19 @@ def test_memory_of_cards():
     )
     assert 0.8 * 24 * GIB < Budget(24 * GIB).usable < 24 * GIB - Budget(24 * GIB).context
     assert 0 < Budget.of(CPU).usable < Budget.of(CPU).memory
+
+
+def test_memory_of_a_container(tmp_path, monkeypatch):
+    """Its limit counts, not the memory of the machine; "max" is no limit."""
+    files = tmp_path / "memory.max", tmp_path / "limit_in_bytes"
+    monkeypatch.setattr(hardware, "LIMITS", files)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    machine = hardware.total_memory(CPU)
+    for text, expected in (("max\n", machine), (f"{2**63 - 4096}\n", machine), ("65536\n", 65536)):
+        files[1].write_text(text)
+        assert hardware.total_memory(CPU) == expected
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert hardware.total_memory(CPU) == 16384
 
 
 @pytest.mark.slow
