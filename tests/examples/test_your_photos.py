@@ -109,6 +109,10 @@ def test_every_cell_runs(tmp_path, monkeypatch, request):
         (tmp_path / "photos/2019/red/IMG_0000.png").read_bytes()[:40]
     )
     (tmp_path / "photos/2019/broken.txt").write_text("a broken picture\n")
+    # opens, but Pillow raises SyntaxError when it is decoded
+    damaged = (tmp_path / "photos/2019/red/IMG_0001.png").read_bytes()
+    damaged = damaged[:-12] + b"\0\0\0\1\1\2\3\4" + damaged[-12:]
+    (tmp_path / "photos/2019/red/IMG_0001.png").write_bytes(damaged)
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     Image.new("RGB", (64, 32), "blue").save(tmp_path / "photos/2019/turned.jpg", exif=exif)
