@@ -109,10 +109,13 @@ def test_every_cell_runs(tmp_path, monkeypatch, request):
         (tmp_path / "photos/2019/red/IMG_0000.png").read_bytes()[:40]
     )
     (tmp_path / "photos/2019/broken.txt").write_text("a broken picture\n")
-    # opens, but Pillow raises SyntaxError when it is decoded
-    damaged = (tmp_path / "photos/2019/red/IMG_0001.png").read_bytes()
-    damaged = damaged[:-12] + b"\0\0\0\1\1\2\3\4" + damaged[-12:]
-    (tmp_path / "photos/2019/red/IMG_0001.png").write_bytes(damaged)
+    # between the parts of its content is another one: it opens, but its decoder raises SyntaxError
+    damaged = tmp_path / "photos/2019/damaged.png"
+    Image.effect_noise((400, 400), 80).save(damaged)
+    head, first, *rest = damaged.read_bytes().split(b"IDAT")
+    first = first[:-4] + b"\0\0\0\4\1\1\1\1DATASUMS" + first[-4:]
+    damaged.write_bytes(b"IDAT".join([head, first, *rest]))
+    damaged.with_suffix(".txt").write_text("a damaged picture\n")
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     Image.new("RGB", (64, 32), "blue").save(tmp_path / "photos/2019/turned.jpg", exif=exif)
