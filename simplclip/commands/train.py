@@ -156,7 +156,7 @@ def check_sources(config: Any) -> None:
         for name, split in config.eval.splits.items():
             check_data(split, f"eval.splits.{name}")
     for folder in config.data.sidecars:
-        if not Path(folder).expanduser().is_dir():
+        if not os.path.isdir(os.path.expanduser(folder)):
             raise InputError(
                 f"data.sidecars: expected a folder, got {folder!r}, which does not exist"
             )

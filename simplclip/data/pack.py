@@ -93,7 +93,7 @@ def pack(
     about = {"name": rows.name, **rows.state()}
     if hold_out:
         about["hold_out"] = hold_out
-    folder = TarFolder(Path(out).expanduser(), {"format": FORMAT, "source": about})
+    folder = TarFolder(Path(os.path.expanduser(out)), {"format": FORMAT, "source": about})
     with folder.claimed():
         earlier = folder.complete and all(map(folder.is_whole, folder.entries))
         if not earlier:

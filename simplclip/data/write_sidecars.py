@@ -95,7 +95,7 @@ def write_sidecars(
     """
     check_count("batch_size", batch_size, 1)
     check_count("workers", workers, 0)
-    out = Path(out).expanduser()
+    out = Path(os.path.expanduser(out))
     sources = by_sidecar_name(sources_of(shards))
     urls = [source.url for source in sources.values()]
     check_sidecars(sources.values(), sidecars)

@@ -129,6 +129,7 @@ def test_help_config_prints_every_key():
             "data.train: expected at least one path or pattern, got an empty list",
         ),
         ("train config.yaml --set run.device=cuda:77", "device: expected"),
+        ("train config.yaml --set data.sidecars=[~none]", "data.sidecars: expected a folder, got"),
         (
             "evaluate nothing.pt --data data/train-0.tar",
             "source: expected a checkpoint, the folder of a run",

@@ -112,7 +112,9 @@ def test_captions_are_encoded_once_long_ones_together(folder):
     )
 
 
-def test_a_table_becomes_shards_beside_the_sidecars(folder, tmp_path):
+def test_a_table_becomes_shards_beside_the_sidecars(folder, tmp_path, monkeypatch):
+    """Their folder begins with ~, but names no user."""
+    monkeypatch.chdir(tmp_path)
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(png(number))
     path = table(tmp_path / "t.csv", [(f"{number}.png", f"number {number}") for number in range(3)])
@@ -130,12 +132,12 @@ def test_a_table_becomes_shards_beside_the_sidecars(folder, tmp_path):
         ("packed 3 samples of t.csv", "3 samples with features"),
         ("kept 3 samples of t.csv", "1 of 1 sidecars"),
     ):
-        result = call("teacher", path, "--out", tmp_path / "out", *options)
+        result = call("teacher", path, "--out", "~out", *options)
         assert result.exit_code == 0, result.output
         assert all(word in result.output for word in words)
-    shards = str(tmp_path / "out/shards/t/*.tar")
+    shards = str(tmp_path / "~out/shards/t/*.tar")
     assert sorted(
-        keys([next(iter(loader(shards, sidecars=[tmp_path / "out"], teacher=True, batch_size=3)))])
+        keys([next(iter(loader(shards, sidecars=["~out"], teacher=True, batch_size=3)))])
     ) == ["000000000", "000000001", "000000002"]
 
 
