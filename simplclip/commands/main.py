@@ -121,7 +121,7 @@ COMMANDS = {
     train: ("Train a model.", "train siclip-s0 --set data.train='shards/*.tar' --resume"),
     evaluate: (
         "Evaluate models by retrieval and classification.",
-        "evaluate runs/NAME open_clip:ViT-B-32/openai.pt --data test='shards/test-*.tar'",
+        "evaluate runs/NAME open_clip:ViT-B-32/laion.pt --data test='shards/test-*.tar'",
     ),
     plan: ("Predict the memory of a training step.", "plan siclip-s0 --card 3090"),
     export: ("Write a folder that open_clip loads.", "export runs/NAME --out export"),

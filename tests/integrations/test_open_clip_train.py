@@ -20,6 +20,7 @@ import torch
 from simplclip import losses
 from simplclip.common.errors import InputError
 from simplclip.integrations import open_clip_train as openclip_train
+from simplclip.models.weights import needs_quick_gelu
 from support.ops.calls import recorded_calls
 from support.paths import ROOT
 from support.train.open_clip_plan import STEPS, Plan, coca, needs_trainer, prepare, teacher
@@ -301,6 +302,15 @@ def test_losses_that_do_not_go_with_the_trainer_are_refused():
         InputError, match="--model genlip: expected open_clip's .* got CrossEntropyLoss, which"
     ):
         openclip_train.replacement(options, args, torch.nn.CrossEntropyLoss())
+
+
+@pytest.mark.parametrize("role", ["", "distill-"])
+def test_the_documented_models_have_the_activation_of_their_weights(role):
+    """open_clip only warns, and computes other features."""
+    text = (ROOT / "docs" / "losses.md").read_text()
+    pairs = re.findall(rf"--{role}model (\S+).*? --{role}pretrained (\S+)", text)
+    assert pairs
+    assert not [pair for pair in pairs if needs_quick_gelu(*pair)]
 
 
 def test_models_that_are_named_with_a_slash_have_their_widths():
