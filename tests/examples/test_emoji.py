@@ -146,6 +146,11 @@ def test_a_third_vendor_is_held_out(font, out):
     assert not noto.has(sources.Concept("1f600-1f600", [], None, None))
 
 
+def test_no_font_for_a_user_without_a_home(monkeypatch):
+    monkeypatch.setattr(sources, "FONT_FOLDERS", ("~no-such-user/.fonts",))
+    assert sources.find_font() is None
+
+
 @pytest.mark.slow
 def test_swapped_captions(small, tmp_path):
     """A share of the training pairs exchange captions, and nothing else differs."""
