@@ -54,6 +54,7 @@ TORCH_TARGET = "0x020a000000000000"  # LibTorch 2.10: the oldest stable ABI that
 # A100, RTX 3090, RTX 4090, H100, RTX 50; PTX of the last for later architectures.
 ARCHITECTURES = "8.0;8.6;8.9;9.0;12.0+PTX"
 DEFAULT_ARCHITECTURE = "8.6+PTX"
+OLDEST = 8  # their tensor cores have instructions for bfloat16
 
 # SIMPLCLIP_SANITIZE=address builds the CPU kernels with AddressSanitizer and UBSan, =thread with
 # ThreadSanitizer, which needs real threads; tests/support/package/sanitized.py does, and runs them.
@@ -206,6 +207,15 @@ def extensions() -> tuple[list, str | None]:
             raise SystemExit(f"SIMPLCLIP_CUDA=1, but the CUDA objects cannot be built: {reason}")
         return [cpu], reason
     chosen, why = architectures()
+    names = chosen.split(";")
+    old = [name for name in names if name and float(name.partition(".")[0]) < OLDEST]
+    if old:
+        why += f", without {', '.join(old)}: the kernels need {OLDEST}.0 (Ampere) or later"
+        chosen = ";".join(name for name in names if name not in old)
+    if not chosen:
+        if wanted == "1":
+            raise SystemExit(f"SIMPLCLIP_CUDA=1, but there is no architecture to build for: {why}")
+        return [cpu], f"no architecture to build for ({why})"
     print(
         f"simplclip: building the CUDA kernels for {chosen} ({why}); SIMPLCLIP_CUDA_ARCHS=all "
         f"builds for {ARCHITECTURES}"

@@ -65,12 +65,26 @@ def test_a_build_names_its_architectures(setup, monkeypatch):
     for environment, chosen in (
         ({"SIMPLCLIP_CUDA_ARCHS": "all"}, "for 8.0;8.6;8.9;9.0;12.0+PTX (by SIMPLCLIP_CUDA_ARCHS)"),
         ({"TORCH_CUDA_ARCH_LIST": "8.9 9.0"}, "for 8.9;9.0 (by TORCH_CUDA_ARCH_LIST)"),
+        # as NVIDIA's containers of PyTorch set it
+        (
+            {"TORCH_CUDA_ARCH_LIST": "7.5 8.0 12.0+PTX"},
+            "for 8.0;12.0+PTX (by TORCH_CUDA_ARCH_LIST, without 7.5: the kernels need 8.0",
+        ),
     ):
         assert f"simplclip: building the CUDA kernels {chosen}" in setup(**environment)[0]
     with pytest.raises(
         SystemExit, match="TORCH_CUDA_ARCH_LIST: expected numbers, .* or all, got 'Ampere'"
     ):
         setup(TORCH_CUDA_ARCH_LIST="Ampere")
+    old = {"SIMPLCLIP_CUDA_ARCHS": "7.0;7.5+PTX"}
+    reason = (
+        "no architecture to build for.*by SIMPLCLIP_CUDA_ARCHS, without 7.0, 7.5.PTX: the kernels"
+    )
+    _, names = setup(**old)
+    assert len(names["EXTENSIONS"]) == 1
+    assert re.match(reason, names["NO_CUDA"])
+    with pytest.raises(SystemExit, match=reason):
+        setup(**old, SIMPLCLIP_CUDA="1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     message = (
         "simplclip: building the CUDA kernels for 8.6+PTX (an RTX 3090, since this machine has no "
