@@ -229,12 +229,13 @@ def write_panels(path: Path, panels: Sequence[Panel], best: int | None = None) -
             fontsize=11,
             color=INK,
             va="top",
+            parse_math=False,
         )
         if len(handles) > 1:
             by_rows: list[Any] = []
             for column in range(columns):
                 by_rows += handles[column::columns]
-            axis.legend(
+            legend = axis.legend(
                 handles=by_rows,
                 loc="lower left",
                 bbox_to_anchor=(-0.02, 0.98),
@@ -244,6 +245,8 @@ def write_panels(path: Path, panels: Sequence[Panel], best: int | None = None) -
                 handlelength=1.2,
                 columnspacing=1,
             )
+            for text in legend.get_texts():
+                text.set_parse_math(False)  # names of splits may have two $
         axis.tick_params(labelbottom=panel is panels[-1])
         y -= gap
     label = "step"

@@ -259,7 +259,7 @@ def test_curves_have_one_axis_of_steps_chance_and_the_best_step(tmp_path):
 @pytest.mark.parametrize("options", [
     {"splits": ()},
     {"splits": ("concepts", "vendor", "部 2 (新) with a long name")},
-    {"steps": 20, "chance": False},
+    {"steps": 20, "chance": False, "splits": ("$5_to_$10", "b")},
     {"steps": 1, "splits": ()},
     {"terms": ("contrastive", "pair_matching", "relational", "interactive", "feature")},
     {"steps": 200_000, "splits": ()},
