@@ -46,7 +46,7 @@ def test_a_signal_to_all_processes_leaves_workers_to_the_trainer(pattern, number
     assert len(list(itertools.islice(loader(pattern, workers=1, transform=interrupt), 4))) == 4
 
 
-def test_a_worker_that_dies_ends_the_loader_while_it_waits_and_not_before(pattern):
+def test_a_worker_that_dies_ends_the_loader_while_it_waits_and_not_before(pattern, often):
     """The trainer has the last batch's state then, from which another loader goes on."""
     whole = taken(loader(pattern, workers=1, batch_size=1), 12)
     reader = loader(pattern, workers=1, batch_size=1)
@@ -130,6 +130,8 @@ def killed_with_a_lock(worker, workers):
 def often(monkeypatch):
     """torch waits half a second, not five, for a process that may have died."""
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
+    wait = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(wait, "__defaults__", (0.5,))
 
 
 @pytest.mark.parametrize("items", [killed_while_it_sends, killed_with_a_lock])
@@ -193,5 +195,6 @@ def test_an_iterator_that_is_dropped_ends_workers_that_are_busy(often):
     (worker,) = multiprocessing.active_children()
     time.sleep(1)  # it has begun the next item
     received.close()
+    worker.join(30)
     assert not worker.is_alive()
     assert time.monotonic() - began < 60

@@ -33,7 +33,7 @@ def encoder(trained):
 @pytest.mark.slow
 def test_features_are_those_of_the_model(trained, folder, encoder):
     model, state = load_model(trained)
-    transform = models.transforms("siclip-tiny", train=False)
+    transform = models.transforms("siclip-tiny", train=False, image_size=tiny.IMAGE_SIZE)
     tokenizer = models.tokenizer("siclip-tiny")
     pictures = [Image.open(folder / f"{i}.png").convert("RGB") for i in range(3)]
     with torch.no_grad():

@@ -125,7 +125,7 @@ def test_right_answers_are_framed_also_those_of_a_group(tmp_path):
     assert not any(text.startswith("#") for text in drawings.check_layout(figure))
 
 
-@pytest.mark.parametrize("count", [1, 3, pytest.param(11, marks=pytest.mark.prove), 14])
+@pytest.mark.parametrize("count", [1, 3, *(pytest.param(n, marks=pytest.mark.prove) for n in (11, 14))])
 def test_any_captions_and_numbers_of_pictures_fit(tmp_path, count):
     captions = [
         HARD[i % len(HARD)] if HARD[i % len(HARD)].strip() else f"{LONG} {i}" for i in range(count)
@@ -261,8 +261,11 @@ def test_curves_have_one_axis_of_steps_chance_and_the_best_step(tmp_path):
     {"splits": ("concepts", "vendor", "部 2 (新) with a long name")},
     {"steps": 20, "chance": False, "splits": ("$5_to_$10", "b")},
     {"steps": 1, "splits": ()},
-    {"terms": ("contrastive", "pair_matching", "relational", "interactive", "feature")},
-    {"steps": 200_000, "splits": ()},
+    pytest.param(
+        {"terms": ("contrastive", "pair_matching", "relational", "interactive", "feature")},
+        marks=pytest.mark.prove,
+    ),
+    pytest.param({"steps": 200_000, "splits": ()}, marks=pytest.mark.prove),
 ])  # fmt: skip
 def test_curves_of_any_run_fit(tmp_path, options):
     drawings.check_layout(curves_of(tmp_path, **options))

@@ -187,7 +187,7 @@ def test_where_outputs_are_kept(changes, memory, towers):
     assert sum("runs once a step" in line for line in step.state.lines) == len(towers)
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_compiled_towers_keep_outputs_too(monkeypatch):
     """The folded copy and the trained layers are compiled; what is replayed is decided outside."""
     compiler = mock.Mock(side_effect=partial(torch.compile, backend="eager"))

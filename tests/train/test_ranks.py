@@ -294,16 +294,13 @@ def trained(folder):
     return folder / "trained"
 
 
-@pytest.mark.slow
-def test_restarted_ranks_end_as_if_none_had_died(folder, trained, request):
-    """By `torchrun --max-restarts`: the ranks, killed (-9), with --prove twice, find each other
-    anew, and continue.
+@pytest.mark.prove
+def test_restarted_ranks_end_as_if_none_had_died(folder, trained):
+    """By `torchrun --max-restarts`: the ranks, killed (-9) twice, find each other anew, and
+    continue.
     """
-    faults = [[0, 1, 3, "SIGKILL"]]
-    continued = ["resume     continuing from step 2"]
-    if request.config.getoption("--prove"):
-        faults.append([1, 0, 5, "SIGKILL"])
-        continued.append("resume     continuing from step 4")
+    faults = [[0, 1, 3, "SIGKILL"], [1, 0, 5, "SIGKILL"]]
+    continued = [f"resume     continuing from step {step}" for step in (2, 4)]
     words = command(folder, folder / "killed")
     done = torchrun(
         "faults.py", json.dumps(faults), *words, options=["--max-restarts=2"], check=True
@@ -317,13 +314,13 @@ def test_restarted_ranks_end_as_if_none_had_died(folder, trained, request):
 @pytest.mark.slow
 def test_a_rank_that_vanishes_ends_the_others_in_time(folder):
     """It stops without a word, as by a cut cable."""
-    words = command(folder, folder / "vanished", "run.timeout_minutes=0.1")
+    words = command(folder, folder / "vanished", "run.timeout_minutes=0.05")
     began = time.monotonic()
     done = forked_ranks("faults.py", '[[0, 1, 3, "SIGSTOP"]]', *words, timeout=100)
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("simplclip: ")]
     assert (
-        "after step 2: no answer from another rank within 0.1 minutes (run.timeout_minutes); its "
+        "after step 2: no answer from another rank within 0.05 minutes (run.timeout_minutes); its "
         "node may be" in line
     )
     assert "Step 2 is saved" in line

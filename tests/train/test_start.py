@@ -57,7 +57,7 @@ def test_a_run_starts_from_another_runs_weights_at_other_shapes_and_needs_them_o
         assert torch.equal(new[name], old[name]), name
     grid = resample_abs_pos_embed(old["visual.trunk.pos_embed"], [8, 8], num_prefix_tokens=0)
     assert torch.equal(new["visual.trunk.pos_embed"], grid)
-    assert new["text.positional_embedding"].shape == (20, 256)
+    assert new["text.positional_embedding"].shape == (20, 64)
     assert all(p.requires_grad for p in state.model.parameters())
     assert state.lines[0] == "weights from source"
     for name in resized:
@@ -144,14 +144,10 @@ def test_averaged_weights_are_those_of_the_steps_and_loaded(tmp_path, monkeypatc
     assert all(torch.equal(loaded[name], value) for name, value in state["ema"].items())
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.parametrize(
     ("precision", "backend"),
-    [
-        ("fp32", "eager"),
-        pytest.param("fp32", "aot_eager", marks=pytest.mark.prove),
-        pytest.param("bf16", "inductor", marks=pytest.mark.prove),
-    ],
+    [("fp32", "eager"), ("fp32", "aot_eager"), ("bf16", "inductor")],
 )
 def test_compiled_towers_resume_bit_for_bit(tmp_path, monkeypatch, precision, backend):
     compiler = mock.Mock(side_effect=functools.partial(torch.compile, backend=backend))

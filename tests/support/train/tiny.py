@@ -13,7 +13,8 @@ from support.data import pairs
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "black": (0, 0, 0)}
 SHAPES = ("circle", "square", "bar", "cross", "ring", "wedge")
-MODEL = {"text_cfg": {"layers": 1}}
+MODEL = {"text_cfg": {"layers": 1, "width": 64, "heads": 2}}
+IMAGE_SIZE = 24  # half of siclip-tiny's: a step takes a third of the time
 
 
 def picture(colour: tuple[int, int, int], shape: str, size: int = 16) -> bytes:
@@ -84,7 +85,7 @@ def write_config(folder: Path, teacher: int = 0) -> str:
     sidecars = [str(shard.parent / "teacher")] if teacher else []
     values = config.from_dict(
         {
-            "model": {"name": "siclip-tiny", "options": MODEL},
+            "model": {"name": "siclip-tiny", "image_size": IMAGE_SIZE, "options": MODEL},
             "data": {"train": str(shard), "sidecars": sidecars, "batch_size": 8, "workers": 0},
             "loss": {"pm_weight": 1.0},
             "optim": {"warmup": 2},
