@@ -65,6 +65,17 @@ def test_padded_tokens_are_neither_read_nor_written(backend, dtype, causal):
     check_padding(dtype, backend, causal)
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "sdpa"])
+def test_tensors_are_made_on_the_calls_device(backend):
+    tensors = [t.float().requires_grad_() for t in attention_call().tensors.values()]
+    lengths = torch.tensor([5, 2])
+    expected = shaped_attention(*tensors, lengths=lengths)
+    with torch.device("meta"), simplclip.backend(backend):  # as torch.set_default_device does
+        out = shaped_attention(*tensors, lengths=lengths)
+        out.backward(torch.ones_like(out))
+    torch.testing.assert_close(out, expected)
+
+
 @pytest.fixture(params=["cpu", "flash", "efficient", "xformers"])
 def around(request, monkeypatch):
     """Names a backend around another attention; a GPU's attentions are stand-ins in plain torch
