@@ -33,11 +33,12 @@ class DropIn(PairLoss):
         super().__init_subclass__(**options)
         if cls.forward.__module__.startswith("simplclip.losses."):
             for base in cls.__mro__[: cls.__mro__.index(DropIn)]:
-                for name in {"get_logits", "get_ground_truth", "_loss"} & vars(base).keys():
-                    raise TypeError(
-                        f"{cls.__name__}: expected a forward beside {name}, since that of "
-                        "simplclip.losses makes no logits and does not call it, got none"
-                    )
+                for name in ("get_logits", "get_ground_truth", "_loss"):
+                    if name in vars(base):
+                        raise TypeError(
+                            f"{cls.__name__}: expected a forward beside {name}, since that of "
+                            "simplclip.losses makes no logits and does not call it, got none"
+                        )
 
 
 class ClipLoss(DropIn, open_clip_loss.ClipLoss):
