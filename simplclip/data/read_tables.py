@@ -1,6 +1,7 @@
 """Tables and JSON files as streams of rows, each an image with its captions.
 
-    .csv, .tsv, .parquet    a row for each caption; neighbouring rows of one image are one sample
+    .csv, .tsv, .parquet    a row for each caption; neighbouring rows of one image are one sample,
+                            and others are a group
     .json                   in Karpathy's or COCO's format
 
 `open_source` also opens folders (read_folders.py). Text is UTF-8, with or without byte order mark.
@@ -321,7 +322,7 @@ def _row(name: str, image: Any, captions: list[Any], path: str, options: Options
     """
     if not isinstance(image, str) or not image:
         return Row(name, problem=("missing image", ""))
-    return Row(name, options.image(path, image), captions, image_name=image)
+    return Row(name, options.image(path, image), captions, group=image)
 
 
 def _merged_by_image(rows: Iterator[Row]) -> Iterator[Row]:
