@@ -69,6 +69,18 @@ def test_the_sigmoid_base_gives_a_bias(tmp_path):
     assert given.logit_bias.item() == -3
 
 
+def test_height_and_width_of_a_config_are_a_list():
+    """YAML and JSON have no tuples."""
+    vision = {"image_size": [16, 8], "layers": 1, "width": 8, "patch_size": 8, "head_width": 8}
+    options = {"vision_cfg": vision, "text_cfg": {"layers": 1, "width": 8, "heads": 2}}
+    section = {"name": "open_clip:ViT-B-32", "options": options}
+    assert trained.image_transform(section)(Image.new("RGB", (9, 9))).shape == (3, 16, 8)
+    assert trained._parts(section["name"], trained.build_model(section))["preprocess"].size == (
+        16,
+        8,
+    )
+
+
 SIZES = {"text_cfg": {"layers": 1, "context_length": 20}, "vision_cfg": {"image_size": 32}}
 
 
