@@ -146,6 +146,19 @@ def image_transform(
     )
 
 
+def other_pixels(source: str, transform: ImageTransform) -> str | None:
+    """Returns how the images of an open_clip tag are normalised if not as by `transform`, in words.
+
+    None for equal mean and std, and for a source other than NAME/TAG.
+    """
+    name, _, tag = source.removeprefix(PLAIN).partition("/")
+    tagged = {} if Path(source).exists() else open_clip.get_pretrained_cfg(name, tag)
+    mean, std = (tuple(tagged.get(key, getattr(transform, key))) for key in ("mean", "std"))
+    if (mean, std) == (transform.mean, transform.std):
+        return None
+    return f"mean {mean} and std {std}"
+
+
 def check_options(options: Mapping[str, Any], file: str) -> None:
     """Raises InputError unless model.options only describe an architecture.
 
