@@ -350,6 +350,20 @@ def test_a_terminal_of_80_columns_is_enough():
             assert words in text.getvalue()
 
 
+def test_the_table_takes_models_that_skipped_other_images():
+    """The transform of one of them may refuse an image."""
+    recall = {f"R@{k}": Figure(0.5, 0.1) for k in evaluation.KS}
+    retrieval_of_all = evaluation.Retrieval(recall, recall)
+    first, second = (
+        evaluation.ModelResult(
+            name, name, None, "fp32", {"s": evaluation.SplitResult(n, n, retrieval_of_all)}
+        )
+        for name, n in (("a", 10), ("b", 9))
+    )
+    table = figures.table(evaluation.Results(first, {}, {"b": second}))
+    assert [*table.columns[2].cells] == ["a", "b", "", "a", "b", ""]
+
+
 def test_small_shares_keep_a_digit():
     shown = {
         1.0: "100.0%",
