@@ -73,16 +73,19 @@ def load_exactly(model: nn.Module, state: Mapping[str, Any] | nn.Module, label: 
         ) from None
 
 
-def _renamed(state: Mapping[str, Any] | nn.Module, model: nn.Module) -> dict[str, Tensor]:
+def _renamed(source: Mapping[str, Any] | nn.Module, model: nn.Module) -> dict[str, Tensor]:
     """Returns the tensors of a state dict or module by their names in `model`, in a new dict.
 
     The state dict is bare or under "state_dict" or "model". Averages under "ema", as a run has
     them, replace weights; DistributedDataParallel's prefix "module." is removed. Values that are no
     tensors are left out. Raises CheckpointError as `_check_activation`.
     """
-    if isinstance(state, nn.Module):
-        _check_activation(state, model)
-        state = state.state_dict()
+    state: Mapping[str, Any]
+    if isinstance(source, nn.Module):
+        _check_activation(source, model)
+        state = source.state_dict()
+    else:
+        state = source
     averages = state.get("ema")
     for key in ("state_dict", "model"):
         if isinstance(state.get(key), Mapping):
