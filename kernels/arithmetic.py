@@ -1,7 +1,6 @@
 """Arithmetic for the kernels of several ops, and the order of their programs.
 
-Logarithms and exponentials have base 2, as in hardware: the scale of a logit is multiplied by
-log2(e) once.
+Logarithms and exponentials have base 2 in hardware: e^x is 2^(x log2(e)).
 """
 
 import triton

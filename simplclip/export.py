@@ -211,7 +211,7 @@ def loading(out: Path, needs_simplclip: bool) -> str:
 
 def _literal(text: str) -> str:
     """Returns a text as Python's source; a path may have quotes, or bytes that are no UTF-8."""
-    return json.dumps(text, ensure_ascii=not text.isprintable())
+    return json.dumps(text, ensure_ascii=False) if text.isprintable() else ascii(text)
 
 
 def open_clip_config(model: Any, name: str, options: dict[str, Any]) -> dict[str, Any]:

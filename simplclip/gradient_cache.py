@@ -111,7 +111,8 @@ def backward(
                 raise ValueError(
                     f"{tower.label}: expected outputs that no other tower has, got {name!r}"
                 )
-            leaves[name] = leaf.requires_grad_()
+            # of frozen towers and of teachers the loss need not compute gradients
+            leaves[name] = leaf.requires_grad_(tower.last_outputs[name].requires_grad)
 
     result = loss(*leaves.values()) if 0 in leaves else loss(**leaves)
     total, terms = _loss_and_terms(result)

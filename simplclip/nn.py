@@ -302,11 +302,22 @@ def share_weights(
 
     Raises:
         ValueError: a group is empty, an index is out of range or in two groups, or the blocks of
-            one group differ in width or in heads (attention), hidden units or activation (MLP).
+            one group differ in width or in heads (attention), hidden units or activation (MLP),
+            or in the kind of a norm that they share.
     """
     checks.check_choice("what", what, SHARED_PARTS)
     groups = [list(group) for group in groups]
     every = [index for group in groups for index in group]
+    names: list[str] = []
+    equal: list[str] = []
+    for part in _PARTS[what]:
+        names += part.matrices
+        equal += part.equal
+        if norms_and_gains:
+            names += part.gains
+    if norms_and_gains and what == "all":
+        names.append("norm")
+        equal.append("norm_name")
     for group in groups:
         if not group:
             raise ValueError("groups: expected at least one index in every group, got an empty one")
@@ -315,21 +326,12 @@ def share_weights(
                 raise ValueError(f"groups: expected indices of {len(blocks)} blocks, got {index}")
             if every.count(index) > 1:
                 raise ValueError(f"groups: expected disjoint groups, got block {index} twice")
-        for part in _PARTS[what]:
-            for name in part.equal:
-                values = [getattr(blocks[index], name) for index in group]
-                if len(set(values)) > 1:
-                    raise ValueError(
-                        f"groups: expected equal {name} within group {group}, got {values}"
-                    )
-
-    names: list[str] = []
-    for part in _PARTS[what]:
-        names += part.matrices
-        if norms_and_gains:
-            names += part.gains
-    if norms_and_gains and what == "all":
-        names.append("norm")
+        for name in equal:
+            values = [getattr(blocks[index], name) for index in group]
+            if len(set(values)) > 1:
+                raise ValueError(
+                    f"groups: expected equal {name} within group {group}, got {values}"
+                )
     for first, *others in groups:
         for index in others:
             _share(blocks[first], blocks[index], names)

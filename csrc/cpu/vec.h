@@ -60,6 +60,18 @@ VINLINE vf max(vf a, vf b) {
   return a > b ? a : b;
 #endif
 }
+// The logits scale * x, rounded. The barrier keeps the compiler from fusing the product into the subtraction of a log-sum-exp of
+// rounded logits: the rounding error would be left over, and of large logits it is not small for an exponential.
+VINLINE vf scaled(float scale, vf x) {
+  vf product = scale * x;
+#if defined(__x86_64__)
+  asm("" : "+v"(product));
+#elif defined(__aarch64__)
+  asm("" : "+w"(product));
+#endif
+  return product;
+}
+
 VINLINE vf abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
 struct f16 {  // IEEE half

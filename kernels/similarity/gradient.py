@@ -5,7 +5,7 @@ the range of G in float16.
 import triton
 import triton.language as tl
 
-from simplclip.kernels.arithmetic import INF, LOG2E, block_of_program
+from simplclip.kernels.arithmetic import INF, block_of_program
 from simplclip.kernels.similarity.rows import (
     DIAGONAL_STUDENT,
     LSE_STUDENT,
@@ -20,6 +20,7 @@ from simplclip.kernels.similarity.rows import (
 )
 from simplclip.kernels.similarity.tile import (
     GROUP,
+    exp,
     finite,
     is_negative,
     load_clamped,
@@ -47,11 +48,11 @@ def _gradient_of_logits(
 ):  # [BLOCK_M, BLOCK_N]
     """Returns softmax(logits) along AXIS times the gradient of each row's or column's statistic.
 
-    logits: in base 2, -inf where there is no negative.
+    logits: -inf where there is no negative.
     """
-    shift = finite(load_clamped(stats + LSE * size, index, size) * LOG2E)
+    shift = finite(load_clamped(stats + LSE * size, index, size))
     grad = load_clamped(grads + GRAD * size, index, size)
-    return tl.expand_dims(grad, AXIS) * tl.exp2(logits - tl.expand_dims(shift, AXIS))
+    return tl.expand_dims(grad, AXIS) * exp(logits - tl.expand_dims(shift, AXIS))
 
 
 @triton.jit
@@ -122,11 +123,11 @@ def _similarity_gradient_kernel(
     t = None
     if teacher_image is not None:
         t = product(teacher_image, teacher_text, row, column, n, m, teacher_width, TILE)
-        t *= tl.load(teacher_scale) * LOG2E
+        t *= tl.load(teacher_scale)
         t = tl.where(is_negative(None, row, column, n, m, label_offset, ids, text_ids), t, -INF)
     similarity = product(image, text, row, column, n, m, width, TILE)
     negative = is_negative(t, row, column, n, m, label_offset, ids, text_ids)
-    z = tl.where(negative, similarity * (tl.load(scale) * LOG2E), -INF)
+    z = tl.where(negative, similarity * tl.load(scale), -INF)
     g = _gradient_of_logits(z, rows, grad_rows, LSE_STUDENT, LSE_STUDENT, row, n, 1)
     if columns is not None:
         g += _gradient_of_logits(z, columns, grad_columns, LSE_STUDENT, LSE_STUDENT, column, m, 0)

@@ -5,10 +5,11 @@ and the similarities of the positives.
 import triton
 import triton.language as tl
 
-from simplclip.kernels.arithmetic import INF, LN2, LOG2E, block_of_program
+from simplclip.kernels.arithmetic import INF, LN2, block_of_program
 from simplclip.kernels.similarity.rows import LSE_STUDENT, LSE_TEACHER, MEAN, PAIR_MATCHING
 from simplclip.kernels.similarity.tile import (
     GROUP,
+    exp,
     finite,
     is_negative,
     online_max,
@@ -17,7 +18,7 @@ from simplclip.kernels.similarity.tile import (
     times_nonzero,
 )
 
-# Slots of the parts: maximum and sum of 2^(logit - maximum), for the teacher also the sum with
+# Slots of the parts: maximum and sum of e^(logit - maximum), for the teacher also the sum with
 # these weights that gives the mean. Columns have the same slots without the last one, and without a
 # teacher only the student's.
 STUDENT: tl.constexpr = tl.constexpr(0)
@@ -32,9 +33,9 @@ def _store_column_softmax(
     m,
     inside,  # [BLOCK_N]
 ):
-    """Stores the columns' maxima, and sums of 2^(logit - maximum); returns these powers."""
+    """Stores the columns' maxima, and sums of e^(logit - maximum); returns these powers."""
     maximum = tl.max(logits, 0)
-    weight = tl.exp2(logits - finite(maximum)[None, :])
+    weight = exp(logits - finite(maximum)[None, :])
     tl.store(part, maximum, inside)
     tl.store(part + m, tl.sum(weight, 0), inside)
     return weight
@@ -88,9 +89,9 @@ def _similarity_statistics_kernel(
     sum_t = sum_z
     mean = sum_z
     unmatched = sum_z
-    z_scale = tl.load(scale) * LOG2E
+    z_scale = tl.load(scale)
     if teacher_image is not None:
-        t_scale = tl.load(teacher_scale) * LOG2E
+        t_scale = tl.load(teacher_scale)
 
     tiles = (m + BLOCK_N - 1) // BLOCK_N
     for tile in range(split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, tiles)):
@@ -115,14 +116,14 @@ def _similarity_statistics_kernel(
         if teacher_image is not None:
             gap = entropy * t - z
             max_t, shift, shrink = online_max(max_t, t, 1)
-            weight = tl.exp2(t - shift[:, None])
+            weight = exp(t - shift[:, None])
             sum_t = sum_t * shrink + tl.sum(weight, 1)
             mean = mean * shrink + tl.sum(times_nonzero(weight, gap), 1)
             if column_parts is not None:
                 weight = _store_column_softmax(t, part + TEACHER * m, m, inside)
                 tl.store(part + (TEACHER + 2) * m, tl.sum(times_nonzero(weight, gap), 0), inside)
         max_z, shift, shrink = online_max(max_z, z, 1)
-        sum_z = sum_z * shrink + tl.sum(tl.exp2(z - shift[:, None]), 1)
+        sum_z = sum_z * shrink + tl.sum(exp(z - shift[:, None]), 1)
         if column_parts is not None:
             _store_column_softmax(z, part + STUDENT * m, m, inside)
 
@@ -160,23 +161,23 @@ def _merge_softmax(
     total = tl.zeros(inside.shape, tl.float32)
     mean = total
     if PREVIOUS:
-        maximum = tl.load(out + LSE * out_stride, inside, -INF) * LOG2E
+        maximum = tl.load(out + LSE * out_stride, inside, -INF)
         total = tl.where(maximum == -INF, 0.0, 1.0)
         if MEAN is not None:
-            mean = tl.load(out + MEAN * out_stride, inside, 0.0) / LN2
+            mean = tl.load(out + MEAN * out_stride, inside, 0.0)
     for start in range(0, part_count, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)
         exists = (part < part_count)[:, None] & inside[None, :]
         block = parts[None, :] + part.to(tl.int64)[:, None] * part_stride
         part_maximum = tl.load(block, exists, -INF)
         maximum, shift, shrink = online_max(maximum, part_maximum, 0)
-        weight = tl.exp2(part_maximum - shift[None, :])
+        weight = exp(part_maximum - shift[None, :])
         total = total * shrink + tl.sum(weight * tl.load(block + size, exists, 0.0), 0)
         if MEAN is not None:
             mean = mean * shrink + tl.sum(weight * tl.load(block + 2 * size, exists, 0.0), 0)
-    tl.store(out + LSE * out_stride, (maximum + tl.log2(total)) * LN2, inside)
+    tl.store(out + LSE * out_stride, maximum + tl.log2(total) * LN2, inside)
     if MEAN is not None:
-        tl.store(out + MEAN * out_stride, tl.where(total == 0.0, 0.0, mean / total * LN2), inside)
+        tl.store(out + MEAN * out_stride, tl.where(total == 0.0, 0.0, mean / total), inside)
 
 
 @triton.jit(do_not_specialize=["size", "part_count", "out_stride", "out_first"])

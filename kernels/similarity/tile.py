@@ -97,6 +97,16 @@ def softplus_and_sigmoid(x):
 
 
 @triton.jit
+def exp(x):
+    """Returns e^x of each element, for x = logit - log-sum-exp.
+
+    Both are rounded in base e: a factor log2(e) in each would leave a rounding error, of large
+    logits one that is far from 1 after the exponential.
+    """
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
 def finite(maximum):
     """Returns a finite shift for exponentials: the maximum, or 0 where that is -inf."""
     return tl.where(maximum == -INF, 0.0, maximum)
@@ -112,8 +122,8 @@ def times_nonzero(weight, value):
 def online_max(maximum, logits, AXIS: tl.constexpr):
     """Returns (new maximum, finite shift for exponentials, factor of earlier sums).
 
-    maximum: the running maximum, to which a tile of logits in base 2 is added along AXIS.
+    maximum: the running maximum, to which a tile of logits is added along AXIS.
     """
     new = tl.maximum(maximum, tl.max(logits, AXIS))
     shift = finite(new)
-    return new, shift, tl.exp2(maximum - shift)
+    return new, shift, exp(maximum - shift)

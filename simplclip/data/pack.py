@@ -79,9 +79,9 @@ def pack(
             with captions beside them, or one with a folder for each class.
         options: of tables and JSON files.
         hold_out: share of the samples that gets shards held-*.tar, beside train-*.tar; by the hash
-            of the json's group, else of the image's name in the source (in a table the path as it
-            is written there), so that more images change no sample's side. 0: all samples are in
-            NAME-*.tar, NAME from the source.
+            of the json's group (in a table the image's path as it is written there), else of the
+            image's name in the source, so that more images change no sample's side. 0: all samples
+            are in NAME-*.tar, NAME from the source.
         workers: processes, by default one for each core.
         progress: print lines.
 
@@ -317,8 +317,7 @@ def _write_shard(
             except BrokenSample as broken:
                 skipped.add(broken.reason, row.name, broken.detail)
                 continue
-            key = row.image_name or row.name
-            side = is_held_out(files | {"__shard__": "", "__key__": key}, hold_out)
+            side = is_held_out(files | {"__shard__": "", "__key__": row.name}, hold_out)
             add(shards[side], f"{number:09d}", files)
             samples[side] += 1
     for path, count in zip(paths, samples):
@@ -335,9 +334,9 @@ def _write_shard(
 def files_of(row: Row, remarks: Skipped | None = None) -> dict[str, bytes]:
     """Reads the image and texts of a row; returns {suffix: bytes}: the image as it is, and a json.
 
-    The json has "captions", "source" (the row's name), and "label" and "group" if the row has a
-    label. remarks: what is odd about the image is added to it; None: it is not looked for. Raises
-    BrokenSample.
+    The json has "captions", "source" (the row's name), and "label" and "group" if the row has
+    them; a label is also the group. remarks: what is odd about the image is added to it; None: it
+    is not looked for. Raises BrokenSample.
     """
     if row.problem:
         raise BrokenSample(*row.problem)
@@ -351,6 +350,8 @@ def files_of(row: Row, remarks: Skipped | None = None) -> dict[str, bytes]:
         for remark in remarks_on(opened, len(image)):
             remarks.add(remark, row.image)
     record |= {"captions": [" ".join(caption.split()) for caption in captions], "source": row.name}
+    if row.group is not None:
+        record["group"] = row.group
     if row.label is not None:
         record |= {"label": row.label, "group": row.label}
     return {suffix: image, "json": json.dumps(record).encode()}

@@ -1,6 +1,7 @@
 """Tables and JSON files as streams of rows, each an image with its captions.
 
-    .csv, .tsv, .parquet    a row for each caption; neighbouring rows of one image are one sample
+    .csv, .tsv, .parquet    a row for each caption; neighbouring rows of one image are one sample,
+                            and others are a group
     .json                   in Karpathy's or COCO's format
 
 `open_source` also opens folders (read_folders.py). Text is UTF-8, with or without byte order mark.
@@ -196,8 +197,8 @@ def _records(file: BinaryIO, separator: str) -> Iterator[list[str] | str]:
 
     file: open at the line after the titles, in binary mode; its position moves. separator: of
     fields. Empty lines are no records. A quoted field may span several lines. A record with a quote
-    that is not closed, or with a field above csv's limit, ends with its first line, so that no
-    other record is lost.
+    that is not closed before a separator or the end of a line, or with a field above csv's limit,
+    ends with its first line, so that no other record is lost.
     """
     while first := file.readline(LINE_BYTES):
         if not first.strip(b"\r\n"):
@@ -213,14 +214,26 @@ def _records(file: BinaryIO, separator: str) -> Iterator[list[str] | str]:
             read_all = True
 
         try:
-            record: list[str] | str = next(csv.reader(lines(), delimiter=separator))
+            # strict: a quote that is not closed would otherwise end at any quote below
+            record: list[str] | str = next(csv.reader(lines(), delimiter=separator, strict=True))
         except csv.Error as error:
-            record = str(error)
-        if read_all:
-            record = "expected a quote at its end, got none"
-        if isinstance(record, str):
+            reason = "expected a quote at its end, got none" if read_all else str(error)
+            record = _fields_of_line(first, separator) or reason
             file.seek(second)
         yield record
+
+
+def _fields_of_line(line: bytes, separator: str) -> list[str]:
+    """Returns the fields of a line, in which text may follow a quote: `"a" b`.
+
+    [] if it is no record of its own: a quote is not closed, or a field is above csv's limit.
+    """
+    text = line.decode(errors="surrogateescape")
+    try:
+        fields, *empty_line = csv.reader([text, ""], delimiter=separator)
+    except csv.Error:
+        return []
+    return fields if empty_line else []
 
 
 def _parquet(path: str, options: Options) -> tuple[int, Callable[[], Iterator[Row]]]:
@@ -309,7 +322,7 @@ def _row(name: str, image: Any, captions: list[Any], path: str, options: Options
     """
     if not isinstance(image, str) or not image:
         return Row(name, problem=("missing image", ""))
-    return Row(name, options.image(path, image), captions, image_name=image)
+    return Row(name, options.image(path, image), captions, group=image)
 
 
 def _merged_by_image(rows: Iterator[Row]) -> Iterator[Row]:

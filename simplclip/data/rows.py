@@ -19,9 +19,8 @@ class Row(NamedTuple):
     label: str | None = None
     # of a row without image or captions: the reason that is counted, and a detail
     problem: tuple[str, str] | None = None
-    # what a hold-out divides by, "": the name. A table's rows have the image as it is written
-    # there, since their names are numbers
-    image_name: str = ""
+    # of a table, the image as it is written there: rows of one image may be no neighbours
+    group: str | None = None
 
 
 @dataclass(frozen=True)

@@ -82,16 +82,21 @@ class Pair:
 
         Samples of one group match each other, so they are no negatives.
         """
-        group = self.record.get("group")
-        return None if group is None else str(group)
+        return _text_of(self.record, "group")
 
     @property
     def group_id(self) -> int:
         """Hash of the group, else of the sample's name, as int64."""
-        return _group_id(self.record.get("group"), self.name)
+        return _group_id(self.group, self.name)
 
 
-def _group_id(group: object, name: str) -> int:
+def _text_of(record: dict[str, Any], name: str) -> str | None:
+    """Returns a value of a json as text; None for null, for an empty text and without the value."""
+    value = record.get(name)
+    return None if value is None else str(value) or None
+
+
+def _group_id(group: str | None, name: str) -> int:
     """Returns a hash, below 2**63, of a group, or of the sample's `name` if the group is None."""
     # by the shard's name too, since keys often repeat in every shard
     text = f"key/{name}" if group is None else f"group/{group}"
@@ -107,7 +112,7 @@ def is_held_out(sample: Sample, share: float) -> bool:
     if not share or isinstance(sample.get("json"), BrokenSample):
         return False
     try:
-        group = record_of(sample).get("group")
+        group = _text_of(record_of(sample), "group")
     except BrokenSample:
         return False
     return _group_id(group, sample_name(sample)) < share * 2**63
@@ -241,8 +246,7 @@ def label_of(sample: Sample, record: dict[str, Any]) -> str | int | None:
         except ValueError:
             detail = f"expected the number of a class, got {content[:40]!r}"
             raise BrokenSample("bad cls", detail) from None
-    label = record.get("label")
-    return None if label is None else clean(str(label))
+    return clean(_text_of(record, "label") or "") or None
 
 
 def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
@@ -313,16 +317,21 @@ def clean(text: str) -> str:
 
 
 def json_of(data: str | bytes) -> Any:
-    """Returns the value that a JSON text stands for.
+    """Returns the value that a JSON text stands for; NaN, as pandas has missing values, is None.
 
     Raises ValueError for any error in it, also for more than DEEPEST levels of lists and objects.
     """
     try:
-        content = json.loads(data)
+        content = json.loads(data, parse_constant=_number_of)
         _check_depth([content], DEEPEST)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return content
+
+
+def _number_of(constant: str) -> float | None:
+    """Returns the value of NaN, None, or of Infinity or -Infinity in a JSON text."""
+    return None if constant == "NaN" else float(constant)
 
 
 def _check_depth(content: dict | list, levels: int) -> None:

@@ -341,6 +341,11 @@ def _parsed_augment(augment: Any) -> Any:
         valid = isinstance(jitter, (list, tuple)) and len(jitter) == 4
     expected = "brightness, contrast, saturation and hue, and their color_jitter_prob"
     check("color_jitter", valid, expected)
+    if augment.color_jitter_prob:
+        try:
+            ColorJitter(*augment.color_jitter)
+        except (ValueError, TypeError) as error:
+            check("color_jitter", False, f"what torchvision's ColorJitter takes ({error})")
     return augment
 
 

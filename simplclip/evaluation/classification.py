@@ -10,9 +10,8 @@ from pathlib import Path
 import open_clip
 import torch
 from timm.data import ImageNetInfo
-from torch import Tensor
+from torch import Tensor, nn
 
-from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.data import HeldOut
 from simplclip.data.samples import clean
@@ -127,7 +126,7 @@ def zero_shot(towers: Towers, split: Split, templates: Sequence[str]) -> Classif
     towers: those that encoded the split; here they encode the names of the classes.
 
     Raises: NamelessError for labels that are numbers if there are no names; InputError for a label
-    that is not a known class.
+    that is not a known class, and if a feature of a name is not finite.
     """
     templates = phrases(templates)
     classes, numbers = _classes(split)
@@ -161,22 +160,16 @@ def zero_shot(towers: Towers, split: Split, templates: Sequence[str]) -> Classif
 def _weights(towers: Towers, split: Split, classes: list[str], templates: list[str]) -> Tensor:
     """Returns the features float32 [D, classes] of the class names, on the device of the towers.
 
-    Each column is the normalised mean over `templates`, phrases with one {}.
+    Each column is the normalised mean over `templates`, phrases with one {}. Raises InputError if a
+    feature is not finite.
     """
     weights = []
-    with hardware.autocast(towers.precision, towers.device):
-        for start in range(0, len(classes), CLASSES_AT_A_TIME):
-            weights.append(
-                open_clip.build_zero_shot_classifier(
-                    towers.model,
-                    split.tokenizer,
-                    classes[start : start + CLASSES_AT_A_TIME],
-                    templates,
-                    CLASSES_AT_A_TIME,
-                    towers.device,
-                )
-            )
-    return torch.cat(weights, 1).float()
+    for start in range(0, len(classes), CLASSES_AT_A_TIME):
+        names = classes[start : start + CLASSES_AT_A_TIME]
+        texts = [template.format(name) for name in names for template in templates]
+        features = towers.features("text", split.tokenizer(texts))
+        weights.append(features.unflatten(0, (len(names), len(templates))).mean(1))
+    return nn.functional.normalize(torch.cat(weights), dim=-1).T
 
 
 def _classes(split: Split) -> tuple[list[str], list[int]]:

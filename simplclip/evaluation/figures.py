@@ -37,11 +37,12 @@ def table(results: Results) -> Table:
     for split in results.first.splits:
         heading = escape(split)
         rows = [_rows(model.splits[split]) for model in models]
-        for among, figures in rows[0].items():
+        # by their places, since another model may have skipped another number of images
+        for (among, figures), *others in zip(*(row.items() for row in rows)):
             first, second = heading, among
-            for model, row in zip(models, rows):
+            for model, row in zip(models, [figures, *(other for _, other in others)]):
                 name = escape(model.checkpoint) if several else ""
-                values = [percent(figure.value) for figure in row[among]]
+                values = [percent(figure.value) for figure in row]
                 shown.add_row(first, second, name, *values)
                 first = second = heading = ""
             chances = [percent(figure.chance) for figure in figures]

@@ -19,7 +19,7 @@ from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, UserError
 from simplclip.common.progress import Progress
 from simplclip.data import HeldOut, held_out
-from simplclip.data.errors import Skipped
+from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.transforms import ImageTransform, finish_on_device, to_tensor
 
 BATCH_SIZE = 64  # images or captions that are encoded at a time
@@ -120,14 +120,18 @@ def cropped(transform: Any, image: Image.Image) -> Image.Image:
     """Returns the part of an image that a model sees, as a PIL image to look at.
 
     transform: the model's. Of an ImageTransform the picture has the smallest multiple of the
-    model's size with at least 160 pixels a side; of others it has the model's size. A transform
-    without steps leaves the image whole.
+    model's size with at least 160 pixels a side; of others, and of a very long image, it has the
+    model's size. A transform without steps leaves the image whole.
     """
     if isinstance(transform, ImageTransform):
         larger = copy.copy(transform)
         factor = max(1, -(-160 // min(transform.size)))
         larger.size = (factor * transform.size[0], factor * transform.size[1])
-        return to_pil_image(larger.apply_decoded(to_tensor(image), {}))
+        try:
+            pixels = larger.apply_decoded(to_tensor(image), {})
+        except BrokenSample:  # before it is cropped, the image would have too many pixels
+            pixels = transform.apply_decoded(to_tensor(image), {})
+        return to_pil_image(pixels)
     # the steps of a transform of open_clip, up to the conversion to a tensor
     for step in getattr(transform, "transforms", ()):
         changed = step(image)

@@ -298,6 +298,7 @@ class SimilarityLoss(DistributedLoss):
         if not weights:
             raise ValueError("weights: expected a weight of at least one term, got none")
         names = tuple(weights)
+        weights = inputs.check_weights(weights, names)
         record = checked_teacher(teacher, names)
         pairs = Pairs(image_features, text_features, logit_scale, logit_bias, ids, record)
         values = self._values(pairs, names, weights)

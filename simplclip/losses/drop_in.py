@@ -22,7 +22,26 @@ except ImportError:
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 
 
-class ClipLoss(PairLoss, open_clip_loss.ClipLoss):
+class DropIn(PairLoss):
+    """Base class of the losses that are subclasses of open_clip's."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Raises TypeError for a subclass whose forward would not call a method that it replaces.
+
+        Such a method of open_clip's needs a forward beside it.
+        """
+        super().__init_subclass__(**options)
+        if cls.forward.__module__.startswith("simplclip.losses."):
+            for base in cls.__mro__[: cls.__mro__.index(DropIn)]:
+                for name in ("get_logits", "get_ground_truth", "_loss"):
+                    if name in vars(base):
+                        raise TypeError(
+                            f"{cls.__name__}: expected a forward beside {name}, since that of "
+                            "simplclip.losses makes no logits and does not call it, got none"
+                        )
+
+
+class ClipLoss(DropIn, open_clip_loss.ClipLoss):
     r"""`open_clip.ClipLoss` without its N×N matrices.
 
     Constructor, forward, values and gradients are the same.
@@ -30,8 +49,9 @@ class ClipLoss(PairLoss, open_clip_loss.ClipLoss):
         Z = logit_scale · x yᵀ + logit_bias
         loss = ½ [cross-entropy of the rows of Z to the diagonal + that of the columns]
 
-    Subclasses may use `get_logits` and `get_ground_truth`, which are open_clip's and make the
-    matrices. See `simplclip.ops.similarity_loss` for shapes, dtypes and memory.
+    Subclasses with a forward of their own may use `get_logits` and `get_ground_truth`, which are
+    open_clip's and make the matrices. See `simplclip.ops.similarity_loss` for shapes, dtypes and
+    memory.
 
     Args:
         local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip.ClipLoss; see
@@ -110,7 +130,7 @@ class CoCaLoss(ClipLoss, open_clip_loss.CoCaLoss):
         return contrastive, caption
 
 
-class SigLipLoss(PairLoss, open_clip_loss.SigLipLoss):
+class SigLipLoss(DropIn, open_clip_loss.SigLipLoss):
     r"""`open_clip.SigLipLoss` without N×N matrices, and with pair matching beside it.
 
         Z = logit_scale · x yᵀ + logit_bias

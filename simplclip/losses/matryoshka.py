@@ -37,10 +37,10 @@ class MatryoshkaLoss(nn.Module):
     ) -> None:
         """Stores the loss with the widths and their weights; weights=None means 1 each.
 
-        A SimilarityLoss is changed: its `prefixes` becomes True, so that it takes features narrower
-        than its embed_dim. Raises TypeError for a loss that is no module, ValueError for widths
-        that are not ascending integers above 0, or weights that are negative, all 0 or of another
-        number.
+        Each SimilarityLoss in `loss` is changed: its `prefixes` becomes True, so that it takes
+        features narrower than its embed_dim. Raises TypeError for a loss that is no module,
+        ValueError for widths that are not ascending integers above 0, or weights that are negative,
+        all 0 or of another number.
         """
         super().__init__()
         checks.check_instance("loss", loss, nn.Module, "an nn.Module")
@@ -51,8 +51,9 @@ class MatryoshkaLoss(nn.Module):
         count = len(self.widths)
         if total == 0 or len(self.weights) != count:
             raise ValueError(f"weights: expected {count}, one above 0, got {self.weights}")
-        if isinstance(loss, SimilarityLoss):
-            loss.prefixes = True
+        for module in loss.modules():  # torch.compile wraps a loss in a module
+            if isinstance(module, SimilarityLoss):
+                module.prefixes = True
 
     def forward(
         self,

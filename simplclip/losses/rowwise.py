@@ -177,9 +177,16 @@ class RowwiseLoss(DistributedLoss):
         """Returns fn as a function whose parameters' gradients backward averages over the ranks.
 
         As in `_synchronised_parameters`, the first call overwrites the parameters by the first
-        rank's, a collective call. An fn without parameters is returned as it is.
+        rank's, a collective call. An fn without parameters is returned as it is. Raises TypeError
+        for a parameter of this loss that is not in fn.
         """
         parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        outside = [name for name in parameters if not name.startswith("fn.")]
+        if outside:
+            raise TypeError(
+                "fn: expected an nn.Module with all parameters of the loss, since ranks average "
+                f"their gradients, got {', '.join(outside)} of {type(self).__name__} beside it"
+            )
         learned = self._synchronised_parameters(*parameters.values())
         if not learned:
             return self.fn

@@ -12,6 +12,7 @@ import torch
 from open_clip import CLIP, CoCa, CustomTextCLIP, SimpleTokenizer
 from open_clip.model import set_model_preprocess_cfg
 from open_clip.transform import AugmentationCfg, PreprocessCfg
+from timm.layers.helpers import to_2tuple
 from torch import nn
 
 from simplclip.common.errors import InputError
@@ -248,7 +249,8 @@ def transforms(
     """
     spec = spec_of(name)
     size = image_size or spec.config["vision_cfg"].get("image_size", PreprocessCfg.size)
-    cfg = PreprocessCfg(size=size, **spec.preprocess)
+    # of a config's (height, width) YAML and JSON make a list
+    cfg = PreprocessCfg(size=to_2tuple(size), **spec.preprocess)
     if augment is None:
         augment = spec.augment
     if not train or augment == "none":

@@ -23,11 +23,7 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.model import (
-    get_model_preprocess_cfg,
-    get_model_tokenize_cfg,
-    set_model_preprocess_cfg,
-)
+from open_clip.model import get_model_preprocess_cfg, set_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from timm.layers.helpers import to_2tuple
 from torch import nn
@@ -144,6 +140,19 @@ def image_transform(
     return registry.transforms(
         section["name"], train=train, augment=augment, image_size=shape_of(section, "image_size")
     )
+
+
+def other_pixels(source: str, transform: ImageTransform) -> str | None:
+    """Returns how the images of an open_clip tag are normalised if not as by `transform`, in words.
+
+    None for equal mean and std, and for a source other than NAME/TAG.
+    """
+    name, _, tag = source.removeprefix(PLAIN).partition("/")
+    tagged = {} if Path(source).exists() else open_clip.get_pretrained_cfg(name, tag)
+    mean, std = (tuple(tagged.get(key, getattr(transform, key))) for key in ("mean", "std"))
+    if (mean, std) == (transform.mean, transform.std):
+        return None
+    return f"mean {mean} and std {std}"
 
 
 def check_options(options: Mapping[str, Any], file: str) -> None:
@@ -273,9 +282,9 @@ def load_source(
         if (path / EXPORT).is_file() and not any((path / file).exists() for file in (BEST, LAST)):
             return _load_export(path)
         model, state = load_model(path)
-        parts = _parts(state["config"]["model"]["name"], model)
+        parts = _parts(state["config"]["model"], model)
         return parts | {"config": state["config"], "step": state["step"]}
-    return _parts(name, create(name, checkpoint=checkpoint or rest))
+    return _parts({"name": name}, create(name, checkpoint=checkpoint or rest))
 
 
 def _load_export(folder: Path) -> dict[str, Any]:
@@ -297,7 +306,7 @@ def _load_export(folder: Path) -> dict[str, Any]:
     check_options(options, str(file))
     try:
         model = create(name, checkpoint=folder, **options)
-        return _parts(name, model) | {"step": step}
+        return _parts({"name": name, "options": options}, model) | {"step": step}
     except (InputError, OSError):
         raise
     except Exception as error:  # the type depends on the options
@@ -306,19 +315,19 @@ def _load_export(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def _parts(name: str, model: Any) -> dict[str, Any]:
+def _parts(section: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """Returns "name", "model", "preprocess" and "tokenizer", as `load_source` does.
 
-    name: of this library. The model's image size and context length, which may differ from the
-    name's default, decide the last two.
+    section: of a config, see `build_model`. Its context length counts, as in training, since a
+    Hugging Face tower has that of the longest text that it could take. The image size is the
+    model's.
     """
-    transform = registry.transforms(name, train=False, image_size=model.visual.image_size)
-    length = get_model_tokenize_cfg(model).get("context_length")
+    name = section["name"]
     return {
         "name": name,
         "model": model,
-        "preprocess": transform,
-        "tokenizer": registry.tokenizer(name, length),
+        "preprocess": registry.transforms(name, train=False, image_size=model.visual.image_size),
+        "tokenizer": tokenizer(section),
     }
 
 

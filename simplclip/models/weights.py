@@ -46,17 +46,18 @@ def state_of(source: Source, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
     source: as `inherit` takes it; a file is read, a tag may be downloaded. Raises as `read`.
     """
     if isinstance(source, nn.Module):
-        return type(source).__name__, _renamed(source.state_dict(), model)
+        return type(source).__name__, _renamed(source, model)
     if isinstance(source, Mapping):
         return "the state dict", _renamed(source, model)
     return str(in_run(source)), _renamed(read(source), model)
 
 
-def load_exactly(model: nn.Module, state: Mapping[str, Any], label: str) -> None:
+def load_exactly(model: nn.Module, state: Mapping[str, Any] | nn.Module, label: str) -> None:
     """Loads weights that must fit exactly into a model, in place.
 
     state: as `_renamed` takes it. A model without a bias gets one if its weights have one (of a
-    sigmoid loss). Raises CheckpointError, which names `label`, for weights that do not fit.
+    sigmoid loss). Raises CheckpointError for weights that do not fit, which names `label`, and as
+    `_check_activation`.
     """
     tensors = _renamed(state, model)
     if "logit_bias" in tensors and getattr(model, "logit_bias", None) is None:
@@ -72,13 +73,19 @@ def load_exactly(model: nn.Module, state: Mapping[str, Any], label: str) -> None
         ) from None
 
 
-def _renamed(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Returns the tensors of a state dict by their names in `model`, in a new dict.
+def _renamed(source: Mapping[str, Any] | nn.Module, model: nn.Module) -> dict[str, Tensor]:
+    """Returns the tensors of a state dict or module by their names in `model`, in a new dict.
 
     The state dict is bare or under "state_dict" or "model". Averages under "ema", as a run has
     them, replace weights; DistributedDataParallel's prefix "module." is removed. Values that are no
-    tensors are left out.
+    tensors are left out. Raises CheckpointError as `_check_activation`.
     """
+    state: Mapping[str, Any]
+    if isinstance(source, nn.Module):
+        _check_activation(source, model)
+        state = source.state_dict()
+    else:
+        state = source
     averages = state.get("ema")
     for key in ("state_dict", "model"):
         if isinstance(state.get(key), Mapping):
@@ -96,8 +103,29 @@ def _renamed(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def read(source: str | os.PathLike[str], argument: str = "source") -> Mapping[str, Any]:
-    """Reads weights as a state dict, to the CPU; it may be nested, see `_renamed`.
+def _check_activation(source: nn.Module, model: nn.Module) -> None:
+    """Raises CheckpointError if only one of two models has QuickGELU in a place that both have.
+
+    With the weights of the other, the model would compute other features.
+    """
+    activations = [
+        {name.removeprefix("text."): type(module).__name__ for name, module in part.named_modules()}
+        for part in (source, model)
+    ]
+    theirs, ours = activations
+    for name, ours_there in ours.items():
+        pair = {ours_there, theirs.get(name, ours_there)}
+        if len(pair) > 1 and "QuickGELU" in pair:
+            raise CheckpointError(
+                f"source: expected weights of a model with {ours_there} in {name}, got "
+                f"{theirs[name]}; quick_gelu={ours_there != 'QuickGELU'} makes a model that fits "
+                "(in a config model.options.quick_gelu)"
+            )
+
+
+def read(source: str | os.PathLike[str], argument: str = "source") -> Mapping[str, Any] | nn.Module:
+    """Reads weights as a state dict, to the CPU; it may be nested, see `_renamed`. Of a tag it
+    returns the model.
 
     source: a file, the folder of a run (best.pt, else last.pt) or an export, a name in
     `sources.PACKAGED`, or weights that open_clip downloads (NAME/TAG). argument: its name in
@@ -109,7 +137,7 @@ def read(source: str | os.PathLike[str], argument: str = "source") -> Mapping[st
         if source in _PACKAGED:
             return _PACKAGED[str(source)]()
         name, _, tag = str(source).removeprefix(PLAIN).partition("/")
-        return download(name, tag, argument).state_dict()
+        return download(name, tag, argument)
     if path.is_dir():  # of a run or of an export
         path = path / (LAST if (path / LAST).exists() else EXPORTED_WEIGHTS)
     state = read_weights(path, argument)

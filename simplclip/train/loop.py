@@ -152,7 +152,7 @@ def _train(
     log: Log,
 ) -> None:
     """Runs the steps until the last one or a stop; logs, evaluates and writes last.pt when due."""
-    # an evaluation at the checkpoint's step had failed
+    # an evaluation at the checkpoint's step had failed, or gave way to a signal
     if evaluate_if_due(state, splits, snapshot, log):
         snapshot.save()
     config, saved = state.config, time.monotonic()
@@ -166,13 +166,14 @@ def _train(
         row = compilation.step(partial(train_step, state, batches))
         snapshot.take()
         log.write_step(row)
-        ends = stop.agree_to_stop() or state.step == config.run.steps
-        evaluate_if_due(state, splits, snapshot, log)
+        stopped, last = stop.agree_to_stop(), state.step == config.run.steps
+        if last or not stopped:  # after a signal, an evaluation may take longer than is left
+            evaluate_if_due(state, splits, snapshot, log)
         late = time.monotonic() - saved > 60 * SAVE_MINUTES
-        if ends or late or state.step % config.run.save_every == 0:
+        if stopped or last or late or state.step % config.run.save_every == 0:
             snapshot.save()
             saved = time.monotonic()
-        if ends:
+        if stopped or last:
             if loader.skipped.counts:
                 log.print(f"data       {loader.skipped}")
             return

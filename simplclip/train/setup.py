@@ -24,7 +24,12 @@ from simplclip.data.transforms import augmentation
 from simplclip.models.crop import TextCrop, crop_texts
 from simplclip.models.fold import fold_frozen
 from simplclip.models.inherit import freeze, freeze_norms, inherit
-from simplclip.models.trained import CheckpointError, build_model, image_transform
+from simplclip.models.trained import (
+    CheckpointError,
+    build_model,
+    image_transform,
+    other_pixels,
+)
 from simplclip.models.weights import load_error
 from simplclip.nn import SimplifiedBlock
 from simplclip.train.config import Config, ConfigError
@@ -132,11 +137,25 @@ def load_model(
         )
         frozen = table.names
         lines += str(table).splitlines()
+    lines += _pixel_warnings(config)
     for name in ("logit_scale", "logit_bias"):  # a value of the config replaces that of the weights
         value = config.model.options.get(f"init_{name}")
         if value is not None:
             nn.init.constant_(getattr(model, name), value)
     return model, frozen, lines
+
+
+def _pixel_warnings(config: Config) -> Iterator[str]:
+    """Yields a line for each open_clip tag whose images are normalised otherwise than the run's."""
+    transform = image_transform(config.model.model_dump())
+    inherited = config.inherit.source or []
+    inherited = [inherited] if isinstance(inherited, str) else inherited
+    for source in filter(None, [config.model.checkpoint, *inherited]):
+        if pixels := other_pixels(source, transform):
+            yield (
+                f"warning    {source} was trained on images normalised by {pixels}; this model's "
+                f"have mean {transform.mean} and std {transform.std}"
+            )
 
 
 def prepare_model(

@@ -19,7 +19,7 @@ class Interrupted(UserError):
 
 
 class StopSignals:
-    """Context in which a signal or a closed pipe only sets `reason`; a second signal ends all.
+    """Context in which a signal or a closed pipe only sets `reason`; Ctrl-C after it ends all.
 
     The signals are SIGINT, SIGTERM and SIGHUP. Outside the main thread Python allows no handlers,
     so that they are not handled.
@@ -62,20 +62,23 @@ class StopSignals:
     def _handle(self, number: int, frame: Any) -> None:
         """Notes a signal in `reason` and, on the first rank, says so on the standard error.
 
-        With one rank, a second signal raises KeyboardInterrupt. In a forked process, e.g. of the
-        loader, nothing happens. frame: as Python passes it, unused.
+        With one rank, SIGINT after another signal raises KeyboardInterrupt. In a forked process,
+        e.g. of the loader, nothing happens. frame: as Python passes it, unused.
         """
         if os.getpid() != self._process:  # a loader process, which the last step needs
             return
         several = ranks.count() > 1  # torchrun repeats the signals that it gets
         if self.reason and not several:
-            raise KeyboardInterrupt
+            # one event may send the others twice: a closed terminal, `timeout`
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.reason = signal.Signals(number).name
         if not ranks.first():
             return
         message = f"\n{self.reason}: finishing this step, then saving"
         if not several:
-            message += "; a second signal stops at once"
+            message += "; Ctrl-C then stops at once"
         # Not print(): a handler may interrupt a print, and Python's buffered files are not
         # reentrant.
         with contextlib.suppress(OSError):  # the terminal may be gone

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from simplclip import data
+from simplclip import data, evaluation
 from simplclip.data import pack, samples
 from simplclip.data.errors import Skipped
 from support.data.pairs import (
@@ -255,3 +255,18 @@ def test_packing_a_table_leaves_all_rows_of_an_image_on_one_side(tmp_path):
         assert len(train_images | held_images) == len({*rows})
         held.append(held_images - {images[20]})
     assert held[0] == held[1]
+
+
+def test_rows_of_an_image_that_are_no_neighbours_are_a_group(tmp_path):
+    """They stay together in a run's hold-out, and each has the right captions of the other."""
+    for number in range(20):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    numbers = [*range(20), *range(20)]
+    path = table(tmp_path / "t.csv", [(f"{n}.png", f"row {i}") for i, n in enumerate(numbers)])
+    shards = pack.pack(path, tmp_path / "t", workers=1, progress=False)
+    held = {int(key) for key in held_of(shards)[0]}
+    assert 0 < len(held) < 40
+    assert {(row + 20) % 40 for row in held} == held
+    split = evaluation.Split(data.held_out(path), None, resize)
+    assert sum(map(len, split.read(8))) == 40
+    assert split.groups.tolist() == split.caption_groups.tolist() == numbers

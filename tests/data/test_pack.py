@@ -104,9 +104,12 @@ def test_every_form(folder, tmp_path, monkeypatch, kind):
     assert first["png"] == png({"texts": 2, "classes": 4}.get(kind, 0))  # the file's own bytes
     record = json.loads(first["json"])
     assert (record.get("group"), record.get("label")) == {
+        "karpathy.json#val": (None, None),
+        "coco.json": (None, None),
         "texts": ("g", "x"),
         "classes": ("cat x",) * 2,
-    }.get(kind, (None,) * 2)
+        "other.csv": ("a.png", None),
+    }.get(kind, ("img/a.png", None))
     assert meta(tmp_path / "out")["splits"]["data"]["samples"] == len(wanted)
     assert {*folder.rglob("*")} == before
 

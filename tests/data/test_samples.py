@@ -95,6 +95,19 @@ DAMAGE = {
 }
 
 
+@pytest.mark.parametrize("missing", ["null", "NaN", '""'])
+def test_a_missing_group_or_label_is_none(tmp_path, missing):
+    """Such samples are not one group, nor images of one class."""
+    content = f'{{"caption": "x", "group": {missing}, "label": {missing}}}'.encode()
+    files = {"png": png(), "json": content}
+    shard = write(tmp_path / "a.tar", [(str(number), files) for number in range(4)])
+    batch = next(iter(loader(shard, batch_size=4)))
+    assert len({*batch["group"].tolist()}) == 4
+    assert 0 < data.count_division(shard, 0.5).held_out < 4
+    _, _, pairs = next(data.held_out(shard).batches(resize, 4, Skipped()))
+    assert [(pair.group, pair.label) for pair in pairs] == [(None, None)] * 4
+
+
 def test_broken_samples_are_skipped_and_counted(tmp_path):
     broken = [(f"broken{i}", files) for i, files in enumerate(DAMAGE.values())]
     good = [sample(i) for i in range(len(broken))]

@@ -383,6 +383,10 @@ def test_an_image_one_pixel_wide_does_not_become_gigabytes():
         ),
         ({"color_jitter_prob": 0.4}, "augment.color_jitter: .* got None"),
         (
+            {"color_jitter": (0.4, 0.4, 0.4, 0.9), "color_jitter_prob": 0.4},
+            r"augment.color_jitter: expected what .* takes \(hue values should be .*\), got",
+        ),
+        (
             {"color_jitter": (0.1, 0.1, 0.1), "color_jitter_prob": 0.4},
             "augment.color_jitter: expected",
         ),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from simplclip import data, evaluation
-from simplclip.evaluation import Figure, figures, retrieval
+from simplclip.evaluation import Figure, classification, figures, retrieval
 from simplclip.models.trained import image_transform, load_model, tokenizer
 from support.data.pairs import png, write
 from support.train import tiny
@@ -201,6 +201,29 @@ def test_zero_shot_counts_and_leaves_out_what_has_no_label(tmp_path, seed):
     assert zero_shot(["{}"]) is None
 
 
+class Halves(torch.nn.Module):
+    """A model whose features of a text are in bfloat16, as under autocast."""
+
+    def encode_text(self, numbers, normalize=True):
+        return F.normalize(1.0 / (1 + numbers[:, None] + torch.arange(6)), dim=-1).bfloat16()
+
+
+def test_weights_of_classes_are_finite_and_of_length_one(tmp_path):
+    """Rounded lengths would prefer some classes, and NaN is nearest to every image."""
+    rows = [(f"k{i}", {"png": png(i), "cls": str(i).encode()}) for i in range(12)]
+    split = split_of(data.held_out(write(tmp_path / "s.tar", rows)))
+    names = list(map(str, range(12)))
+    split.tokenizer = lambda texts: torch.tensor([float(text) for text in texts])
+    weights = classification._weights(
+        evaluation.Towers(Halves(), CPU, "bf16"), split, names, ["{}", "0{}"]
+    )
+    torch.testing.assert_close(weights.norm(dim=0), torch.ones(12), atol=1e-6, rtol=0)
+    split.data = evaluation.named(split.data, [*names[:-1], "nan"], None)
+    split.image_features = torch.eye(12, 6)
+    with pytest.raises(ValueError, match="finite features, got text features that are not finite"):
+        evaluation.zero_shot(evaluation.Towers(Halves(), CPU, "bf16"), split, ["{}"])
+
+
 def test_equal_names_are_one_class_of_labels_that_are_names(tmp_path):
     names, labels = ["crane", "crane", "dog"], ["crane", "crane", "dog", "dog"]
     rows = [
@@ -325,6 +348,20 @@ def test_a_terminal_of_80_columns_is_enough():
             "100.0%",
         ):
             assert words in text.getvalue()
+
+
+def test_the_table_takes_models_that_skipped_other_images():
+    """The transform of one of them may refuse an image."""
+    recall = {f"R@{k}": Figure(0.5, 0.1) for k in evaluation.KS}
+    retrieval_of_all = evaluation.Retrieval(recall, recall)
+    first, second = (
+        evaluation.ModelResult(
+            name, name, None, "fp32", {"s": evaluation.SplitResult(n, n, retrieval_of_all)}
+        )
+        for name, n in (("a", 10), ("b", 9))
+    )
+    table = figures.table(evaluation.Results(first, {}, {"b": second}))
+    assert [*table.columns[2].cells] == ["a", "b", "", "a", "b", ""]
 
 
 def test_small_shares_keep_a_digit():

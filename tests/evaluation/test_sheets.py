@@ -178,6 +178,15 @@ def test_pictures_are_the_crop_of_the_model(mode):
     assert split.cropped(blank, image) is image
 
 
+def test_a_picture_of_a_very_long_image_has_the_size_of_the_model(monkeypatch):
+    """Larger, it would have more pixels before its crop than an image may have."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+    transform = ImageTransform(PreprocessCfg(size=(8, 8)))
+    image = Image.new("RGB", (100, 1), "red")
+    assert transform(image).shape == (3, 8, 8)
+    assert split.cropped(transform, image).getcolors() == [(64, (255, 0, 0))]
+
+
 def rows_of(path, rows):
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0]])

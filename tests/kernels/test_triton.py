@@ -9,12 +9,14 @@ from unittest import mock
 import pytest
 import torch
 
+import simplclip
 from simplclip.ops.similarity.call import RowStat
 from support.devices import DTYPES, needs_triton
 from support.kernels.calls import ACTIVATIONS, CALLS, KINDS, case_of, kernels_alone
 from support.ops import random_calls
 from support.ops.calls import TERMS, mlp_call, similarity_call
-from support.ops.compare import check, check_padding
+from support.ops.compare import PLAIN, check, check_padding, function_of
+from support.ops.compare import run as run_call
 from support.ops.small_calls import check_registration
 
 pytestmark = pytest.mark.long
@@ -72,7 +74,27 @@ def float16_range(device: str) -> None:
     check_range(3 * 40 + 7 * 5.5, "sigmoids", sigmoids=sigmoids, TERMS=2)
 
 
-OTHERS = {"padding": padding, "registration": registration, "float16_range": float16_range}
+def large_logits(device: str) -> None:
+    """As of features that nobody normalised; the rounding error of a logit is about 0.1."""
+    call = similarity_call(33, 33, terms=("contrastive", "relational"), width=16, scale=1e6)
+    tensors = {name: t.to(device) for name, t in call.typed(torch.float32).items()}
+
+    def results(function, tensors):
+        return run_call(function, call, tensors, call.needed(), lambda name, t: torch.ones_like(t))
+
+    with simplclip.backend("triton"):
+        out = results(function_of(call), tensors)
+    for name, exact in results(PLAIN[call.op], call.tensors).items():
+        error = (out[name].cpu() - exact).abs().max()
+        assert error <= 1e-5 * exact.abs().max(), name
+
+
+OTHERS = {
+    "padding": padding,
+    "registration": registration,
+    "float16_range": float16_range,
+    "large_logits": large_logits,
+}
 BLOCK = 25  # random calls in one test; fewer on the CPU
 PROVED = [
     pytest.param(str(start), marks=[pytest.mark.prove] if start else [])
@@ -107,8 +129,9 @@ def execute(name: str) -> None:
 
 @pytest.mark.slow
 @needs_triton
-def test_float16_range_executed():
-    execute("float16_range")
+@pytest.mark.parametrize("name", ["float16_range", "large_logits"])
+def test_others_executed(name):
+    execute(name)
 
 
 @pytest.mark.prove

@@ -128,6 +128,16 @@ def test_a_loss_that_needs_the_logits():
     torch.testing.assert_close(result, tuple(expected.values()))
 
 
+@pytest.mark.parametrize("loss", [losses.ClipLoss, losses.CoCaLoss, losses.SigLipLoss])
+@pytest.mark.parametrize("name", ["get_logits", "get_ground_truth"])
+def test_a_method_that_forward_does_not_call_is_not_left_out_silently(loss, name):
+    method = {name: lambda self, *args: None}
+    with pytest.raises(TypeError, match=f"Own: expected a forward beside {name}, .* got none"):
+        type("Own", (loss,), method)
+    with_forward = type("Own", (loss,), method | {"forward": lambda self: None})
+    type("Child", (with_forward,), method)
+
+
 def test_arguments_of_open_clip_4_are_taken():
     """chunk_size, by which open_clip saves memory, changes nothing; world_size=0 is one process."""
     leaves = features()

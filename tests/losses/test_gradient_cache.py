@@ -309,6 +309,30 @@ def test_frozen_and_unused_parameters_get_nothing():
         assert names == {name for name in names_of(model) if not name.startswith(unused)}
 
 
+@pytest.mark.filterwarnings("error")
+def test_no_gradients_are_computed_for_frozen_towers_and_teachers():
+    model = Dropping().double()
+    for name in ("patch", "image"):
+        getattr(model, name).requires_grad_(False)
+    needed = {}
+
+    def encode(batch):
+        image, text, scale = model(*batch)
+        with torch.inference_mode():
+            teacher = {
+                f"dist_{name}_features": torch.ones(len(image), 3) for name in ("image", "text")
+            }
+            teacher["dist_logit_scale"] = torch.tensor(5.0)
+        return {"image_features": image, "text_features": text, "logit_scale": scale} | teacher
+
+    def loss(**outputs):
+        needed.update({name: t.requires_grad for name, t in outputs.items()})
+        return WIKDLoss()(**outputs, output_dict=True)
+
+    gradient_cache.backward(encode, pairs(), loss)
+    assert {name for name, need in needed.items() if need} == {"text_features", "logit_scale"}
+
+
 def test_gradients_are_added_and_scaled():
     model = Dropping().double()
     batches = pairs()

@@ -242,6 +242,17 @@ def test_terms_need_a_weight(kind):
         kind().terms(image, text, scale, weights={})
 
 
+@pytest.mark.parametrize("term", ["contrastive", "interactive", "feature"])
+@pytest.mark.parametrize(
+    ("weight", "error", "got"),
+    [(float("nan"), ValueError, "a finite number, got nan"), ("1", TypeError, "a number, got str")],
+)
+def test_weights_of_terms_are_finite_numbers(term, weight, error, got):
+    (image, text, scale, _), teacher = loss_inputs(4)
+    with pytest.raises(error, match=rf"weights\['{term}'\]: expected {got}"):
+        WIKDLoss().terms(image, text, scale, weights={term: weight}, teacher=teacher)
+
+
 def test_the_module_lists_its_losses():
     assert set(losses.__all__) <= set(dir(losses))
     assert all(hasattr(losses, name) for name in losses.__all__)

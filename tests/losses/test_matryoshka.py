@@ -116,6 +116,14 @@ def test_planes_and_projections_have_the_whole_width_and_a_prefix_their_first_co
     torch.testing.assert_close(values, tuple(named.values()) if distils else sum(named.values()))
 
 
+def test_a_compiled_loss_takes_prefixes_too():
+    leaves = batch()
+    options = {"plane": "hadamard", "embed_dim": D}
+    expected = MatryoshkaLoss(ClipPMLoss(**options).double(), WIDTHS)(*leaves)
+    compiled = torch.compile(ClipPMLoss(**options).double(), backend="eager")
+    torch.testing.assert_close(MatryoshkaLoss(compiled, WIDTHS)(*leaves), expected)
+
+
 def test_the_terms_of_coca_are_all_summed():
     g = torch.Generator().manual_seed(2)
     logits = torch.randn(N, 6, 11, generator=g, dtype=torch.float64)

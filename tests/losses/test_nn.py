@@ -211,6 +211,15 @@ def test_share_weights_rejects(what, groups, words):
     assert blocks[0].qk is not blocks[1].qk
 
 
+def test_norms_of_two_kinds_are_not_shared():
+    blocks = [SimplifiedBlock(8, 2), SimplifiedBlock(8, 2, norm="rmsnorm")]
+    words = "equal norm_name within group .1, 0., got .'rmsnorm', 'layernorm'."
+    with pytest.raises(ValueError, match=words):
+        share_weights(blocks, [[1, 0]], norms_and_gains=True)
+    share_weights(blocks, [[1, 0]])
+    assert blocks[0].norm is not blocks[1].norm
+
+
 def test_each_part_asks_only_for_what_it_shares():
     blocks = [SimplifiedBlock(8, 2), SimplifiedBlock(8, 2, 2.0), SimplifiedBlock(8, 4)]
     share_weights(blocks, [[0, 1]], "attention")

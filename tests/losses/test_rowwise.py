@@ -176,6 +176,26 @@ def test_errors_of_fn_and_of_its_result(fn, error, message):
         chunked(fn)(*leaves)
 
 
+class Learned(RowwiseLoss):
+    """A loss whose fn is a method, and whose parameter is not in fn."""
+
+    def __init__(self, **mode):
+        super().__init__(self.rows, **mode)
+        self.weight = nn.Parameter(torch.tensor(2.0))
+
+    def rows(self, logits, index):
+        return self.weight * F.cross_entropy(logits, index, reduction="none")
+
+
+def test_a_parameter_beside_fn_is_for_one_rank():
+    (image, text, scale, _), _ = batch(dtype=torch.float32)
+    loss = Learned()
+    loss(image, text, scale).backward()
+    assert loss.weight.grad > 0
+    with pytest.raises(TypeError, match="fn: expected .* got weight of Learned beside it"):
+        Learned(world_size=2)._with_learned_parameters()
+
+
 def test_errors_of_the_arguments():
     (image, text, scale, _), (x, y, s) = batch()
     loss = chunked(distilled)

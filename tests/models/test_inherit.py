@@ -100,6 +100,36 @@ def step(model, image, text):
     return sum(kept)
 
 
+SMALL = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 8, "patch_size": 8, "head_width": 8},
+    "text_cfg": {"layers": 1, "width": 8, "heads": 2, "vocab_size": 16},
+}
+
+
+@pytest.mark.parametrize("custom_text", [False, True])
+def test_weights_for_quickgelu_do_not_become_those_of_gelu(monkeypatch, custom_text):
+    """Nothing in the weights tells which one they were trained with; a tag's model does."""
+    name = "open_clip:ViT-B-32"
+    quick = models.create(name, **SMALL, quick_gelu=True)
+    monkeypatch.setattr(weights, "download", lambda *_: quick)
+    plain = models.create(name, **SMALL, custom_text=custom_text)
+    before = snapshot(plain)
+    message = r"a model with GELU in visual.*mlp.gelu, got QuickGELU; quick_gelu=True makes"
+    for source in (quick, "ViT-B-32/openai"):
+        with pytest.raises(CheckpointError, match=message):
+            inherit(plain, source)
+    with pytest.raises(CheckpointError, match=message):
+        models.create(name, **SMALL, checkpoint="ViT-B-32/openai")
+    with pytest.raises(CheckpointError, match="a model with QuickGELU .*, got GELU; quick_gelu=F"):
+        inherit(quick, plain)
+    assert same(snapshot(plain), before)
+    again = models.create(name, **SMALL, quick_gelu=True, checkpoint="ViT-B-32/openai")
+    assert same(snapshot(again), snapshot(quick))
+    simplified, _ = simplclip.simplify(plain)  # its blocks, which are new, have no weights of these
+    assert inherit(simplified, "ViT-B-32/openai").names
+
+
 @pytest.mark.slow
 def test_s0_inherits_every_unchanged_tensor_of_a_checkpoint(tmp_path):
     teacher = with_statistics(open_clip.create_model("MobileCLIP2-S0")).state_dict()

@@ -69,6 +69,33 @@ def test_the_sigmoid_base_gives_a_bias(tmp_path):
     assert given.logit_bias.item() == -3
 
 
+def test_height_and_width_of_a_config_are_a_list():
+    """YAML and JSON have no tuples."""
+    vision = {"image_size": [16, 8], "layers": 1, "width": 8, "patch_size": 8, "head_width": 8}
+    options = {"vision_cfg": vision, "text_cfg": {"layers": 1, "width": 8, "heads": 2}}
+    section = {"name": "open_clip:ViT-B-32", "options": options}
+    assert trained.image_transform(section)(Image.new("RGB", (9, 9))).shape == (3, 16, 8)
+    assert trained._parts(section, trained.build_model(section))["preprocess"].size == (
+        16,
+        8,
+    )
+
+
+def test_texts_are_as_long_as_in_training_for_a_tower_that_takes_longer_ones(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 9}
+    transformers.BertConfig(num_hidden_layers=1, **sizes).save_pretrained(tmp_path)
+    name = "open_clip:roberta-ViT-B-32"
+    vision = {"image_size": 16, "layers": 1, "width": 8, "patch_size": 8, "head_width": 8}
+    text = {"hf_model_name": str(tmp_path)}
+    model = registry.create(name, embed_dim=8, vision_cfg=vision, text_cfg=text)
+    assert model.text.context_length == 512
+    monkeypatch.setattr(registry, "tokenizer", lambda _, length=None: length)
+    for length in (None, 32):  # None: open_clip's 77
+        section = {"name": name, "context_length": length}
+        assert trained._parts(section, model)["tokenizer"] == trained.tokenizer(section) == length
+
+
 SIZES = {"text_cfg": {"layers": 1, "context_length": 20}, "vision_cfg": {"image_size": 32}}
 
 

@@ -2,6 +2,7 @@
 dtype.
 """
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,6 +44,12 @@ def test_nan_reaches_the_gradient_of_its_row_alone(mode, which, backend):
     assert out["out"].isnan()
     assert out["d_student"][9, 36].isnan()
     assert out["d_student"][torch.arange(18) != 9].isfinite().all()
+
+
+def test_a_number_of_numpy_is_a_beta():
+    student, teacher = torch.randn(2, 4, 8).unbind()
+    expected = feature_loss(student, teacher, distance="smooth_l1", beta=0.25)
+    assert feature_loss(student, teacher, distance="smooth_l1", beta=np.float32(0.25)) == expected
 
 
 def test_half_precision_is_read_and_rounded_exactly():

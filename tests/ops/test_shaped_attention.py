@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+import simplclip
 from simplclip.ops import backends, shaped_attention
 from simplclip.ops.attention import sdpa
 from support.devices import BACKENDS, DTYPES
@@ -31,6 +32,20 @@ def test_values_are_those_of_the_definition(causal, lengths, scale):
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_of_any_size_have_a_gradient_of_their_values(backend):
+    """A logit's rounding error is then far above 1."""
+    call = attention_call(length=50, k=32)
+    call.tensors["q"] *= 1e8
+    q, k, v, *gains = call.typed(torch.float32).values()
+    v.requires_grad_()
+    with simplclip.backend(backend):
+        shaped_attention(q, k, v, *gains).sum().backward()
+    values = call.tensors["v"].requires_grad_()
+    plain.shaped_attention(*call.tensors.values()).sum().backward()
+    torch.testing.assert_close(v.grad.double(), values.grad, rtol=1e-5, atol=1e-5)
+
+
 def test_zero_queries_and_equal_gains_give_the_identity():
     q, k, v, *_ = attention_call().tensors.values()
     for dtype, causal in itertools.product((torch.float64, *DTYPES), (False, True)):
@@ -48,6 +63,17 @@ def test_zero_queries_and_equal_gains_give_the_identity():
 @pytest.mark.parametrize("causal", [False, True])
 def test_padded_tokens_are_neither_read_nor_written(backend, dtype, causal):
     check_padding(dtype, backend, causal)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "sdpa"])
+def test_tensors_are_made_on_the_calls_device(backend):
+    tensors = [t.float().requires_grad_() for t in attention_call().tensors.values()]
+    lengths = torch.tensor([5, 2])
+    expected = shaped_attention(*tensors, lengths=lengths)
+    with torch.device("meta"), simplclip.backend(backend):  # as torch.set_default_device does
+        out = shaped_attention(*tensors, lengths=lengths)
+        out.backward(torch.ones_like(out))
+    torch.testing.assert_close(out, expected)
 
 
 @pytest.fixture(params=["cpu", "flash", "efficient", "xformers"])

@@ -85,6 +85,24 @@ def test_wide_logits(scale):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [1e5, 1e8, 1e12])
+def test_logits_of_any_size_have_the_gradients_of_plain_torch(scale, backend):
+    """As features that nobody normalised have: a logit's rounding error is then far above 1."""
+    call = similarity_call(65, 65, terms=("contrastive", "relational"), scale=scale)
+    out = of_ones(call, backend)
+    exact = run(
+        PLAIN[call.op],
+        call,
+        call.tensors,
+        call.needed(),
+        lambda name, t: torch.ones_like(t),
+    )
+    for name, value in exact.items():
+        error = (out[name] - value).abs().max()
+        assert error <= 1e-5 * value.abs().max(), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("n", [1, 20])
 def test_all_ids_equal_leaves_no_negatives(n, backend):
     call = similarity_call(n, n, terms=TERMS)

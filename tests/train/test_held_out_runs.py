@@ -19,6 +19,7 @@ from simplclip import data
 from simplclip.models.trained import CheckpointError
 from simplclip.train import checkpoint
 from simplclip.train.config import ConfigError
+from simplclip.train.signals import Interrupted
 from support.data.pairs import digests, members, table
 from support.programs import call, forked, one_line
 from support.train import tiny
@@ -203,6 +204,19 @@ def files_of(shard):
         key, _, suffix = name.partition(".")
         files.setdefault(key, {})[suffix] = content
     return files
+
+
+@pytest.mark.slow
+def test_a_signal_leaves_out_the_evaluation_that_is_due(tmp_path, monkeypatch):
+    """It may take longer than a system waits before it kills; `--resume` makes it up."""
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted, match="SIGTERM: saved step 3 of 7"):
+            go(tiny.settings(tmp_path, *HELD))
+    assert not (tmp_path / "run/evaluation.csv").exists()
+    go(tiny.settings(tmp_path, *HELD), resume=True)
+    steps = [row["step"] for row in rows(tmp_path / "run", "evaluation.csv")]
+    assert steps == [step for step in "367" for _ in WAYS]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from timm.layers import resample_abs_pos_embed
 import simplclip
 from simplclip.common.errors import InputError
 from simplclip.nn import SimplifiedBlock
-from simplclip.train import step
+from simplclip.train import setup, step
 from simplclip.train.config import ConfigError, load
 from simplclip.train.setup import make_state
 from support.train import tiny
@@ -76,6 +76,28 @@ def test_a_run_starts_from_another_runs_weights_at_other_shapes_and_needs_them_o
     encoder = simplclip.load(tmp_path / "run")
     assert encoder.tokenizer(["a"]).shape == (1, 20)
     assert encoder.preprocess.size == (64, 64)
+
+
+@pytest.mark.parametrize("key", ["model.checkpoint", "inherit.source"])
+@pytest.mark.parametrize(
+    ("name", "tag", "warns"),
+    [
+        ("open_clip:MobileCLIP2-S0", "MobileCLIP2-S0/dfndr2b", True),
+        ("siclip2-s0", "open_clip:MobileCLIP2-S0/dfndr2b", False),
+        ("open_clip:ViT-B-32", "ViT-B-32/openai", False),
+        ("siclip-lite0", "efficientnet-lite0", False),
+    ],
+)
+def test_a_tag_whose_images_are_normalised_in_another_way_is_told(tmp_path, key, name, tag, warns):
+    config = tiny.settings(tmp_path, f"model.name={name}", "model.options={}", f"{key}={tag}")
+    with mock.patch.object(setup, "inherit"), mock.patch.object(setup, "build_model"):
+        _, _, lines = setup.load_model(config)
+    line = (
+        f"warning    {tag} was trained on images normalised by mean (0.0, 0.0, 0.0) and std (1.0, "
+        "1.0, 1.0); this model's have mean (0.48145466, 0.4578275, 0.40821073) and std (0.26862954,"
+        " 0.26130258, 0.27577711)"
+    )
+    assert [text for text in lines if text.startswith("warning")] == [line] * warns
 
 
 @pytest.mark.slow

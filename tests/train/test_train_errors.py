@@ -201,7 +201,21 @@ def test_an_error_of_the_data_is_told_in_its_own_words(tmp_path, monkeypatch):
         go(tiny.settings(tmp_path))
 
 
-def test_a_second_signal_ends_at_once():
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM"])
+def test_a_signal_that_comes_twice_does_not_end_at_once(name):
+    """A closed terminal sends SIGHUP twice, the second one 0.3 ms later."""
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)  # also where the tests run under nohup
+    try:
+        with loop.StopSignals(Console()) as stop:
+            for _ in range(2):
+                os.kill(os.getpid(), number)
+            assert stop.reason == name
+    finally:
+        signal.signal(number, before)
+
+
+def test_ctrl_c_after_another_signal_ends_at_once():
     before = signal.getsignal(signal.SIGINT)
     with loop.StopSignals(Console()) as stop:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -12,7 +12,7 @@ inline void row_gradients(const AttentionHead& head, float lse, float* logits, f
   const int64_t visible = round_up(count, W);
   vf mean = {}, plain = {};
   for (int64_t c = 0; c < visible; c += W) {
-    const vf probability = exp(load(logits + c) * scale - lse);
+    const vf probability = exp(scaled(scale, load(logits + c)) - lse);
     const vf p = c + W <= count ? probability : (lanes < int32_t(count - c) ? probability : vf{});
     const vf d = c + W <= count ? load(dp + c) : (lanes < int32_t(count - c) ? load(dp + c) : vf{});
     store(logits + c, p);

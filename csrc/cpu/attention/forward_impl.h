@@ -34,12 +34,12 @@ inline float mixing_weights(float* row, int64_t columns, int64_t count, float sc
   const float top = highest(most);
   vf sums = {};
   for (int64_t c = 0; c < whole; c += W) {
-    const vf e = exp(load(row + c) * scale - top);
+    const vf e = exp(scaled(scale, load(row + c)) - top);
     store(row + c, e);
     sums += e;
   }
   if (whole < count) {
-    const vf e = lanes < int32_t(count - whole) ? exp(load(row + whole) * scale - top) : vf{};
+    const vf e = lanes < int32_t(count - whole) ? exp(scaled(scale, load(row + whole)) - top) : vf{};
     store(row + whole, e);
     sums += e;
   }

@@ -36,11 +36,11 @@ BackwardOut backward_strip(const Strip& s, const BackwardIn& in) {
     vf d_scale = {}, d_p = {}, d_q = {};
 
     for_blocks(s, i, 1, [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
-      const vf sim = load_block<T>(s.sim, s, i, j, lanes), z = s.scale * sim;
+      const vf sim = load_block<T>(s.sim, s, i, j, lanes), z = scaled(s.scale, sim);
       const vi drop = masked ? dropped_lanes(s, i, j, lanes) : vi{};
       vf g = student.template of<T, masked || has_teacher>(z, j, lanes);
       if constexpr (has_teacher)
-        g -= teacher.template of<T, true>(s.teacher_scale * load_block<T>(s.teacher, s, i, j, lanes), j, lanes);
+        g -= teacher.template of<T, true>(scaled(s.teacher_scale, load_block<T>(s.teacher, s, i, j, lanes)), j, lanes);
       g = drop ? vf{} : g;
       d_scale += g * sim;
       g *= s.scale;

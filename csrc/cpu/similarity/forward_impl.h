@@ -87,11 +87,11 @@ void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& 
     for (int r = 0; r < R; ++r) {
       const vf sim = load_block<T>(s.sim, s, i0 + r, j, lanes);
       const vi drop = masked ? dropped_lanes(s, i0 + r, j, lanes) : vi{};
-      const vf e = drop ? vf{} : exp_of_logit<T, masked || has_teacher>(s.scale * sim - student.top[r]);
+      const vf e = drop ? vf{} : exp_of_logit<T, masked || has_teacher>(scaled(s.scale, sim) - student.top[r]);
       student.total[r] += e;
       col_sum += student.weight[r] * e;
       if constexpr (has_teacher) {
-        const vf t = s.teacher_scale * load_block<T>(s.teacher, s, i0 + r, j, lanes);
+        const vf t = scaled(s.teacher_scale, load_block<T>(s.teacher, s, i0 + r, j, lanes));
         const vf e_t = drop ? vf{} : exp(t - teacher.top[r]);
         const vf value = e_t * (s.entropy * t - s.scale * sim);
         teacher.total[r] += e_t;
@@ -129,9 +129,9 @@ void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& 
 // weighted sums into means. A sum that may have lost terms is computed again relative to its own column's highest logit.
 template <class T, bool has_teacher>
 VINLINE void finish_columns(const Strip& s, float reference, float* sums, float* weighted = nullptr) {
-  auto student_logit = [&](int64_t i, int64_t j, int lanes) { return s.scale * load_block<T>(s.sim, s, i, j, lanes); };
+  auto student_logit = [&](int64_t i, int64_t j, int lanes) { return scaled(s.scale, load_block<T>(s.sim, s, i, j, lanes)); };
   auto logit = [&](int64_t i, int64_t j, int lanes) {
-    if constexpr (has_teacher) return s.teacher_scale * load_block<T>(s.teacher, s, i, j, lanes);
+    if constexpr (has_teacher) return scaled(s.teacher_scale, load_block<T>(s.teacher, s, i, j, lanes));
     return student_logit(i, j, lanes);
   };
   for (int64_t j = 0; j < s.columns; j += W) {

@@ -214,7 +214,7 @@ def _heads_and_mask(call: AttentionCall, *tensors: Tensor) -> tuple[list[Tensor]
     heads = [t.transpose(1, 2) for t in tensors]
     if call.lengths is None:
         return heads, None
-    padded = torch.arange(call.q.shape[1]) >= call.lengths[:, None]  # [B, L]
+    padded = torch.arange(call.q.shape[1], device=call.q.device) >= call.lengths[:, None]  # [B, L]
     heads = [t.masked_fill(padded[:, None, :, None], 0) for t in heads]
     if call.causal:
         return heads, None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -174,9 +173,8 @@ def feature_loss(
         )
     checks.check_choice("distance", distance, DISTANCES)
     checks.check_boolean("normalize", normalize)
-    if isinstance(beta, bool) or not isinstance(beta, (int, float)):
-        raise TypeError(f"beta: expected a number, got {type(beta).__name__}")
-    if not torch.finfo(torch.float32).tiny <= beta < math.inf:
+    beta = checks.number("beta", beta)
+    if beta < torch.finfo(torch.float32).tiny:
         raise ValueError(f"beta: expected a finite number above 0 (in float32), got {beta}")
     if projection is not None:
         student = _project(student, projection, teacher.shape[1])
@@ -189,7 +187,7 @@ def feature_loss(
     arguments = (
         student,
         checks.constant("teacher", teacher),
-        None if distance == "mse" else float(beta),
+        None if distance == "mse" else beta,
         normalize,
     )
     if torch.compiler.is_compiling():

@@ -20,7 +20,6 @@ from simplclip.ops.similarity.call import RowStat  # ColumnStat's numbers are th
 from support.ops import plain
 from support.ops.plain import rounded_to_tf32
 
-LOG2E = math.log2(math.e)
 ERROR = 1e-5  # of float32 sums
 STUDENT = statistics.STUDENT.value
 TEACHER = statistics.TEACHER.value
@@ -81,12 +80,12 @@ def _merged(parts: Tensor, has_teacher: bool, before: Tensor | None = None) -> d
     if has_teacher:
         slots[TEACHER] = RowStat.LSE_TEACHER
     for slot, stat in slots.items():
-        lse = (parts[:, slot] + parts[:, slot + 1].log2()) / LOG2E
+        lse = parts[:, slot] + parts[:, slot + 1].log()
         if before is not None:
             lse = torch.cat([before[stat, None], lse])
         merged[stat] = lse.logsumexp(0)
         if slot == TEACHER:
-            means = parts[:, slot + 2] / parts[:, slot + 1] / LOG2E
+            means = parts[:, slot + 2] / parts[:, slot + 1]
             if before is not None:
                 means = torch.cat([before[RowStat.MEAN, None], means])
             merged[RowStat.MEAN] = _mean(lse, merged[stat], means, 0)
