@@ -120,7 +120,7 @@ def test_a_server_that_is_not_there():
 
 
 @pytest.mark.parametrize(
-    "command", ["cat {0}", "cat {0}; yes", "cat {0}; sleep 2", "cat {0} 2>/dev/null; exit 0"]
+    "command", ["cat {0}", "cat {0}; yes", "cat {0}; sleep 1", "cat {0} 2>/dev/null; exit 0"]
 )
 def test_the_output_of_a_command(tmp_path, command):
     """It may write on, or wait for something, after the end of the tar."""

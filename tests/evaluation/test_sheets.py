@@ -125,7 +125,9 @@ def test_right_answers_are_framed_also_those_of_a_group(tmp_path):
     assert not any(text.startswith("#") for text in drawings.check_layout(figure))
 
 
-@pytest.mark.parametrize("count", [1, 3, *(pytest.param(n, marks=pytest.mark.prove) for n in (11, 14))])
+@pytest.mark.parametrize(
+    "count", [1, 3, *(pytest.param(n, marks=pytest.mark.prove) for n in (11, 14))]
+)
 def test_any_captions_and_numbers_of_pictures_fit(tmp_path, count):
     captions = [
         HARD[i % len(HARD)] if HARD[i % len(HARD)].strip() else f"{LONG} {i}" for i in range(count)

@@ -76,7 +76,7 @@ class Maps(nn.Module):
         )
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_every_form_of_a_simplified_block_and_an_error_that_is_seen(tmp_path, monkeypatch):
     model, images = randomise(Maps()), torch.randn(3, 3, 20, 28)
 

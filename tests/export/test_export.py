@@ -233,8 +233,8 @@ def test_preprocessing_says_how_to_make_the_inputs(tiny, tmp_path):
     assert (tmp_path / "out/tokenizer.json").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("which", ["tiny", pytest.param("vit", marks=pytest.mark.prove)])
+@pytest.mark.prove
+@pytest.mark.parametrize("which", ["tiny", "vit"])
 def test_an_export_on_a_hub_loads_by_its_name(which, request, tmp_path):
     """A process without network loads an export from the hub's cache, as a download leaves it."""
     exported = request.getfixturevalue(which)

@@ -176,7 +176,7 @@ def test_terms_that_come_later_count(tiny):
     assert peak(*later) == peak("loss.relational_weight=1", MATCHING) > peak(MATCHING)
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_micro_batches_that_do_not_run_change_nothing(tiny, monkeypatch):
     """Micro-batches between the first and the last do not run."""
     peak = lambda micro: predict(tiny, SIGMOID, f"data.micro_batch={micro}").peak  # noqa: E731

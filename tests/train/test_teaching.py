@@ -136,7 +136,7 @@ def helped_by_a_teacher(folder, seed):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_inheritance_helps(tmp_path):
     plain, inherited = helped_by_inheritance(tmp_path, seed=0)
     assert inherited > plain + 0.1

@@ -117,7 +117,7 @@ def test_what_fails_behind_a_step_saves_that_step(tmp_path, monkeypatch, undistu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [4, 7])
+@pytest.mark.parametrize("step", [4, pytest.param(7, marks=pytest.mark.prove)])
 def test_an_evaluation_that_failed_is_made_up(tmp_path, monkeypatch, step):
     """In the middle and at the end of a run; a row that was written before the failure is not
     doubled.
