@@ -222,7 +222,9 @@ def open_clip_config(model: Any, name: str, options: dict[str, Any]) -> dict[str
     has none, unless its trunk of timm was made for another image size.
     """
     ours = {key: options[key] for key in ("simplified", "simplify_options") if key in options}
-    overrides = {key: value for key, value in options.items() if key not in ours}
+    overrides = {
+        key: value for key, value in options.items() if key not in ours and key != "preprocess"
+    }
     config = configuration(models.spec_of(name), overrides)
     height, width = to_2tuple(model.visual.image_size)
     config["vision_cfg"]["image_size"] = height if height == width else [height, width]

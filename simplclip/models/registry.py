@@ -1,11 +1,12 @@
 """Models by name, with their tokenizers and image transforms: SiCLIPs and open_clip's models."""
 
 import copy
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
@@ -160,6 +161,7 @@ def create(
     device: str | torch.device = "cpu",
     simplified: bool = True,
     simplify_options: Mapping[str, Any] | None = None,
+    preprocess: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> nn.Module:
     """Builds a model with random weights, or with the weights of a local checkpoint.
@@ -172,6 +174,8 @@ def create(
         simplified: False for the model that a SiCLIP is made from, with its own blocks.
         simplify_options: arguments of `simplify` that replace those of the name. If they are given,
             even as {}, a model that is no SiCLIP is simplified too.
+        preprocess: fields of open_clip's PreprocessCfg (mean, std, interpolation, resize_mode,
+            fill_color) that replace those of the name. The size is the model's.
         overrides: open_clip's model arguments. ``vision_cfg`` and ``text_cfg`` are merged into
             those of the name, others (``embed_dim``, ``init_logit_scale``, ``output_dict``...)
             replace them.
@@ -201,8 +205,8 @@ def create(
     if hasattr(model.visual, "set_input_size") and "image_size" in overrides.get("vision_cfg", {}):
         # open_clip does not pass the size to timm's trunk
         model.visual.set_input_size(config["vision_cfg"]["image_size"])
-    preprocess = PreprocessCfg(size=model.visual.image_size, **spec.preprocess)
-    set_model_preprocess_cfg(model, asdict(preprocess))
+    preprocessing = _preprocessing(spec, model.visual.image_size, preprocess)
+    set_model_preprocess_cfg(model, asdict(preprocessing))
     if simplified and (spec.simplify is not None or simplify_options is not None):
         options = {**(spec.simplify or {}), **(simplify_options or {})}
         model, model.simplify_report = simplify(model, **options)
@@ -214,6 +218,51 @@ def create(
 
 
 create_model = create  # simplclip.create_model
+
+
+def _preprocessing(
+    spec: Spec, size: int | tuple[int, int], fields: Mapping[str, Any] | None
+) -> PreprocessCfg:
+    """Returns a model's preprocessing: its recipe's, with some fields replaced.
+
+    size: S, or height and width. fields: as `preprocess` of `create`. Raises InputError for a field
+    or a value that PreprocessCfg does not have.
+    """
+    fields = {} if fields is None else fields
+    if not isinstance(fields, Mapping):
+        raise InputError(f"preprocess: expected a mapping, got {fields!r}")
+    for name, value in fields.items():
+        allowed = _PREPROCESS.get(name)
+        if allowed is None:
+            raise InputError(f"preprocess: expected fields {', '.join(_PREPROCESS)}, got {name!r}")
+        if not allowed.accepts(value):
+            raise InputError(f"preprocess.{name}: expected {allowed.words}, got {value!r}")
+    return PreprocessCfg(size=size, **{**spec.preprocess, **fields})
+
+
+class _Allowed(NamedTuple):
+    accepts: Callable[[Any], bool]
+    words: str
+
+
+def _numbers(value: Any) -> bool:
+    """Whether a value is a list of three finite numbers."""
+    is_list = isinstance(value, (list, tuple)) and len(value) == 3
+    return is_list and all(type(x) in (int, float) and math.isfinite(x) for x in value)
+
+
+# what the fields of PreprocessCfg may be
+_PREPROCESS = {
+    "mean": _Allowed(_numbers, "three numbers"),
+    "std": _Allowed(lambda value: _numbers(value) and min(value) > 0, "three numbers above 0"),
+    "interpolation": _Allowed(("bicubic", "bilinear").__contains__, "bicubic or bilinear"),
+    "resize_mode": _Allowed(
+        ("shortest", "longest", "squash").__contains__, "shortest, longest or squash"
+    ),
+    "fill_color": _Allowed(
+        lambda value: type(value) is int and 0 <= value <= 255, "an integer from 0 to 255"
+    ),
+}
 
 
 def tokenizer(name: str, context_length: int | None = None) -> Tokenizer:
@@ -233,6 +282,7 @@ def transforms(
     train: bool,
     augment: str | Mapping[str, Any] | AugmentationCfg | None = None,
     image_size: int | tuple[int, int] | None = None,
+    preprocess: Mapping[str, Any] | None = None,
 ) -> ImageTransform:
     """Returns the image transform of a model.
 
@@ -246,11 +296,12 @@ def transforms(
             without mirroring, for drawings on white); "none"; or None for the model's default.
         image_size: S, or (height, width), if the model was created with another size than its
             default.
+        preprocess: as for `create`.
     """
     spec = spec_of(name)
     size = image_size or spec.config["vision_cfg"].get("image_size", PreprocessCfg.size)
     # of a config's (height, width) YAML and JSON make a list
-    cfg = PreprocessCfg(size=to_2tuple(size), **spec.preprocess)
+    cfg = _preprocessing(spec, to_2tuple(size), preprocess)
     if augment is None:
         augment = spec.augment
     if not train or augment == "none":

@@ -47,8 +47,8 @@ SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
 
 # setting -> the part of the options that may have it too
 _SHAPE = {"image_size": "vision_cfg", "context_length": "text_cfg"}
-# Options that describe a model's architecture. Other options of open_clip, such as pretrained and
-# weights_only, load files.
+# Options that describe a model's architecture and its pixels. Other options of open_clip, such as
+# pretrained and weights_only, load files.
 _ARCHITECTURE = {
     "vision_cfg",
     "text_cfg",
@@ -62,6 +62,7 @@ _ARCHITECTURE = {
     "nonscalar_logit_scale",
     "simplified",
     "simplify_options",
+    "preprocess",
 }
 _TOKENIZER_OPTIONS = {"clean", "strip_sep_token"}
 _WIDEST, _DEEPEST = 1_000_000, 1000  # the largest width and number of layers that are accepted
@@ -138,21 +139,26 @@ def image_transform(
     augment: as there; it counts only if `train`, which says whether the transform is for training.
     """
     return registry.transforms(
-        section["name"], train=train, augment=augment, image_size=shape_of(section, "image_size")
+        section["name"],
+        train=train,
+        augment=augment,
+        image_size=shape_of(section, "image_size"),
+        preprocess=(section.get("options") or {}).get("preprocess"),
     )
 
 
 def other_pixels(source: str, transform: ImageTransform) -> str | None:
     """Returns how the images of an open_clip tag are normalised if not as by `transform`, in words.
 
-    None for equal mean and std, and for a source other than NAME/TAG.
+    None for equal mean and std, and for a source other than NAME/TAG. The words are a value of
+    model.options.preprocess.
     """
     name, _, tag = source.removeprefix(PLAIN).partition("/")
     tagged = {} if Path(source).exists() else open_clip.get_pretrained_cfg(name, tag)
     mean, std = (tuple(tagged.get(key, getattr(transform, key))) for key in ("mean", "std"))
     if (mean, std) == (transform.mean, transform.std):
         return None
-    return f"mean {mean} and std {std}"
+    return f"{{mean: {[*mean]}, std: {[*std]}}}"
 
 
 def check_options(options: Mapping[str, Any], file: str) -> None:
@@ -322,11 +328,10 @@ def _parts(section: Mapping[str, Any], model: Any) -> dict[str, Any]:
     Hugging Face tower has that of the longest text that it could take. The image size is the
     model's.
     """
-    name = section["name"]
     return {
-        "name": name,
+        "name": section["name"],
         "model": model,
-        "preprocess": registry.transforms(name, train=False, image_size=model.visual.image_size),
+        "preprocess": image_transform({**section, "image_size": model.visual.image_size}),
         "tokenizer": tokenizer(section),
     }
 

@@ -154,7 +154,8 @@ def _pixel_warnings(config: Config) -> Iterator[str]:
         if pixels := other_pixels(source, transform):
             yield (
                 f"warning    {source} was trained on images normalised by {pixels}; this model's "
-                f"have mean {transform.mean} and std {transform.std}"
+                f"have mean {transform.mean} and std {transform.std}. To train on the former: "
+                f"--set 'model.options.preprocess={pixels}'"
             )
 
 

@@ -213,6 +213,18 @@ def test_the_model_card_has_counts_figures_and_the_lines_that_load_it(tiny, tmp_
         )
 
 
+def test_a_run_of_other_pixels_keeps_them(tmp_path):
+    """In the run, in its export, and in open_clip."""
+    pixels = {"mean": [0.0, 0.25, 0.5], "std": [1.0, 1.0, 0.5]}
+    save_run(tmp_path / "run", f"open_clip:{VIT}", preprocess=pixels)
+    export.run(tmp_path / "run", tmp_path / "out")
+    _, _, theirs = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
+    for source in ("run", "out"):
+        preprocess = simplclip.load(tmp_path / source, device="cpu").preprocess
+        assert ([*preprocess.mean], [*preprocess.std]) == (pixels["mean"], pixels["std"])
+    assert (theirs.transforms[-1].mean, theirs.transforms[-1].std) == (*pixels.values(),)
+
+
 @pytest.mark.slow
 def test_preprocessing_says_how_to_make_the_inputs(tiny, tmp_path):
     about = json.loads((tiny.out / "preprocessing.json").read_text())

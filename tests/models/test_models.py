@@ -5,10 +5,12 @@ from itertools import pairwise
 import open_clip
 import pytest
 import torch
-from open_clip.model import CustomTextCLIP
+from open_clip.model import CustomTextCLIP, get_model_preprocess_cfg
+from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from PIL import Image
 
 from simplclip import models
+from simplclip.common.errors import InputError
 from simplclip.models.blocks import MapBlock, TransformerBlock
 from simplclip.models.siclip_small import ShortVocabTokenizer
 from simplclip.models.simplify import count_parameters
@@ -130,3 +132,47 @@ def test_short_vocabulary_is_a_prefix_of_clips_and_decodes():
     whole = ShortVocabTokenizer(full.vocab_size)
     assert whole.encoder == full.encoder
     assert whole.bpe_ranks == full.bpe_ranks
+
+
+PIXELS = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.25, 0.5], "interpolation": "bilinear"}
+SMALL = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 8, "patch_size": 8, "head_width": 8},
+    "text_cfg": {"layers": 1, "width": 8, "heads": 2},
+}
+
+
+@pytest.mark.parametrize("fields", [PIXELS, PIXELS | {"resize_mode": "squash", "fill_color": 9}])
+def test_preprocessing_of_other_fields_is_that_of_open_clip(fields):
+    """As open_clip's factory makes it with force_preprocess_cfg."""
+    model = models.create("open_clip:ViT-B-32", **SMALL, preprocess=fields)
+    expected = merge_preprocess_dict(PreprocessCfg(size=(16, 16)), fields)
+    assert get_model_preprocess_cfg(model) == expected
+    image = Image.linear_gradient("L").resize((40, 30)).convert("RGB")
+    transform = models.transforms(
+        "open_clip:ViT-B-32", train=False, image_size=16, preprocess=fields
+    )
+    theirs = image_transform_v2(PreprocessCfg(**expected), is_train=False)
+    torch.testing.assert_close(transform(image), theirs(image), rtol=0, atol=0.05)
+    plain = models.transforms("open_clip:ViT-B-32", train=False, image_size=16)
+    assert (plain(image) - theirs(image)).abs().max() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"size": 8}, "preprocess: expected fields mean, std, .*fill_color, got 'size'"),
+        ({"mean": [0.5]}, r"preprocess.mean: expected three numbers, got \[0.5\]"),
+        ({"std": [1, 1, 0]}, r"preprocess.std: expected three numbers above 0, got \[1, 1, 0\]"),
+        ({"std": "abc"}, "preprocess.std: expected three numbers above 0, got 'abc'"),
+        ({"interpolation": ["x"]}, "preprocess.interpolation: expected bicubic or bilinear"),
+        ({"resize_mode": None}, "preprocess.resize_mode: expected shortest, longest or squash"),
+        ({"fill_color": True}, "preprocess.fill_color: expected an integer from 0 to 255"),
+        (["mean"], r"preprocess: expected a mapping, got \['mean'\]"),
+    ],
+)
+def test_preprocessing_that_open_clip_does_not_have(fields, message):
+    with pytest.raises(InputError, match=message):
+        models.create("open_clip:ViT-B-32", **SMALL, preprocess=fields)
+    with pytest.raises(InputError, match=message):
+        models.transforms("open_clip:ViT-B-32", train=True, preprocess=fields)

@@ -89,15 +89,23 @@ def test_a_run_starts_from_another_runs_weights_at_other_shapes_and_needs_them_o
     ],
 )
 def test_a_tag_whose_images_are_normalised_in_another_way_is_told(tmp_path, key, name, tag, warns):
-    config = tiny.settings(tmp_path, f"model.name={name}", "model.options={}", f"{key}={tag}")
-    with mock.patch.object(setup, "inherit"), mock.patch.object(setup, "build_model"):
-        _, _, lines = setup.load_model(config)
+    changes = [f"model.name={name}", "model.options={}", f"{key}={tag}"]
+
+    def warnings():
+        with mock.patch.object(setup, "inherit"), mock.patch.object(setup, "build_model"):
+            _, _, lines = setup.load_model(tiny.settings(tmp_path, *changes))
+        return [text for text in lines if text.startswith("warning")]
+
+    theirs = "{mean: [0.0, 0.0, 0.0], std: [1.0, 1.0, 1.0]}"
     line = (
-        f"warning    {tag} was trained on images normalised by mean (0.0, 0.0, 0.0) and std (1.0, "
-        "1.0, 1.0); this model's have mean (0.48145466, 0.4578275, 0.40821073) and std (0.26862954,"
-        " 0.26130258, 0.27577711)"
+        f"warning    {tag} was trained on images normalised by {theirs}; this model's have mean "
+        "(0.48145466, 0.4578275, 0.40821073) and std (0.26862954, 0.26130258, 0.27577711). To "
+        f"train on the former: --set 'model.options.preprocess={theirs}'"
     )
-    assert [text for text in lines if text.startswith("warning")] == [line] * warns
+    assert warnings() == [line] * warns
+    changes.append(f"model.options.preprocess={theirs}")
+    if warns:
+        assert warnings() == []
 
 
 @pytest.mark.slow
