@@ -1,7 +1,10 @@
 """Options of the test run."""
 
+import contextlib
+import ctypes
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,6 +23,16 @@ PROOF = {
     "SIMPLCLIP_TEST_FAULTS": "60",
     "SIMPLCLIP_TEST_STRIDE": "1",
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def trimmed() -> Iterator[None]:
+    """Returns the freed memory of a file's tests to the system: forks of a large process are
+    slow.
+    """
+    yield
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def pytest_addoption(parser):

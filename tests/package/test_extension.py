@@ -135,7 +135,7 @@ print(simplclip.__file__, *kernels.__path__, binary, backends.extension_error, s
 """
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_an_editable_installation(python, tmp_path):
     """A checkout in a folder named simplclip, installed by the command of docs/install.md; a script
     lies beside it.
