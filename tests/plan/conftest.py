@@ -1,5 +1,6 @@
 import pytest
 import torch
+import yaml
 
 
 @pytest.fixture(autouse=True)
@@ -9,3 +10,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The config of a siclip-tiny with one text layer; its shards are nowhere."""
+    path = tmp_path_factory.mktemp("run") / "tiny.yaml"
+    values = {
+        "data": {"train": "nowhere/*.tar", "batch_size": 96},
+        "run": {"out": "runs/tiny", "steps": 50},
+    }
+    path.write_text(yaml.safe_dump(values | {"model": {"options": {"text_cfg": {"layers": 1}}}}))
+    return str(path)

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simplclip.commands.plan import parse_count
@@ -22,18 +21,6 @@ from support.programs import call
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="torch is a build without CUDA")
 CUDA, CARD = torch.device("cuda", 0), CARDS["rtx-3090"]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """The config of a siclip-tiny with one text layer; its shards are nowhere."""
-    path = tmp_path_factory.mktemp("run") / "tiny.yaml"
-    values = {
-        "data": {"train": "nowhere/*.tar", "batch_size": 96},
-        "run": {"out": "runs/tiny", "steps": 50},
-    }
-    path.write_text(yaml.safe_dump(values | {"model": {"options": {"text_cfg": {"layers": 1}}}}))
-    return str(path)
 
 
 def time_of(tiny, *changes):

@@ -1,0 +1,117 @@
+"""Every model that is exported loads in open_clip, in another process and another folder."""
+
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import simplclip
+from simplclip import export, models
+from support.models.exported_models import HF, VIT
+from support.train.runs import save_run
+
+SHORT = {"context_length": 20, "layers": 1}
+# this library's models, and open_clip's, plain and simplified; most have other sizes, as after a
+# warm start
+MODELS = {
+    "siclip-tiny": {
+        "vision_cfg": {"image_size": 64},
+        "text_cfg": {"context_length": 12},
+        "simplify_options": {"share": {"text": [[0, 1]]}},
+    },
+    "siclip-lite0": {"vision_cfg": {"image_size": 64}, "text_cfg": {"context_length": 20}},
+    "mobileclip-s0": {"vision_cfg": {"image_size": 128}, "text_cfg": SHORT},
+    "siclip-s0": {"vision_cfg": {"image_size": 128}, "text_cfg": SHORT, "init_logit_bias": -3.0},
+    "siclip2-s0": {
+        "vision_cfg": {"image_size": 128},
+        "text_cfg": SHORT,
+        "simplify_options": {"share": {}, "mask_padding": True},
+    },
+    f"open_clip:{VIT}": {
+        "vision_cfg": {"image_size": 48},
+        "text_cfg": {"context_length": 20},
+        "quick_gelu": True,
+    },
+    f"open_clip:{HF}": {
+        "simplify_options": {
+            "share": {"text": {"mlp": [[0, 1]]}},
+            "mask_padding": True,
+        },
+        "vision_cfg": {"image_size": 48},
+        "custom_text": True,
+        "text_cfg": {"no_causal_mask": True},
+    },
+}
+ELSEWHERE = """
+import open_clip, os, torch
+from PIL import Image
+from simplclip.integrations.open_clip import register_models
+register_models()
+torch.set_num_threads(1)
+texts, pictures = torch.load("../inputs.pt")
+loaded = {}
+for folder in os.listdir():
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(texts)
+    pixels = torch.stack([preprocess(Image.fromarray(picture.numpy())) for picture in pictures])
+    with torch.no_grad():
+        image = model.eval().encode_image(pixels, normalize=True)
+        text = model.encode_text(tokens, normalize=True)
+    loaded[folder] = pixels, tokens, image, text, model.logit_scale.item()
+torch.save(loaded, "../loaded.pt")
+"""
+
+
+QUICK = ("siclip-tiny", f"open_clip:{VIT}", f"open_clip:{HF}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "names",
+    [QUICK, pytest.param([*MODELS.keys() - {*QUICK}], marks=pytest.mark.prove)],
+    ids=["some", "rest"],
+)
+@torch.no_grad()
+def test_every_model_loads_in_open_clip_in_another_process_and_folder(names, tmp_path, monkeypatch):
+    assert {*models.names()} <= {*MODELS}
+    texts = [
+        "a red heart",
+        "",
+        "Two dogs!  on a <b>beach</b> ",
+        "naïve café №7",
+        "many words " * 30,
+    ]
+    pictures = torch.randint(0, 256, (4, 20, 50, 3), dtype=torch.uint8).repeat_interleave(3, 1)
+    monkeypatch.chdir(tmp_path)
+    encoders = {}
+    for name in names:
+        save_run(Path("run"), name, **MODELS[name])
+        encoders[name] = simplclip.load("run", device="cpu")
+        export.run("run", "export")
+        exported = simplclip.load("export", device="cpu")
+        assert exported.fingerprint() == encoders[name].fingerprint()
+        assert torch.equal(exported.tokenizer(texts), encoders[name].tokenizer(texts))
+        Path("elsewhere").mkdir(exist_ok=True)
+        Path("export").rename(Path("elsewhere", name))
+        shutil.rmtree("run")
+    torch.save((texts, pictures), "inputs.pt")
+    subprocess.run([sys.executable, "-c", ELSEWHERE], cwd="elsewhere", check=True)
+    loaded = torch.load("loaded.pt")
+    assert loaded.keys() == {*names}
+    for name, (pixels, tokens, image, text, scale) in loaded.items():
+        encoder, opened = encoders[name], [Image.fromarray(picture.numpy()) for picture in pictures]
+        torch.testing.assert_close(
+            pixels, torch.stack([*map(encoder.preprocess, opened)]), rtol=0, atol=2.01 / 255 / 0.26
+        )
+        assert torch.equal(tokens, encoder.tokenizer(texts)), name
+        torch.testing.assert_close(image, encoder.features("image", pixels), rtol=0, atol=1e-5)
+        torch.testing.assert_close(text, encoder.encode_text(texts), rtol=0, atol=1e-5)
+        # of this library's own pixels
+        cosines = encoder.encode_image(opened) @ encoder.encode_text(texts).T
+        torch.testing.assert_close(image @ text.T, cosines, rtol=0, atol=1e-2)
+        assert math.exp(scale) == pytest.approx(encoder.logit_scale)
