@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -102,3 +103,9 @@ def pytest_collection_modifyitems(config, items):
         if item.get_closest_marker("slow") or item.get_closest_marker("prove")
     }
     items.sort(key=lambda item: (item.path not in long, item.path not in slow))
+
+
+def pytest_collection_finish():
+    """Leaves out what was collected when Python looks for garbage: it stays to the end."""
+    gc.collect()
+    gc.freeze()
