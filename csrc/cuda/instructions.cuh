@@ -90,12 +90,16 @@ SIMPLCLIP_DEVICE uint32_t to_tf32(float value) {
   return bits;
 }
 
-// 2^value within 2 ulp; subnormal values and results are treated as zero.
-SIMPLCLIP_DEVICE float fast_exp2(float value) {
+// e^value as 2^(value log2(e)), the power within 2 ulp; subnormal values and results are treated as zero.
+SIMPLCLIP_DEVICE float fast_exp(float value) {
   float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(value));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(value * 1.44269504f));
   return power;
 }
+
+// A logit, rounded: fused into the subtraction of a log-sum-exp of rounded logits, the product would leave its rounding error,
+// of large logits one that is not small for an exponential.
+SIMPLCLIP_DEVICE float scaled(float value, float scale) { return __fmul_rn(value, scale); }
 
 #define SIMPLCLIP_MMA(shape_and_types)                                                                            \
   asm("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"      \

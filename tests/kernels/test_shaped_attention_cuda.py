@@ -31,6 +31,10 @@ if attention.why_not():
 
 TOKENS = (1, 2, 15, 16, 17, 50, 64, 77, 80)
 WIDTHS = (32, 64, 80, 96, 128)
+# Logits are 0, s, 2 s, ...: a row's softmax is one at the largest, and has no gradient.
+LARGE = attention_call(1, 33, 1, 32, causal=True, scale=1e7 / 3)
+LARGE.tensors["q"] = torch.eye(32).double()[0].expand(1, 33, 1, 32)
+LARGE.tensors["k"] = torch.arange(33)[:, None, None] * LARGE.tensors["q"]
 APART = dict.fromkeys(("q", "k", "v", "grad out"), "rows_apart")
 
 
@@ -91,6 +95,26 @@ def test_every_width(kind):
 def test_a_scale_of_other_size_and_sign():
     for scale in (-0.5, 0.0, 4.0):
         check(attention_call(1, 77, 1, 32, scale=scale), "f16")
+
+
+def test_large_logits():
+    check(LARGE, "tf32")
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_assembler_keeps_the_rounding_of_logits(kind):
+    """ptxas may fuse mul.f32 into a subtraction, but not mul.rn.f32."""
+    exponentials = 0
+    for kernel in attention.compiled(kind, 86).values():
+        made = {i.operands[0]: i for i in kernel.instructions if i.operands}
+        for instruction in kernel.instructions:
+            if instruction.opcode.startswith("ex2"):
+                difference = made[made[instruction.operands[1]].operands[1]]
+                assert difference.opcode == "sub.f32", difference
+                logit = made[difference.operands[1]]
+                assert logit.opcode != "mul.f32", logit
+                exponentials += 1
+    assert exponentials
 
 
 def test_padded_tokens_are_not_read():
@@ -174,6 +198,13 @@ FAULTS = {
         LENGTHS,
         "bf16",
         "read that was never written",
+    ),
+    "logits that are not rounded": (
+        "scaled(x, p.scale) - lse",
+        "fmaf(x, p.scale, -lse)",
+        LARGE,
+        "tf32",
+        "error",
     ),
 }
 

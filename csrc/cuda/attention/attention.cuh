@@ -8,9 +8,6 @@
 
 namespace simplclip::gpu {
 
-inline constexpr float kLog2E = 1.44269504f;
-inline constexpr float kLn2 = 0.693147181f;
-
 // The block's sequence and head, and the gains.
 struct Head {
   int batch, index, length;
@@ -77,7 +74,6 @@ __global__ void __launch_bounds__(kShapedThreads, kBlocks)
   }
 
   Operand<T> weights[kTiles];
-  const float scale = p.scale * kLog2E;
   float mean[2], inverse[2], top[2];
 #pragma unroll
   for (int low = 0; low < 2; ++low) {
@@ -89,7 +85,7 @@ __global__ void __launch_bounds__(kShapedThreads, kBlocks)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           float& x = c[i][j / 2][2 * low + j % 2];
-          x *= scale;
+          x = scaled(x, p.scale);
           if (i == tiles - 1 && i * kRows + j / 2 * 8 + lane() % 4 * 2 + j % 2 >= visible) x = -INFINITY;
           most = fmaxf(most, x);
         }
@@ -103,7 +99,7 @@ __global__ void __launch_bounds__(kShapedThreads, kBlocks)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           float& x = c[i][j / 2][2 * low + j % 2];
-          x = fast_exp2(x - top[low]);
+          x = fast_exp(x - top[low]);
           sum += x;
         }
       }
@@ -111,7 +107,7 @@ __global__ void __launch_bounds__(kShapedThreads, kBlocks)
     sum = row_sum(sum);
     inverse[low] = head.beta / sum;
     mean[low] = head.gamma / visible;
-    if (lane() % 4 == 0 && row < p.length) head.lse(p)[row] = row < head.length ? top[low] * kLn2 + logf(sum) : 0;
+    if (lane() % 4 == 0 && row < p.length) head.lse(p)[row] = row < head.length ? top[low] + logf(sum) : 0;
   }
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {

@@ -63,12 +63,11 @@ __global__ void __launch_bounds__(kShapedThreads, kBlocks)
 
   GainSums gains;
   Operand<T> left_ds[kTiles], left_joined[kTiles];
-  const float scale = p.scale * kLog2E;
   float delta[2], mean[2];
 #pragma unroll
   for (int low = 0; low < 2; ++low) {
     const int row = tile * kRows + lane() / 4 + 8 * low, visible = p.causal ? row + 1 : head.length;
-    const float lse = row < head.length ? head.lse(p)[row] * kLog2E : 0;
+    const float lse = row < head.length ? head.lse(p)[row] : 0;
     float sum = 0, total = 0;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
@@ -79,7 +78,7 @@ __global__ void __launch_bounds__(kShapedThreads, kBlocks)
           float& x = a[i][j / 2][2 * low + j % 2];
           const float y = dp[i][j / 2][2 * low + j % 2];
           const bool hidden = i == tiles - 1 && column >= visible;
-          x = hidden ? 0 : fast_exp2(x * scale - lse);
+          x = hidden ? 0 : fast_exp(scaled(x, p.scale) - lse);
           sum += x * y;
           total += hidden ? 0 : y;
           if (column == row) gains.alpha += y;
