@@ -163,6 +163,7 @@ WGMMA = "".join(
 WGMMA += """
 fence.proxy.async.shared::cta;
 bar.sync 0;
+mov.pred %p1, 0;
 mov.pred %p2, -1;
 wgmma.fence.sync.aligned;
 """
@@ -171,7 +172,7 @@ for i in range(4):
     WGMMA += "mov.b64 %d14, {};\nmov.b64 %d15, {};\n".format(*descriptors)
     WGMMA += (
         "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r60, %r61, %r62, %r63}, %d14, %d15, "
-        "%p2, 1, 1, 0, 0;\n"
+        f"%p{2 if i else 1}, 1, 1, 0, 0;\n"  # the first one clears the sums
     )
 WGMMA += """
 wgmma.commit_group.sync.aligned;

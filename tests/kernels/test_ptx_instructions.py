@@ -333,6 +333,28 @@ def test_mma(kind):
     )
 
 
+def test_registers_that_nobody_wrote_are_nan():
+    """As a number of any floating-point type; and where they hold an address, it is a hazard."""
+    body = """
+    mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%r26, %r27, %r28, %r29},
+        {%r2, %r2, %r2, %r2}, {%r2, %r2}, {%r26, %r27, %r28, %r29};
+    cvt.f32.bf16 %r30, %h20;
+    cvt.f32.f16 %r31, %h20;
+    mov.b64 {%r32, %r33}, %d20;
+    ld.global.b32 %r40, [%d0];
+    ld.shared.b32 %r40, [%r41];
+    """
+    batch = execute(body, r2=np.zeros(32, np.uint32))
+    assert np.isnan(batch.registers["32"][26:34].view(np.float32)).all()
+    assert [hazard.kind for hazard in batch.machine.hazards.values()] == [
+        f"{memory} address is outside of {where}"
+        for memory, where in (
+            ("global", "the tensors"),
+            ("shared", "the program's memory"),
+        )
+    ]
+
+
 @pytest.mark.parametrize("trans", ["", ".trans"])
 def test_ldmatrix_and_stmatrix(trans):
     """Lane 8 i + j passes row j of matrix i; of each matrix a lane gets row groupID, columns 2

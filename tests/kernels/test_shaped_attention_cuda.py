@@ -199,6 +199,13 @@ FAULTS = {
         "bf16",
         "read that was never written",
     ),
+    "sums that are not cleared": (
+        "c[i][j / 4][j % 4] = 0;",
+        "{}",
+        attention_call(1, 16, 1, 32),
+        "bf16",
+        "error",
+    ),
     "logits that are not rounded": (
         "scaled(x, p.scale) - lse",
         "fmaf(x, p.scale, -lse)",

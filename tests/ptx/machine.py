@@ -17,7 +17,7 @@ import numpy as np
 from ptx import wgmma
 from ptx.instructions import step_of
 from ptx.memory import PROGRAM_SHIFT, WARP_BITS, Access, GlobalMemory, Memory, SharedMemory
-from ptx.numbers import BANKS
+from ptx.numbers import BANKS, POISON
 from ptx.parse import Instruction, Kernel, UnknownPTXError
 
 WARP = 32
@@ -158,7 +158,8 @@ class Batch:
         self.thread, program = self.numbers % threads, programs[self.program_of]
         counts = self.code.kernel.registers
         self.registers = {
-            bank: np.zeros((counts[bank], self.size), word) for bank, word in BANKS.items()
+            bank: np.full((counts[bank], self.size), POISON[bank], word)
+            for bank, word in BANKS.items()
         }
         special = {
             "tid.x": self.thread,

@@ -104,6 +104,9 @@ def _two(decode: Callable, encode: Callable) -> Type:
 
 
 BANKS = {"pred": np.dtype(bool), **{str(bits): np.dtype(f"u{bits // 8}") for bits in (16, 32, 64)}}
+# What registers hold before they are written: NaN as a number of any floating-point type, and as an
+# address one outside of all memory.
+POISON = {"pred": True, "16": 0x7FC0, "32": 0x7FC07FC0, "64": 0x7FC07FC07FC07FC0}
 TYPES = {
     f"{kind}{bits}": _plain(letter, bits)
     for kind, letter in zip("busf", "uuif")
