@@ -9,8 +9,9 @@ import pytest
 import torch
 from test_ptx_instructions import execute, vectors
 
-from ptx.machine import Batch
-from ptx.parse import UnknownPTXError
+from ptx.capture import Card
+from ptx.machine import Batch, Code, LaunchError, Machine
+from ptx.parse import UnknownPTXError, parse
 
 STORE = "st.shared.v4.b32 [%r3], {%r20, %r21, %r22, %r23};"
 PLACE = """
@@ -122,6 +123,36 @@ def test_hazards(name):
         execute(body, np.zeros(64 * 4, np.uint32), np.zeros(64 * 4, np.uint32), threads=64)
     )
     assert any(kind.startswith(expected) for kind in kinds) if expected else not kinds, kinds
+
+
+LIMITS = {
+    ".reqntid 64": ((64,), (32, 128)),
+    ".maxntid 16, 4, 1": ((1, 64), (65,)),
+    ".minnctapersm 2": ((1, 1024), (1025,)),
+}
+
+
+@pytest.mark.parametrize("directive", LIMITS)
+def test_the_threads_of_a_kernel(directive):
+    code = Code(parse(f".visible .entry test()\n{directive}\n{{\nret;\n}}\n")["test"])
+    allowed, refused = LIMITS[directive]
+    for threads in allowed:
+        Machine().launch(code, 1, threads, 0, [])
+    for threads in refused:
+        with pytest.raises(LaunchError, match=rf"expected .* threads, got {threads}"):
+            Machine().launch(code, 1, threads, 0, [])
+
+
+def test_a_launch_beyond_the_card():
+    code = Code(parse(".visible .entry test() {\nret;\n}\n")["test"])
+    Card(sm=86).launch(code, 1, 32, 99 << 10, [])
+    for programs, shared, message in (
+        (1, (99 << 10) + 1, "to 101376 bytes of shared memory, got 101377"),
+        (1 << 31, 0, "programs, got 2147483648"),
+        (0, 0, "programs, got 0"),
+    ):
+        with pytest.raises(LaunchError, match=message):
+            Card(sm=86).launch(code, programs, 32, shared, [])
 
 
 IS_SECOND = "mov.u32 %r2, %ctaid.x;\nsetp.eq.u32 %p1, %r2, 1;\n"

@@ -60,6 +60,9 @@ class Card(Machine):
     seconds: float = 0.0  # of a processor, for their execution
     functions: set[JITFunction] = field(default_factory=set)  # whose kernels were started
 
+    def __post_init__(self) -> None:
+        self.shared_limit = SHARED[self.sm]
+
     def start(self, code: Code, metadata: Any, programs: int, source: Any, values: tuple) -> None:
         self.functions.add(source.fn)
         arguments = dict(zip(source.fn.arg_names, values))
@@ -117,7 +120,8 @@ class _Launcher:
         self.source, self.metadata = source, metadata
 
     def __call__(self, x: int, y: int, z: int, stream: int, code: Code, *others: Any) -> None:
-        triton.runtime.driver.active.card.start(code, self.metadata, x, self.source, others[4:])
+        if x:  # Triton starts nothing for a grid of 0
+            triton.runtime.driver.active.card.start(code, self.metadata, x, self.source, others[4:])
 
 
 class _Driver:

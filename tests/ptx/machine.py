@@ -31,6 +31,10 @@ class EndlessLoopError(Exception):
     pass
 
 
+class LaunchError(Exception):
+    """A launch that CUDA refuses."""
+
+
 class Code:
     """A kernel made executable: a step for each instruction, and which instructions lanes have
     executed so far.
@@ -92,6 +96,7 @@ class Machine:
     hazards: dict[tuple, Hazard] = field(default_factory=dict)
     # called with the batch, the branch's place and the lanes that jump back
     at_jump_back: Callable | None = None
+    shared_limit: int = 227 << 10  # bytes of a program at most
 
     def memory(self, tensors: list[Any], code: Code) -> Any:
         return GlobalMemory(tensors, code.granules["global"])
@@ -117,8 +122,22 @@ class Machine:
         launch = Launch(
             code, programs, threads, shared_bytes, np.frombuffer(parameters, np.uint8), memory
         )
+        self.check_launch(launch)
         self.execute(launch)
         return launch
+
+    def check_launch(self, launch: Launch) -> None:
+        """Raises LaunchError for a launch that the kernel or the card does not allow."""
+        kernel = launch.code.kernel
+        for what, number, allowed in (
+            ("threads", launch.threads, kernel.threads),
+            ("bytes of shared memory", launch.shared_bytes, range(self.shared_limit + 1)),
+            ("programs", launch.programs, range(1, 1 << 31)),
+        ):
+            if number not in allowed:
+                raise LaunchError(
+                    f"{kernel.name}: expected {allowed[0]} to {allowed[-1]} {what}, got {number}"
+                )
 
     def execute(self, launch: Launch) -> None:
         self.run(launch, range(launch.programs))

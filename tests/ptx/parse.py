@@ -4,6 +4,7 @@ and in the source.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -76,6 +77,7 @@ class Kernel:
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # -> index of an instruction
     addresses: dict[str, int] = field(default_factory=dict)  # of parameters and shared variables
+    threads: range = range(1, 1025)  # that a program may have
     # how many in each bank
     registers: dict[str, int] = field(
         default_factory=lambda: {"pred": 0, "16": 0, "32": 0, "64": 0}
@@ -90,7 +92,8 @@ _TOKEN = re.compile(
     | \.reg\s+\.(?P<kind>\w+)\s+(?P<names>[^;]+);
     | \.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+(?P<shared>\w+)\[\];
     | \.(?:pragma|file|version|target|address_size|global)\b[^\n]*
-    | \.(?:reqntid|maxnreg|maxntid|minnctapersm)\b[^\n]*
+    | \.(?P<bound>reqntid|maxntid)\s+(?P<threads>\d+(?:\s*,\s*\d+)*)
+    | \.(?:maxnreg|minnctapersm)\b[^\n]*
     | (?P<end>\.section|$)
     | (?:@(?P<negated>!?)(?P<predicate>[%$\w]+)\s+)?(?P<opcode>[a-z][\w.:]*)(?P<operands>[^;]*);
     )""",
@@ -135,6 +138,10 @@ class _Parser:
                 token["name"], addresses=dict(self.shared)
             )
             self.parameters(token["parameters"])
+        elif token["bound"]:
+            count = math.prod(map(int, token["threads"].split(",")))
+            least = count if token["bound"] == "reqntid" else 1
+            self.kernel.threads = range(least, count + 1)
         elif token["open"]:
             self.scopes.append({})
         elif token["close"]:
