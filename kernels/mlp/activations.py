@@ -30,6 +30,18 @@ def activation(x, ACT: tl.constexpr):
 
 
 @triton.jit
+def _sigmoid_and_slope(x):
+    """Returns s = 1 / (1 + e^-x) and s (1 - s) of each element.
+
+    1 - s is not computed as a difference: where s is nearly 1, an error of s in the last place
+    would be all of it, and a large factor makes it visible.
+    """
+    e = tl.exp2(tl.minimum(-x * LOG2E, 64.0))
+    s = 1.0 / (1.0 + e)
+    return s, e * s * s
+
+
+@triton.jit
 def slope(x, ACT: tl.constexpr):
     """Returns act'(x) at each element of a float32 tile; ACT: one of ACTIVATIONS."""
     if ACT == "gelu":
@@ -37,14 +49,14 @@ def slope(x, ACT: tl.constexpr):
             0.5 + 0.5 * tl.erf(x * _SQRT_HALF) + x * _INV_SQRT_2PI * tl.exp2(x * x * (-0.5 * LOG2E))
         )
     elif ACT == "gelu_tanh":
-        s = sigmoid(x * (x * x * _CUBIC + _LINEAR))
-        return s + x * s * (1.0 - s) * (x * x * (3.0 * _CUBIC) + _LINEAR)
+        s, ds = _sigmoid_and_slope(x * (x * x * _CUBIC + _LINEAR))
+        return s + x * ds * (x * x * (3.0 * _CUBIC) + _LINEAR)
     elif ACT == "quickgelu":
-        s = sigmoid(x * _QUICK)
-        return s + x * _QUICK * s * (1.0 - s)
+        s, ds = _sigmoid_and_slope(x * _QUICK)
+        return s + x * _QUICK * ds
     elif ACT == "silu":
-        s = sigmoid(x)
-        return s + x * s * (1.0 - s)
+        s, ds = _sigmoid_and_slope(x)
+        return s + x * ds
     else:
         tl.static_assert(ACT == "relu")
         return tl.where(x <= 0.0, 0.0, 1.0)  # 1 for NaN, as in torch
