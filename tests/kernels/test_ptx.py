@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ import triton
 import ptx
 from ptx.capture import Started
 from ptx.machine import Code
+from ptx.parse import Kernel
 from simplclip.kernels.similarity.blocks import range_factor
 from simplclip.kernels.similarity.launch import _merge
 from simplclip.kernels.similarity.plan import ROW_SLOTS, column_slots
@@ -50,35 +52,45 @@ class Row:
     launch_error: tuple[float, str] = 0.0, ""
 
 
-TABLE: dict[tuple[int, str, str], Row] = defaultdict(Row)
+TABLE: dict[tuple[str, str, str], Row] = defaultdict(Row)
 # kernel -> the code of its forms for sm_86 that the calls of this file started
 FORMS: dict[str, set[Code]] = defaultdict(set)
 OPCODES: set[str] = set()  # of all forms
 
 
-def checked(started: Started, sm: int) -> float:
-    """Notes the code of a launch, and returns its largest error in parts of what is allowed."""
+def checked(started: Started, sm: int, plain: bool = True) -> float:
+    """Notes the code of a launch, and returns its largest error in parts of what is allowed.
+
+    plain: whether the code runs as it was compiled.
+    """
     code = started.launch.code
-    if sm == 86:
+    if sm == 86 and plain:
         FORMS[started.name].add(code)
     OPCODES.update(each.opcode for each in code.kernel.instructions)
     return launches.check(started)
 
 
-def run(name: str, kind: str, sm: int, *, need: list[str] | None = None) -> None:
-    case, row = case_of(name, kind, need=need), TABLE[sm, name.partition(",")[0], kind]
+def run(
+    name: str,
+    kind: str,
+    sm: int,
+    *,
+    need: list[str] | None = None,
+    variant: Callable[[Kernel], Kernel] | None = None,
+) -> None:
+    target = f"{variant.__name__} sm_{sm}" if variant else f"sm_{sm}"
+    case, row = case_of(name, kind, need=need), TABLE[target, name.partition(",")[0], kind]
 
     def compare(started: Started) -> None:
-        row.launch_error = max(row.launch_error, (checked(started, sm), started.name))
+        error = checked(started, sm, plain=variant is None)
+        row.launch_error = max(row.launch_error, (error, started.name))
 
     processors = FEW if "blocks" in name or "every" in name else None
-    with (
-        kernels_alone(name),
-        ptx.card(sm, tf32=case.tf32, compare=compare, processors=processors) as machine,
-    ):
+    options = {"tf32": case.tf32, "processors": processors, "variant": variant}
+    with kernels_alone(name), ptx.card(sm, compare=compare, **options) as machine:
         errors = case.check(roundings=True)
     assert machine.launches
-    if sm != 86:
+    if sm != 86 or variant:
         machine.forget()
     row.calls = row.calls + 1
     row.launches = row.launches + machine.launches
@@ -111,6 +123,14 @@ def test_all_calls(name, kind):
 def test_other_architectures(name, kind, sm):
     skip_without_fence(name, kind, sm)
     run(name, kind, sm)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("variant", [ptx.fused, ptx.noisy])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CALLS)
+def test_variants(name, kind, variant):
+    run(name, kind, 86, variant=variant)
 
 
 @pytest.mark.prove
@@ -188,9 +208,9 @@ def test_coverage():
         f"Triton {triton.__version__}: calls, launches, seconds; worst error of a result, of a "
         "launch"
     )
-    for (sm, op, kind), row in sorted(TABLE.items()):
+    for (target, op, kind), row in sorted(TABLE.items()):
         worst = "".join(f"  {error:.3f} {name:60}" for error, name in (row.error, row.launch_error))
-        print(f"sm_{sm:<4}{op:24}{kind:5}{row.calls:5}{row.launches:6}{row.seconds:7.1f}{worst}")
+        print(f"{target:12}{op:24}{kind:5}{row.calls:5}{row.launches:6}{row.seconds:7.1f}{worst}")
     print(len(OPCODES), "opcodes:", *sorted(OPCODES))
     too_few = []
     for name, forms in FORMS.items():

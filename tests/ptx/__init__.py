@@ -3,5 +3,6 @@ one.
 """
 
 from ptx.capture import card
+from ptx.variants import fused, noisy
 
-__all__ = ["card"]
+__all__ = ["card", "fused", "noisy"]

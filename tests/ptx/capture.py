@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
 from ptx.machine import Code, Launch, Machine
-from ptx.parse import parse
+from ptx.parse import Kernel, parse
 from simplclip.kernels import runtime as launching
 from simplclip.ops import backends, registry
 from simplclip.ops.similarity import chunks
@@ -52,9 +52,13 @@ class Started:
 
 @dataclass
 class Card(Machine):
-    """compare(started): called after each launch, with copies of the arguments before it."""
+    """compare(started): called after each launch, with copies of the arguments before it.
+
+    variant: changes each kernel before it runs.
+    """
 
     sm: int = 86
+    variant: Callable[[Kernel], Kernel] | None = None
     compare: Callable[[Started], None] | None = None
     launches: int = 0
     seconds: float = 0.0  # of a processor, for their execution
@@ -62,6 +66,14 @@ class Card(Machine):
 
     def __post_init__(self) -> None:
         self.shared_limit = SHARED[self.sm]
+
+    @property
+    def device(self) -> Hashable:
+        """Triton's name of it: each has compiled kernels of its own."""
+        return self.sm, self.variant
+
+    def code(self, kernel: Kernel) -> Code:
+        return Code(self.variant(kernel) if self.variant else kernel)
 
     def start(self, code: Code, metadata: Any, programs: int, source: Any, values: tuple) -> None:
         self.functions.add(source.fn)
@@ -80,7 +92,7 @@ class Card(Machine):
     def forget(self) -> None:
         """Drops the compiled forms of the kernels that were started here; each takes megabytes."""
         for function in self.functions:
-            kernels, *_ = function.device_caches.pop(self.sm)
+            kernels, *_ = function.device_caches.pop(self.device)
             for kernel in kernels.values():
                 kernel.module = None  # of which a destructor would tell the driver
         self.functions.clear()
@@ -125,32 +137,28 @@ class _Launcher:
 
 
 class _Driver:
-    """Triton's driver.
-
-    The card's architecture is the number of the device, so that each has compiled kernels of its
-    own.
-    """
+    """Triton's driver."""
 
     def __init__(self, card: Card):
         self.card = card
         self.launcher_cls = _Launcher
         self.utils = self
 
-    def get_current_device(self) -> int:
-        return self.card.sm
+    def get_current_device(self) -> Hashable:
+        return self.card.device
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: Hashable) -> int:
         return 0
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.card.sm, 32)
 
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED[device]}
+    def get_device_properties(self, device: Hashable) -> dict[str, int]:
+        return {"max_shared_mem": self.card.shared_limit}
 
-    def load_binary(self, name: str, text: bytes, shared: int, device: int) -> tuple:
+    def load_binary(self, name: str, text: bytes, shared: int, device: Hashable) -> tuple:
         """Returns module, function, registers, spills and the most threads."""
-        return object(), Code(parse(text.decode())[name]), 0, 0, 1024
+        return object(), self.card.code(parse(text.decode())[name]), 0, 0, 1024
 
     def unload_module(self, module: object) -> None:
         pass
