@@ -25,18 +25,46 @@ COPY = "cp.async.cg.shared.global [%r3], [%d11], 16;\ncp.async.commit_group;\n"
 LOAD = "ld.shared.v4.b32 {%r24, %r25, %r26, %r27}, [%r4];\n"
 OTHERS = "xor.b32 %r4, %r3, 512;\n"  # what the same lane of the other warp wrote
 OWN = "mov.b32 %r4, %r3;\n"
+NEXT = "xor.b32 %r4, %r3, 16;\n"  # what the next lane wrote
+FIRST = "and.b32 %r4, %r3, -512;\n"  # what the first lane of the warp wrote
+SYNC_WARP = "bar.warp.sync -1;\n"
 
 # name -> body for two warps, and a part of the hazard, "" for none
 CASES = {
     "a barrier between warps": (FILL + OTHERS + "bar.sync 0;\n" + LOAD, ""),
     "no barrier": (
         FILL + OTHERS + LOAD,
-        "shared memory is read while another warp or a copy writes it",
+        "shared memory is read while another thread or a copy writes it",
     ),
     "own data need no barrier": (FILL + OWN + LOAD, ""),
     "written again with no barrier": (
         FILL + OTHERS + "bar.sync 0;\n" + LOAD + STORE,
-        "shared memory is written while another warp or a copy reads it",
+        "shared memory is written while another thread or a copy reads it",
+    ),
+    "no barrier between lanes": (
+        FILL + NEXT + LOAD,
+        "shared memory is read while another thread or a copy writes it",
+    ),
+    "written again by another lane": (
+        FILL + NEXT + SYNC_WARP + LOAD + STORE,
+        "shared memory is written while another thread or a copy reads it",
+    ),
+    "written again after several lanes": (
+        FILL + FIRST + SYNC_WARP + LOAD + STORE,
+        "shared memory is written while another thread or a copy reads it",
+    ),
+    "a barrier of the warp": (
+        FILL + FIRST + SYNC_WARP + LOAD + SYNC_WARP + STORE,
+        "",
+    ),
+    "a barrier of the warp between warps": (
+        FILL + OTHERS + SYNC_WARP + LOAD,
+        "shared memory is read while another thread or a copy writes it",
+    ),
+    "a barrier of some lanes": ("bar.warp.sync 1;\n", "expected all lanes as members"),
+    "another lane's copy": (
+        PLACE + COPY + "cp.async.wait_group 0;\n" + NEXT + LOAD,
+        "shared memory is read while another thread or a copy writes it",
     ),
     "never written": (PLACE + OWN + LOAD, "shared memory is read that was never written"),
     "beyond the end": (
@@ -58,7 +86,7 @@ CASES = {
         + "cp.async.wait_group 0;\n"
         + OWN
         + LOAD,
-        "shared memory is read while another warp or a copy writes it",
+        "shared memory is read while another thread or a copy writes it",
     ),
     "another warp's copy": (
         PLACE + COPY + OTHERS + "cp.async.wait_group 0;\nbar.sync 0;\n" + LOAD,
@@ -66,11 +94,11 @@ CASES = {
     ),
     "another warp's copy, the barrier before the wait": (
         PLACE + COPY + OTHERS + "bar.sync 0;\ncp.async.wait_group 0;\n" + LOAD,
-        "shared memory is read while another warp or a copy writes it",
+        "shared memory is read while another thread or a copy writes it",
     ),
     "a copy over what others read": (
         FILL + OTHERS + "bar.sync 0;\n" + LOAD + COPY,
-        "shared memory is written while another warp or a copy reads it",
+        "shared memory is written while another thread or a copy reads it",
     ),
     "outside of a tensor": (
         PLACE + "ld.global.b32 %r24, [%d11+16];\n",
@@ -89,7 +117,7 @@ CASES = {
         + OTHERS
         + "sub.u32 %r5, %r4, %r1;\ncvt.u64.u32 %d13, %r5;\nadd.u64 %d13, %d13, %d1;\n"
         "add.u64 %d12, %d1, %d10;\nst.global.b32 [%d12], %r20;\nld.global.b32 %r24, [%d13];\n",
-        "global memory is read while another warp or a copy writes it",
+        "global memory is read while another thread or a copy writes it",
     ),
     "different values in one place": (
         PLACE + "mov.b32 %r20, %r0;\nst.shared.b32 [%r1], %r20;\n",
@@ -159,11 +187,11 @@ IS_SECOND = "mov.u32 %r2, %ctaid.x;\nsetp.eq.u32 %p1, %r2, 1;\n"
 # Two programs with one word: body, and the hazard.
 SHARED_WORD = {
     "lanes store different values to one place of global memory": "st.global.b32 [%d0], %r0;\n",
-    "global memory is read while another warp or a copy writes it": (
+    "global memory is read while another thread or a copy writes it": (
         IS_SECOND
         + "@%p1 bra $L1;\nst.global.b32 [%d0], 7;\nret;\n$L1:\nld.global.b32 %r2, [%d0];\n"
     ),
-    "global memory is written while another warp or a copy reads it": (
+    "global memory is written while another thread or a copy reads it": (
         "ld.global.b32 %r3, [%d0];\nbar.sync 0;\n" + IS_SECOND + "@!%p1 st.global.b32 [%d0], 7;\n"
     ),
 }
@@ -242,7 +270,7 @@ def test_wgmma():
             "",
             "wgmma reads shared memory with no fence.proxy.async after it was written",
         ),
-        ("bar.sync 0;", "", "shared memory is read while another warp or a copy writes it"),
+        ("bar.sync 0;", "", "shared memory is read while another thread or a copy writes it"),
         ("wgmma.wait_group.sync.aligned 0;", "", "a register of a wgmma in flight is used"),
         (
             "wgmma.wait_group.sync.aligned 0;",

@@ -162,14 +162,14 @@ FAULTS = {
         "",
         attention_call(1, 77, 1, 64),
         "bf16",
-        "while another warp",
+        "while another thread",
     ),
     "no barrier before a slot is filled again": (
         "if (s + 2 < 2 * slices) sync_block();",
         "",
         attention_call(1, 77, 1, 64),
         "tf32",
-        "while another warp",
+        "while another thread",
     ),
     "a wait for one group fewer": (
         "cp_async_wait<1>();",
@@ -198,6 +198,13 @@ FAULTS = {
         LENGTHS,
         "bf16",
         "read that was never written",
+    ),
+    "no barrier for one warp": (
+        "shared[warp() * 3 + i] = sums[i];\n    }\n    sync_block();",
+        "shared[warp() * 3 + i] = sums[i];\n    }\n    if (threads() > 32) sync_block();",
+        attention_call(1, 16, 1, 32),
+        "bf16",
+        "while another thread",
     ),
     "sums that are not cleared": (
         "c[i][j / 4][j % 4] = 0;",

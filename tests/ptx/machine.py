@@ -16,7 +16,15 @@ import numpy as np
 
 from ptx import wgmma
 from ptx.instructions import step_of
-from ptx.memory import PROGRAM_SHIFT, WARP_BITS, Access, GlobalMemory, Memory, SharedMemory
+from ptx.memory import (
+    LANE_BITS,
+    PROGRAM_SHIFT,
+    THREAD_BITS,
+    Access,
+    GlobalMemory,
+    Memory,
+    SharedMemory,
+)
 from ptx.numbers import BANKS, POISON
 from ptx.parse import Instruction, Kernel, UnknownPTXError
 
@@ -197,17 +205,26 @@ class Batch:
             "shared": shared,
             "param": Parameters(launch.parameters),
         }
-        self.owner = program << PROGRAM_SHIFT | self.thread // WARP  # of a shadow word
+        # of a shadow word
+        self.owner = (
+            program << PROGRAM_SHIFT | self.thread // WARP << LANE_BITS | self.thread % WARP
+        )
         self.time, self.jumps_back = 0, 0
-        # shadow words of the lane's program from the last barrier on are not less
+        # shadow words of the lane's program from the last barrier on are not less, and of the
+        # lane's warp from the last bar.warp.sync on
         self.limit = np.zeros(self.size, np.int64)
+        self.warp_limit = np.zeros(self.size, np.int64)
         self.open_barrier(ALL)
         self.flights = wgmma.Flights(self)
 
     def open_barrier(self, lanes: Lanes) -> None:
+        self.sync_warps(lanes)
+        self.limit[lanes] = self.warp_limit[lanes]
+
+    def sync_warps(self, lanes: Lanes) -> None:
         self.time += 1
-        self.limit[lanes] = (
-            self.owner[lanes] >> PROGRAM_SHIFT << PROGRAM_SHIFT | self.time << WARP_BITS
+        self.warp_limit[lanes] = (
+            self.owner[lanes] >> PROGRAM_SHIFT << PROGRAM_SHIFT | self.time << THREAD_BITS
         )
 
     def access(self, instruction: Instruction, lanes: Lanes) -> Access:

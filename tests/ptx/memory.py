@@ -1,11 +1,12 @@
 """Global and shared memory of a launch, with shadows that tell who wrote and read each granule
 last, and when.
 
-A shadow word holds the program, the time (a number of the memory instruction) and the warp. Two
-accesses of a granule, of which one writes, are a race if they come from different programs, or from
-different warps of a program with no barrier between them. What a cp.async writes, or a wgmma reads,
-is in flight until its thread waits for it: its time lies in the future and its warp is none, so
-that any access before is a race.
+A shadow word holds the program, the time (a number of the memory instruction), the warp and the
+lane. Two accesses of a granule, of which one writes, are a race if they come from different
+programs, or from different threads of a program with no barrier between them; of a warp, a
+bar.warp.sync is enough. What a cp.async writes, or a wgmma reads, is in flight until its thread
+waits for it: its time lies in the future and its thread is none, so that any access before is a
+race.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
     from ptx.machine import Batch
     from ptx.parse import Instruction
 
-WARP_BITS, TIME_BITS = 6, 32
-NO_WARP = np.int64((1 << WARP_BITS) - 1)
-FUTURE = np.int64(((1 << TIME_BITS) - 1) << WARP_BITS)
-PROGRAM_SHIFT = WARP_BITS + TIME_BITS
-NO_PROGRAM = np.int64(((1 << 24) - 1) << PROGRAM_SHIFT)
-_WHO = ~FUTURE  # the bits of program and warp
+LANE_BITS, THREAD_BITS, TIME_BITS = 6, 12, 28
+NO_LANE = np.int64((1 << LANE_BITS) - 1)
+NO_THREAD = np.int64((1 << THREAD_BITS) - 1)  # neither warp nor lane
+FUTURE = np.int64(((1 << TIME_BITS) - 1) << THREAD_BITS)
+PROGRAM_SHIFT = THREAD_BITS + TIME_BITS
+NO_PROGRAM = np.int64(((1 << 23) - 1) << PROGRAM_SHIFT)
+_WHO = ~FUTURE  # the bits of program and thread
+_WARP = _WHO & ~NO_LANE
 GUARD = 4096  # bytes around each tensor that may not be touched
 BASE = 1 << 32  # the first address of global memory
 
@@ -42,11 +45,11 @@ class Access:
     @property
     def token(self) -> np.ndarray:  # [n]
         """The shadow words of this access."""
-        return self.batch.owner[self.lanes] | self.batch.time << WARP_BITS
+        return self.batch.owner[self.lanes] | self.batch.time << THREAD_BITS
 
     @property
     def in_flight(self) -> np.ndarray:  # [n]
-        return self.token | FUTURE | NO_WARP
+        return self.token | FUTURE | NO_THREAD
 
     def report(self, kind: str, bad: np.ndarray) -> None:
         """Reports a hazard of the lanes [n] or [n, ...] for which it is true."""
@@ -58,11 +61,12 @@ class Access:
 
 
 def _several(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns the shadow words of several readers with no barrier between them: of no warp, and
-    perhaps of no program.
+    """Returns the shadow words of several readers with no barrier between them: of no lane, and
+    perhaps of no warp and of no program.
     """
-    later = np.maximum(a, b) | NO_WARP
-    return np.where((a ^ b) >> PROGRAM_SHIFT != 0, later | NO_PROGRAM, later)
+    word, difference = np.maximum(a, b) | NO_LANE, a ^ b
+    word = np.where(difference & _WARP != 0, word | NO_THREAD, word)
+    return np.where(difference >> PROGRAM_SHIFT != 0, word | NO_PROGRAM, word)
 
 
 def _width(values: np.ndarray) -> int:
@@ -138,10 +142,10 @@ class Memory:
 
     def races(self, access: Access, others: np.ndarray) -> np.ndarray:
         """Returns where shadow words [n, granules] are of accesses that race with this one."""
-        difference = others ^ access.token[:, None]
-        unordered = (others >= access.batch.limit[access.lanes, None]) | (
-            difference >> PROGRAM_SHIFT != 0
-        )
+        batch, difference = access.batch, others ^ access.token[:, None]
+        limit = batch.limit[access.lanes, None]
+        limit = np.where(difference & _WARP == 0, batch.warp_limit[access.lanes, None], limit)
+        unordered = (others >= limit) | (difference >> PROGRAM_SHIFT != 0)
         return (others != 0) & (difference & _WHO != 0) & unordered
 
     def report_races(self, access: Access, others: np.ndarray, does: str, doing: str) -> np.ndarray:
@@ -149,7 +153,7 @@ class Memory:
             return np.zeros(others.shape, bool)
         races = self.races(access, others)
         access.report(
-            f"{self.name} memory is {does} while another warp or a copy {doing} it", races
+            f"{self.name} memory is {does} while another thread or a copy {doing} it", races
         )
         return races
 

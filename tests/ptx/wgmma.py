@@ -10,7 +10,7 @@ import numpy as np
 
 from ptx import numbers
 from ptx.instructions import expect, instruction, reader, vector, writer
-from ptx.memory import FUTURE, NO_WARP, WARP_BITS, Access
+from ptx.memory import FUTURE, LANE_BITS, NO_THREAD, THREAD_BITS, Access
 from ptx.parse import Immediate, Instruction, Kernel, Register, UnknownPTXError, Vector, registers
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Flights:
                 self.products.append(product)
                 continue
             readers = batch.memory["shared"].readers
-            now = readers[product.granules] & ~FUTURE | batch.time << WARP_BITS
+            now = readers[product.granules] & ~FUTURE | batch.time << THREAD_BITS
             in_flight = readers[product.granules] & FUTURE == FUTURE
             readers[product.granules] = np.where(in_flight, now, readers[product.granules])
         for product in self.products:
@@ -160,10 +160,11 @@ def _check_proxy(batch: Batch, access: Access, writers: np.ndarray) -> None:
     """Reports what was written before a barrier, but with no fence.proxy.async of the writer or the
     reader after it.
     """
-    time = (writers & FUTURE) >> WARP_BITS
+    time = (writers & FUTURE) >> THREAD_BITS
     warps = batch.launch.threads // 32
     program = batch.program_of[access.lanes][:, None]
-    of_writer = batch.flights.fenced[program * warps + np.minimum(writers & NO_WARP, warps - 1)]
+    warp = np.minimum((writers & NO_THREAD) >> LANE_BITS, warps - 1)
+    of_writer = batch.flights.fenced[program * warps + warp]
     of_reader = batch.flights.fenced[access.lanes // 32][:, None]
     unfenced = np.maximum(of_writer, of_reader) <= time
     access.report(
