@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import warnings
 from collections.abc import Callable
 
@@ -22,14 +23,21 @@ _PLUGINS: dict[bytes, Callable[[io.BytesIO], Image.Image]] = {
     b"\x89PNG\r\n\x1a\n": PngImagePlugin.PngImageFile,
     b"RIFF": WebPImagePlugin.WebPImageFile,
 }
+LONGEST_SIDE = 65_535  # a JPEG's; resizing a longer side takes memory without limit
+MOST_SCANS = 100  # libtiff's limit; each scan of a JPEG goes over all pixels, and may be 10 bytes
+_SCAN = b"\xff\xda"
+_END = b"\xff\xd9"
+# of the markers in a scan's data, those that do not belong to it
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
 
 
 def open_image(encoded: bytes) -> Image.Image:
     """Reads the header of an image file (JPEG, PNG or WebP); its pixels are not decoded yet.
 
     encoded: the file's bytes. Returns a Pillow image that keeps them. Raises BrokenSample: "not an
-    image" for any other content, or "image too large" for more pixels than
-    `PIL.Image.MAX_IMAGE_PIXELS`.
+    image" for any other content; "image too large" for more pixels than
+    `PIL.Image.MAX_IMAGE_PIXELS` or a side above LONGEST_SIDE; "too many scans" for a JPEG of more
+    than MOST_SCANS.
     """
     # Image.open would try other formats, and warn of many pixels
     plugin = next((plugin for magic, plugin in _PLUGINS.items() if encoded.startswith(magic)), None)
@@ -39,8 +47,34 @@ def open_image(encoded: bytes) -> Image.Image:
         image = plugin(io.BytesIO(encoded))
     except Exception as error:  # decoders raise many types for damaged bytes
         raise BrokenSample("not an image", error) from None
+    if max(image.size) > LONGEST_SIDE:
+        detail = f"{image.width} x {image.height} pixels, more than {LONGEST_SIDE} on a side"
+        raise BrokenSample("image too large", detail)
     check_pixels(image.height, image.width)
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+        _check_scans(image, encoded)
     return image
+
+
+def _check_scans(image: JpegImagePlugin.JpegImageFile, encoded: bytes) -> None:
+    """Raises BrokenSample("too many scans") for a JPEG of more than MOST_SCANS.
+
+    image: as opened, its file at the end of the first scan's header.
+    """
+    place = image.fp.tell()
+    # this header ends with the number of its components, two bytes for each, and three more
+    components = encoded[place - 4 - 2 * image.layers]
+    if components == image.layers and not image.info.get("progressive"):
+        return  # decoders read no scan after one of all components
+    scans = 1
+    while scans <= MOST_SCANS:
+        marker = _MARKER.search(encoded, place)
+        if marker is None or marker[0] == _END:
+            return
+        scans += marker[0] == _SCAN
+        length = encoded[marker.end() : marker.end() + 2]
+        place = marker.end() + int.from_bytes(length, "big")
+    raise BrokenSample("too many scans", f"a JPEG of more than {MOST_SCANS}")
 
 
 def check_pixels(height: int, width: int) -> None:

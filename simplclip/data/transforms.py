@@ -301,10 +301,14 @@ def stack_pixels(images: Sequence[Tensor]) -> Tensor:
 def _crop_of(view: View, size: Sequence[int]) -> tuple[int, int, int, int]:
     """Returns (top, left, bottom, right) of a view's crop in pixels, at least one pixel.
 
-    size: height and width that the image now has; the view has those it was drawn for.
+    size: height and width that the image now has; the view has those it was drawn for. Raises
+    InputError for a crop that is not inside these: what is outside would be filled up.
     """
     top, left, height, width = view["crop"]
-    y, x = size[0] / view["image"][0], size[1] / view["image"][1]
+    whole_height, whole_width = view["image"]
+    if min(top, left) < 0 or top + height > whole_height or left + width > whole_width:
+        raise InputError(f"view: expected a crop inside the image, got {view}")
+    y, x = size[0] / whole_height, size[1] / whole_width
     first_row, first_column = int(top * y + 0.5), int(left * x + 0.5)
     end_row, end_column = int((top + height) * y + 0.5), int((left + width) * x + 0.5)
     return first_row, first_column, max(end_row, first_row + 1), max(end_column, first_column + 1)

@@ -163,7 +163,16 @@ AUGMENTED = ImageTransform(PreprocessCfg(size=8), AugmentationCfg())
 
 
 @pytest.mark.parametrize(
-    "view", [5, {"crop": "x"}, {"image": [1, 2], "crop": [5]}, {"affine": []}, {"colour": [9] * 9}]
+    "view",
+    [
+        5,
+        {"crop": "x"},
+        {"image": [1, 2], "crop": [5]},
+        {"image": [12, 12], "crop": [0, 0, 400, 12]},
+        {"image": [12, 12], "crop": [0, -1, 12, 12]},
+        {"affine": []},
+        {"colour": [9] * 9},
+    ],
 )
 def test_a_view_that_cannot_be_replayed_breaks_its_sample(tmp_path, view):
     features = npy(features_of(1, 3))
