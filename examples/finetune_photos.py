@@ -3,10 +3,10 @@
     python examples/finetune_photos.py photos --model ViT-B-32 --pretrained laion2b_s34b_b79k \
         --out finetuned.pt
 
-photos/ has KEY.jpg, .png or .webp and the caption in KEY.txt. Every tenth picture is held out: R@1
-among them is printed before, after each epoch, and for the saved weights, the mean of before and
-after, which keep more of the model's general knowledge (WiSE-FT, arXiv 2109.01903). Search with the
-result:
+photos/ has KEY.jpg, .png or another image and the caption in KEY.txt. Every tenth picture is held
+out: R@1 among them is printed before, after each epoch, and for the saved weights, the mean of
+before and after, which keep more of the model's general knowledge (WiSE-FT, arXiv 2109.01903).
+Search with the result:
 
     python examples/search_photos.py photos --model open_clip:ViT-B-32/finetuned.pt \
         --find "a red car"
@@ -23,9 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from simplclip import crop_texts
+from simplclip.data.decode_images import IMAGE_SUFFIXES
 from simplclip.losses import ClipLoss
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
 class Photos(Dataset):
@@ -73,7 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--out", required=True, help="file of the weights")
     options = parser.parse_args(arguments)
-    files = sorted(file for file in options.folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    paths = options.folder.rglob("*")
+    files = sorted(file for file in paths if file.suffix[1:].lower() in IMAGE_SUFFIXES)
     if len(files) < 2:
         parser.error(f"folder: expected at least two pictures, got {len(files)}")
     for file in files:

@@ -21,8 +21,8 @@ import simplclip
 from simplclip.common.errors import visible
 from simplclip.common.files import replacing
 from simplclip.common.plotting import MARGIN, MUTED, WIDTH, Font, Sheet
+from simplclip.data.decode_images import IMAGE_SUFFIXES
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 WORKERS = min(4, os.cpu_count() or 1)  # processes that decode photos
 HITS = 8  # of each query
 
@@ -50,6 +50,11 @@ class Photos(torch.utils.data.Dataset):
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             print(visible(f"skipped {path}: {error}"))
             return path, None
+
+
+def is_image(path: Path) -> bool:
+    """Whether a path has the suffix of an image; nothing is looked up."""
+    return path.suffix[1:].lower() in IMAGE_SUFFIXES
 
 
 def version_of(path: str | Path) -> tuple[int, int]:
@@ -81,7 +86,7 @@ def features_of(folder: Path, encoder: Any) -> tuple[list[str], torch.Tensor]:
     """
     file = folder.parent / f"{folder.name}.npz"
     model = encoder.fingerprint()
-    paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = sorted(str(path) for path in folder.rglob("*") if is_image(path))
     versions = {path: version_of(path) for path in paths}
     features = stored_features(file, model, versions)
     photos = Photos([path for path in paths if path not in features], encoder.preprocess)

@@ -1,6 +1,7 @@
-"""Image files (JPEG, PNG, WebP): their headers, and their pixels by Pillow, without torch.
+"""Image files: their headers, and their pixels by Pillow, without torch.
 
-As in open_clip, only the first frame of an animation is used, and EXIF's orientation is ignored.
+As in open_clip, only the first frame of an animation is used, and EXIF's orientation is ignored,
+except that Pillow turns a TIFF by its own.
 open_clip resizes an image in its own mode and then converts it to RGB; so a mode other than RGB and
 grey is kept until then (transforms.py).
 """
@@ -13,16 +14,41 @@ import re
 import warnings
 from collections.abc import Callable
 
-from PIL import ExifTags, Image, ImageStat, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import (
+    BmpImagePlugin,
+    ExifTags,
+    GifImagePlugin,
+    Image,
+    ImageStat,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 from simplclip.data.errors import BrokenSample
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+RAW_SUFFIXES = ("dng", "cr2", "cr3", "nef", "arw", "raf", "orf", "rw2")  # of cameras
+OTHER_IMAGE_SUFFIXES = ("heic", "heif", "jxl", "jp2", "psd", "svg", *RAW_SUFFIXES)  # not read
+CONVERT = "ImageMagick converts it, e.g. mogrify -format jpg *.heic"
 _PLUGINS: dict[bytes, Callable[[io.BytesIO], Image.Image]] = {
     b"\xff\xd8\xff": JpegImagePlugin.JpegImageFile,
     b"\x89PNG\r\n\x1a\n": PngImagePlugin.PngImageFile,
     b"RIFF": WebPImagePlugin.WebPImageFile,
+    b"GIF8": GifImagePlugin.GifImageFile,
+    b"BM": BmpImagePlugin.BmpImageFile,
+    b"II*\0": TiffImagePlugin.TiffImageFile,
+    b"MM\0*": TiffImagePlugin.TiffImageFile,
 }
+# modes that become another one; Pillow converts La and RGBa to no RGB
+_DECODED_MODES = {"L": "RGB", "La": "LA", "RGBa": "RGBA"}
+_CONTAINER = b"ftyp"  # of AVIF and HEIC, after four bytes; the brand follows
+_AVIF_BRANDS = (b"avif", b"avis", b"mif1", b"msf1")
+with contextlib.suppress(ImportError):  # before Pillow 11.2
+    from PIL import AvifImagePlugin
+
+    _PLUGINS |= dict.fromkeys(_AVIF_BRANDS, AvifImagePlugin.AvifImageFile)
 LONGEST_SIDE = 65_535  # a JPEG's; resizing a longer side takes memory without limit
 MOST_SCANS = 100  # libtiff's limit; each scan of a JPEG goes over all pixels, and may be 10 bytes
 _SCAN = b"\xff\xda"
@@ -32,7 +58,7 @@ _MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
 
 
 def open_image(encoded: bytes) -> Image.Image:
-    """Reads the header of an image file (JPEG, PNG or WebP); its pixels are not decoded yet.
+    """Reads the header of an image file of IMAGE_SUFFIXES; its pixels are not decoded yet.
 
     encoded: the file's bytes. Returns a Pillow image that keeps them. Raises BrokenSample: "not an
     image" for any other content; "image too large" for more pixels than
@@ -40,9 +66,14 @@ def open_image(encoded: bytes) -> Image.Image:
     than MOST_SCANS.
     """
     # Image.open would try other formats, and warn of many pixels
-    plugin = next((plugin for magic, plugin in _PLUGINS.items() if encoded.startswith(magic)), None)
+    in_container = encoded[4:8] == _CONTAINER
+    start = encoded[8:12] if in_container else encoded[:8]
+    plugin = next((plugin for magic, plugin in _PLUGINS.items() if start.startswith(magic)), None)
     if plugin is None:
-        raise BrokenSample("not an image", f"{len(encoded)} bytes that are not jpg, png or webp")
+        detail = f"{len(encoded)} bytes of none of the formats {', '.join(IMAGE_SUFFIXES)}"
+        if in_container:
+            detail = f"perhaps HEIC, not read; {CONVERT}"
+        raise BrokenSample("not an image", detail)
     try:
         image = plugin(io.BytesIO(encoded))
     except Exception as error:  # decoders raise many types for damaged bytes
@@ -53,7 +84,18 @@ def open_image(encoded: bytes) -> Image.Image:
     check_pixels(image.height, image.width)
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         _check_scans(image, encoded)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        _check_tile(image)
     return image
+
+
+def _check_tile(image: TiffImagePlugin.TiffImageFile) -> None:
+    """Raises BrokenSample for a TIFF whose tiles are too large; they may exceed the image."""
+    height = image.tag_v2.get(ExifTags.Base.TileLength, 1)
+    width = image.tag_v2.get(ExifTags.Base.TileWidth, 1)
+    if not isinstance(height, int) or not isinstance(width, int):
+        raise BrokenSample("not an image", f"tiles of {height} x {width}")
+    check_pixels(height, width)
 
 
 def _check_scans(image: JpegImagePlugin.JpegImageFile, encoded: bytes) -> None:
@@ -90,14 +132,15 @@ def check_pixels(height: int, width: int) -> None:
 def decode_pil(encoded: bytes | Image.Image) -> Image.Image:
     """Returns the decoded image of a file's bytes, or of what `open_image` returned of them.
 
-    Grey becomes RGB; other modes, e.g. RGBA or P, stay. An opened image is decoded in place, and
-    returned itself unless it is grey. Raises BrokenSample: "truncated image" for damaged pixels,
-    and those of `open_image`.
+    Grey becomes RGB, and premultiplied alpha is divided out; other modes, e.g. RGBA or P, stay. An
+    opened image is decoded in place, and returned itself unless its mode changes. Raises
+    BrokenSample: "truncated image" for damaged pixels, and those of `open_image`.
     """
     image = open_image(encoded) if isinstance(encoded, bytes) else encoded
     try:
         image.load()
-        return image.convert("RGB") if image.mode == "L" else image
+        mode = _DECODED_MODES.get(image.mode)
+        return image if mode is None else image.convert(mode)
     except Exception as error:
         raise BrokenSample("truncated image", error) from None
 
@@ -123,10 +166,11 @@ def remarks_on(image: Image.Image, size: int) -> list[str]:
     if _is_turned(image):
         remarks.append("turned by EXIF, which the model does not heed")
     any_alpha = image.mode in ("LA", "RGBA") or "transparency" in image.info
-    sixteen_bits = image.mode.startswith("I")  # of grey, which become white
-    # an image of one colour takes fewer bytes
-    many_bytes = size > 4096 + image.width * image.height / 20
-    if many_bytes and not any_alpha and not sixteen_bits:
+    deep = image.mode.startswith(("I", "F"))  # grey, which becomes white or black
+    # compressed, an image of one colour takes fewer bytes
+    compressed = image.format not in ("BMP", "TIFF")
+    many_bytes = compressed and size > 4096 + image.width * image.height / 20
+    if many_bytes and not any_alpha and not deep:
         return remarks
     with contextlib.suppress(Exception):  # the type depends on the damage
         image.thumbnail((256, 256))

@@ -50,7 +50,6 @@ from simplclip.data.write_tars import TarFolder, add, entry_of, new_tar, skipped
 
 FORMAT = "simplclip-shards-2"
 SAMPLES = 1024  # rows of a shard
-SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # of Pillow's formats
 OPTION_NAMES = tuple(Options.__dataclass_fields__)
 
 
@@ -345,7 +344,7 @@ def files_of(row: Row, remarks: Skipped | None = None) -> dict[str, bytes]:
     captions = captions_of(texts, record if row.texts else {"captions": row.captions})
     image = _read(row.image, MAX_BYTES)
     opened = open_image(image)
-    suffix = SUFFIX[opened.format]
+    suffix = str(opened.format).lower().replace("jpeg", "jpg")
     if remarks is not None:
         for remark in remarks_on(opened, len(image)):
             remarks.add(remark, row.image)

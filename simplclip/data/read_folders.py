@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from simplclip.common.errors import InputError
-from simplclip.data.decode_images import IMAGE_SUFFIXES
+from simplclip.data.decode_images import CONVERT, IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES
 from simplclip.data.errors import BrokenSample
 from simplclip.data.rows import Row, RowSource
 from simplclip.data.samples import TEXT_BYTES, clean, file_bytes
@@ -20,7 +20,8 @@ def open_folder(path: str) -> RowSource:
     """Returns the rows of a folder: its images and those of its subfolders, in order of names.
 
     A row has the texts (.txt, .json) beside its image. If no image has one, the folders in `path`
-    are classes: the label of an image, and its caption. The names of all files are read now, and
+    are classes: the label of an image, and its caption. An image of a format that is not read is a
+    row with `problem`, unless it was converted beside. The names of all files are read now, and
     again with the rows. Raises InputError if there is no image or a folder cannot be read.
     """
     path = path.rstrip(os.sep) or path
@@ -44,7 +45,10 @@ def open_folder(path: str) -> RowSource:
             file = os.path.join(path, image)
             text_files = {suffix: os.path.join(path, text) for suffix, text in texts.items()}
             folder = image.partition(os.sep)[0]
-            if any_text or folder == image:
+            other = _suffix(image)
+            if other in OTHER_IMAGE_SUFFIXES:
+                yield Row(name, problem=(f"{other} image", f"not read; {CONVERT}"))
+            elif any_text or folder == image:
                 yield Row(name, file, texts=text_files)
             else:
                 label = label_of_folder(folder)
@@ -86,6 +90,10 @@ def _refuse(error: OSError) -> None:
     ) from error
 
 
+def _suffix(file: str) -> str:
+    return os.path.splitext(file)[1][1:].lower()
+
+
 def _images(path: str) -> Iterator[tuple[str, dict[str, str]]]:
     """Yields (image, {"txt" or "json": text beside it}) in order of names, relative to `path`.
 
@@ -100,10 +108,10 @@ def _images(path: str) -> Iterator[tuple[str, dict[str, str]]]:
                 subfolders.clear()
         samples: defaultdict[str, dict[str, str]] = defaultdict(dict)  # of each key: file -> suffix
         for file in sorted(files):
-            key, suffix = os.path.splitext(file)
-            samples[key][os.path.join(inside, file)] = suffix[1:].lower()
+            samples[os.path.splitext(file)[0]][os.path.join(inside, file)] = _suffix(file)
         for _, sample in sorted(samples.items()):
             texts = {suffix: file for file, suffix in sample.items() if suffix in ("txt", "json")}
-            for file, suffix in sample.items():
-                if suffix in IMAGE_SUFFIXES:
-                    yield file, texts
+            images = [file for file, suffix in sample.items() if suffix in IMAGE_SUFFIXES]
+            others = [file for file, suffix in sample.items() if suffix in OTHER_IMAGE_SUFFIXES]
+            for file in images or others:
+                yield file, texts

@@ -6,12 +6,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, features
 
 from simplclip.data.decode_images import decode_pil, open_image
 from simplclip.data.errors import BrokenSample
 from simplclip.data.transforms import decode_image, to_tensor
-from support.data.photos import encode, jpeg_of_scans, photo, png_that_claims
+from support.data.photos import encode, jpeg_of_scans, photo, png_that_claims, with_tag
 
 
 def by_pillow(encoded):
@@ -51,7 +51,22 @@ PLAIN = {
     "animated png": encode(RGB, "PNG", save_all=True, append_images=[photo(1)]),
     "animated webp": encode(RGB, "WEBP", save_all=True, append_images=[photo(1)], lossless=True),
     "jpg that viewers turn": encode(RGB, exif=TURNED),
+    "gif": encode(RGB, "GIF"),
+    "animated gif": encode(RGB, "GIF", save_all=True, append_images=[photo(1)]),
+    "gif with a transparent colour": encode(RGB.quantize(16), "GIF", transparency=1),
+    "bmp": encode(RGB, "BMP"),
+    "bmp with a palette": encode(RGB.quantize(16), "BMP"),
+    "tif": encode(RGB, "TIFF"),
+    "compressed tif": encode(RGB, "TIFF", compression="tiff_lzw"),
+    "tif of a jpg": encode(RGB, "TIFF", compression="jpeg"),
+    "tif with pages": encode(RGB, "TIFF", save_all=True, append_images=[photo(1)]),
+    "tif with alpha": encode(CLEAR, "TIFF"),
+    "CMYK tif": encode(RGB.convert("CMYK"), "TIFF"),
+    "deep grey tif": encode(RGB.convert("L").convert("I;16"), "TIFF"),
+    "tif of floats": encode(RGB.convert("F"), "TIFF"),
 }
+if "avif" in features.modules and features.check("avif"):  # since Pillow 11.2
+    PLAIN |= {"avif": encode(RGB, "AVIF"), "avif with alpha": encode(CLEAR, "AVIF")}
 
 
 @pytest.mark.parametrize("kind", PLAIN)
@@ -122,10 +137,42 @@ def test_reasons():
             jpg[:40],
             png[:20],
             webp[:16],
-            encode(RGB, "BMP"),
-            encode(RGB, "GIF"),
+            encode(RGB, "PPM"),
+            HEIC,
         ):
             assert reason(call, file) == "not an image"
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+
+def test_heic_is_told_how_to_convert_it():
+    with pytest.raises(BrokenSample, match="HEIC, not read; ImageMagick converts it"):
+        open_image(HEIC)
+
+
+def test_a_tif_is_turned_by_pillow():
+    file = encode(RGB, "TIFF", exif=TURNED)
+    assert open_image(file).size == decode_pil(file).size == (240, 320)
+    assert torch.equal(to_tensor(decode_image(file)), by_pillow(file))
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_premultiplied_alpha_is_divided_out(mode):
+    """open_clip raises for La, which has no way to RGB."""
+    file = encode(CLEAR.convert(mode), "TIFF")
+    premultiplied = with_tag(file, ExifTags.Base.ExtraSamples, ExifTags.Base.ExtraSamples, 1)
+    assert decode_pil(premultiplied).mode == mode
+    assert to_tensor(decode_image(premultiplied)).shape == (3, 240, 320)
+
+
+def test_tiles_larger_than_the_image_have_its_limit():
+    """libtiff decodes whole tiles."""
+    tags = ExifTags.Base
+    file = with_tag(encode(RGB, "TIFF"), tags.RowsPerStrip, tags.TileWidth, 40_000)
+    assert open_image(file).size == (320, 240)
+    large = with_tag(file, tags.PlanarConfiguration, tags.TileLength, 40_000)
+    assert reason(open_image, large) == "image too large"
 
 
 @pytest.mark.parametrize("kind", ["jpg", "CMYK jpg", "png", "webp"])

@@ -192,6 +192,7 @@ def test_pictures_of_one_colour_and_with_transparency_are_seen(size):
             else []
         )
         files += [encode(plain.convert("CMYK")), encode(plain, "WEBP", lossless=True)]
+        files += [encode(plain, form) for form in ("GIF", "BMP", "TIFF")]
         assert [remarks(file) for file in files] == [["of"]] * len(files)
     # A drawing in black whose shape is in its alpha alone, on the white that is hidden behind it.
     alpha = Image.new("L", size)
@@ -208,6 +209,8 @@ def test_other_pictures_are_not_and_most_photos_are_not_decoded(monkeypatch):
     for mode in ("1", "L", "P", "RGB"):
         assert remarks(encode(image.convert(mode), "PNG")) == []
     assert remarks(sixteen_bits(image)) == ["of"]  # white
+    floats = image.convert("F").point(lambda level: level / 256)
+    assert remarks(encode(floats, "TIFF")) == ["of"]  # black
     assert remarks(encode(with_alpha(image), "PNG")) == ["with"]
     assert remarks(MODES["P with transparency"](image)) == ["with"]
     assert remarks(MODES["RGB with a transparent colour"](image)) == ["with"]

@@ -7,12 +7,16 @@ from collections import deque
 from pathlib import Path
 
 import pytest
+from open_clip.transform import PreprocessCfg
 
+from simplclip import data
 from simplclip.common.errors import InputError
 from simplclip.data import pack, read_tables
+from simplclip.data.errors import Skipped
 from simplclip.data.read_tables import Options
-from support.data.packs import packed, samples
-from support.data.pairs import digests, meta, png, table
+from simplclip.data.transforms import ImageTransform
+from support.data.packs import packed, samples, skipped_of
+from support.data.pairs import digests, loader, meta, png, table
 
 ROWS = [("img/a.png", "one"), ("img/a.png", "two"), ("img/sub/b.png", "three")]
 
@@ -213,6 +217,39 @@ def test_no_large_table_is_held(tmp_path, kind):
     tracemalloc.stop()
     assert last.captions == [f"a photo of {count - 1}"]
     assert peak < 2_500_000  # all rows would take 8 MB
+
+
+@pytest.mark.parametrize("captioned", [True, False])
+def test_images_of_other_formats_are_read_or_counted(tmp_path, captioned):
+    """Those that are not read are counted by suffix, unless they were converted beside."""
+    folder = tmp_path / "photos" / "red"
+    folder.mkdir(parents=True)
+    forms = {"a.gif": "GIF", "b.TIFF": "TIFF", "c.tif": "TIFF", "d.bmp": "BMP", "e.jpg": "JPEG"}
+    for name, form in forms.items():
+        (folder / name).write_bytes(png(form=form))
+    for name in ("e.heic", "f.HEIC", "g.heic", "h.jxl", "i.mov"):
+        (folder / name).write_bytes(b"")
+    if captioned:
+        for key in "abcdefghi":
+            (folder / f"{key}.txt").write_text("red")
+    found, skipped = packed(tmp_path / "photos", out := tmp_path / "out")
+    assert found == [(f"red/{key}", ["red"]) for key in "abcde"]
+    assert skipped == {"heic image": 2, "jxl image": 1}
+    assert "photos/red/f: not read; ImageMagick converts it, e.g. mogrify" in str(skipped_of(out))
+    transform = ImageTransform(PreprocessCfg(size=8))
+    for source in (str(out / "*.tar"), str(tmp_path / "photos")):
+        held_out = data.held_out(source)
+        ((images, _, _),) = held_out.batches(transform, 9, left_out := Skipped())
+        assert len(images) == 5
+    assert left_out.counts == skipped
+    batch = next(iter(loader(str(out / "*.tar"), batch_size=5, transform=transform)))
+    assert len({*batch["key"]}) == 5
+
+
+def test_a_folder_of_heic_alone_is_told_how_to_convert_it(tmp_path):
+    (tmp_path / "a.heic").write_bytes(b"")
+    with pytest.raises(InputError, match=r"1 skipped: 1 heic image .*ImageMagick converts it"):
+        packed(tmp_path, tmp_path / "out")
 
 
 def test_images_of_one_name_are_different_samples(tmp_path):

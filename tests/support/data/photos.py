@@ -2,6 +2,7 @@
 
 import io
 import re
+import struct
 import zlib
 from typing import Any
 
@@ -42,6 +43,13 @@ def png_that_claims(side: int) -> bytes:
     small[16:24] = side.to_bytes(4, "big") * 2
     small[29:33] = zlib.crc32(bytes(small[12:29])).to_bytes(4, "big")
     return bytes(small)
+
+
+def with_tag(tiff: bytes, former: int, tag: int, value: int) -> bytes:
+    """Returns a TIFF in which the entry of a former tag is that of a tag with one number."""
+    entry = re.escape(struct.pack("<H", former)) + rb"[\x03\x04]\x00\x01\x00\x00\x00...."
+    new_entry = struct.pack("<HHII", tag, 4, 1, value)
+    return re.sub(entry, lambda found: new_entry, tiff, flags=re.DOTALL)
 
 
 def jpeg_of_scans(kind: str, count: int, comment: bytes = b"x") -> bytes:
