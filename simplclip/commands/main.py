@@ -18,12 +18,12 @@ from simplclip.commands.caption import caption
 from simplclip.commands.doctor import doctor
 from simplclip.commands.evaluate import evaluate
 from simplclip.commands.export import export
-from simplclip.commands.options import fail
+from simplclip.commands.options import fail, unknown_option
 from simplclip.commands.plan import plan
 from simplclip.commands.selftest import selftest
 from simplclip.commands.teacher import teacher
 from simplclip.commands.train import train
-from simplclip.common.errors import UserError
+from simplclip.common.errors import InputError, UserError
 
 # On few cores, spinning OpenMP threads of two processes slow both processes down several times.
 # OpenMP reads the variable when torch is loaded, which a command does when it runs.
@@ -55,7 +55,7 @@ class Commands(TyperGroup):
         SIMPLCLIP_DEBUG a UserError or OSError keeps its traceback, as other errors do.
         """
         try:
-            return super().invoke(ctx)
+            return self._invoke(ctx)
         except KeyboardInterrupt:
             fail("interrupted", 130)
         except ModuleNotFoundError as error:
@@ -73,6 +73,16 @@ class Commands(TyperGroup):
             if os.environ.get("SIMPLCLIP_DEBUG"):
                 raise
             fail(str(error), 2)
+
+    def _invoke(self, ctx):
+        """Runs a command; raises InputError for an option that it does not have."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            # click's class, of which newer versions of typer have their own
+            if type(error).__name__ != "NoSuchOption":
+                raise
+            raise InputError(unknown_option(error.option_name, error.ctx)) from None
 
 
 app = typer.Typer(

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from simplclip.common.errors import InputError, visible
+from simplclip.common.nearest import nearest
 
 Pairs = Annotated[
     list[str],
@@ -61,6 +62,28 @@ def fail(message: str, code: int) -> None:
         message = f"rank {rank}: {message}"
     typer.echo(f"simplclip: {visible(message, keep=chr(10))}", err=True)
     raise typer.Exit(code)
+
+
+def unknown_option(name: str, context: Any) -> str:
+    """Returns the message about an option that a command does not have, with the nearest one.
+
+    context: typer's, of the command. If the command takes --set, keys of the config count too.
+    """
+    meanings = {}
+    for parameter in context.command.params:
+        for option in parameter.opts:
+            if option.startswith("--"):
+                meanings[option] = parameter.help or ""
+    if "--set" in meanings:
+        from simplclip.train import config
+
+        meanings |= {"--set": ""} | config.meanings()
+    near = nearest(name, meanings)
+    if near is None:
+        return f"{name}: unknown option; {context.command_path} --help lists all"
+    if not near.startswith("--"):
+        near = f"--set {near}=VALUE"
+    return f"{name}: unknown option; did you mean {near}?"
 
 
 def check_data(source: Any, name: str) -> None:

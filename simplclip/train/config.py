@@ -15,6 +15,7 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from simplclip.common.errors import InputError
+from simplclip.common.nearest import nearest
 from simplclip.train.sections import (
     DEVICES,
     DataConfig,
@@ -244,7 +245,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = dict.fromkeys(_line(detail) for detail in error.errors())
+        lines = dict.fromkeys(line for detail in error.errors() for line in _lines(detail))
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -306,8 +307,8 @@ WORDS = {  # of pydantic -> of our errors
 }
 
 
-def _line(error: Any) -> str:
-    """Returns an error as one line, "section.key: expected ..., got ...".
+def _lines(error: Any) -> list[str]:
+    """Returns an error as lines "section.key: expected ..., got ...", several for a section.
 
     error: an item of ValidationError.errors() of pydantic.
     """
@@ -315,24 +316,45 @@ def _line(error: Any) -> str:
     parts = [str(part) for part in error["loc"] if part not in ("plain", "section", "[key]", "str")]
     key = ".".join(part for part in parts if not part.startswith(("dict[", "list[")))
     if error["type"] == "value_error":  # raised by a validator of a section
-        return f"{key}: {error['ctx']['error']}".removeprefix(": ")
+        return [f"{key}: {error['ctx']['error']}".removeprefix(": ")]
     if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_suggestion(key)}"
+        unknown = [key]
+        if "." not in key and isinstance(error["input"], dict):
+            unknown = [f"{key}.{name}" for name in error["input"]] or unknown
+        return [f"{name}: unknown key{_suggestion(name)}" for name in unknown]
     if error["type"] == "missing":
-        if key in keys():
-            return f"{key}: missing; expected {keys()[key].description}"
-        return f"{key}: missing"
+        section = Config.model_fields.get(key)
+        if section is None:
+            description = f"; expected {keys()[key].description}" if key in keys() else ""
+            return [f"{key}: missing{description}"]
+        fields = section.annotation.model_fields  # type: ignore[union-attr]
+        return [
+            f"{key}.{name}: missing; expected {field.description}"
+            for name, field in fields.items()
+            if field.is_required()
+        ]
     expected = error["msg"]
     for words, replacement in WORDS.items():
         expected = expected.replace(words, replacement)
-    return f"{key}: {expected}, got {shown(error['input'])}"
+    return [f"{key}: {expected}, got {shown(error['input'])}"]
+
+
+def meanings() -> dict[str, str]:
+    """Returns every dotted key, without sections, with its line of `describe`; "" for options."""
+    lines = {}
+    for key, field in keys().items():
+        _, dot, name = key.partition(".")
+        if dot:
+            lines[key] = _described(name, field)
+            inner = getattr(field.annotation, "__annotations__", ())
+            lines |= dict.fromkeys((f"{key}.{option}" for option in inner), "")
+    return lines
 
 
 def _suggestion(key: str) -> str:
-    """Returns the end of an error about an unknown key: the nearest key, if one is near."""
-    near = difflib.get_close_matches(key, keys(), 1, 0.8)
-    if not near:
-        by_name = {name.rpartition(".")[2]: name for name in keys()}
-        names = difflib.get_close_matches(key.rpartition(".")[2], by_name, 1)
-        near = [by_name[name] for name in names]
-    return f"; did you mean {near[0]}?" if near else ""
+    """Returns the end of an error about an unknown key: the nearest key, or what lists all."""
+    known = meanings()
+    if key.count(".") > 1:  # within a value, where other words are meant
+        known = dict.fromkeys(known, "")
+    near = nearest(key, known)
+    return f"; did you mean {near}?" if near else "; simplclip train --help-config lists all"

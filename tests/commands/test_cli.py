@@ -123,6 +123,12 @@ def test_help_config_prints_every_key():
         ("train config.yml", "got 'config.yml'; did you mean config.yaml?"),
         ("train siclip-so", "got 'siclip-so'; did you mean siclip-s0?"),
         ("train config.yaml --set optim.lrr=1", "optim.lrr: unknown key; did you mean optim.lr?"),
+        ("train config.yaml --lr 1", "--lr: unknown option; did you mean --set optim.lr=VALUE?"),
+        ("train config.yaml --batch-size=8", "did you mean --set data.batch_size=VALUE?"),
+        ("plan config.yaml --paris 3", "--paris: unknown option; did you mean --pairs?"),
+        ("evaluate x.pt --num-workers 3", "did you mean --workers?"),
+        ("data pack x --ot y", "--ot: unknown option; did you mean --out?"),
+        ("evaluate x.pt --lr 3", "--lr: unknown option; root evaluate --help lists all"),
         ("train config.yaml --set data.train=no-*.tar", "matches none"),
         (
             "train config.yaml --set data.train=[]",

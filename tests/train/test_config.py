@@ -66,16 +66,14 @@ def test_set_parses_values_as_yaml(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.learning_rate=1", "optim.learning_rate: unknown key"),
         ("lr=1", "lr: unknown key; did you mean optim.lr?"),
-        ("run.batch_size=8", "run.batch_size: unknown key; did you mean data.batch_size?"),
-        ("optimm.lr=8", "optimm: unknown key; did you mean optim?"),
+        ("trainer={epochs: 2}", "trainer.epochs: unknown key; did you mean run.epochs?"),
+        ("xyz={}", "xyz: unknown key; simplclip train --help-config lists all"),
         ("optim.lr=fast", "optim.lr: expected a valid number, got 'fast' (str)"),
         (
             "run.precision=fp8",
             "run.precision: expected 'fp32', 'bf16', 'fp16' or 'auto', got 'fp8' (str)",
         ),
-        ("data.options.workers=3", "data.options.workers: unknown key; did you mean data.workers?"),
         (
             "data.options.shuffle_buffer=0",
             "data.options.shuffle_buffer: expected greater than or equal to 1, got 0 (int)",
@@ -138,11 +136,41 @@ def test_wrong_value_names_key_expected_and_got(tmp_path, override, message):
     assert error_of(tmp_path, MINIMAL, [override]).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("optimm.lr", "optim.lr"),
+        ("optim.learning_rate", "optim.lr"),
+        ("train.learning-rate", "optim.lr"),
+        ("optim.wd", "optim.weight_decay"),
+        ("optim.gradient_clipping", "optim.grad_clip"),
+        ("optim.betas", "optim.options"),
+        ("run.batch_size", "data.batch_size"),
+        ("run.num_workers", "data.workers"),
+        ("run.output_dir", "run.out"),
+        ("run.fp16", "run.precision"),
+        ("loss.siglip", "loss.base"),
+        ("data.image_size", "model.image_size"),
+        ("data.shuffle_buffer", "data.options.shuffle_buffer"),
+        ("data.options.workers", "data.workers"),
+        ("loss.pm_weight.from", None),
+        ("run.wandb", None),
+    ],
+)
+def test_an_unknown_key_is_answered_by_the_nearest(tmp_path, key, near):
+    """By spelling, by the words of its meaning or by initials, in whatever section it is."""
+    message = error_of(tmp_path, MINIMAL, [f"{key}=1"])
+    advice = f"did you mean {near}?" if near else "simplclip train --help-config lists all"
+    assert f"{key}: unknown key; {advice}" in message.splitlines()
+
+
 def test_missing_and_several_errors_at_once(tmp_path):
     message = error_of(tmp_path, {"run": {"steps": "many"}})
-    assert "data: missing" in message
+    assert "data.train: missing; expected the pairs" in message
     assert "run.out: missing; expected folder of the run" in message
     assert "run.steps: expected a valid integer, got 'many' (str)" in message
+    message = error_of(tmp_path, {"data": {"train": "x"}})
+    assert message.startswith("run.out: missing; expected folder of the run")
 
 
 def test_the_length_that_is_typed_replaces_that_of_the_file(tmp_path):
