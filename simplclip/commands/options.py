@@ -109,7 +109,7 @@ def check_data(source: Any, name: str) -> None:
 def named_splits(items: list[str]) -> dict[str, Any]:
     r"""Returns split name -> data, of items NAME=DATA, or DATA alone.
 
-    DATA alone is named after its file or folder up to the first number or wildcard. A name is
+    DATA alone is named after its file or folder, without a shard's number or wildcard. A name is
     anything without the characters of paths and patterns: / \ * ? [ ] { } # and =; pipe: begins
     DATA. Raises InputError for an empty item, or for a name that comes twice.
     """
@@ -123,7 +123,7 @@ def named_splits(items: list[str]) -> dict[str, Any]:
         name = match[1]
         if not name:
             file, split = split_of(match[2])
-            ending = r"[-_.]?[*?\[{\d]|\.(?:tar|json|csv|tsv|parquet|txt)"
+            ending = r"[-_.]?[*?\[{]|(?:[-_.]\d+)?\.tar|\.(?:json|csv|tsv|parquet|txt)"
             name = re.split(ending, Path(file).name)[0] or "data"
             if split:
                 name += f"-{split}"

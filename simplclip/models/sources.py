@@ -113,9 +113,10 @@ def check_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None
             f"a checkpoint, the folder of a run or an export, {', '.join(NAMES)} or {PLAIN}NAME, "
             "each with /FILE"
         )
-        raise FileNotFoundError(
-            f"source: expected {expected}, got {source!r}{where_to_get(source)}"
-        )
+        got = f"{source!r}{where_to_get(source)}"
+        if name not in NAMES and not Path(source).exists():
+            got = f"{source!r}, no such file or folder{where_to_get(source)}"
+        raise FileNotFoundError(f"source: expected {expected}, got {got}")
     else:
         check_weights(checkpoint or rest, "checkpoint")
 

@@ -75,7 +75,7 @@ def named(text: str) -> str | None:
 
 
 def parse_memory(text: str) -> int:
-    """Returns the bytes of a size such as "24GiB", or of a card. Raises InputError.
+    """Returns the bytes of a size such as "24GiB", or of a card. Raises InputError, of --card.
 
     "24GB" means "24GiB": the memory of cards is counted in powers of two, though vendors write GB.
     """
@@ -84,6 +84,7 @@ def parse_memory(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])I?B", text.strip().upper())
     if not match or not float(match[1]):
         raise InputError(
-            f"memory: expected a size such as 24GiB or one of {', '.join(CARDS)}, got {text!r}"
+            f"--card: expected one of {', '.join(CARDS)}, or a size of memory such as 24GiB, got "
+            f"{text!r}"
         )
     return int(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[match[2]])

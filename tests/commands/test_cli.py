@@ -229,7 +229,8 @@ def test_names_are_checked_without_torch_before_anything_is_written(tmp_path):
         f"{train} run.device=cdua": "run.device: expected auto, cpu, cuda or "
         "cuda:N, got 'cdua' (str)",
         f"{train} run.out=begun": "run.out: expected a folder without a run, got begun; ",
-        "evaluate runs/gone": no_run,
+        "evaluate runs/gone": f"{no_run}siclip-s0, siclip2-s0, siclip-tiny, siclip-lite0 or "
+        "open_clip:NAME, each with /FILE, got 'runs/gone', no such file or folder",
         "evaluate begun --data data/train-0.tar": f"source: {no_checkpoint}",
         "export runs/gone --out out": f"checkpoint: {no_file}: runs/gone",
         "export begun --out out": f"checkpoint: {no_checkpoint}",
@@ -237,7 +238,8 @@ def test_names_are_checked_without_torch_before_anything_is_written(tmp_path):
         "--force replaces the export",
         "teacher data/train-0.tar --out out --teacher runs/gone": no_run,
         "teacher data/train-0.tar --out out --teacher open_clip:RN51": "name: expected one of [",
-        "plan siclip-s0 --card 24": "memory: expected a size such as 24GiB or one of rtx-3060, ",
+        "plan siclip-s0 --card 24": "--card: expected one of rtx-3060, ",
+        "plan siclip-s0 --card 6090": "--card: expected one of rtx-3060, ",
         "plan config.yaml --card 3090 --set model.name=siclip": "model.name: expected one of [",
         "plan open_clip:RN51 --card 3090": "model.name: expected one of [",
         "plan siclip-s0 --card 3090 --pairs many": "--pairs: expected a number of pairs such as "
@@ -351,6 +353,10 @@ def test_names_of_splits():
         "データ": "データ-1.tar",
         "dataset_coco": "x/dataset_coco.json",
         "flickr-val": "flickr.json#val",
+        "small4": "x/small4",
+        "coco2017": "coco2017.json",
+        "v-1": "v-1-000.tar",
+        "00000": "00000.tar",
     }
     words = [*(f"{name}={shards}" for name, shards in named.items()), *derived.values()]
     assert options.named_splits(words) == named | derived

@@ -288,7 +288,7 @@ def test_what_is_not_on_this_machine_is_assumed(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--memory", "rtx-3091"], "memory: expected a size such as 24GiB or one of rtx-3060"),
+        (["--memory", "rtx-3091"], "--card: expected one of rtx-3060"),
         (
             ["--memory", "1GiB"],
             "is a build without CUDA, which plans for a card need (the card itself is not",
