@@ -39,7 +39,7 @@ def plan(
         str | None,
         typer.Option(
             help="Pairs of an epoch, 12.4M or 500k. Default: data.samples, or what the shards' "
-            "meta.json says."
+            "meta.json says. With --cards all, hours are of run.epochs of them, or of 10."
         ),
     ] = None,
     set_: Overrides = None,

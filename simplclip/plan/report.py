@@ -8,11 +8,15 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
 
 from simplclip import data
 from simplclip.common.errors import UserError
+from simplclip.common.progress import duration
 from simplclip.models.trained import image_transform, tokenizer
 from simplclip.plan.cards import CARDS, GIB, Card
 from simplclip.plan.count import WEIGHTS
@@ -23,6 +27,45 @@ from simplclip.train.config import Config
 COLUMNS = ("peak", "weights", "activations", "loss", "other")  # in GiB
 ASSUMED_RATE = 300  # images a second that a worker decodes, unless measured
 SECONDS = 3.0  # of that measurement
+WORKERS = 16  # of a loader on a machine with one card, at most
+EPOCHS = 10  # of --pairs, if the config has none
+
+
+class Output:
+    """Context of a plan that is printed row by row to stdout, with its progress on stderr.
+
+    On a terminal the progress is one line, which changes and vanishes; elsewhere it is lines.
+    """
+
+    def __init__(self, model: str) -> None:
+        """Says that the work on a model, by its name, takes a while."""
+        console = Console(stderr=True)
+        text = f"predicting {model}, which may take a minute"
+        self._status = console.status(text) if console.is_terminal else None
+        if self._status is None:
+            self.tell(text)
+
+    def __enter__(self) -> Output:
+        if self._status:
+            self._status.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._status:
+            self._status.stop()
+
+    def tell(self, line: str) -> None:
+        """Shows a line of progress."""
+        if self._status:
+            self._status.update(line)
+        else:
+            print(f"    {line}", file=sys.stderr, flush=True)
+
+    def print(self, line: str) -> None:
+        """Prints a line to stdout, above the progress."""
+        self.__exit__()
+        print(line, flush=True)
+        self.__enter__()
 
 
 def run(
@@ -44,50 +87,57 @@ def run(
     with sizes in bytes, in place of a table. Raises as `Planner`.
     """
     card = card if device == "cuda" else None
-    planner = Planner(config, Budget(memory), device, teacher_width, _tell, card)
-    budget = planner.budget
-    if as_json:
-        values = {
-            "model": config.model.name,
-            "precision": planner.precision,
-            "device": device,
-            "card": card,
-            "memory": budget.memory,
-            "usable": budget.usable,
-            "rows": [asdict(row) for row in planner.rows()],
-            "assumptions": planner.assumptions,
-        }
-        print(json.dumps(values, indent=2))
-        return
-    print(
-        f"{config.model.name}, {planner.precision}, {card or device}: {gib(budget.usable)} usable "
-        f"of {gib(budget.memory)}; sizes in GiB at the peak, with\nweights: parameters, their "
-        "gradients, averages and optimizer state\n"
+    with Output(config.model.name) as output:
+        planner = Planner(config, Budget(memory), device, teacher_width, output.tell, card)
+        if as_json:
+            lines = [json.dumps(_values(planner, card), indent=2)]
+        else:
+            lines = [""]
+            rows = _print_rows(planner, card, output)
+            if card:
+                lines += [
+                    f"{topic:<11}{text}" for topic, text in answers(config, planner, rows, pairs)
+                ]
+            measured = "nothing of this model: predicted from fake tensors"
+            if device == "cuda":
+                measured += ", no step ran on a GPU"
+            lines.append(f"measured   {measured}")
+            lines += [f"assumed    {assumption}" for assumption in planner.assumptions]
+    print("\n".join(lines))
+
+
+def _values(planner: Planner, card: str | None) -> dict[str, Any]:
+    """Returns a plan as values for JSON; card: as in `run`."""
+    return {
+        "model": planner.config.model.name,
+        "precision": planner.precision,
+        "device": planner.device.type,
+        "card": card,
+        "memory": planner.budget.memory,
+        "usable": planner.budget.usable,
+        "rows": [asdict(row) for row in planner.rows()],
+        "assumptions": planner.assumptions,
+    }
+
+
+def _print_rows(planner: Planner, card: str | None, output: Output) -> list[Row]:
+    """Prints the plan's table row by row, and returns its rows; card: as in `run`."""
+    budget, device = planner.budget, planner.device.type
+    output.print(
+        f"{planner.config.model.name}, {planner.precision}, {card or device}: "
+        f"{gib(budget.usable)} usable of {gib(budget.memory)}; sizes in GiB at the peak, with\n"
+        "weights: parameters, their gradients, averages and optimizer state\n"
     )
     head = f"{'step':<28}{'pairs':>8} {'at a time':>10}"
     head += "".join(f"{name:>12}" for name in COLUMNS) + "  fits"
     if card:
         head += "".join(f"{name:>11}" for name in ("ms likely", "at least", "images/s"))
-    print(head)
+    output.print(head)
     rows = []
     for row in planner.rows():
         rows.append(row)
-        print(line(row), flush=True)
-    print()
-    if card:
-        for topic, text in answers(config, planner, rows, pairs):
-            print(f"{topic:<11}{text}")
-    measured = "nothing of this model: predicted from fake tensors"
-    if device == "cuda":
-        measured += ", no step ran on a GPU"
-    print(f"measured   {measured}")
-    for assumption in planner.assumptions:
-        print(f"assumed    {assumption}")
-
-
-def _tell(line: str) -> None:
-    """Prints a line of progress, indented, to stderr."""
-    print(f"    {line}", file=sys.stderr, flush=True)
+        output.print(line(row))
+    return rows
 
 
 def line(row: Row) -> str:
@@ -134,14 +184,7 @@ def answers(
         f"{_run_length_text(config, row, pairs)}",
     )
     yield "bound by", bounds(row.time)
-    rate = loader_rate(config)
-    worker = rate or ASSUMED_RATE
-    origin = "measured here on its shards" if rate else "assumed: its shards are not here"
-    yield (
-        "loader",
-        f"{math.ceil(row.images_per_s / worker)} workers for {row.images_per_s:,.0f} images/s "
-        f"({worker:,.0f} images/s a worker, {origin})",
-    )
+    yield "loader", loader_text(row.images_per_s, loader_rate(config))
     yield "error", errors(planner.card)
     micro = row.micro_batch or "null"
     yield "paste", f"--set data.batch_size={row.batch_size} --set data.micro_batch={micro}"
@@ -200,8 +243,12 @@ def _epoch_pairs(config: Config, pairs: int | None) -> int | None:
 
 
 def _duration_text(seconds: float) -> str:
-    """Returns seconds as text: "2.5 hours" or, below one hour, "12.0 minutes"."""
-    return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"
+    """Returns seconds as text: "2.5 hours", or of less than an hour "12.0 minutes" or "7 s"."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:,.1f} hours"
+    if seconds >= 60:
+        return f"{seconds / 60:,.1f} minutes"
+    return duration(seconds) if seconds >= 1 else "less than a second"
 
 
 def bounds(step: StepTime) -> str:
@@ -228,6 +275,24 @@ def errors(card: Card) -> str:
             f"{words} on an {FITTED[index]}, half to {median:.0%}, {within:.0%} of them to 35%"
         )
     return f"timm's models were predicted, {'; '.join(parts)} (docs/plan.md)"
+
+
+def loader_text(needed: float, measured: float | None) -> str:
+    """Returns a text on the loader of a step that needs so many images a second.
+
+    measured: images a second of a worker; None: they are assumed. Where even WORKERS do not bring
+    enough, it says what they bring.
+    """
+    rate = measured or ASSUMED_RATE
+    origin = "measured here on its shards" if measured else "assumed: its shards are not here"
+    each = f"({rate:,.0f} images/s a worker, {origin})"
+    workers = math.ceil(needed / rate)
+    if workers <= WORKERS:
+        return f"{workers} workers for {needed:,.0f} images/s {each}"
+    return (
+        f"bounds the run: {WORKERS} workers bring {WORKERS * rate:,.0f} of {needed:,.0f} images/s "
+        f"{each}"
+    )
 
 
 def loader_rate(config: Config) -> float | None:
@@ -262,33 +327,73 @@ def run_all(config: Config, *, teacher_width: int | None = None, pairs: int | No
     3090: the step as configured, and a few batches in one graph, between which memory and time are
     interpolated.
     """
-    planner = Planner(
-        config, Budget(CARDS["rtx-3090"].memory * GIB), "cuda", teacher_width, _tell, "rtx-3090"
-    )
-    size, micro = config.data.batch_size, config.data.micro_batch
-    if micro == "auto":
-        micro = planner.find_micro_batch()
-    configured = planner.predict_usage(size, micro)
     cards = {name: card for name, card in CARDS.items() if card.triton}
     limits = {name: Budget(card.memory * GIB).usable for name, card in cards.items()}
-    graphs = predict_graphs(
-        planner.predict_in_one_graph, min(limits.values()), max(limits.values()), _tell
-    )
-    steps = config.run.steps
-    if not steps:
-        steps = round(config.run.epochs * (_epoch_pairs(config, pairs) or 0) / size)
-    steps_text = f"the run: {size:,} pairs, {micro or 'all'} at a time"
-    print(f"{config.model.name}, {planner.precision}; {steps_text}\n")
-    heads = ("largest in one graph", "its images/s", "the run fits", "its images/s", "its hours")
-    print(f"{'card':<20}{'GiB':>4}" + "".join(f"{name:>22}" for name in heads))
+    with Output(config.model.name) as output:
+        budget = Budget(CARDS["rtx-3090"].memory * GIB)
+        planner = Planner(config, budget, "cuda", teacher_width, output.tell, "rtx-3090")
+        size, micro = config.data.batch_size, config.data.micro_batch
+        if micro == "auto":
+            micro = planner.find_micro_batch()
+        configured = planner.predict_usage(size, micro)
+        graphs = predict_graphs(
+            planner.predict_in_one_graph, min(limits.values()), max(limits.values()), output.tell
+        )
+    images, length = _run_images(config, pairs)
+    print(f"{config.model.name}, {planner.precision}, {size:,} pairs, {micro or 'all'} at a time")
+    print(f"hours: {length}\n")
+    print(f"{'':<23}{'largest in one graph':>21}   the run as configured")
+    heads = ("pairs", "images/s", "fits", "images/s", "hours")
+    print(_card_line("card", "GiB", heads))
+    fastest = 0.0
+    replaced = False  # whether a card's hours are those of another batch
     for name, card in cards.items():
-        largest, rate = graphs.largest_batch(limits[name], card)
-        ms = step_time(configured.kernels, card).ms
-        fits = "yes" if configured.peak <= limits[name] else "no"
-        hours = f"{steps * ms / 3.6e6:,.1f}" if steps else "(--pairs)"
-        cells = (f"{largest:,}", f"{rate:,.0f}", fits, f"{1e3 * size / ms:,.0f}", hours)
-        line = f"{name:<20}{card.memory:>4}" + "".join(f"{cell:>22}" for cell in cells)
-        if name not in FITTED:
-            line += "  *"
-        print(line, flush=True)
+        largest, largest_rate = graphs.largest_batch(limits[name], card)
+        rate = 1e3 * size / step_time(configured.kernels, card).ms
+        cells = [f"{largest:,}", f"{largest_rate:,.0f}", "yes", f"{rate:,.0f}"]
+        if not largest:
+            cells[:2] = "-", "-"
+        if configured.peak > limits[name]:
+            cells[2:] = "no", "-"
+            rate = largest_rate
+            replaced = replaced or bool(largest)
+        hours = _hours_text(images / rate / 3600) if images and rate else "-"
+        row = _card_line(name, str(card.memory), (*cells, hours))
+        print(row if name in FITTED else f"{row}  *")
+        fastest = max(fastest, rate)
     print("\n* at the efficiency of a card that others measured, of the nearest architecture")
+    if replaced:
+        print("Where the run does not fit, its hours are those of the largest batch.")
+    if fastest > WORKERS * ASSUMED_RATE:
+        print(
+            f"Above {WORKERS * ASSUMED_RATE:,} images/s the loader is slower: {WORKERS} workers of "
+            f"{ASSUMED_RATE} (assumed)."
+        )
+
+
+def _run_images(config: Config, pairs: int | None) -> tuple[float | None, str]:
+    """Returns the images of a run and what they are; None if they are not known.
+
+    pairs: of an epoch; the run has EPOCHS then unless run.epochs is set. None: the run is that of
+    the config.
+    """
+    epochs = config.run.epochs
+    if epochs is None and not pairs:
+        steps = config.run.steps
+        return steps * config.data.batch_size, f"of the run's {steps:,} steps (--pairs: of epochs)"
+    stored = _epoch_pairs(config, pairs)
+    if not stored:
+        return None, "not known without the number of pairs (--pairs)"
+    text = f"{epochs:g} epochs" if epochs else f"{EPOCHS} epochs (the default)"
+    return (epochs or EPOCHS) * stored, f"of {text} of {stored:,} pairs"
+
+
+def _hours_text(hours: float) -> str:
+    """Returns a number of hours as text, "12.3" or "<0.1"."""
+    return f"{hours:,.1f}" if hours >= 0.05 else "<0.1"
+
+
+def _card_line(card: str, memory: str, cells: Sequence[str]) -> str:
+    """Returns a row of the table of cards; cells: as in the head that `run_all` prints."""
+    pairs, rate, fits, run_rate, hours = cells
+    return f"{card:<18}{memory:>5}{pairs:>11}{rate:>10}   {fits:<5}{run_rate:>10}{hours:>10}"

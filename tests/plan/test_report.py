@@ -1,10 +1,13 @@
 """simplclip plan: the time of a run on a card, what bounds it, and the line to paste."""
 
+import io
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simplclip.commands.plan import parse_count
@@ -156,25 +159,87 @@ def test_rates_of_loaders(tiny):
 def test_pairs_that_are_held_out_take_no_time(tiny, monkeypatch):
     monkeypatch.setattr(report.data, "dataset_size", lambda shards: 3000)
     row = SimpleNamespace(batch_size=96, images_per_s=5.0, time=SimpleNamespace(ms=96.0))
+    assert [report._duration_text(s) for s in (0.2, 7, 90)] == [
+        "less than a second",
+        "7 s",
+        "1.5 minutes",
+    ]
     for share, pairs in ((0, "3,000 pairs takes 10.0"), (0.1, "2,700 pairs takes 9.0")):
         settings = config.load(tiny, [f"eval.hold_out={share}"])
         assert f"an epoch of {pairs} minutes" in report._run_length_text(settings, row, None)
 
 
+COPY = Kernel("torch", "copy_", torch.float16, bytes=10**14)
+
+
+def rows_of_all_cards(tiny, capsys, *changes, **options):
+    """Returns the output of --cards all, as a text and as the words of each card's row."""
+    report.run_all(config.load(tiny, ["data.micro_batch=null", *changes]), **options)
+    text = capsys.readouterr().out
+    words = [line.split() for line in text.splitlines()]
+    rows = {row[0]: row for row in words if row and row[0] in CARDS}
+    assert len(rows) > 10
+    return text, rows
+
+
 def test_all_cards_read_the_pairs_from_the_shards(tiny, monkeypatch, capsys):
     """Hours of 2 epochs of the 2,700 of 3,000 pairs that are not held out, 96 a step."""
     monkeypatch.setattr(report.data, "dataset_size", lambda shards: 3000)
-    copy = Kernel("torch", "copy_", torch.float16, bytes=10**14)
-    usage = count.Usage(peak=GIB, kernels=[copy])
+    usage = count.Usage(peak=GIB, kernels=[COPY])
     monkeypatch.setattr(search, "predict", lambda step, device, card: usage)
-    changes = ["run.epochs=2", "eval.hold_out=0.1", "data.micro_batch=null"]
-    report.run_all(config.load(tiny, changes))
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    hours = {row[0]: float(row[6]) for row in rows if row and row[0] in CARDS}
-    assert len(hours) > 10
-    for name, value in hours.items():
-        ms = step_time([copy], CARDS[name]).ms
-        assert value == pytest.approx(round(2 * 2700 / 96) * ms / 3.6e6, abs=0.05)
+    _, rows = rows_of_all_cards(tiny, capsys, "run.epochs=2", "eval.hold_out=0.1")
+    for name, row in rows.items():
+        ms = step_time([COPY], CARDS[name]).ms
+        assert float(row[6]) == pytest.approx(2 * 2700 / 96 * ms / 3.6e6, abs=0.05)
+
+
+def test_hours_of_all_cards(tiny, monkeypatch, capsys):
+    """Of 10 epochs of --pairs, at the largest batch where the run does not fit, none where nothing
+    fits.
+    """
+
+    def predict(step, device, card):
+        size = step.config.data.batch_size
+        copy = replace(COPY, bytes=size * 10**13)
+        return count.Usage(peak=(least + size // 4) * GIB, kernels=[copy])
+
+    least = 5
+    monkeypatch.setattr(search, "predict", predict)
+    text, rows = rows_of_all_cards(tiny, capsys, "data.batch_size=96", pairs=1000)
+    assert "hours: of 10 epochs (the default) of 1,000 pairs\n" in text
+    assert "Where the run does not fit, its hours are those of the largest batch.\n" in text
+    assert max(map(len, text.splitlines())) <= 80
+    for name, fits in (("rtx-3090", "no"), ("a100-40", "yes")):
+        ms = step_time([COPY], CARDS[name]).ms
+        assert rows[name][4] == fits
+        assert float(rows[name][6]) == pytest.approx(10 * 1000 * ms / 10 / 3.6e6, rel=0.1)
+    assert rows["rtx-3090"][5] == "-"
+    least = 200
+    text, rows = rows_of_all_cards(tiny, capsys)
+    assert "hours: of the run's 50 steps (--pairs: of epochs)\n" in text
+    assert {(row[2], *row[4:7]) for row in rows.values()} == {("-", "no", "-", "-")}
+    assert "Where the run" not in text
+
+
+def test_progress_on_a_terminal_is_a_line_that_vanishes(monkeypatch, capsys):
+    terminal = io.StringIO()
+    monkeypatch.setattr(
+        report, "Console", lambda stderr: Console(file=terminal, force_terminal=True, width=60)
+    )
+    with report.Output("siclip-s0") as output:
+        output.print("a row")
+        output.tell("256 pairs")
+    assert capsys.readouterr() == ("a row\n", "")
+    shown = terminal.getvalue()
+    assert "predicting siclip-s0, which may take a minute" in shown
+    assert "256 pairs" in shown
+    assert shown.endswith("\x1b[1A\x1b[2K")  # up, and erased
+
+
+def test_a_loader_that_is_slower_than_the_card():
+    few, many = report.loader_text(4700.0, None), report.loader_text(28_725.0, 250.0)
+    assert few.startswith("16 workers for 4,700 images/s (300 images/s a worker, assumed")
+    assert many.startswith("bounds the run: 16 workers bring 4,000 of 28,725 images/s (250 ")
 
 
 @pytest.mark.slow
