@@ -1,15 +1,21 @@
-"""Progress of long commands: a bar on a terminal, elsewhere a line from time to time and at the
-end, as logs need it.
+"""Lines of long commands, and their progress: a bar on a terminal, elsewhere a line from time to
+time and at the end, as logs need it.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 
+from rich.console import Console
+from rich.text import Text
 from tqdm import tqdm
 
+from simplclip.common.errors import visible
+
+WARNING = re.compile(r"warning\b|.* skipped: ")  # begins such a line
 FIRST, LATER = 10.0, 60.0  # seconds between two lines, at the start and later
 
 
@@ -18,6 +24,18 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s"
     return tqdm.format_interval(seconds).lstrip("0")
+
+
+def print_lines(text: str, console: Console | None = None) -> None:
+    """Prints text as it is, with escapes in place of control characters; one line or several.
+
+    Lines that warn have a colour if the console is a terminal and NO_COLOR is not set. console: by
+    default the standard output.
+    """
+    console = console or Console()
+    for line in text.split("\n"):
+        style = "yellow" if WARNING.match(line) else ""
+        console.print(Text(visible(line), style), soft_wrap=True)
 
 
 def _has_terminal() -> bool:

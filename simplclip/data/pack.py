@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from simplclip.common.errors import InputError, UserError, visible
-from simplclip.common.progress import Progress
+from simplclip.common.progress import Progress, print_lines
 from simplclip.data.decode_images import open_image, remarks_on
 from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.read_tables import Options, is_address, is_source, open_source, split_of
@@ -127,15 +127,15 @@ def _print_result(folder: TarFolder, source: str, earlier: bool, hold_out: float
         result += f", of which {held:,} are held out in {folder.out / 'held-*.tar'}"
     skipped = skipped_in(folder.entries.values())
     if earlier:
-        print(f"kept {result}, which an earlier run packed")
+        print_lines(f"kept {result}, which an earlier run packed")
     elif skipped.counts:
-        print(f"packed {result}; {skipped}")
+        print_lines(f"packed {result}; {skipped}")
     else:
-        print(f"packed {result}")
+        print_lines(f"packed {result}")
     remarks = skipped_in(folder.entries.values(), "remarks")
     for remark, count in remarks.counts.items():
-        example = remarks.examples[remark]
-        print(f"{count:,} {remark}, such as {example!r}; see Pixels in docs/data.md")
+        example = f"such as {remarks.examples[remark]!r}; see Pixels in docs/data.md"
+        print_lines(f"warning: {count:,} {remark}, {example}")
 
 
 def pack_shards(data: Any, out: str | os.PathLike, *, progress: bool = True) -> Any:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from simplclip.common import ranks
 from simplclip.common.errors import InputError, check_count
-from simplclip.common.progress import Progress
+from simplclip.common.progress import Progress, print_lines
 from simplclip.data.errors import Skipped
 from simplclip.data.find_sidecars import Folders, by_sidecar_name, check_sidecars, sidecars_of
 from simplclip.data.find_sources import Address, Source, sources_of
@@ -142,7 +142,7 @@ def write_sidecars(
                 "kept."
             )
         if skipped.counts:
-            print(f"Left out, or lost by damage: {skipped}")
+            print_lines(f"Left out, or lost by damage: {skipped}")
     return {
         "path": str(out),
         "shards": len(sources),

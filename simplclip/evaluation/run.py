@@ -20,6 +20,7 @@ from rich.console import Console
 from simplclip.common import ranks
 from simplclip.common.errors import InputError
 from simplclip.common.files import write_atomically
+from simplclip.common.progress import print_lines
 from simplclip.data import held_out
 from simplclip.evaluation.classification import (
     NamelessError,
@@ -101,7 +102,7 @@ def evaluate(
     if not ranks.first():
         console = Console(quiet=True)
     console = console or Console()
-    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    say = partial(print_lines, console=console)
     settings = settings or Settings()
     sources = _sources(models)
     if not splits:
@@ -144,7 +145,7 @@ def evaluate(
             texts = templates or phrases(held.classes.templates or config_templates)
             result = ranks.on_first(partial(_evaluate_split, encoder, split, name, texts, picture))
             for line in result.left_out:
-                say(f"{label}: {line}")
+                say(f"warning: {label}: {line}")
             model.splits[name] = result
             ranks.on_first(partial(_write, folder / "evaluation.json", results))
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, check_count
+from simplclip.common.progress import print_lines
 from simplclip.data.decode_images import open_image
 from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.find_sidecars import Folders
@@ -286,7 +287,7 @@ def run(
             f"wrote {summary['path']}: {summary['samples']:,} samples with {features}, width "
             f"{teacher.width}"
         )
-        print(own_recall(shards, [*sidecars, out]))
+        print_lines(own_recall(shards, [*sidecars, out]))
     return summary
 
 

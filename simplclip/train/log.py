@@ -16,10 +16,10 @@ from PIL import Image
 from rich.console import Console
 
 from simplclip.common import hardware, ranks
-from simplclip.common.errors import InputError, visible
+from simplclip.common.errors import InputError
 from simplclip.common.files import read_csv, write_csv
 from simplclip.common.plotting import Panel, png, write_panels
-from simplclip.common.progress import Pace, duration
+from simplclip.common.progress import Pace, duration, print_lines
 from simplclip.data import Division
 from simplclip.evaluation.results import Recall
 from simplclip.evaluation.sheets import sheet_of
@@ -69,9 +69,8 @@ class Log:
         self.restart_clock()
 
     def print(self, message: str) -> None:
-        """Prints a message as plain text, with escapes in place of control characters."""
-        text = visible(message, keep="\n")
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """Prints a message, see `print_lines`."""
+        print_lines(message, self.console)
 
     def restart_clock(self) -> None:
         """Starts the time of the next step, after work that does not belong to a step."""

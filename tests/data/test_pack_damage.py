@@ -176,8 +176,8 @@ def test_pictures_with_transparency_and_of_one_colour_are_told(tmp_path, monkeyp
             "Pixels in docs/" in output
         )
         assert (
-            f"3 of one colour as the model sees them, such as '{tmp_path}/2.png'; see Pixels in "
-            "docs/data.md" in output
+            f"warning: 3 of one colour as the model sees them, such as '{tmp_path}/2.png'; see "
+            "Pixels in docs/data.md" in output
         )
     remarks = write_tars.skipped_in(
         meta(tmp_path / "out")["splits"]["data"]["shards"].values(), "remarks"

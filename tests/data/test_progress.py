@@ -1,12 +1,14 @@
 """Progress of long commands: lines in a log, a bar on a terminal."""
 
+import io
 import os
 import sys
 
 import pytest
+from rich.console import Console
 
 from simplclip.common import progress
-from simplclip.common.progress import Progress
+from simplclip.common.progress import Progress, print_lines
 
 
 class Clock:
@@ -63,3 +65,28 @@ def test_a_bar_on_a_terminal_and_lines_on_one_without_columns(clock, monkeypatch
     shown = capsys.readouterr().err
     assert "heads: 100%" in shown
     assert "3/3" in shown
+
+
+@pytest.mark.parametrize(
+    ("line", "warns"),
+    [
+        ("warning    optim.warmup = 9 is longer than the run", True),
+        ("data       2 skipped: 2 missing caption (first: a)", True),
+        ("test: 5 samples read, 0 skipped", False),
+        ("step 1/9  no :cat: [bold]warning[/bold]", False),
+    ],
+)
+def test_warnings_have_a_colour_on_a_terminal_only(monkeypatch, line, warns):
+    def printed(terminal: bool) -> str:
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=20)
+        print_lines(f"before\n{line}\x1b[2J", console)
+        return console.file.getvalue()
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    plain = f"before\n{line}\\x1b[2J\n"
+    assert printed(terminal=False) == plain
+    coloured = f"before\n\x1b[33m{line}\\x1b[2J\x1b[0m\n"
+    assert printed(terminal=True) == (coloured if warns else plain)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert printed(terminal=True) == plain
