@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from simplclip.common.errors import InputError
+from simplclip.data.dataset_parts import check_classes
 from simplclip.data.decode_images import CONVERT, IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES
 from simplclip.data.errors import BrokenSample
 from simplclip.data.rows import Row, RowSource
@@ -22,10 +23,14 @@ def open_folder(path: str) -> RowSource:
     A row has the texts (.txt, .json) beside its image. If no image has one, the folders in `path`
     are classes: the label of an image, and its caption. An image of a format that is not read is a
     row with `problem`, unless it was converted beside. The names of all files are read now, and
-    again with the rows. Raises InputError if there is no image or a folder cannot be read.
+    again with the rows. Raises InputError if there is no image, if the folders are no classes but
+    parts of a dataset, or if a folder cannot be read.
     """
     path = path.rstrip(os.sep) or path
-    counts = Counter(bool(texts) for _, texts in _images(path))
+    counts, folders = Counter[bool](), set[str]()
+    for image, texts in _images(path):
+        counts[bool(texts)] += 1
+        folders.add(os.path.dirname(image).partition(os.sep)[0])
     images, any_text = counts.total(), counts[True] > 0
     if not images:
         any_tar = any(file.endswith(".tar") for file in os.listdir(path))
@@ -34,6 +39,8 @@ def open_folder(path: str) -> RowSource:
             f"source: expected a folder of images with captions, got {path!r}, which has no "
             f"image{hint}"
         )
+    if not any_text:
+        check_classes(path, folders - {""})
 
     def state() -> dict[str, Any]:
         return {"images": counts[any_text], "names": _digest(path, any_text)}

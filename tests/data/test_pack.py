@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tracemalloc
 from collections import deque
 from pathlib import Path
@@ -261,6 +262,43 @@ def test_images_of_one_name_are_different_samples(tmp_path):
         ("dog/1", ["dog"]),
         ("dog/2", ["dog"]),
     ]
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (["train/cat/1", "val/cat/1"], "dataset: train, val; try '{0}/train' or '{0}/val'"),
+        (
+            ["val2017/1", "train2017/1"],
+            "train2017, val2017; try '{0}/annotations/captions_train2017.json' with --images "
+            "'{0}/train2017' (in a config `images`)",
+        ),
+        (["JPEGImages/1", "test_images/val/1"], "; captions are texts beside the images: KEY.txt"),
+        (["images/train/1", "images/val/1"], "dataset: images; captions are texts beside"),
+        (["car/1", "train/1", "bus/1"], None),
+        (["test/1", "1"], "dataset: test; captions are texts beside the images"),
+        (["2007/1", "0/1"], None),
+    ],
+)
+def test_parts_of_a_dataset_are_no_classes(tmp_path, images, message):
+    folder = tmp_path / "set"
+    for image in images:
+        (folder / image).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{image}.png").write_bytes(png())
+    (folder / "annotations").mkdir()
+    (folder / "annotations/captions_train2017.json").write_text("{}")
+    if message is None:
+        names = {image.partition("/")[0] for image in images}
+        found, _ = packed(folder, tmp_path / "out")
+        assert {caption for _, (caption,) in found} == names
+        return
+    for reads in (
+        lambda: pack.pack(folder, tmp_path / "out", progress=False),
+        lambda: data.held_out(folder),
+    ):
+        with pytest.raises(InputError, match=re.escape(message.format(folder))):
+            reads()
+    assert not (tmp_path / "out").exists()
 
 
 def test_links_to_folders(tmp_path):
