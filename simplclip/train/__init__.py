@@ -3,11 +3,12 @@
 sections.py     the sections of a config, with every key
 config.py       a config: read, changed by --set, described
 setup.py        model, weights, optimizer: the state of a run
+pairs.py        the training pairs, packed and counted before the run begins
 objective.py    the loss, with weights by step
 step.py         one step: forward, loss, backward, update
 prefix.py       the frozen beginning of a tower, which runs once in a step
 compilation.py  compiled towers, after the first steps
-loop.py         the steps of a run, its data and its evaluation
+loop.py         the steps of a run, and its evaluation
 signals.py      signals that end a run after a whole step
 checkpoint.py   last.pt, what --resume accepts
 distributed.py  several ranks

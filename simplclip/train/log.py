@@ -247,8 +247,8 @@ def _data_lines(config: Config, samples: int | None, division: Division | None) 
     drawn = f"{captions} {'caption' if captions == 1 else 'captions'} drawn of each"
     if samples is None:
         yield (
-            f"data       {drawn} image; their number is not known without a meta.json: --set "
-            "data.samples=855 tells it"
+            f"data       {drawn} image; the number of images is not known without a meta.json: "
+            "--set data.samples=N tells it"
         )
     else:
         epochs = f"{samples / size:,.1f} steps an epoch, {steps * size / samples:,.1f} epochs"

@@ -16,6 +16,7 @@ from simplclip.models.trained import CheckpointError, read_checkpoint
 from simplclip.train import checkpoint, log, loop
 from simplclip.train.config import ConfigError
 from simplclip.train.log import Log
+from simplclip.train.pairs import pack_and_count
 from simplclip.train.setup import learning_rate, make_state
 from simplclip.train.step import train_step
 from support.data.pairs import digests, table
@@ -255,9 +256,9 @@ def test_epochs_and_tables(tmp_path, capsys):
             f"data.train={out}/shards/t/*.tar",
         ]
         changes += [f"data.samples={samples or 'null'}"]
-        assert (
-            loop._pack_and_count(tiny.settings(tmp_path, *changes), None)[0].run.steps == expected
-        ), changes
+        assert pack_and_count(tiny.settings(tmp_path, *changes), None)[0].run.steps == expected, (
+            changes
+        )
     torch.save({"x": torch.zeros(1)}, tmp_path / "no-clip.pt")
     for change in (
         "optim.options.beta=1",
@@ -274,12 +275,12 @@ def test_epochs_and_tables(tmp_path, capsys):
             go(tiny.settings(tmp_path, *changes))
         assert not (tmp_path / "wrong").exists(), "packed before the model was checked"
     with pytest.raises(
-        ConfigError, match="number of samples, for run.epochs, as --set data.samples=855, got null"
+        ConfigError, match="the number of samples N, for run.epochs, by --set data.samples=N, got"
     ):
         go(tiny.settings(tmp_path, "run.epochs=1", f"run.out={tmp_path / 'other'}"))
     assert not (tmp_path / "other").exists()
     text = go(tiny.settings(tmp_path, "run.steps=1", f"run.out={tmp_path / 'other'}"))
-    assert "not known without a meta.json: --set data.samples=855 tells it" in text
+    assert "not known without a meta.json: --set data.samples=N tells it" in text
 
 
 def test_learning_rate(tmp_path):

@@ -1,0 +1,78 @@
+"""The training pairs of a run before it begins: packed, counted and divided."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from simplclip import data
+from simplclip.common.files import remove_leftovers
+from simplclip.train import checkpoint
+from simplclip.train.config import Config, ConfigError
+
+
+def pack_and_count(
+    config: Config, former: dict[str, Any] | None
+) -> tuple[Config, int | None, data.Division | None]:
+    """Packs tables and folders, counts the data, and sets the number of steps.
+
+    The shards are written to RUN/shards; leftovers of killed processes in the run's folder are
+    removed.
+
+    Returns the config with shards in place of tables and folders, and with steps in place of
+    epochs; the samples of an epoch, None if they are not counted; and the counts of what
+    eval.hold_out divides, None if it is 0.
+
+    Raises ConfigError if the samples are not counted, or if the config cannot continue the run of
+    the checkpoint `former`.
+    """
+    out = Path(config.run.out)
+    if former:
+        checkpoint.check_sources(former, config)
+    else:
+        _check_new_run(config)
+    remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
+    config = config.replaced(data={"train": data.pack_shards(config.data.train, out / "shards")})
+    if former and config.run.compile == "auto":  # what the run had
+        config = config.replaced(run={"compile": former["config"]["run"]["compile"]})
+    division = _count_division(config) if config.eval.hold_out else None
+    samples = config.data.samples
+    if samples is None:
+        samples = division.train if division else data.dataset_size(config.data.train)
+    if config.run.epochs is not None:
+        if samples is None:
+            raise ConfigError(
+                "data.samples: expected the number of samples N, for run.epochs, by --set "
+                "data.samples=N, got null and no meta.json"
+            )
+        number = max(1, round(samples * config.run.epochs / config.data.batch_size))
+        config = config.replaced(run={"steps": number, "epochs": None})
+    if former:
+        checkpoint.check_settings(former, config)
+    return config, samples, division
+
+
+def _check_new_run(config: Config) -> None:
+    """Raises ConfigError for settings that have no effect in a run that begins."""
+    inherit, held_out = config.inherit, config.eval
+    if inherit.source is None and (inherit.train or inherit.blocks):
+        raise ConfigError(
+            "inherit.source: expected weights, for inherit.train and inherit.blocks, got none"
+        )
+    if held_out.every and not held_out.splits and not held_out.hold_out:
+        raise ConfigError(
+            f"eval.splits: expected held-out data, for eval.every = {held_out.every}, got none; "
+            "eval.hold_out=0.1 holds out a tenth of data.train"
+        )
+
+
+def _count_division(config: Config) -> data.Division:
+    """Counts what eval.hold_out makes of the data; raises ConfigError if nothing is left."""
+    share = config.eval.hold_out
+    division = data.count_division(config.data.train, share, config.data.sidecars)
+    if not division.train or not division.held_out:
+        raise ConfigError(
+            f"eval.hold_out: expected a share that leaves samples on both sides, got {share:g}: "
+            f"{division.train} that train and {division.held_out} that are held out"
+        )
+    return division
