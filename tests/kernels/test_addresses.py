@@ -21,7 +21,7 @@ from support.kernels.calls import skip_without_fence
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-from ptx.capture import driven
+from ptx.capture import Driver, driven
 from ptx.huge import HugeCard
 from ptx.machine import Code
 from ptx.parse import parse
@@ -86,7 +86,7 @@ def check(name: str, dtype: str, card: str) -> None:
         tensors = call.typed(getattr(torch, dtype))
     kernels = trace(partial(forward_and_backward, call), tensors, card)
     machine = HugeCard(sm=CARDS[card].architecture)
-    with driven(machine):
+    with driven(Driver(machine)):
         for launch in sampled(kernels):
             launch.kernel[launch.grid](*launch.args, **launch.options)
     assert machine.launches >= 2

@@ -123,7 +123,7 @@ def _flat(kinds: Any, values: Any) -> Iterator[Any]:
             yield _NUMBERS[kind](value)
 
 
-class _Launcher:
+class Launcher:
     """What Triton calls to start a kernel: it gives the launch to the card of the driver that is
     active.
     """
@@ -136,12 +136,12 @@ class _Launcher:
             triton.runtime.driver.active.card.start(code, self.metadata, x, self.source, others[4:])
 
 
-class _Driver:
+class Driver:
     """Triton's driver."""
 
     def __init__(self, card: Card):
         self.card = card
-        self.launcher_cls = _Launcher
+        self.launcher_cls = Launcher
         self.utils = self
 
     def get_current_device(self) -> Hashable:
@@ -175,7 +175,7 @@ def _without_assembler(*args: Any) -> tuple[str, str] | None:
     return None
 
 
-def _widening(function: Callable) -> Callable:
+def widening(function: Callable) -> Callable:
     """Returns a product of torch with out_dtype, which torch has on a GPU alone: the operands are
     converted first.
     """
@@ -195,14 +195,14 @@ def _as_on_cuda(function: Callable) -> Callable:
 
 
 @contextlib.contextmanager
-def driven(machine: Card) -> Iterator[None]:
-    """Context in which Triton compiles and starts kernels on this machine."""
+def driven(active: Driver) -> Iterator[None]:
+    """Context in which Triton compiles and starts kernels by this driver."""
     driver = triton.runtime.driver
     before = driver._active
     # Triton 3.6 has no key for changed stages: its own cache would have PTX in place of binaries.
     cache = mock.patch.dict(os.environ, TRITON_CACHE_DIR=os.path.join(knobs.cache.dir, "executed"))
     with cache, mock.patch.object(knobs.runtime, "add_stages_inspection_hook", _without_assembler):
-        driver.set_active(_Driver(machine))
+        driver.set_active(active)
         try:
             yield
         finally:
@@ -251,11 +251,11 @@ def card(
         mock.patch.object(launching, "_device", return_value=properties),
         mock.patch.object(similarity_op, "computes_in", side_effect=lambda dtype, device: dtype),
         mock.patch.object(similarity_op, "sweep_rows", _as_on_cuda(chunks.sweep_rows)),
-        mock.patch.object(torch, "mm", _widening(torch.mm)),
-        mock.patch.object(torch, "addmm", _widening(torch.addmm)),
+        mock.patch.object(torch, "mm", widening(torch.mm)),
+        mock.patch.object(torch, "addmm", widening(torch.addmm)),
         mock.patch.dict(registry._selected, clear=True),
         _settings(tf32),
-        driven(machine),
+        driven(Driver(machine)),
     )
     with contextlib.ExitStack() as stack:
         for patch in patches:

@@ -73,7 +73,7 @@ def registers(operands: tuple[Operand, ...]) -> Iterator[Register]:
 @dataclass
 class Kernel:
     name: str
-    parameter_bytes: int = 0
+    parameters: list[tuple[int, int]] = field(default_factory=list)  # offset and size of each
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # -> index of an instruction
     addresses: dict[str, int] = field(default_factory=dict)  # of parameters and shared variables
@@ -82,6 +82,10 @@ class Kernel:
     registers: dict[str, int] = field(
         default_factory=lambda: {"pred": 0, "16": 0, "32": 0, "64": 0}
     )
+
+    @property
+    def parameter_bytes(self) -> int:
+        return sum(self.parameters[-1]) if self.parameters else 0
 
 
 _TOKEN = re.compile(
@@ -167,8 +171,8 @@ class _Parser:
             size = int(bits) // 8
             end += -end % int(align or size)
             self.kernel.addresses[name] = end
-            end += size * int(count or 1)
-        self.kernel.parameter_bytes = end
+            self.kernel.parameters.append((end, size * int(count or 1)))
+            end = self.kernel.parameter_bytes
 
     def declare(self, kind: str, names: str) -> None:
         """Declares registers: %r<3> stands for %r0, %r1 and %r2."""

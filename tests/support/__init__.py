@@ -18,6 +18,7 @@ kernels/launches     what each launch of a Triton kernel must write
 kernels/mutants      kernels with one wrong instruction
 kernels/equal_programs  which of them change nothing, read from their text
 kernels/cuda_attention  the CUDA C++ kernels as a backend on a CPU
+kernels/on_gpus      a program: calls on one of two GPUs while the other is current
 data/pairs           shards of small pictures and captions, and loaders of them
 data/photos          pictures that compress like photographs
 data/archives        damaged and hostile tars, each made from its number

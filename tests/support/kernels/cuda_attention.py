@@ -7,10 +7,12 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import hashlib
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -42,15 +44,35 @@ def why_not() -> str | None:
     return backends.cuda_extension_error  # the extension plans the launches
 
 
+def built(name: str, options: list[str], file: Path, others: Iterable[Path] = ()) -> Path:
+    """Returns the file build/ptx/NAME that nvcc makes of a file, made once for the same content.
+
+    others: what the file includes.
+    """
+    command = [nvcc(), *options, str(file.relative_to(ROOT))]
+    contents = [(each.name, each.read_text()) for each in (file, *others)]
+    digest = hashlib.sha256(repr((command, contents)).encode()).hexdigest()[:16]
+    folder = ROOT / "build" / "ptx"
+    out = folder / f"{digest}-{name}"
+    if not out.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f"{os.getpid()}.{name}"
+        subprocess.run([*command, "-o", str(part)], check=True, cwd=ROOT, capture_output=True)
+        for old in folder.glob(f"*-{name}"):
+            old.unlink(missing_ok=True)
+        part.replace(out)
+    return out
+
+
 @functools.cache
 def compiled(source: str, sm: int) -> dict[str, Kernel]:
     """Returns the kernels of a file of csrc/cuda/attention, compiled with the extension's flags."""
     (flags,) = re.findall(r'"nvcc": (\[.*?\])', (ROOT / "setup.py").read_text())
     target = f"-gencode=arch=compute_{sm},code=sm_{sm}"
-    file = f"csrc/cuda/attention/{source}.cu"
-    command = [nvcc(), "-ptx", "-lineinfo", *ast.literal_eval(flags), target, file, "-o", "-"]
-    run = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
-    return parse(run.stdout)
+    options = ["-ptx", "-lineinfo", *ast.literal_eval(flags), target]
+    file = ROOT / "csrc/cuda/attention" / f"{source}.cu"
+    headers = sorted((ROOT / "csrc/cuda").rglob("*.*h"))
+    return parse(built(f"{source}-{sm}.ptx", options, file, headers).read_text())
 
 
 @functools.cache
@@ -58,6 +80,12 @@ def code_of(source: str, sm: int, name: str) -> Code:
     """Returns the kernel of such a file whose name contains `name`, made executable."""
     (kernel,) = (each for full_name, each in compiled(source, sm).items() if name in full_name)
     return Code(kernel)
+
+
+def code_of_entry(name: str, sm: int) -> Code:
+    """Returns the kernel of a mangled name, made executable."""
+    source = next((kind for kind in TYPES if f"{len(kind)}{kind}E" in name), "gains")
+    return code_of(source, sm, name)
 
 
 def _start(

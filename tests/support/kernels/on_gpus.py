@@ -1,0 +1,187 @@
+"""Calls on one of the two GPUs of ptx/gpus.py while the other one is the current device.
+
+    on_gpus.py NAME...    prints a line of JSON for each of these CASES: what is wrong, or ""
+    on_gpus.py DEVICE/NAME...    the same on GPU 0; the default is 1
+
+What is wrong may be a result, a hazard, the device or the stream of a kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from ptx import gpus
+from simplclip.ops import backends, registry
+from simplclip.ops.attention import sdpa
+from simplclip.ops.attention.call import AttentionCall, AttentionInto
+from support.kernels.calls import kernels_alone
+from support.kernels.cuda_attention import TYPES, code_of_entry
+from support.ops import layouts, torch_attention
+from support.ops.calls import (
+    ATTENTION,
+    TERMS,
+    Call,
+    attention_call,
+    block_call,
+    mlp_call,
+    of_lengths,
+    similarity_call,
+)
+from support.ops.compare import Case
+
+Device = torch.device
+UNALIGNED = dict.fromkeys(("q", "k", "v", "grad out"), "odd_rows")
+
+
+def checking(call: Call, kind: str, backend: str = "", **of_tensors: str) -> Callable:
+    """Returns a function that checks values and gradients on a device. of_tensors: layouts."""
+
+    def check(device: Device) -> None:
+        tf32 = kind == "tf32"
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+        place = {"device": str(device), "tf32": tf32, "layouts": of_tensors}
+        Case(call, TYPES[kind], backend, call.needed(), **place).check(roundings=True)
+
+    return check
+
+
+def attention_terms(device: Device) -> None:
+    call = of_lengths(attention_call(2, 20, 2, 32, causal=True), [20, 7])
+    aten = mock.patch.object(sdpa, "aten", torch_attention.aten)
+    with aten, kernels_alone(""):
+        checking(call, "bf16", "sdpa", v="rows_apart")(device)
+
+
+def backward_of(
+    device: Device, lengths: list[int], layout: Callable[[Tensor], Tensor]
+) -> AttentionInto:
+    """Returns a call of CUDA C++'s backward, after forward, whose gradients have a layout."""
+    call = of_lengths(attention_call(len(lengths), 18, 2, 16), lengths)
+    tensors = {name: t.to(device) for name, t in call.typed(torch.bfloat16).items()}
+    q, k, v, *gains = (tensors[name] for name in ATTENTION)
+    forward = AttentionCall(q, k, v, torch.stack(gains), tensors["lengths"].int(), 0.3, False)
+    out, lse = backends.TABLE["shaped_attention_fwd"]["cuda"].function(forward)
+    gradients = {f"d{name}": layout(torch.zeros_like(q)) for name in "qkv"}
+    return AttentionInto(**vars(forward), grad=out, lse=lse, av=out[:0], **gradients)
+
+
+def gradients_into_views(device: Device) -> None:
+    """Checks that backward writes gradients of any layout, and nothing between their elements."""
+    backward = backends.TABLE["shaped_attention_bwd"]["cuda"].function
+    expected = backward_of(device, [18, 7], torch.clone)
+    d_gains = backward(expected)
+    for layout in (layouts.rows_apart, layouts.odd_rows, layouts.strided, layouts.transposed):
+        call = backward_of(device, [18, 7], layout)
+        assert torch.equal(backward(call), d_gains), layout
+        for name in ("dq", "dk", "dv"):
+            view = getattr(call, name)
+            assert torch.equal(view, getattr(expected, name)), (layout, name)
+            whole = torch.empty(0, dtype=view.dtype, device=device).set_(view.untyped_storage())
+            assert whole.isnan().sum() == whole.numel() - view.numel(), (layout, name)
+
+
+def no_sequences(device: Device) -> None:
+    call = backward_of(device, [], torch.clone)
+    d_gains = backends.TABLE["shaped_attention_bwd"]["cuda"].function(call)
+    assert torch.equal(d_gains, torch.zeros_like(call.gains))
+
+
+def machine_code(device: Device) -> None:
+    """Checks the extension's question for a device's code, and starts no kernel."""
+    version = backends.cuda_extension.binary_version(device.index)
+    assert version == gpus.ARCHITECTURES[device.index], version
+    assert torch.cuda.current_device() != device.index
+
+
+CASES = {
+    "attention, strided": checking(
+        of_lengths(attention_call(3, 20, 2, 32, causal=True), [10, 0, 20]),
+        "bf16",
+        "cuda",
+        **{"q": "rows_apart", "k": "heads_first", "v": "odd_rows", "grad out": "transposed"},
+    ),
+    "attention, unaligned": checking(attention_call(2, 17, 3, 16), "f16", "cuda", **UNALIGNED),
+    "attention, large": checking(
+        of_lengths(attention_call(2, 33, 2, 64), [33, 3]),
+        "tf32",
+        "cuda",
+        **{"q": "heads_first", "grad out": "rows_apart"},
+    ),
+    "attention, none": no_sequences,
+    "attention, gradients into views": gradients_into_views,
+    "attention, terms": attention_terms,
+    "machine code": machine_code,
+    "block": checking(of_lengths(block_call(2, 20, 32, 2, 48), [20, 7]), "bf16"),
+    "mlp": checking(mlp_call(130, 72, 200, 40), "bf16", "triton"),
+    "similarity": checking(similarity_call(20, 40, 7, terms=TERMS[:3]), "bf16", "triton"),
+    "sigmoid": checking(similarity_call(20, 40, 7, terms=TERMS[3:]), "bf16", "triton"),
+}
+WITHOUT_KERNELS = {"machine code"}
+
+
+def with_other_device(function: Callable) -> Callable:
+    """Returns a backend's function that is called while the other GPU is the current device.
+
+    Autograd makes the tensors' device the current one before it calls a backward.
+    """
+
+    def run(call: Any) -> Any:
+        (device,) = {t.device for t in vars(call).values() if isinstance(t, Tensor)}
+        other = 1 - device.index
+        with torch.cuda.device(other):
+            results = function(call)
+            assert torch.cuda.current_device() == other, "the current device has changed"
+            return results
+
+    return run
+
+
+@contextlib.contextmanager
+def other_device_is_current() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for functions in backends.TABLE.values():
+            changed = {
+                name: replace(each, function=with_other_device(each.function))
+                for name, each in functions.items()
+            }
+            stack.enter_context(mock.patch.dict(functions, changed))
+        stack.enter_context(mock.patch.dict(registry._selected, clear=True))
+        yield
+
+
+def check(name: str, device: Device, both: gpus.Gpus) -> None:
+    torch.cuda.set_device(1 - device.index)
+    CASES[name](device)
+    assert bool(both.started) != (name in WITHOUT_KERNELS), both.started
+    expected = device.index, torch.cuda.current_stream(device).cuda_stream
+    for started in both.started:
+        assert started[1:] == expected, f"{started}, expected device and stream {expected}"
+
+
+def main(arguments: list[str]) -> None:
+    for index in (0, 1):
+        torch.cuda.set_stream(torch.cuda.Stream(index))
+    with gpus.running(code_of_entry) as both, other_device_is_current():
+        for argument in arguments:
+            index, _, name = argument.rpartition("/")
+            wrong = ""
+            try:
+                check(name, Device("cuda", int(index or 1)), both)
+            except Exception:
+                wrong = "".join([*both.failures, traceback.format_exc()])
+            both.forget()
+            print(json.dumps([argument, wrong]), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
