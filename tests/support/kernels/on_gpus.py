@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -40,7 +41,7 @@ from support.ops.calls import (
 from support.ops.compare import Case
 
 Device = torch.device
-UNALIGNED = dict.fromkeys(("q", "k", "v", "grad out"), "odd_rows")
+UNALIGNED = {"q": "odd_rows", "k": "padded_rows", "v": "strided", "grad out": "odd_rows"}
 
 
 def checking(call: Call, kind: str, backend: str = "", **of_tensors: str) -> Callable:
@@ -80,7 +81,7 @@ def gradients_into_views(device: Device) -> None:
     backward = backends.TABLE["shaped_attention_bwd"]["cuda"].function
     expected = backward_of(device, [18, 7], torch.clone)
     d_gains = backward(expected)
-    for layout in (layouts.rows_apart, layouts.odd_rows, layouts.strided, layouts.transposed):
+    for layout in (layouts.rows_apart, layouts.odd_rows, layouts.padded_rows, layouts.strided):
         call = backward_of(device, [18, 7], layout)
         assert torch.equal(backward(call), d_gains), layout
         for name in ("dq", "dk", "dv"):
@@ -94,6 +95,14 @@ def no_sequences(device: Device) -> None:
     call = backward_of(device, [], torch.clone)
     d_gains = backends.TABLE["shaped_attention_bwd"]["cuda"].function(call)
     assert torch.equal(d_gains, torch.zeros_like(call.gains))
+
+
+def on_both_devices(device: Device) -> None:
+    """Checks that an error of a kernel is one of the op: its lengths are on the other GPU."""
+    call = backward_of(device, [18, 7], torch.clone)
+    elsewhere = replace(call, lengths=call.lengths.to(f"cuda:{1 - device.index}"))
+    with pytest.raises(RuntimeError, match="the launch failed: unspecified launch failure"):
+        backends.TABLE["shaped_attention_bwd"]["cuda"].function(elsewhere)
 
 
 def machine_code(device: Device) -> None:
@@ -119,6 +128,7 @@ CASES = {
     ),
     "attention, none": no_sequences,
     "attention, gradients into views": gradients_into_views,
+    "attention, on both GPUs": on_both_devices,
     "attention, terms": attention_terms,
     "machine code": machine_code,
     "block": checking(of_lengths(block_call(2, 20, 32, 2, 48), [20, 7]), "bf16"),
@@ -136,8 +146,8 @@ def with_other_device(function: Callable) -> Callable:
     """
 
     def run(call: Any) -> Any:
-        (device,) = {t.device for t in vars(call).values() if isinstance(t, Tensor)}
-        other = 1 - device.index
+        first = next(t for t in vars(call).values() if isinstance(t, Tensor))
+        other = 1 - first.device.index
         with torch.cuda.device(other):
             results = function(call)
             assert torch.cuda.current_device() == other, "the current device has changed"
