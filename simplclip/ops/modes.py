@@ -51,6 +51,16 @@ def autocast(first: Tensor, *others: Tensor | None) -> Sequence[Any]:
     return cast
 
 
+def has_values(t: Any) -> bool:
+    """Whether the values of a tensor can be read: meta and fake tensors have none.
+
+    In a fake mode no tensor's values can be read. Code that is compiled must not ask.
+    """
+    if type(t) is not Tensor or t.is_meta:
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
+
+
 def transforms() -> set[str]:
     """Returns the transforms of torch.func around the present call: "grad", "jvp", "vmap"."""
     if torch._C._functorch.peek_interpreter_stack() is None:

@@ -3,8 +3,8 @@ a micro-batch.
 
 The beginning is found by a trial: frozen modules whose output needs no gradient, each of which gets
 the output of the one before. When a micro-batch is encoded again, the last of them returns what it
-returned the first time. Those before it return a tensor without elements on the meta device, so
-that any other use of their outputs is an error.
+returned the first time. Those before it return a tensor of the same shape on the meta device, so
+that code may read the shapes of their outputs, and any use of the values is an error.
 """
 
 from __future__ import annotations
@@ -19,15 +19,25 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from simplclip import gradient_cache
 from simplclip.models.inherit import frozen_modules
+from simplclip.ops import modes
 
 Batch = dict[str, Any]
 Encode = Callable[[Batch], Tensor]
 
 
+class _Output(NamedTuple):
+    """An output that may be kept, and its version, which an operation in place would change."""
+
+    tensor: Tensor
+    version: int
+
+
 class Prefix:
     """Frozen modules that run one after the other, and the kept outputs of the last one.
 
-    A micro-batch whose texts are cropped to several lengths runs the modules several times.
+    A micro-batch whose texts are cropped to several lengths runs the modules several times. kept:
+    by the id of a micro-batch, the modules' outputs in the order of their calls; those of other
+    modules than the last are on the meta device.
     """
 
     def __init__(self, modules: list[nn.Module], compiled: bool = False) -> None:
@@ -39,8 +49,8 @@ class Prefix:
         self.modules = modules
         # forwards that were set on a module itself before
         self._forwards = [vars(module).get("forward") for module in modules]
-        self.kept: dict[int, list[Tensor]] = {}  # by the id of the micro-batch
-        self._recorded: list[Tensor] | None = None
+        self.kept: dict[int, list[Tensor]] = {}
+        self._recorded: list[_Output] | None = None
         self._replayed: list[Tensor] | None = None
         for module in modules:
             last = module is modules[-1]
@@ -50,8 +60,8 @@ class Prefix:
         """Returns function(batch), the features of a micro-batch, which keeps or uses outputs.
 
         Without autograd, the first time, outputs of the last module are kept for this object
-        `batch`. With autograd, the second time, they are used in place of running the modules, and
-        forgotten; if none are kept the modules run.
+        `batch`, unless something has changed them in place. With autograd, the second time, they
+        are used in place of running the modules, and forgotten; if none are kept the modules run.
         """
         if torch.is_grad_enabled():
             # none are kept of the last micro-batch, which is encoded once
@@ -60,8 +70,9 @@ class Prefix:
             self._recorded = []
         try:
             features = function(batch)
-            if self._recorded is not None:
-                self.kept[id(batch)] = self._recorded
+            outputs = self._recorded
+            if outputs is not None and all(t._version == version for t, version in outputs):
+                self.kept[id(batch)] = [output.tensor for output in outputs]
             return features
         finally:
             self._recorded = self._replayed = None
@@ -79,14 +90,20 @@ def _forward(prefix: Prefix, last: bool, forward: Callable, *args: Any, **option
     """Runs as `forward` of a module in `prefix`, and keeps or uses outputs, see `Prefix.encode`.
 
     last: whether it is the last module. forward: the module's own, called with `args` and
-    `options`. If outputs are used, other modules return an empty tensor on the meta device.
+    `options`. Of other modules' outputs only the layout is kept.
     """
     if prefix._replayed is not None:
-        return prefix._replayed.pop(0) if last else torch.empty(0, device="meta")
+        return prefix._replayed.pop(0)
     output = forward(*args, **options)
-    if last and prefix._recorded is not None:
-        prefix._recorded.append(output)
+    if prefix._recorded is not None:
+        kept = output if last else _on_meta(output)
+        prefix._recorded.append(_Output(kept, kept._version))
     return output
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    """Returns a tensor on the meta device with the shape, strides and dtype of another."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 class _Call(NamedTuple):
@@ -106,7 +123,8 @@ def find(
 
     Returns the beginning and the bytes of its output for `batch`; its modules already have another
     `forward`, until `remove`. Returns None, with the modules as before, if there is none with
-    weights that multiply, or if the tower cannot run from its output. Generators are restored.
+    weights that multiply, or if the tower does not compute the same features from its output.
+    Generators are restored.
     """
     modules = [
         module for _, module in frozen_modules(model) if not isinstance(module, nn.Embedding)
@@ -124,16 +142,29 @@ def find(
     try:
         with torch.no_grad():
             prefix.encode(encode, batch)
+        gradient_cache.restore(states)
+        works = id(batch) in prefix.kept
         with torch.enable_grad(), _nothing_saved():
-            again = prefix.encode(encode, batch)
-        works = again.device == features.device and again.shape == features.shape
+            works = works and _equal(prefix.encode(encode, batch), features)
     except (RuntimeError, TypeError, ValueError):
         works = False
+    prefix.kept.clear()
     gradient_cache.restore(states)
     if not works:
         prefix.remove()
         return None
     return prefix, chain[-1].output.nbytes
+
+
+def _equal(features: Tensor, expected: Tensor) -> bool:
+    """Whether features are equal up to rounding; of fake tensors device and shape are compared."""
+    if features.device != expected.device or features.shape != expected.shape:
+        return False
+    if not modes.has_values(features):
+        return True
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5
+    error = (features.detach() - expected.detach()).double().norm()
+    return bool(error <= tolerance * expected.detach().double().norm())
 
 
 def _trial(modules: list[nn.Module], encode: Encode, batch: Batch) -> tuple[Tensor, list[_Call]]:

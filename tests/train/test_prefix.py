@@ -18,7 +18,15 @@ from simplclip.plan.step import TrainerStep
 from simplclip.train import config, prefix, setup
 
 CPU = torch.device("cpu")
-FORMS = ("chain", "skip", "scaled", "pooled")
+# forms of a tower -> how many of its two frozen layers are a beginning
+FORMS = {
+    "skip": 0,
+    "pooled": 0,
+    "scaled": 1,  # the first layer's output is not the second's input
+    "sized": 2,
+    "changed": 0,
+    "changed without autograd": 0,
+}
 
 
 class Counted(nn.Conv2d):
@@ -43,8 +51,15 @@ class Tower(nn.Module):
 
     def forward(self, batch):
         kept = x = self.first(batch["image"])
-        x = nn.functional.dropout(self.second(2 * x if self.form == "scaled" else x))
+        x = self.second(2 * x if self.form == "scaled" else x)
+        if self.form == "changed":
+            nn.functional.silu(x, inplace=True)
+        elif self.form == "changed without autograd":
+            x.data.mul_(x.data)
+        x = nn.functional.dropout(x)
         x = self.last(x + kept if self.form == "skip" else x)
+        if self.form == "sized":
+            x = x * kept.numel() / kept.shape[-1] ** kept.dim()
         return x.mean((2, 3)) + (kept.mean() if self.form == "pooled" else 0)
 
 
@@ -80,19 +95,29 @@ def test_frozen_layers_run_once():
     assert not beginning.kept
 
 
-@pytest.mark.parametrize("form", FORMS[1:])
-def test_outputs_that_are_used_elsewhere(form):
+@pytest.mark.parametrize(("form", "layers"), FORMS.items())
+def test_outputs_that_are_used_elsewhere(form, layers):
     """Only the modules from which a tower can go on are a beginning."""
     tower = Tower(form)
     plain = gradients(tower, tower)
     result = prefix.find(tower, tower, example())
-    if form == "scaled":  # the first layer's output is not the second's input
+    if layers:
         beginning, _ = result
-        assert beginning.modules == [tower.second]
+        assert beginning.modules == [tower.first, tower.second][-layers:]
         assert torch.equal(gradients(tower, partial(beginning.encode, tower)), plain)
     else:
         assert result is None
         assert not any("forward" in vars(module) for module in tower.modules())
+
+
+def test_an_output_that_is_changed_later():
+    """It is not kept of a micro-batch that changes it: the layers run again."""
+    changing = Tower("changed")
+    plain = gradients(changing, changing)
+    tower = Tower()
+    beginning, _ = prefix.find(tower, tower, example())
+    tower.form = "changed"
+    assert torch.equal(gradients(tower, partial(beginning.encode, tower)), plain)
 
 
 def test_a_tower_without_frozen_layers():
