@@ -8,6 +8,7 @@ from torch import Tensor
 
 from simplclip.common.errors import InputError
 from simplclip.nn import SimplifiedBlock
+from simplclip.ops.modes import has_values
 
 
 def is_causal_mask(mask: Tensor) -> bool:  # [L, L]
@@ -88,8 +89,7 @@ class TransformerBlock(SimplifiedBlock):
         """
         # While tracing and for fake tensors, which have no values, the check made by `simplify` has
         # to suffice; so it has for inference tensors, which have no version.
-        has_values = not torch.compiler.is_compiling() and type(mask) is Tensor and not mask.is_meta
-        if not has_values or mask.is_inference():
+        if torch.compiler.is_compiling() or not has_values(mask) or mask.is_inference():
             return True
         key = mask.data_ptr(), mask.shape, mask.stride(), mask._version
         accepted, _ = self._accepted.get(len(mask), ((), None))

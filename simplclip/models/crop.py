@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from simplclip.common.errors import InputError, check_count
 from simplclip.models.blocks import is_causal_mask
+from simplclip.ops.modes import has_values
 
 GROUP_TOKENS = 512  # cost of one more call of the tower, in tokens: launches, and small products
 _LOCK = threading.RLock()  # a tower has the positions and the mask of one length at a time
@@ -168,7 +169,7 @@ class TextCrop:
 
 def _has_lengths(text: Any) -> bool:
     """Whether the lengths of texts can be read: fake tensors and traced ones have no values."""
-    if type(text) is not Tensor or text.ndim != 2 or text.is_meta:
+    if not has_values(text) or text.ndim != 2:
         return False
     return len(text) > 0 and not torch.jit.is_tracing()
 
@@ -192,8 +193,7 @@ def _why_not(model: Any) -> str:
     if getattr(tower, "masks_padding", False) or getattr(tower, "use_pad_mask", False):
         return ""
     mask: Any = getattr(tower, "attn_mask", None)
-    has_values = type(mask) is Tensor and not mask.is_meta
-    if mask is not None and (not has_values or is_causal_mask(mask)):
+    if mask is not None and (not has_values(mask) or is_causal_mask(mask)):
         return ""
     return (
         "a text tower in which every token sees every token (simplify's mask_padding masks padding)"

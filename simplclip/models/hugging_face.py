@@ -16,6 +16,7 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2EncoderLayer
 
 from simplclip.common.errors import InputError
 from simplclip.nn import SimplifiedBlock
+from simplclip.ops.modes import has_values
 
 TOWERS = {"text": "text_model", "image": "vision_model"}
 
@@ -105,9 +106,7 @@ class EncoderBlock(SimplifiedBlock, _WithoutLayer):
         # the last token sees every valid token
         rows = visible if mask.dim() == 2 else visible[:, 0, -1]
         lengths = rows.sum(-1)
-        # While tracing there are no values to check.
-        traced = torch.compiler.is_compiling() or type(mask) is not Tensor or mask.is_meta
-        if self.checks_mask and not traced:
+        if self.checks_mask and not torch.compiler.is_compiling() and has_values(mask):
             self._check_mask(visible, lengths)
         return lengths
 

@@ -14,6 +14,7 @@ from torch import nn
 from simplclip.common.errors import InputError
 from simplclip.models.blocks import MapBlock, TimmBlock, TransformerBlock, is_causal_mask
 from simplclip.nn import ACTIVATIONS, SimplifiedBlock
+from simplclip.ops.modes import has_values
 
 # Class of an activation -> its name in `nn.ACTIVATIONS`; nn.GELU may also be "gelu_tanh".
 _ACT_NAMES = {
@@ -91,7 +92,7 @@ def _text_sites(model: nn.Module) -> Iterable[Site]:
             "text: expected no mask or a causal one, got a tower with class token or padding masks"
         )
     mask: Any = tower.attn_mask
-    if mask is not None and not mask.is_meta and not is_causal_mask(mask):
+    if mask is not None and has_values(mask) and not is_causal_mask(mask):
         raise InputError(
             "text: expected no mask or a causal one, got a tower with another attn_mask"
         )
@@ -193,7 +194,10 @@ def build_block(site: Site, mlp_ratio: float | None = None, gamma: float = 1.0) 
         new.masks_padding = True
     eps = (m.eps for m in block.modules() if isinstance(m, nn.LayerNorm))
     new.norm.eps = next(eps, new.norm.eps)
-    return new.to(device=weight.device, dtype=weight.dtype).train(block.training)
+    made = new.fc1.weight
+    if made.device != weight.device or made.dtype != weight.dtype:  # torch cannot cast fake modules
+        new.to(device=weight.device, dtype=weight.dtype)
+    return new.train(block.training)
 
 
 def _first_dense(mlp: nn.Module) -> Any:

@@ -10,6 +10,7 @@ from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from timm.models import fastvit
 from timm.models.vision_transformer import Block
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simplclip.common.errors import InputError
 from simplclip.models.blocks import MapBlock, TimmBlock
@@ -238,6 +239,17 @@ def test_tanh_gelu_of_open_clip_stays_tanh_gelu():
     model, _ = simplify(clip(text={"act_kwargs": {"approximate": "tanh"}}))
     assert model.transformer.resblocks[0].act == "gelu_tanh"
     assert model.visual.transformer.resblocks[0].act == "gelu"
+
+
+def test_models_of_a_fake_mode():
+    """Their masks have no values to check."""
+    real = clip()
+    with FakeTensorMode():
+        fake = clip()
+        for model in (real, fake):
+            simplify(model)
+            assert model.transformer.resblocks[0].causal
+        assert fake.encode_text(torch.ones(2, 12).long()).shape == (2, 16)
 
 
 def test_an_activation_that_blocks_lack_is_an_error():
