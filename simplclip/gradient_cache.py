@@ -23,6 +23,7 @@ from torch.amp import GradScaler
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from simplclip.common import generators
 from simplclip.common.errors import InputError
 from simplclip.ops import checks
 
@@ -58,7 +59,8 @@ def backward(
             along the first dimension, whose size may differ between micro-batches and between
             outputs, e.g. image [m, D] and text [m k, D] with several captions. Outputs with one
             element (logit scale and bias) must be the same for every micro-batch: `loss` gets one
-            of them, and its gradient is propagated once. encode is called twice for a micro-batch
+            of them, and its gradient is propagated once. Features may be constants in some
+            micro-batches, but not only in the last one. encode is called twice for a micro-batch
             and must compute the same both times; it may move the micro-batch to the device. If the
             towers have micro-batches of their own: a mapping of such functions. A function returns
             one tensor, which is named by the function's key, or a mapping of outputs.
@@ -91,13 +93,15 @@ def backward(
     Double backward is not supported.
 
     Raises:
-        ValueError, TypeError: there is no micro-batch, the arguments of the towers do not fit each
-            other, the outputs or what `loss` returns have another type or shape, or `check` rejects
-            the model. No gradient has changed then.
+        ValueError, TypeError: an argument, an output or what `loss` returns is not valid, or
+            `check` rejects the model. No gradient has changed then.
+        InputError: an output is a constant in the last micro-batch alone, which step 3 finds.
 
     Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited
     Setup", arXiv 2101.06983.
     """
+    if not torch.is_grad_enabled():
+        raise InputError("backward: expected autograd, got a call under no_grad or inference_mode")
     towers = _towers(encode, micro_batches)
     checks.check_instance("scaler", scaler, GradScaler | None, "a torch.amp.GradScaler or None")
     if model is not None:
@@ -112,18 +116,21 @@ def backward(
                     f"{tower.label}: expected outputs that no other tower has, got {name!r}"
                 )
             # of frozen towers and of teachers the loss need not compute gradients
-            leaves[name] = leaf.requires_grad_(tower.last_outputs[name].requires_grad)
+            leaves[name] = leaf.requires_grad_(tower.needs_gradient[name])
 
     result = loss(*leaves.values()) if 0 in leaves else loss(**leaves)
     total, terms = _loss_and_terms(result)
+    if not total.requires_grad:
+        got = "a constant: no output of encode requires a gradient, or loss detaches it"
+        raise InputError(f"loss: expected a value with a gradient, got {got}")
     if scaler is not None:
         total = scaler.scale(total)
     with _autocast_off(total):
         total.backward()
-    end = generators()
+    end = generators.states()
     gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     ranks.encode_again(gradients)
-    restore(end)
+    generators.restore(end)
     return {name: term.detach() for name, term in terms.items()}
 
 
@@ -178,10 +185,11 @@ class _Tower:
             raise ValueError(f"micro_batches{suffix}: expected at least one, got none")
         # micro-batches that are encoded again in step 3, all but the last
         self.recomputed = self.count - 1
-        self.states: list[tuple[Tensor, list[Tensor]]] = []
+        self.states: list[generators.States] = []
         self.parts: list[Named] = []
         self.rows: list[dict[Any, int]] = []  # of the features of each micro-batch
         self.last_outputs: Named = {}
+        self.needs_gradient: dict[Any, bool] = {}  # by output, in the last micro-batch
 
     def encode_once(self, ranks: _Ranks) -> None:
         """Encodes each micro-batch, all but the last without autograd (step 1).
@@ -192,7 +200,7 @@ class _Tower:
         """
         first: dict[Any, list] = {}
         for index in range(self.count):
-            self.states.append(generators())
+            self.states.append(generators.states())
             with (
                 torch.set_grad_enabled(index == self.recomputed),
                 ranks.no_sync(self in ranks.recomputing),
@@ -210,6 +218,7 @@ class _Tower:
                 )
             if index == self.recomputed:
                 self.last_outputs = outputs
+                self.needs_gradient = {name: t.requires_grad for name, t in outputs.items()}
             self.parts.append({name: output.detach() for name, output in outputs.items()})
             rows = {name: len(output) for name, output in outputs.items() if output.dim() > 1}
             self.rows.append(rows)
@@ -269,10 +278,20 @@ class _Tower:
     def _encoded_again(self, index: int) -> tuple[Named, Named]:
         """Encodes a micro-batch with step 1's random numbers; returns outputs and gradients.
 
-        Sets the generators of random numbers. Both are dicts by the outputs' names.
+        Both are dicts by the outputs' names. Raises InputError for an output whose gradient would
+        be lost: features beside constants of the last micro-batch, one element beside any constant.
         """
-        restore(self.states[index])
-        return self._outputs(self.micro_batches[index]), self.gradients[index]
+        generators.restore(self.states[index])
+        outputs = self._outputs(self.micro_batches[index])
+        for name, output in outputs.items():
+            needed = output.requires_grad
+            if needed != self.needs_gradient[name] and (needed or output.dim() < 2):
+                constant = self.recomputed if needed else index
+                raise InputError(
+                    f"output {name!r} of {self.label}: expected one that requires a gradient in "
+                    f"every micro-batch, got a constant in micro-batch {constant}"
+                )
+        return outputs, self.gradients[index]
 
     def _outputs(self, batch: Any) -> Named:
         """Encodes a micro-batch and returns the outputs by name or, of a sequence, by position.
@@ -376,8 +395,7 @@ class _Ranks:
         if self.together and self.recomputing:
             self.recomputing = towers
         if self.together and self.wrappers[0].find_unused_parameters:
-            # DDP would count the parameters of one tower as finished in the forward pass of the
-            # other.
+            # DDP would count one tower's parameters as finished in the other's forward pass.
             raise InputError(
                 "model: expected find_unused_parameters=False of a wrapper that both towers share, "
                 "got True"
@@ -430,18 +448,3 @@ def _backpropagate(parts: list[tuple[Named, Named]]) -> None:
 def _autocast_off(tensor: Tensor) -> torch.autocast:
     """Returns a context without autocast, which would cast backward's float32 products."""
     return torch.autocast(tensor.device.type, enabled=False)
-
-
-def generators() -> tuple[Tensor, list[Tensor]]:
-    """Returns the states of torch's random generators: of the CPU, and a list of all CUDA devices.
-
-    The list is empty while CUDA is not initialised.
-    """
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return torch.get_rng_state(), cuda
-
-
-def restore(states: tuple[Tensor, list[Tensor]]) -> None:
-    """Sets torch's random generators to states that `generators` returned."""
-    torch.set_rng_state(states[0])
-    torch.cuda.set_rng_state_all(states[1])

@@ -1,1 +1,1 @@
-"""Helpers for all packages: errors, files, hardware, ranks, progress and pictures."""
+"""Helpers for all packages: errors, files, hardware, generators, ranks, progress and pictures."""

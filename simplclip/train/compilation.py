@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from simplclip import gradient_cache
-from simplclip.common import ranks
+from simplclip.common import generators, ranks
 from simplclip.train.checkpoint import Snapshot
 from simplclip.train.log import Log
 from simplclip.train.setup import State, compile_towers, compiled_parts
@@ -75,7 +74,7 @@ class Compilation:
         run.compile to False; a TrainingError, and an error within the update, are raised.
         """
         state, crop = self.state, self.state.crop
-        generators = gradient_cache.generators()
+        states = generators.states()
         sizes = (crop.multiple, crop.groups) if crop else (0, 0)
         self.log.print("compile    the towers, by torch.compile: the next steps take longer")
         compile_towers(state)
@@ -90,7 +89,7 @@ class Compilation:
             part._compiled_call_impl = None
         if crop:
             crop.multiple, crop.groups = sizes
-        gradient_cache.restore(generators)
+        generators.restore(states)
         self.snapshot.restore_buffers()
         self._decide(False)
         return train()

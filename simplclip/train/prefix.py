@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from simplclip import gradient_cache
+from simplclip.common import generators
 from simplclip.models.inherit import frozen_modules
 from simplclip.ops import modes
 
@@ -131,25 +131,25 @@ def find(
     ]
     if not modules:
         return None
-    states = gradient_cache.generators()
+    states = generators.states()
     try:
         features, chain = _trial(modules, encode, batch)
     finally:
-        gradient_cache.restore(states)
+        generators.restore(states)
     if not chain:
         return None
     prefix = Prefix([call.module for call in chain], compiled)
     try:
         with torch.no_grad():
             prefix.encode(encode, batch)
-        gradient_cache.restore(states)
+        generators.restore(states)
         works = id(batch) in prefix.kept
         with torch.enable_grad(), _nothing_saved():
             works = works and _equal(prefix.encode(encode, batch), features)
     except (RuntimeError, TypeError, ValueError):
         works = False
     prefix.kept.clear()
-    gradient_cache.restore(states)
+    generators.restore(states)
     if not works:
         prefix.remove()
         return None

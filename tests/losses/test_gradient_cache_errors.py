@@ -143,6 +143,65 @@ def test_what_loss_returns_is_checked_before_a_gradient_changes(loss, got):
     assert linear.weight.grad is None
 
 
+@pytest.mark.parametrize("loss", [lambda x: x.sum().detach(), lambda x: {"a": torch.ones(())}])
+def test_a_loss_without_a_gradient(loss):
+    message = "loss: expected a value with a gradient, got a constant"
+    with pytest.raises(ValueError, match=message):
+        gradient_cache.backward(nn.Linear(3, 3), torch.ones(4, 3).split(2), loss)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_autograd_must_be_on(off):
+    message = "backward: expected autograd, got a call under no_grad or inference_mode"
+    with off(), pytest.raises(ValueError, match=message):
+        gradient_cache.backward(nn.Linear(3, 3), torch.ones(4, 3).split(2), torch.sum)
+
+
+@pytest.mark.parametrize(
+    ("trained", "message"),
+    [
+        ([(1, 1), (1, 1), (1, 1)], None),
+        ([(0, 1), (1, 1), (1, 1)], None),
+        ([(1, 1), (0, 1), (1, 1)], None),
+        ([(0, 1), (0, 1), (0, 1)], None),
+        ([(1, 0), (1, 0), (1, 0)], None),
+        ([(1, 1), (0, 1), (0, 1)], "output 0 of encode: .*, got a constant in micro-batch 2"),
+        ([(0, 1), (1, 1), (0, 1)], "output 0 of encode: .*, got a constant in micro-batch 2"),
+        ([(1, 1), (1, 1), (1, 0)], "output 1 of encode: .*, got a constant in micro-batch 2"),
+        ([(1, 1), (1, 0), (1, 1)], "output 1 of encode: .*, got a constant in micro-batch 1"),
+        ([(1, 0), (1, 1), (1, 1)], "output 1 of encode: .*, got a constant in micro-batch 0"),
+    ],
+)
+def test_constants_in_some_micro_batches(trained, message):
+    """trained: for each micro-batch whether features and scale require a gradient."""
+    torch.manual_seed(0)
+    linear, log_scale = nn.Linear(3, 4), nn.Parameter(torch.ones(()))
+    parameters = [*linear.parameters(), log_scale]
+
+    def encode(batch):
+        rows, of_features, of_scale = batch
+        outputs = linear(rows), log_scale.exp()
+        flags = of_features, of_scale
+        return [t if flag else t.detach() for t, flag in zip(outputs, flags)]
+
+    def loss(features, scale):
+        return (scale * features).square().mean()
+
+    batches = [(torch.randn(2, 3), *flags) for flags in trained]
+    if message:
+        with pytest.raises(ValueError, match=message):
+            gradient_cache.backward(encode, batches, loss)
+        return
+    features = torch.cat([encode(batch)[0] for batch in batches])
+    loss(features, encode(batches[-1])[1]).backward()
+    plain = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    gradient_cache.backward(encode, batches, loss)
+    for p, expected in zip(parameters, plain):
+        torch.testing.assert_close(p.grad, expected)
+
+
 @pytest.mark.parametrize(
     ("name", "kind"), [("model", "nn.Module"), ("scaler", "torch.amp.GradScaler or None")]
 )
