@@ -40,6 +40,10 @@ class RankError(UserError, RuntimeError):
     """Another rank has ended, or does not answer."""
 
 
+class Stopped(Exception):
+    """Work that gives way to a stop, on all ranks; see `fail_together`."""
+
+
 def count() -> int:
     """Returns the number of ranks; 1 outside `join`."""
     return dist.get_world_size() if _objects is not None else 1
@@ -166,8 +170,8 @@ def fail_together() -> Iterator[None]:
     """Context that all ranks leave together; if one of them fails inside, all end.
 
     The first rank that fails raises its error. The others end in silence, but for the first rank of
-    each other node, which repeats the error. All ranks have to enter it; they must not exchange
-    anything inside.
+    each other node, which repeats the error. If ranks raise Stopped and none fails, all raise it.
+    All ranks have to enter it; they must not exchange anything inside.
     """
     error = None
     try:
@@ -175,9 +179,14 @@ def fail_together() -> Iterator[None]:
     except Exception as failure:
         error = failure
     node = os.environ.get("GROUP_RANK")
-    failures: list[Any] = all_gather(None if error is None else (str(error), node))
-    failed = next((rank for rank, failure in enumerate(failures) if failure), None)
+    stopped = isinstance(error, Stopped)
+    own = None if error is None or stopped else (str(error), node)
+    failures: tuple[Any, ...]
+    failures, stops = zip(*all_gather((own, stopped)))
+    failed = next((rank for rank, failed in enumerate(failures) if failed), None)
     if failed is None:
+        if any(stops):
+            raise Stopped
         return
     if error is not None and failed == number():
         raise error

@@ -40,6 +40,10 @@ class CheckpointError(InputError):
     """
 
 
+class UnreadableError(CheckpointError):
+    """Error for a file that is damaged, or whose pickle does more than store tensors."""
+
+
 def state_of(source: Source, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
     """Returns the label of a source for messages, and its tensors by their names in `model`.
 
@@ -174,7 +178,7 @@ def read_weights(path: str | os.PathLike, argument: str = "checkpoint") -> Any:
             refused = re.search(r"(?:GLOBAL|global) [\w.]+", str(error))
             why = refused[0] if refused else "weights_only refuses it"
             reason = f"its pickle does more than store tensors ({why})"
-        raise CheckpointError(
+        raise UnreadableError(
             f"{argument}: expected a file of weights, got {path}: {reason}"
         ) from None
 

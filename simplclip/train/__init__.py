@@ -8,7 +8,8 @@ objective.py    the loss, with weights by step
 step.py         one step: forward, loss, backward, update
 prefix.py       the frozen beginning of a tower, which runs once in a step
 compilation.py  compiled towers, after the first steps
-loop.py         the steps of a run, and its evaluation
+loop.py         the steps of a run
+evaluate.py     the evaluations of a run
 signals.py      signals that end a run after a whole step
 checkpoint.py   last.pt, what --resume accepts
 distributed.py  several ranks

@@ -7,6 +7,8 @@ A checkpoint is one dict that torch.save wrote, see `simplclip.models.trained`. 
                                 others are seeded by step
     frozen                      names of frozen modules
     evaluated                   the step of the last evaluation that was finished
+    best                        "recall" and "step" of the best evaluation on the eval.splits of
+                                "config", which best.pt has; None without one
     images                      the number of images of an epoch, None if they are not counted
 
 best.pt has the weights of the evaluation with the highest mean R@1, "recall", averaged if the run
@@ -15,7 +17,9 @@ has averages.
 
 from __future__ import annotations
 
+import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ from simplclip.data.loader import STATE
 from simplclip.data.pack import pack_folders
 from simplclip.models.sources import BEST, LAST
 from simplclip.models.trained import FORMAT, VERSION, CheckpointError, read_checkpoint
+from simplclip.models.weights import UnreadableError
 from simplclip.train.config import Config, ConfigError, check_out, from_dict
 from simplclip.train.setup import State
 
@@ -65,9 +70,10 @@ MAY_CHANGE = (
 def read_last(out: Path, resume: bool) -> dict[str, Any] | None:
     """Reads the checkpoint to continue from; returns None for a run that begins.
 
-    out: folder of the run. With `resume` it is last.pt, if there is one, on the CPU; its key "best"
-    has "recall", "step" and "config" of best.pt, all None without that file. Without `resume` the
-    folder must not hold a run.
+    out: folder of the run. With `resume` it is last.pt, if there is one, on the CPU. Its key "best"
+    has "recall", "step" and "config" of best.pt, or of last.pt if that file is gone or damaged; it
+    is None without an evaluation. "damage" is what is wrong with best.pt, or None. Without `resume`
+    the folder must not hold a run.
     Raises ConfigError if it does, CheckpointError for files that `simplclip train` does not write
     so.
     """
@@ -80,14 +86,42 @@ def read_last(out: Path, resume: bool) -> dict[str, Any] | None:
         raise CheckpointError(
             f"{last}: expected the values that simplclip train writes, got others"
         )
-    best = read_checkpoint(out / BEST) if (out / BEST).exists() else {}
+    best, damage = checkpoint.get("best"), None
+    if best is not None:
+        best = best | {"config": checkpoint["config"]}
+    if (out / BEST).exists():
+        try:
+            best = _read_best(out / BEST)
+        except UnreadableError as error:
+            damage = str(error)
+    return checkpoint | {"best": best, "damage": damage}
+
+
+def _read_best(file: Path) -> dict[str, Any]:
+    """Returns "recall", "step" and "config" of a best.pt; UnreadableError if it is damaged."""
+    best = read_checkpoint(file)
     # a copy that the user made, which must not be replaced
-    if best and not isinstance(best.get("recall"), float):
+    if not isinstance(best.get("recall"), float):
         raise CheckpointError(
-            f"{out / BEST}: expected the best weights as simplclip train writes them, got another "
-            "file"
+            f"{file}: expected the best weights as simplclip train writes them, got another file"
         )
-    return checkpoint | {"best": {key: best.get(key) for key in ("recall", "step", "config")}}
+    return {key: best[key] for key in ("recall", "step", "config")}
+
+
+def set_aside(out: Path, former: dict[str, Any]) -> list[str]:
+    """Renames a damaged best.pt, so that the run can go on; returns lines for the log.
+
+    out: folder of the run. former: what `read_last` returned. Without damage nothing changes.
+    """
+    if former["damage"] is None:
+        return []
+    damaged = out / f"{BEST}.damaged"
+    os.replace(out / BEST, damaged)
+    line = f"warning    {former['damage']}; it is set aside as {damaged}"
+    if former["best"] is not None:
+        recall, step = former["best"]["recall"], former["best"]["step"]
+        line += f". A new {BEST} needs a mean R@1 above its {recall:.1%}, of step {step}"
+    return [line]
 
 
 def _can_continue(checkpoint: dict[str, Any]) -> bool:
@@ -100,9 +134,17 @@ def _can_continue(checkpoint: dict[str, Any]) -> bool:
             and checkpoint["step"] > 0
             and "frozen" in checkpoint
             and isinstance(checkpoint.get("evaluated", 0), int)
+            and _is_best(checkpoint.get("best"))
         )
     except (RuntimeError, LookupError, TypeError, AttributeError):
         return False
+
+
+def _is_best(best: Any) -> bool:
+    """Whether a value of "best" in a last.pt is one that the trainer writes."""
+    if best is None:
+        return True
+    return isinstance(best["recall"], float) and isinstance(best["step"], int)
 
 
 def check_settings(checkpoint: dict[str, Any], config: Config) -> None:
@@ -204,15 +246,22 @@ class Snapshot:
             name: (buffer, buffer.clone()) for name, buffer in buffers if name in saved
         }
         self.saved = state.step  # the step of last.pt; 0: there is none
+        self.saved_at = time.monotonic()
         self.progress: dict[str, Any] = {
             "evaluated": former.get("evaluated", state.step),
             "images": images,
+            "best": None,
         }
-        self.best: tuple[float, int] | None = None  # of best.pt: R@1, the step
-        best = former.get("best", {})
-        if best.get("config") and best["config"]["eval"]["splits"] == state.config.eval.splits:
-            self.best = best["recall"], best["step"]
+        best = former.get("best")
+        if best and best["config"]["eval"]["splits"] == state.config.eval.splits:
+            self.progress["best"] = {"recall": best["recall"], "step": best["step"]}
+        self._written = former.get("step"), former.get("evaluated")  # of last.pt
         self.take()
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """ "recall" and "step" of the best evaluation so far; None without one."""
+        return self.progress["best"]
 
     def take(self) -> None:
         """Copies the state after a whole step, in place of the last one; to be called after each.
@@ -231,10 +280,12 @@ class Snapshot:
     def save(self) -> None:
         """Writes last.pt with the last whole step, and config.yaml, in place of the old ones.
 
-        config.yaml may have changed on resume. Other ranks write nothing. Parameters are written as
-        they are: not to be called while `state.updating`.
+        config.yaml may have changed on resume. If last.pt has this step and its evaluation already,
+        nothing is written; nor by other ranks. Parameters are written as they are: not to be called
+        while `state.updating`.
         """
-        if not ranks.first():
+        progress = self.progress["step"], self.progress["evaluated"]
+        if not ranks.first() or progress == self._written:
             return
         state = self.state
         write_atomically(self.out / "config.yaml", state.config.to_yaml())
@@ -242,7 +293,8 @@ class Snapshot:
         parts["model"] |= {name: copy for name, (_, copy) in self._buffers.items()}
         settings = {"frozen": state.frozen, "config": state.config.to_dict()}
         save(self.out, parts | self.progress | settings)
-        self.saved = self.progress["step"]
+        self.saved, self._written = self.progress["step"], progress
+        self.saved_at = time.monotonic()
 
     def keep_best(self, recall: float) -> bool:
         """Writes best.pt, with the model's present weights, if their R@1 is the highest so far.
@@ -252,7 +304,7 @@ class Snapshot:
         the best ones, on all ranks; only the first one writes.
         """
         state = self.state
-        if self.best and recall <= self.best[0]:
+        if self.best and recall <= self.best["recall"]:
             return False
         if ranks.first():
             write_atomically(self.out / "config.yaml", state.config.to_yaml())
@@ -264,7 +316,7 @@ class Snapshot:
                 "images": self.progress["images"],
             }
             save(self.out, contents, BEST)
-        self.best = recall, state.step
+        self.progress["best"] = {"recall": recall, "step": state.step}
         return True
 
     def save_after_error(self) -> str | None:

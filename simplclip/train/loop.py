@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Never
@@ -18,12 +18,13 @@ from simplclip.common import hardware, ranks
 from simplclip.common.errors import UserError
 from simplclip.common.files import locked
 from simplclip.common.progress import duration
-from simplclip.models.trained import image_transform, tokenizer
+from simplclip.models.trained import tokenizer
 from simplclip.train import checkpoint
 from simplclip.train.checkpoint import Snapshot
 from simplclip.train.compilation import Compilation
 from simplclip.train.config import Config, ConfigError
 from simplclip.train.distributed import wrap
+from simplclip.train.evaluate import evaluate, is_due, load_splits
 from simplclip.train.log import Log, first_lines, write_curves
 from simplclip.train.pairs import pack_and_count
 from simplclip.train.setup import State, make_state
@@ -80,6 +81,8 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
             state.lines.append(f"resume     {out} has no checkpoint yet: starting at step 0")
         with ranks.fail_together():
             loader = make_loader(state)
+        if former:
+            state.lines += ranks.on_first(checkpoint.set_aside, out, former)
 
         snapshot, log = Snapshot(state, former, samples), Log(state, console)
         stop = stack.enter_context(StopSignals(console))
@@ -92,10 +95,11 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         except Exception as error:
             _save_and_raise(ranks.as_rank_error(error), snapshot)
             raise
+        finished = state.step == config.run.steps and not is_due(state, snapshot)
         # inside of StopSignals, where a closed pipe raises nothing
-        if state.step == config.run.steps:
+        if finished:
             _print_end(snapshot, log, time.monotonic() - began)
-    if state.step < config.run.steps:
+    if not finished:
         if not is_first:
             raise SystemExit(130)
         saved = f"saved step {state.step} of {config.run.steps} to {out / 'last.pt'}"
@@ -118,30 +122,17 @@ def _start(
         _micro_batch_size_and_count(config)
         if not former:
             state = make_state(config, device, precision)
-        splits = _splits(config, config.eval.splits)
+        splits = load_splits(config, config.eval.splits)
     config, samples, division = ranks.on_first(pack_and_count, config, former)
     with ranks.fail_together():
         data.sources_of(config.data.train, "data.train")  # which a node may lack
-        splits |= _splits(config, config.held_out)
+        splits |= load_splits(config, config.held_out)
         if former:
             state = make_state(config, device, precision, former)
     state.config, state.objective.steps = config, config.run.steps
     keep_frozen(state)
     state.wrappers = wrap(state.model)
     return state, splits, samples, division
-
-
-def _splits(config: Config, splits: dict[str, Any]) -> dict[str, evaluation.Split]:
-    """Returns held-out data, by name, for the model; {} if the run does not evaluate.
-
-    splits: name -> data as `data.held_out` takes them.
-    """
-    if not config.eval.every:
-        return {}
-    section = config.model.model_dump()
-    return evaluation.load_splits(
-        splits, tokenizer=tokenizer(section), transform=image_transform(section)
-    )
 
 
 def _train(
@@ -153,10 +144,10 @@ def _train(
     log: Log,
 ) -> None:
     """Runs the steps until the last one or a stop; logs, evaluates and writes last.pt when due."""
+    config = state.config
     # an evaluation at the checkpoint's step had failed, or gave way to a signal
-    if evaluate_if_due(state, splits, snapshot, log):
-        snapshot.save()
-    config, saved = state.config, time.monotonic()
+    if is_due(state, snapshot) and evaluate(state, splits, snapshot, stop, log):
+        return
     if state.step == config.run.steps:
         return
     compilation = Compilation(state, snapshot, log)
@@ -168,12 +159,11 @@ def _train(
         snapshot.take()
         log.write_step(row)
         stopped, last = stop.agree_to_stop(), state.step == config.run.steps
-        if last or not stopped:  # after a signal, an evaluation may take longer than is left
-            evaluate_if_due(state, splits, snapshot, log)
-        late = time.monotonic() - saved > 60 * SAVE_MINUTES
+        if is_due(state, snapshot) and not stopped:
+            stopped = evaluate(state, splits, snapshot, stop, log)
+        late = time.monotonic() - snapshot.saved_at > 60 * SAVE_MINUTES
         if stopped or last or late or state.step % config.run.save_every == 0:
             snapshot.save()
-            saved = time.monotonic()
         if stopped or last:
             if loader.skipped.counts:
                 log.print(f"data       {loader.skipped}")
@@ -187,8 +177,9 @@ def _print_end(snapshot: Snapshot, log: Log, seconds: float) -> None:
     log.print(
         f"done       step {snapshot.saved} in {took}: {out / 'last.pt'}, {out / 'curves.png'}"
     )
-    if snapshot.best:
-        recall, step = snapshot.best
+    best = snapshot.best
+    if best and (out / "best.pt").exists():  # the file may be lost, see `checkpoint.set_aside`
+        recall, step = best["recall"], best["step"]
         log.print(f"best       mean R@1 {recall:.1%}, of step {step}: {out / 'best.pt'}")
 
 
@@ -279,62 +270,6 @@ def make_loader(state: State) -> data.Loader:
     return loader
 
 
-def evaluate_if_due(
-    state: State, splits: dict[str, evaluation.Split], snapshot: Snapshot, log: Log
-) -> bool:
-    """Calls `evaluate`, once, after a step that has an evaluation; returns whether it did."""
-    every, step = state.config.eval.every, state.step
-    if not every or snapshot.progress["evaluated"] == step:
-        return False
-    if step % every and step < state.config.run.steps:
-        return False
-    evaluate(state, splits, snapshot, log)
-    snapshot.progress["evaluated"] = step
-    return True
-
-
-def evaluate(
-    state: State, splits: dict[str, evaluation.Split], snapshot: Snapshot, log: Log
-) -> None:
-    """Evaluates the model on the splits, with the averages of its weights if it has some.
-
-    Prints R@k and the loss, and writes them to evaluation.csv, and the weights to best.pt if they
-    are the best so far. The model is in training mode afterwards. All ranks have to call it.
-    """
-    recalls = []
-    with state.ema.in_place() if state.ema else nullcontext():
-        state.model.eval()
-        for name, split in splits.items():
-            # as `simplclip evaluate` and the export compute, so that the figures are equal
-            towers = evaluation.Towers(state.model, state.device, "fp32")
-            evaluation.encode(towers, split, workers=state.config.data.workers)
-            log.print_skipped(name, split)
-            retrieval, loss = ranks.on_first(_figures, state, split)
-            if retrieval:
-                for direction, figures in retrieval.directions.items():
-                    log.write_evaluation(name, direction, figures, loss)
-                    recalls.append(figures["R@1"].value)
-            ranks.on_first(log.write_sheet, name, split)
-            if retrieval:
-                size = min(len(split), state.config.data.batch_size)
-                log.print(f"evaluation {name} loss: {loss:.3f}, in batches of {size}")
-        if recalls:
-            mean = sum(recalls) / len(recalls)
-            if snapshot.keep_best(mean):
-                best = snapshot.out / "best.pt"
-                log.print(f"best       step {state.step}: mean R@1 {mean:.1%}, in {best}")
-        state.model.train()
-
-
-def _figures(
-    state: State, split: evaluation.Split
-) -> tuple[evaluation.Retrieval | None, float | None]:
-    """Returns R@k and the loss of an encoded split; (None, None) for one without captions."""
-    scale, bias = state.model.logit_scale.detach().exp().cpu(), state.logit_bias
-    if bias is not None:
-        bias = bias.detach().cpu()
-    loss = evaluation.loss_of(split, state.config.data.batch_size, scale, bias)
-    return evaluation.recall_of(split, state.device), loss
 
 
 def _save_and_raise(error: Exception, snapshot: Snapshot) -> None:

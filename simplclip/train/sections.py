@@ -362,7 +362,9 @@ class RunConfig(Section):
     )
     log_every: int = setting(10, "steps between rows of metrics.csv", ge=1)
     save_every: int = setting(
-        500, "steps between writes of last.pt, which the last step and ten minutes write too", ge=1
+        500,
+        "steps between writes of last.pt; evaluations, the last step and ten minutes write it too",
+        ge=1,
     )
     timeout_minutes: float = setting(
         10.0,

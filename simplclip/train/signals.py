@@ -52,12 +52,20 @@ class StopSignals:
     def agree_to_stop(self) -> bool:
         """Whether any rank has noted a stop, so that all stop now; sets `reason` on all of them.
 
-        All ranks have to call it, between two steps.
+        All ranks have to call it, between two steps or after an evaluation.
         """
         stopped = any(ranks.all_gather(self.reason is not None))
         if stopped and self.reason is None:
             self.reason = "signal to another rank"
         return stopped
+
+    def check(self) -> None:
+        """Raises ranks.Stopped if this rank has noted a stop.
+
+        To be called within `ranks.fail_together`, which then raises it on all ranks.
+        """
+        if self.reason is not None:
+            raise ranks.Stopped
 
     def _handle(self, number: int, frame: Any) -> None:
         """Notes a signal in `reason` and, on the first rank, says so on the standard error.

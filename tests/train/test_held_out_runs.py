@@ -15,15 +15,15 @@ import torch
 from PIL import Image
 
 import simplclip
-from simplclip import data
-from simplclip.models.trained import CheckpointError
+from simplclip import data, evaluation
+from simplclip.models.trained import CheckpointError, read_checkpoint
 from simplclip.train import checkpoint
 from simplclip.train.config import ConfigError
 from simplclip.train.signals import Interrupted
 from support.data.pairs import digests, members, table
 from support.programs import call, forked, one_line
 from support.train import tiny
-from support.train.runs import at_step, bits, check_resumed, go, rows, state_of
+from support.train.runs import at_step, bits, check_ends_as, check_resumed, go, rows, state_of
 
 HELD = ("eval.hold_out=0.4", "eval.every=3")
 
@@ -228,6 +228,53 @@ def test_a_signal_leaves_out_the_evaluation_that_is_due(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 7])
+def test_a_signal_ends_an_evaluation_after_the_running_batch(tmp_path, monkeypatch, step):
+    """In the middle and at the end of a run; what is trained is saved before the evaluation."""
+    config = tiny.settings(tmp_path, *HELD, "optim.ema=0.5", f"run.out={tmp_path / 'parts'}")
+    original = evaluation.Towers.features
+    batches = []
+
+    def features(towers, *inputs):
+        saved = read_checkpoint(tmp_path / "parts/last.pt")
+        if saved["step"] == step:
+            assert saved["evaluated"] < step
+            batches.append(inputs[0])
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(towers, *inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation.Towers, "features", features)
+        for resume in (False, True):
+            with pytest.raises(Interrupted, match=f"SIGTERM: saved step {step} of 7 .* --resume"):
+                go(config, resume=resume)
+    assert batches == ["image", "image"], "the texts of the split come after its image"
+    whole = tiny.settings(tmp_path, *HELD, "optim.ema=0.5", f"run.out={tmp_path / 'whole'}")
+    go(whole)
+    check_ends_as(tmp_path / "whole", config)
+    for file in ("evaluation.csv", "metrics.csv"):
+        assert rows(tmp_path / "whole", file) == rows(tmp_path / "parts", file)
+    assert bits(state_of(tmp_path / "whole", "best.pt")) == bits(
+        state_of(tmp_path / "parts", "best.pt")
+    )
+
+
+@pytest.mark.slow
+def test_an_evaluation_writes_last_pt_once_before_and_once_after(tmp_path, monkeypatch):
+    written = []
+    original = checkpoint.save
+
+    def save(folder, contents, name="last.pt"):
+        if name == "last.pt":
+            written.append((contents["step"], contents["evaluated"]))
+        original(folder, contents, name)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    go(tiny.settings(tmp_path, *HELD, "run.save_every=3"))
+    assert written == [(3, 0), (3, 3), (6, 3), (6, 6), (7, 6), (7, 7)]
+
+
+@pytest.mark.slow
 def test_best_weights_stay_unless_a_better_evaluation_comes(tmp_path, monkeypatch):
     recalls = {2: 0.25, 4: 0.5, 6: 0.5, 7: 0.125, 8: 0.75}
     kept = []
@@ -258,12 +305,44 @@ def test_best_weights_stay_unless_a_better_evaluation_comes(tmp_path, monkeypatc
             tiny.settings(tmp_path, *changes, f"eval.splits.other={other}", "run.steps=12"),
             resume=True,
         )
-    (tmp_path / "run/best.pt").write_bytes(b"damaged")
-    with pytest.raises(CheckpointError, match=r"best.pt"):
-        go(
-            tiny.settings(tmp_path, *changes, f"eval.splits.other={other}", "run.steps=12"),
-            resume=True,
-        )
+
+
+@pytest.mark.slow
+def test_a_damaged_best_pt_is_set_aside_and_its_recall_stays(tmp_path, monkeypatch):
+    recalls = {2: 0.5, 4: 0.25, 6: 0.75}
+    original = checkpoint.Snapshot.keep_best
+    monkeypatch.setattr(
+        checkpoint.Snapshot, "keep_best", lambda self, _: original(self, recalls[self.state.step])
+    )
+    changes = ["eval.hold_out=0.4", "eval.every=2"]
+    go(tiny.settings(tmp_path, *changes, "run.steps=2"))
+    best = tmp_path / "run/best.pt"
+    content = bytearray(best.read_bytes())
+    content[len(content) // 2] ^= 1
+    best.write_bytes(content)
+    before = digests(tmp_path / "run")
+    with pytest.raises(ConfigError, match="other settings: optim.weight_decay"):
+        go(tiny.settings(tmp_path, *changes, "optim.weight_decay=0.5"), resume=True)
+    assert digests(tmp_path / "run") == before, "a start that fails"
+    text = go(tiny.settings(tmp_path, *changes, "run.steps=4"), resume=True)
+    (line,) = [line for line in text.splitlines() if line.startswith("warning")]
+    assert f"got {best}: " in line
+    assert line.endswith(
+        f"set aside as {best}.damaged. A new best.pt needs a mean R@1 above its 50.0%, of step 2"
+    )
+    assert (tmp_path / "run/best.pt.damaged").read_bytes() == content
+    assert not best.exists()
+    assert "\nbest " not in text, "its weights are lost"
+    text = go(tiny.settings(tmp_path, *changes, "run.steps=6"), resume=True)
+    assert "warning" not in text
+    assert f"best       mean R@1 75.0%, of step 6: {best}" in text
+    # a last.pt of version 0.1.0
+    state = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert state.pop("best") == {"recall": 0.75, "step": 6}
+    torch.save(state, tmp_path / "run/last.pt")
+    assert checkpoint.read_last(tmp_path / "run", resume=True)["best"]["recall"] == 0.75
+    best.unlink()
+    assert checkpoint.read_last(tmp_path / "run", resume=True)["best"] is None
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.long
 
 DISTILLED = ["loss.relational_weight=1", "loss.interactive_weight=0.5", "loss.feature_weight=10"]
 CACHED = ["data.batch_size=60", "data.micro_batch=6"]
+EVALUATED = ["eval.every=2", "eval.splits={held: DATA}"]
 CASES = {
     # Some steps do not use the plane and the projections.
     "distilled": [
@@ -36,8 +37,7 @@ CASES = {
     "captions": [
         "data.captions_per_image=2",
         "optim.ema=0.5",
-        "eval.every=2",
-        "eval.splits={held: DATA}",
+        *EVALUATED,
     ],
     "captions cached": ["data.captions_per_image=2", *CACHED, "data.micro_batch=3"],
 }
@@ -49,7 +49,11 @@ PROOFS = {
     "distilled cached": [*DISTILLED, "loss.pm_weight={value: 1, start: 1}", *CACHED],
     "bf16 cached": [*DISTILLED, "run.precision=bf16", *CACHED],
 }
-FAULTS = {"stopped": ["SIGTERM", 1, 2], "not finite": ["not finite", 1, 2]}
+FAULTS = {
+    "stopped": (["SIGTERM", 1, 2, "step"], []),
+    "evaluating": (["SIGTERM", 1, 2, "evaluation"], EVALUATED),
+    "not finite": (["not finite", 1, 2, "step"], []),
+}
 
 
 def entry(folder, name, changes, **options):
@@ -67,12 +71,14 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     for number in range(4):
         tiny.write_shard(folder / "data" / f"train-{number}.tar", teacher=16)
+    # two batches, of which each rank encodes one
+    tiny.write_shard(folder / "data" / "held.tar", copies=3)
     tiny.write_config(folder, teacher=16)
     return folder
 
 
 def data_of(folder, changes=()):
-    held_out = str(folder / "data" / "train-0.tar")
+    held_out = str(folder / "data" / "held.tar")
     return [
         f"data.train={folder / 'data' / 'train-{0..3}.tar'}",
         *(change.replace("DATA", held_out) for change in changes),
@@ -92,8 +98,8 @@ def results(folder):
             }
             if cases is CASES:
                 plan |= {
-                    name: entry(folder / "two", name, data_of(folder), fault=fault)
-                    for name, fault in FAULTS.items()
+                    name: entry(folder / "two", name, data_of(folder, changes), fault=fault)
+                    for name, (fault, changes) in FAULTS.items()
                 }
             for place in ("one", "two"):
                 (folder / place).mkdir(exist_ok=True)
@@ -185,6 +191,19 @@ def test_a_signal_to_any_rank_saves_once_and_one_process_goes_on(folder, results
 
 
 @pytest.mark.slow
+def test_a_signal_to_any_rank_ends_an_evaluation_on_all(folder, results):
+    """It comes in a batch of one rank; the texts, which the other one encodes, are left out."""
+    first, second = results(CASES)[1]
+    assert first["evaluating"]["error"].startswith(
+        "Interrupted: signal to another rank: saved step 2 of 3"
+    )
+    assert second["evaluating"]["error"] == "SystemExit: 130"
+    run = folder / "two" / "evaluating"
+    assert read_checkpoint(run / "last.pt")["evaluated"] == 0
+    assert not (run / "evaluation.csv").exists()
+
+
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_on_one_rank_stops_all(results):
     first, second = results(CASES)[1]
     assert first["not finite"]["error"].startswith("TrainingError: step 2: not finite: loss=nan")
@@ -196,7 +215,9 @@ def test_a_step_that_is_not_finite_on_one_rank_stops_all(results):
 def test_a_rank_that_dies_ends_the_others(folder):
     """The other ranks end in the time that torchrun gives, and the last whole step is saved."""
     plan = {
-        "died": entry(folder, "died", ["run.steps=1000", *data_of(folder)], fault=["SIGKILL", 1, 3])
+        "died": entry(
+            folder, "died", ["run.steps=1000", *data_of(folder)], fault=["SIGKILL", 1, 3, "step"]
+        )
     }
     (folder / "dies.json").write_text(json.dumps(plan))
     began = time.monotonic()
@@ -253,7 +274,7 @@ def test_ranks_resume_to_the_bit_with_dropout(folder):
     """Each rank draws from a generator of its own."""
     changes = [*data_of(folder), *DROPOUT]
     plan = {name: entry(folder, name, changes) for name in ("undisturbed", "drawn")}
-    plan["drawn"]["fault"] = ["SIGTERM", 1, 1]
+    plan["drawn"]["fault"] = ["SIGTERM", 1, 1, "step"]
     plan["resumed"] = entry(folder, "drawn", changes, resume=True)
     (folder / "dropout.json").write_text(json.dumps(plan))
     forked_ranks("training.py", folder, "dropout", check=True)

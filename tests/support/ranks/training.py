@@ -3,11 +3,12 @@ rank did.
 
     training.py FOLDER PLAN
 
-PLAN: {name: {"changes": [...], "resume": false, "fault": [kind, rank, step]}}
+PLAN: {name: {"changes": [...], "resume": false, "fault": [kind, rank, step, place]}}
 
 Each rank takes its part of the batches of one loader, so that a step of all ranks has the pairs of
-a step of one process. The fault, "not finite" or a signal, happens to this rank in this step. Each
-rank writes the results of `observed` by name to FOLDER/PLAN-RANK.json.
+a step of one process. The fault, "not finite" or a signal, happens to this rank in this step, or at
+the place "evaluation" in the evaluation after it. Each rank writes the results of `observed` by
+name to FOLDER/PLAN-RANK.json.
 """
 
 import json
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from simplclip import data
 from simplclip.models.crop import TextCrop
-from simplclip.train import loop
+from simplclip.train import evaluate, loop
 from support.train import tiny
 
 
@@ -78,6 +79,7 @@ def observed(config: Any, fault: list | None = None, **options: Any) -> dict:
     last_state: list[Any] = []
     error = None
     train_step, split = loop.train_step, TextCrop.split
+    features = evaluate._Towers.features
 
     def recording_split(crop: TextCrop, text: Tensor, tokens: int) -> list[Tensor]:
         crop.multiple = 1  # at a multiple of 8 all captions would have the same length
@@ -86,11 +88,17 @@ def observed(config: Any, fault: list | None = None, **options: Any) -> dict:
         return rows
 
     def recording_step(state: Any, batches: list[dict]) -> Any:
-        if fault and fault[1:] == [rank, state.step + 1]:
+        if fault and fault[1:] == [rank, state.step + 1, "step"]:
             meet_fault(fault[0], state)
         groups.append(torch.cat([batch["group"] for batch in batches]).tolist())
         last_state[:] = [state]
         return train_step(state, batches)
+
+    def recording_features(towers: Any, *inputs: Any) -> Tensor:
+        state = last_state[0]
+        if fault and fault[1:] == [rank, state.step, "evaluation"]:
+            meet_fault(fault[0], state)
+        return features(towers, *inputs)
 
     def parts(shards: Any, *, rank: int, world_size: int, **options: Any) -> Parts:
         return Parts(rank, world_size, shards=shards, **options)
@@ -98,6 +106,7 @@ def observed(config: Any, fault: list | None = None, **options: Any) -> dict:
     loop.train_step = recording_step
     loop.write_curves = lambda out: None
     TextCrop.split = recording_split
+    evaluate._Towers.features = recording_features
     loop.data.Loader = parts
     try:
         with open(f"{config.run.out}-{rank}.txt", "w") as text:
@@ -108,6 +117,7 @@ def observed(config: Any, fault: list | None = None, **options: Any) -> dict:
         loop.train_step = train_step
         loop.write_curves = write_curves
         TextCrop.split = split
+        evaluate._Towers.features = features
         loop.data.Loader = Loader
     weights = []
     if last_state:

@@ -1,0 +1,121 @@
+"""The evaluations of a run: when they are due, and their figures, sheets and best weights."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from simplclip import evaluation
+from simplclip.common import ranks
+from simplclip.models.trained import image_transform, tokenizer
+from simplclip.train.checkpoint import Snapshot
+from simplclip.train.config import Config
+from simplclip.train.log import Log
+from simplclip.train.setup import State
+from simplclip.train.signals import StopSignals
+
+
+@dataclass(frozen=True)
+class _Towers(evaluation.Towers):
+    """Towers that give way to a signal before each batch, by `ranks.Stopped`."""
+
+    stop: StopSignals = field(kw_only=True)
+
+    def features(self, tower: str, inputs: Tensor) -> Tensor:
+        """Returns features as the base class does."""
+        self.stop.check()
+        return super().features(tower, inputs)
+
+
+def load_splits(config: Config, splits: dict[str, Any]) -> dict[str, evaluation.Split]:
+    """Returns held-out data, by name, for the model; {} if the run does not evaluate.
+
+    splits: name -> data as `data.held_out` takes them.
+    """
+    if not config.eval.every:
+        return {}
+    section = config.model.model_dump()
+    return evaluation.load_splits(
+        splits, tokenizer=tokenizer(section), transform=image_transform(section)
+    )
+
+
+def is_due(state: State, snapshot: Snapshot) -> bool:
+    """Whether the last step has an evaluation that is not finished."""
+    every, step = state.config.eval.every, state.step
+    if not every or snapshot.progress["evaluated"] == step:
+        return False
+    return step % every == 0 or step == state.config.run.steps
+
+
+def evaluate(
+    state: State,
+    splits: dict[str, evaluation.Split],
+    snapshot: Snapshot,
+    stop: StopSignals,
+    log: Log,
+) -> bool:
+    """Evaluates the model on the splits after a step; returns whether all ranks stop now.
+
+    last.pt is written before, since an evaluation may take long, and again with what it found. A
+    signal ends it after the running batch, so that it stays due. All ranks have to call it.
+    """
+    snapshot.save()
+    with suppress(ranks.Stopped):
+        try:
+            _evaluate(state, splits, snapshot, stop, log)
+        finally:
+            state.model.train()
+        snapshot.progress["evaluated"] = state.step
+        snapshot.save()
+    return stop.agree_to_stop()
+
+
+def _evaluate(
+    state: State,
+    splits: dict[str, evaluation.Split],
+    snapshot: Snapshot,
+    stop: StopSignals,
+    log: Log,
+) -> None:
+    """Evaluates the model on the splits, with the averages of its weights if it has some.
+
+    Prints R@k and the loss, and writes them to evaluation.csv, and the weights to best.pt if they
+    are the best so far. The model is in evaluation mode afterwards.
+    """
+    recalls = []
+    # as `simplclip evaluate` and the export compute, so that the figures are equal
+    towers = _Towers(state.model, state.device, "fp32", stop=stop)
+    with state.ema.in_place() if state.ema else nullcontext():
+        state.model.eval()
+        for name, split in splits.items():
+            evaluation.encode(towers, split, workers=state.config.data.workers)
+            log.print_skipped(name, split)
+            retrieval, loss = ranks.on_first(_figures, state, split)
+            if retrieval:
+                for direction, figures in retrieval.directions.items():
+                    log.write_evaluation(name, direction, figures, loss)
+                    recalls.append(figures["R@1"].value)
+            ranks.on_first(log.write_sheet, name, split)
+            if retrieval:
+                size = min(len(split), state.config.data.batch_size)
+                log.print(f"evaluation {name} loss: {loss:.3f}, in batches of {size}")
+        if recalls:
+            mean = sum(recalls) / len(recalls)
+            if snapshot.keep_best(mean):
+                best = snapshot.out / "best.pt"
+                log.print(f"best       step {state.step}: mean R@1 {mean:.1%}, in {best}")
+
+
+def _figures(
+    state: State, split: evaluation.Split
+) -> tuple[evaluation.Retrieval | None, float | None]:
+    """Returns R@k and the loss of an encoded split; (None, None) for one without captions."""
+    scale, bias = state.model.logit_scale.detach().exp().cpu(), state.logit_bias
+    if bias is not None:
+        bias = bias.detach().cpu()
+    loss = evaluation.loss_of(split, state.config.data.batch_size, scale, bias)
+    return evaluation.recall_of(split, state.device), loss
