@@ -13,6 +13,7 @@ evaluate.py     the evaluations of a run
 signals.py      signals that end a run after a whole step
 checkpoint.py   last.pt, what --resume accepts
 distributed.py  several ranks
+nodes.py        what all nodes must have alike
 log.py          lines, metrics.csv, curves.png
 """
 

@@ -26,6 +26,7 @@ from simplclip.train.config import Config, ConfigError
 from simplclip.train.distributed import wrap
 from simplclip.train.evaluate import evaluate, is_due, load_splits
 from simplclip.train.log import Log, first_lines, write_curves
+from simplclip.train.nodes import check_configs, check_data, check_frozen
 from simplclip.train.pairs import pack_and_count
 from simplclip.train.setup import State, make_state
 from simplclip.train.signals import Interrupted, StopSignals
@@ -51,6 +52,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
             is intact. Also a loss or gradient that is not finite.
         Interrupted: SIGINT, SIGTERM, SIGHUP, or a closed pipe; the running step is finished and the
             state saved.
+        InputError: a rank has another config, or other data or frozen weights, than the first one.
         RankError: before a step is done, another rank has ended or does not answer.
     """
     if config.data.micro_batch == "auto":
@@ -65,6 +67,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
             console = Console(quiet=True)
         console = console or Console()
 
+        check_configs(config)
         ranks.on_first(stack.enter_context, locked(out, "run.out"))
         former = ranks.on_first(checkpoint.read_last, out, resume)
         with ranks.fail_together():
@@ -81,6 +84,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
             state.lines.append(f"resume     {out} has no checkpoint yet: starting at step 0")
         with ranks.fail_together():
             loader = make_loader(state)
+        check_data(loader, splits)
         if former:
             state.lines += ranks.on_first(checkpoint.set_aside, out, former)
 
@@ -131,6 +135,7 @@ def _start(
             state = make_state(config, device, precision, former)
     state.config, state.objective.steps = config, config.run.steps
     keep_frozen(state)
+    check_frozen(state.model)
     state.wrappers = wrap(state.model)
     return state, splits, samples, division
 

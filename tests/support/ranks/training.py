@@ -3,14 +3,17 @@ rank did.
 
     training.py FOLDER PLAN
 
-PLAN: {name: {"changes": [...], "resume": false, "fault": [kind, rank, step, place]}}
+PLAN: {name: {"changes": [...], "resume": false, "fault": [kind, rank, step, place],
+              "second": [folder, changes]}}
 
 Each rank takes its part of the batches of one loader, so that a step of all ranks has the pairs of
 a step of one process. The fault, "not finite" or a signal, happens to this rank in this step, or at
 the place "evaluation" in the evaluation after it. Each rank writes the results of `observed` by
-name to FOLDER/PLAN-RANK.json.
+name to FOLDER/PLAN-RANK.json. "second": the second rank runs in this folder, as on a node of its
+own, with these further changes.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -57,13 +60,8 @@ class Parts:
     def load_state_dict(self, state: dict) -> None:
         self.loader.load_state_dict(state | {"rank": 0, "world_size": 1})
 
-    @property
-    def shards_digest(self) -> str:
-        return self.loader.shards_digest
-
-    @property
-    def skipped(self) -> Any:
-        return self.loader.skipped
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
 
 
 Loader, write_curves = data.Loader, loop.write_curves
@@ -137,9 +135,11 @@ def main(folder: Path, plan: str) -> None:
     dist.init_process_group("gloo")  # torchrun's store serves only one process group in a process
     results = {}
     for name, entry in entries.items():
-        config = tiny.config.load(folder / "config.yaml", entry["changes"])
-        resume = entry.get("resume", False)
-        results[name] = observed(config, entry.get("fault"), resume=resume)
+        place, changes = entry.get("second", (".", [])) if os.environ["RANK"] == "1" else (".", [])
+        with contextlib.chdir(folder / place):
+            config = tiny.config.load(folder / "config.yaml", [*entry["changes"], *changes])
+            resume = entry.get("resume", False)
+            results[name] = observed(config, entry.get("fault"), resume=resume)
     (folder / f"{plan}-{os.environ['RANK']}.json").write_text(json.dumps(results))
 
 
