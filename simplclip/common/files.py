@@ -194,7 +194,7 @@ def sha256(path: str | Path) -> str:
 def identity(path: str | Path) -> dict[str, Any]:
     """Returns {"bytes": size, "sha256": hexadecimal digits} of a file.
 
-    The meta.json of shards and the export.json of exports hold them.
+    The export.json of exports holds it.
     """
     return {"bytes": os.path.getsize(path), "sha256": sha256(path)}
 

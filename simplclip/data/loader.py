@@ -19,7 +19,13 @@ import torch
 from webdataset import filters
 
 from simplclip.common.errors import InputError, check_count
-from simplclip.data.errors import BrokenSample, EmptyDataError, Skipped
+from simplclip.data.errors import (
+    BrokenSample,
+    EmptyDataError,
+    Skipped,
+    StaleCount,
+    StaleFeatures,
+)
 from simplclip.data.find_sidecars import Folders, check_sidecars
 from simplclip.data.find_sources import Source, in_words, sources_of
 from simplclip.data.read_tars import read_tar
@@ -111,10 +117,10 @@ class Loader:
 
     Raises: InputError if an argument is out of range or shards match no file; ShardError if a shard
     has no sidecar or has changed since its sidecar was made. While iterating: ShardError if a
-    teacher's features are missing or belong to other captions, or a stream or disk fails after
-    several tries; WorkerError if a loader process died (never while the caller uses a batch) or
-    cannot send one; EmptyDataError if no sample is usable, or none of a worker's in EMPTY_EPOCHS
-    epochs.
+    teacher's features are missing, or those of too many samples are stale (see StaleCount), or a
+    stream or disk fails after several tries; WorkerError if a loader process died (never while the
+    caller uses a batch) or cannot send one; EmptyDataError if no sample is usable, or none of a
+    worker's in EMPTY_EPOCHS epochs.
     """
 
     shards: Any
@@ -136,6 +142,7 @@ class Loader:
     rank: int = 0
     world_size: int = 1
     skipped: Skipped = field(default_factory=Skipped, init=False)
+    _stale: StaleCount = field(default_factory=StaleCount, init=False)  # of this process
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "captions_per_image", "shuffle_buffer", "max_bytes", "world_size")
@@ -266,9 +273,14 @@ class Loader:
             if is_held_out(sample, self.hold_out):
                 continue
             try:
-                yield consumed, self._prepare(sample, epoch)
+                prepared = self._prepare(sample, epoch)
             except BrokenSample as broken:
                 skipped.add(broken.reason, described(sample), broken.detail)
+                if isinstance(broken, StaleFeatures):
+                    self._stale.add(described(sample))
+                continue
+            self._stale.add()
+            yield consumed, prepared
 
     def _order(self, epoch: int) -> list[tuple[Source, int]]:
         """Returns the tars of an epoch in order, each with the number of its copy, from 0.
@@ -336,7 +348,7 @@ class Loader:
         """Parses a sample and draws its captions and pixels for this epoch.
 
         Global generators are seeded for it and restored. Raises BrokenSample, and ShardError for
-        missing or stale features of a teacher.
+        missing features of a teacher.
         """
         pair = parse(sample, self.teacher)
         seeds = [self.seed, epoch, pair.name]

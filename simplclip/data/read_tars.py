@@ -192,7 +192,7 @@ def _sidecar_samples(path: str) -> Iterator[Sample]:
         yield from read_tar(Source(path, name=path), Skipped(), on_error="stop")
     except ShardError as error:
         raise ShardError(
-            f"sidecar of {error}; make it again by the command that wrote it"
+            f"sidecar of {error}; remove it, and run the command that wrote it again"
         ) from error.__cause__
 
 

@@ -23,11 +23,12 @@ import numpy as np
 from PIL import Image
 
 from simplclip.data.decode_images import IMAGE_SUFFIXES, decode_pil, opaque
-from simplclip.data.errors import BrokenSample, ShardError
+from simplclip.data.errors import BrokenSample, ShardError, StaleFeatures
 
 # a teacher's features [V + C, D]: of the image or its V views, then of its C captions in order
 TEACHER = "teacher.npy"
-# what the features belong to: "captions", a digest of them, and "views" if it saw views
+# what the features belong to: "captions" and "image", digests of these, and "views" if it saw
+# views; "features", a digest of the features and the views
 TEACHER_JSON = "teacher.json"
 MAX_BYTES = 256 << 20  # most bytes of an image, if no other limit is given
 # most bytes of a text file of a sample; parsed JSON takes up to 30 times as many
@@ -140,8 +141,8 @@ def parse(sample: Sample, teacher: bool = False) -> Pair:
     """Returns the parsed files of a sample; the image is not decoded.
 
     teacher: also parse a teacher's features. The parsed json is kept in the sample. Raises
-    BrokenSample, and ShardError if the features are missing or belong to another image or other
-    captions.
+    BrokenSample, StaleFeatures if the features belong to another image or other captions, and
+    ShardError if they are missing.
     """
     check_files(sample)
     record = record_of(sample)
@@ -253,19 +254,21 @@ def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, An
     """Returns a teacher's features of a sample, and the views it saw, None for the plain image.
 
     The features are float16 [V + C, D] of V views (1 for the plain image) and C captions. pair: the
-    parsed sample. Raises BrokenSample for damaged ones, ShardError for missing ones and those of
-    another image or other captions.
+    parsed sample. Raises BrokenSample for damaged ones, StaleFeatures for those of another image or
+    other captions, ShardError for missing ones.
     """
-    sample_words = f"sample {pair.key!r} of shard {pair.url!r}"
     if TEACHER not in sample:
         pair.check_image()  # a broken image has no features
         raise ShardError(
-            f"{sample_words} has no teacher features ({TEACHER}); make them by `simplclip teacher`"
+            f"sample {pair.key!r} of shard {pair.url!r} has no teacher features ({TEACHER}); make "
+            "them by `simplclip teacher`"
         )
     try:
         features = np.lib.format.read_array(io.BytesIO(sample[TEACHER]), allow_pickle=False)
         about = json_of(sample.get(TEACHER_JSON, b"{}"))
         views = about.get("views") or None
+        if about.get("features", "") not in ("", digest_of_features(sample[TEACHER], views)):
+            raise ValueError("expected the bytes that were written, got others")
         images = 1 if views is None else len(views)
         digests = digests_of(pair)
         stale = [name for name in digests if about.get(name, digests[name]) != digests[name]]
@@ -279,11 +282,8 @@ def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, An
         raise BrokenSample("bad teacher features", error) from None
     if stale or len(features) != images + len(pair.captions):
         pair.check_image()  # an image that broke since is no other one
-        changed = "another image: it has" if stale == ["image"] else "other captions: they have"
-        raise ShardError(
-            f"{sample_words} has teacher features of {changed} changed since; run `simplclip "
-            "teacher` on these shards and captions again"
-        )
+        changed = "another image" if stale == ["image"] else "other captions"
+        raise StaleFeatures(f"teacher features of {changed}")
     return features, views
 
 
@@ -293,6 +293,11 @@ def digests_of(pair: Pair) -> dict[str, str]:
     A sidecar records them with features, to tell whether the sample has changed since.
     """
     return {"captions": digest_of(pair.captions), "image": f"{zlib.crc32(pair.encoded):08x}"}
+
+
+def digest_of_features(npy: bytes, views: list[dict[str, Any]] | None) -> str:
+    """Returns a digest of a teacher.npy and the views in its teacher.json, to notice damage."""
+    return f"{zlib.crc32(npy + json.dumps(views).encode()):08x}"
 
 
 def digest_of(values: list[Any]) -> str:

@@ -4,7 +4,7 @@ loads a teacher.
 KEY.teacher.npy    float16 [V + C, D] with rows of norm 1: the features of the image or of its V
                    views, then of its C captions
 KEY.teacher.json   {"captions", "image": digests of these captions and of the image, "views": what
-                   was drawn for each view}
+                   was drawn for each view, "features": a digest of the features and the views}
 """
 
 from __future__ import annotations
@@ -33,7 +33,14 @@ from simplclip.data.find_sidecars import Folders
 from simplclip.data.find_sources import sources_of
 from simplclip.data.pack import pack_shards
 from simplclip.data.read_tars import read_tar
-from simplclip.data.samples import TEACHER, TEACHER_JSON, Pair, digests_of, parse
+from simplclip.data.samples import (
+    TEACHER,
+    TEACHER_JSON,
+    Pair,
+    digest_of_features,
+    digests_of,
+    parse,
+)
 from simplclip.data.transforms import (
     ImageTransform,
     View,
@@ -91,7 +98,7 @@ class Batch(NamedTuple):
     images: Tensor  # uint8 [N V, 3, S, S]
     tokens: Tensor  # int64 [sum of C, L]
     captions: list[int]  # C of each sample
-    about: list[dict[str, Any]]  # the content of each teacher.json
+    about: list[dict[str, Any]]  # the content of each teacher.json but "features"
 
 
 @dataclass
@@ -105,8 +112,8 @@ class Prepare:
     def __call__(self, sample: Pair) -> tuple[list[Tensor], Tensor, dict[str, Any]]:
         """Returns (images, tokens, about) of a sample with C captions.
 
-        images: uint8 [3, S, S] of each view, or of the plain image. tokens: int64 [C, L]. about:
-        the content of its teacher.json. Raises BrokenSample.
+        images: uint8 [3, S, S] of each view, or of the plain image. tokens: int64 [C, L]. about: as
+        in `Batch`. Raises BrokenSample.
         """
         about: dict[str, Any] = digests_of(sample)
         if self.views is None:
@@ -161,10 +168,7 @@ def write_features(
             texts.split(batch.captions),
             batch.about,
         )
-        return [
-            {TEACHER: _npy(torch.cat([image, text])), TEACHER_JSON: json.dumps(about).encode()}
-            for image, text, about in samples
-        ]
+        return [_files_of(torch.cat([image, text]), about) for image, text, about in samples]
 
     stamp = teacher.stamp() | {"dtype": "fp16"}
     if views is not None:
@@ -336,8 +340,13 @@ def _taught_pairs(shards: Any, sidecars: Folders, most: int) -> list[Pair]:
     return pairs
 
 
-def _npy(rows: Tensor) -> bytes:
-    """Returns rows of features as the bytes of a .npy file, in float16."""
+def _files_of(rows: Tensor, about: dict[str, Any]) -> dict[str, bytes]:
+    """Returns the files of a sample by suffix: its features in float16, and what they belong to.
+
+    rows: features [V + C, D]. about: as in `Batch`.
+    """
     file = io.BytesIO()
     np.save(file, rows.half().numpy(), allow_pickle=False)
-    return file.getvalue()
+    npy = file.getvalue()
+    about = about | {"features": digest_of_features(npy, about.get("views"))}
+    return {TEACHER: npy, TEACHER_JSON: json.dumps(about).encode()}

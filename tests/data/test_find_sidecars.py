@@ -129,7 +129,7 @@ def test_what_is_missing_is_named(folder, out, monkeypatch):
         path.write_bytes(damaged)
         with pytest.raises(
             data.ShardError,
-            match=r"sidecar of shard '.*out/train-1.tar' is damaged: .*; make it again",
+            match=r"sidecar of shard '.*out/train-1.tar' is damaged: .*; remove it",
         ):
             read(folder / "train-1.tar", out)
 

@@ -10,7 +10,8 @@ import torch
 from open_clip.transform import AugmentationCfg, PreprocessCfg
 
 from simplclip import data
-from simplclip.data.samples import digest_of
+from simplclip.data.errors import STALE, ShardError, StaleCount
+from simplclip.data.samples import digest_of, digest_of_features
 from simplclip.data.transforms import ImageTransform
 from support.data.pairs import keys, loader, npy, png, resize, sample, take, text_of, write
 from support.train.runs import bits
@@ -28,10 +29,10 @@ def features_of(number: int, captions: int) -> np.ndarray:
     return (number + np.arange(1 + captions)[:, None] / 8 + np.zeros(WIDTH)).astype(np.float16)
 
 
-def taught(number, features=None, **about):
+def taught(number, content=None, /, **about):
     key, files = sample(number)
     about = {"teacher.json": json.dumps(about).encode()} if about else {}
-    return key, files | {"teacher.npy": features or npy(features_of(number, 3)), **about}
+    return key, files | {"teacher.npy": content or npy(features_of(number, 3)), **about}
 
 
 @pytest.fixture(scope="module")
@@ -70,48 +71,78 @@ def crc(image):
     return f"{zlib.crc32(image):08x}"
 
 
+def digest_of_1(views=None):
+    return digest_of_features(npy(features_of(1, 3)), views)
+
+
 @pytest.mark.parametrize(
-    ("second", "message"),
+    ("second", "reason"),
     [
         (
-            sample(1),
-            r"sample 'k001' of shard '.*a.tar' has no teacher features .*simplclip teacher",
-        ),
-        (
             taught(1, npy(features_of(1, 2))),
-            r"features of other captions: they have changed since; run `simplclip teacher`",
+            "teacher features of other captions",
         ),
         (
             taught(1, captions=digest_of(["1 a", "1 b", "2 c"])),
-            r"sample 'k001' of shard '.*a.tar' has .* of other captions",
+            "teacher features of other captions",
         ),
         (taught(1, captions=digest_of(CAPTIONS)), None),
         (taught(1, captions=digest_of(CAPTIONS), image=crc(png(1))), None),
         (
             taught(1, captions=digest_of(CAPTIONS), image=crc(png(2))),
-            "features of another image: it has changed",
+            "teacher features of another image",
         ),
+        (
+            taught(1, features=digest_of_1([{}])),
+            "bad teacher features",
+        ),
+        (taught(1, features=digest_of_1()), None),
         (taught(1, npy(features_of(1, 4)), captions=digest_of(CAPTIONS), views=[{}, {}]), None),
     ],
 )
-def test_features_that_are_not_the_samples(tmp_path, second, message):
+def test_features_that_are_not_the_samples(tmp_path, second, reason):
     path = write(tmp_path / "a.tar", [taught(0), second])
-    if message is None:
-        assert len(
-            take(
-                loader(
-                    path,
-                    teacher=True,
-                    batch_size=1,
-                    transform=AUGMENTED if "views" in str(second) else resize,
-                ),
-                2,
-            )
-        )
-    else:
-        with pytest.raises(data.ShardError, match=message):
-            take(loader(path, teacher=True, batch_size=1), 2)
-    assert len(take(loader(path, batch_size=1), 2)) == 2
+    transform = AUGMENTED if "views" in str(second) else resize
+    reader = loader(path, teacher=True, batch_size=1, transform=transform)
+    assert set(keys(take(reader, 4))) == ({"k000", "k001"} if reason is None else {"k000"})
+    assert set(reader.skipped.counts) == ({reason} if reason else set())
+    assert set(keys(take(loader(path, batch_size=1), 4))) == {"k000", "k001"}
+
+
+def test_a_sample_without_features_ends_the_run(tmp_path):
+    path = write(tmp_path / "a.tar", [taught(0), sample(1)])
+    with pytest.raises(
+        data.ShardError,
+        match=r"sample 'k001' of shard '.*a.tar' has no teacher features .*simplclip teacher",
+    ):
+        take(loader(path, teacher=True, batch_size=1), 2)
+
+
+REFUSED = r"expected a teacher's features of these samples, got .* for 10 of 10, such as a.tar/k0"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("number", "error", "message"),
+    [
+        (2 * STALE, data.ShardError, REFUSED),
+        (4, data.EmptyDataError, "4 skipped: 4 teacher features of other captions"),
+    ],
+)
+def test_features_of_other_data_are_refused_at_once(tmp_path, number, error, message, workers):
+    samples = [taught(i, captions=digest_of(["other"])) for i in range(number)]
+    path = write(tmp_path / "a.tar", samples)
+    with pytest.raises(error, match=message):
+        take(loader(path, teacher=True, workers=workers), 1)
+
+
+def test_rot_is_not_taken_for_other_data():
+    for read, limit in ((500, STALE), (5050, 51)):
+        count = StaleCount(read=read - limit)
+        for _ in range(limit - 1):
+            count.add("a.tar/k000")
+        with pytest.raises(ShardError, match=f"for {limit} of {read:,}, such as a.tar/k001"):
+            count.add("a.tar/k001")
 
 
 def test_the_stamp_of_a_folder(tmp_path):

@@ -78,8 +78,11 @@ def test_features_are_those_of_the_model(folder, tmp_path):
         torch.testing.assert_close(
             torch.from_numpy(pair.features).float(), torch.cat([x, y]), atol=1e-3, rtol=0
         )
-    about = json.loads(members(tmp_path / "two" / "train-1.tar")[f"{pair.key}.teacher.json"])
-    assert about == samples.digests_of(pair)  # so that training refuses other captions and images
+    files = members(tmp_path / "two" / "train-1.tar")
+    about = json.loads(files[f"{pair.key}.teacher.json"])
+    features = samples.digest_of_features(files[f"{pair.key}.teacher.npy"], None)
+    # so that training notices other captions, images and features
+    assert about == samples.digests_of(pair) | {"features": features}
     stamp = data.teacher_stamp([tmp_path / "two"])
     assert (stamp["name"], stamp["width"]) == ("open_clip:tiny", 16)
     assert stamp["logit_scale"] == pytest.approx(1 / 0.07)

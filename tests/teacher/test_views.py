@@ -99,10 +99,10 @@ def test_a_view_is_stored_as_it_was_drawn(folder, tmp_path, augment):
         assert again == sample.views
         assert teacher.Views(transform(32, augment), VIEWS, 6).draw(sample) != again
         assert teacher.Views(transform(32, augment), 2, 5).draw(sample) == again[:2]
-        file = members(tmp_path / "a" / f"train-{int(int(key[1:]) >= COUNT // 2)}.tar")[
-            f"{key}.teacher.json"
-        ]
-        assert json.loads(file) == samples.digests_of(sample) | {"views": again}
+        files = members(tmp_path / "a" / f"train-{int(int(key[1:]) >= COUNT // 2)}.tar")
+        about = samples.digests_of(sample) | {"views": again}
+        about["features"] = samples.digest_of_features(files[f"{key}.teacher.npy"], again)
+        assert json.loads(files[f"{key}.teacher.json"]) == about
     assert len(seen) == VIEWS * COUNT
     teach(folder, tmp_path / "b", augment, batch_size=5, workers=2)
     assert [s.views for s in stored(folder, tmp_path / "b").values()] == [
@@ -244,8 +244,7 @@ def test_sidecars_with_views_of_earlier_versions_are_refused(folder, tmp_path):
         ]
         write(tmp_path / "old" / path.name, old)
     with pytest.raises(
-        data.ShardError,
-        match="has teacher features of other captions: .*run `simplclip teacher` .* again",
+        data.ShardError, match="features of another image or other captions for .*run `simplclip"
     ):
         batches(folder, tmp_path / "old", transform(16))
 
