@@ -9,11 +9,15 @@ from pathlib import Path
 
 from simplclip.common.errors import InputError
 
-_WORDS = set(
-    "train training trainval val valid validation minival dev test testing eval evaluation "
-    "unlabeled split set part fold image images img imgs jpegimages photo photos picture pictures "
-    "annotation annotations caption captions label labels mask masks data dataset datasets".split()
-)
+# fmt: off
+_WORDS = {
+    "train", "training", "trainval", "val", "valid", "validation", "minival", "dev",
+    "test", "testing", "eval", "evaluation", "unlabeled", "split", "set", "part", "fold",
+    "image", "images", "img", "imgs", "jpegimages", "photo", "photos", "picture", "pictures",
+    "annotation", "annotations", "caption", "captions", "label", "labels", "mask", "masks",
+    "data", "dataset", "datasets",
+}
+# fmt: on
 
 
 def check_classes(path: str, folders: Collection[str]) -> None:

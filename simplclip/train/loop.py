@@ -275,8 +275,6 @@ def make_loader(state: State) -> data.Loader:
     return loader
 
 
-
-
 def _save_and_raise(error: Exception, snapshot: Snapshot) -> None:
     """Saves the last whole step, and raises a TrainingError in place of `error`.
 
