@@ -18,7 +18,6 @@ from ptx.capture import Started
 from ptx.machine import Code
 from ptx.parse import parse
 from support.kernels import mutants
-from support.kernels.equal_programs import is_equal
 from support.kernels.launches import compare
 
 # Launches of calls with tiles at the edge of the matrix, and where kernels copy, multiply and
@@ -103,55 +102,6 @@ def test_twelve_kinds(gradient, name):
     assert mutants.found_by(gradient, mutants.mutant(kernel, kind, chosen))
 
 
-PIPELINE = """
-.visible .entry test(.param .u64 p0) {{
-.reg .b32 %r<2>;
-.reg .b64 %d<1>;
-ld.param.u64 %d0, [p0];
-mov.u32 %r0, %tid.x;
-cp.async.cg.shared.global [ %r0 + 0 ], [ %d0 + 0 ], 16, 16;
-cp.async.commit_group;
-cp.async.cg.shared.global [ %r0 + 512 ], [ %d0 + 512 ], 16, 16;
-cp.async.commit_group;
-cp.async.wait_group 1;
-bar.sync 0;
-{second}
-ld.shared.b32 %r1, [%r0+16];
-cp.async.wait_group 0;
-bar.sync 0;
-ld.shared.b32 %r1, [%r0+528];
-{last}
-ret;
-}}
-"""
-DROPPED = {
-    "bar.sync": "no barrier",
-    "cp.async.wait_group": "no wait",
-    "cp.async.commit_group": "no end of a group",
-}
-
-
-@pytest.mark.parametrize(
-    ("second", "last", "equal"),
-    [
-        ("", "", []),
-        ("cp.async.wait_group 1;\nbar.sync 0;", "", [6, 7, 8, 9]),
-        ("cp.async.wait_group 1;", "", [8]),
-        ("bar.sync 0;", "", [7, 8]),
-        ("st.shared.b32 [%r0+1024], %r0;\nbar.sync 0;", "", []),
-        ("", "bar.sync 0;\ncp.async.commit_group;", [12, 13]),
-    ],
-)
-def test_equal_programs(second, last, equal):
-    """Each place whose instruction may be dropped alone."""
-    kernel = parse(PIPELINE.format(second=second, last=last))["test"]
-    assert equal == [
-        place
-        for place, instruction in enumerate(kernel.instructions)
-        if is_equal(kernel, DROPPED.get(instruction.opcode, ""), place)
-    ]
-
-
 def test_a_kind_that_changes_nothing_has_no_place():
     """Turning one register gives the same instruction."""
     loads = "".join(
@@ -178,28 +128,23 @@ def test_what_a_launch_writes_outside_of_its_results_is_an_error():
 
 @pytest.mark.prove
 def test_many():
-    """Prints how many of each kind there are, are found, and are equal programs; then the missed.
+    """Prints how many of each kind there are and are found, then the missed.
 
-    More than half of the missed are equal programs too: barriers between accesses of one warp,
-    masks that are always full, one more pass of a loop with nothing to do. The others show only
-    where a matrix ends at another row of a tile, or with another number of parts.
+    More than half of the missed change nothing that a run could show: second waits and barriers of
+    a pipelined loop, masks that are always full. The others show only where a matrix ends at
+    another row of a tile, or with another number of parts.
     """
-    count, found, equal = Counter(), Counter(), Counter()
+    count, found = Counter(), Counter()
     missed = []
     for launches, name, place in mutants.sample(started(*CALLS.values(), *MORE_CALLS), 300):
         kernel = launches[0].launch.code.kernel
         mutant = mutants.mutant(kernel, mutants.KINDS[name], {place})
-        line = f"{kernel.name}: {name}: {kernel.instructions[place]}"
         count[name] += 1
         if any(mutants.found_by(launch, mutant) for launch in launches):
             found[name] += 1
-            assert not is_equal(kernel, name, place), line
-        elif is_equal(kernel, name, place):
-            equal[name] += 1
         else:
-            missed.append(line)
+            missed.append(f"{kernel.name}: {name}: {kernel.instructions[place]}")
     for name in mutants.KINDS:
-        print(f"{name:42} {count[name]:4} {found[name]:4} {equal[name]:4}")
-    print(f"{'all':42} {count.total():4} {found.total():4} {equal.total():4}", *missed, sep="\n")
+        print(f"{name:42} {count[name]:4} {found[name]:4}")
+    print(f"{'all':42} {count.total():4} {found.total():4}", *missed, sep="\n")
     assert found.total() >= 0.8 * count.total()
-    assert found.total() >= 0.85 * (count.total() - equal.total())
