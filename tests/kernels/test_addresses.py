@@ -8,8 +8,10 @@ run on addresses alone.
 from __future__ import annotations
 
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from support.kernels import grids
 from support.kernels.calls import skip_without_fence
 
 pytest.importorskip("triton", reason="the package triton is not installed")
@@ -26,8 +29,9 @@ from ptx.huge import HugeCard
 from ptx.machine import Code
 from ptx.parse import parse
 from simplclip.plan.cards import CARDS
-from simplclip.plan.kernels import Kernel
+from simplclip.plan.kernels import Kernel, Stand
 from simplclip.plan.kernels import Launch as Started
+from support.ops import layouts
 from support.ops.calls import Call, attention_call, mlp_call, similarity_call
 from support.ops.predicted_calls import forward_and_backward, trace
 
@@ -37,7 +41,16 @@ pytestmark = pytest.mark.long
 LARGE = 131_072, 1024  # N, D
 MANY = 1_000_003, 2200  # N D above 2^31, and an odd number of rows
 TOKENS = 2, 2_000_003, 16, 80  # B, L, H, K: one sequence has more than 2^31 elements
+SEQUENCES = 5, 500_003, 16, 80  # and here several, of fewer
 CHUNKS = {"scratch_bytes": 6 << 30}
+
+
+def heads_first(*shape: int, **options) -> Call:
+    """Returns a call whose heads lie before tokens in memory, each with many elements."""
+    call = attention_call(*shape, **options)
+    for name in "qkv":
+        call.tensors[name] = layouts.heads_first(call.tensors[name])
+    return call
 
 
 def loss_call(size: tuple[int, int], *terms: str, **options) -> Call:
@@ -51,17 +64,20 @@ def loss_call(size: tuple[int, int], *terms: str, **options) -> Call:
 
 
 CASES: dict[str, Callable[[], Call]] = {
-    "many": partial(loss_call, MANY, "contrastive", **CHUNKS),
     "mlp": partial(mlp_call, 1_000_003, 768, 3072, 768),
-    "attention": partial(attention_call, *TOKENS),
+    # in the half types G has more than 2^31 elements
+    "many": partial(loss_call, MANY, "contrastive", **CHUNKS),
     "many sigmoid": partial(loss_call, MANY, "sigmoid", **CHUNKS),
+    "attention": partial(attention_call, *TOKENS),
+    "attention, sequences": partial(attention_call, *SEQUENCES),
+    "attention, heads first": partial(heads_first, *TOKENS),
     "attention causal": partial(attention_call, *TOKENS, causal=True),
     "contrastive": partial(loss_call, LARGE, "contrastive"),
     "contrastive+pair_matching": partial(loss_call, LARGE, "contrastive", "pair_matching"),
     "sigmoid": partial(loss_call, LARGE, "sigmoid"),
     "all": partial(loss_call, LARGE, "contrastive", "pair_matching", "relational"),
 }
-SUITE = ("mlp", "attention")
+SUITE = ("mlp", "attention", "attention, sequences", "attention, heads first")
 TURNS = itertools.cycle((("float32", "rtx-3090"), ("float16", "rtx-5090"), ("bfloat16", "h100")))
 
 
@@ -85,7 +101,7 @@ def check(name: str, dtype: str, card: str) -> None:
         call = CASES[name]()
         tensors = call.typed(getattr(torch, dtype))
     kernels = trace(partial(forward_and_backward, call), tensors, card)
-    machine = HugeCard(sm=CARDS[card].architecture)
+    machine = HugeCard(sm=CARDS[card].architecture, compare=grids.check)
     with driven(Driver(machine)):
         for launch in sampled(kernels):
             launch.kernel[launch.grid](*launch.args, **launch.options)
@@ -141,3 +157,46 @@ def test_an_index_of_32_bits_and_the_end_of_a_loop():
         machine.launch(code, MANY[0], 32, 0, [rows])
         assert len(machine.hazards) == hazards
         assert machine.addresses < 2000
+
+
+GRID = """
+.visible .entry test(.param .u64 p0) {{
+.reg .pred %p<1>;
+.reg .b32 %r<8>;
+.reg .b64 %d<8>;
+ld.param.u64 %d0, [p0];
+mov.u32 %r0, %ctaid.x;
+mov.u32 %r1, %tid.x;
+{change}
+mul.wide.s32 %d1, %r0, 128;
+mul.wide.s32 %d2, %r1, 4;
+add.s64 %d3, %d0, %d1;
+add.s64 %d4, %d3, %d2;
+st.global.b32 [%d4], %r1;
+ret;
+}}
+"""
+BLOCKS = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("programs", "change", "error"),
+    [
+        (BLOCKS, "", None),
+        (65535, "", "expected 1048576 programs for blocks [32] of [33554432], got 65535"),
+        (BLOCKS - 1, "", "expected 1048576 programs"),
+        (BLOCKS, "min.s32 %r0, %r0, 1000;", "the end is not written"),
+        (BLOCKS, "and.b32 %r0, %r0, -2;", "the end is not written"),
+        (BLOCKS, "or.b32 %r0, %r0, 1;", "the first program does not write the first element"),
+        (BLOCKS, "add.s32 %r1, %r1, %r0;\nand.b32 %r1, %r1, 31;", None),
+        (BLOCKS, "shl.b32 %r1, %r1, 1;", "expected 532611 programs for blocks [63]"),
+        (BLOCKS, "setp.lt.s32 %p0, %r0, 1048575;\n@%p0 min.s32 %r0, %r0, 9;", "two programs"),
+    ],
+)
+def test_the_blocks_of_a_grid(programs, change, error):
+    numbers = Stand(torch.float32, (32 * BLOCKS,), (1,), 0, allocated=256 * BLOCKS)
+    code = Code(parse(GRID.format(change=change))["test"])
+    launch = HugeCard().launch(code, programs, 32, 0, [numbers])
+    found = pytest.raises(AssertionError, match=re.escape(error)) if error else nullcontext()
+    with found:
+        grids.check_blocks("numbers", launch, *grids.region(numbers))

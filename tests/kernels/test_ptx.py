@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -17,7 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.kernels.calls import CALLS, KINDS, QUICK, case_of, kernels_alone, skip_without_fence
+from support.kernels.calls import (
+    CALLS,
+    KINDS,
+    QUICK,
+    QUICK_IN_BF16,
+    case_of,
+    kernels_alone,
+    skip_without_fence,
+)
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
@@ -25,8 +32,7 @@ import triton
 
 import ptx
 from ptx.capture import Started
-from ptx.machine import Code
-from ptx.parse import Kernel
+from ptx.machine import Code, Variant
 from simplclip.kernels.similarity.blocks import range_factor
 from simplclip.kernels.similarity.launch import _merge
 from simplclip.kernels.similarity.plan import ROW_SLOTS, column_slots
@@ -76,7 +82,7 @@ def run(
     sm: int,
     *,
     need: list[str] | None = None,
-    variant: Callable[[Kernel], Kernel] | None = None,
+    variant: Variant | None = None,
 ) -> None:
     target = f"{variant.__name__} sm_{sm}" if variant else f"sm_{sm}"
     case, row = case_of(name, kind, need=need), TABLE[target, name.partition(",")[0], kind]
@@ -100,16 +106,19 @@ def run(
     )
 
 
+SUITE = [*itertools.product(QUICK, KINDS), *itertools.product(QUICK_IN_BF16, ["bf16"])]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize(("name", "kind"), SUITE)
 def test_ops(name, kind):
     run(name, kind, 86)
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", list(CALLS)[len(QUICK) :])
+@pytest.mark.parametrize(
+    ("name", "kind"), [each for each in itertools.product(CALLS, KINDS) if each not in SUITE]
+)
 def test_all_calls(name, kind):
     run(name, kind, 86)
     if "sigmoid" in name:  # values alone are another form

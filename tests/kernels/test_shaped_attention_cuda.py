@@ -12,15 +12,21 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from support.ops.calls import Call, attention_call, of_lengths
+from support.ops.calls import Call, attention_call, block_call, of_lengths
 from support.ops.compare import Case, check_padding
 from support.paths import ROOT
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
+import ptx
+from ptx.huge import HugeCard
+from ptx.machine import Launch, Variant
 from simplclip.ops import backends, checks
+from simplclip.ops.attention.call import AttentionCall
 from support.kernels import cuda_attention as attention
+from support.kernels import grids
 from support.kernels.cuda_attention import TYPES
 
 pytestmark = pytest.mark.long
@@ -42,8 +48,8 @@ def case_of(call: Call, kind: str) -> Case:
     return Case(call, TYPES[kind], "cuda", call.needed(), tf32=kind == "tf32", layouts=APART)
 
 
-def check(call: Call, kind: str, sm: int = 86) -> None:
-    with attention.card(sm, tf32=kind == "tf32"):
+def check(call: Call, kind: str, sm: int = 86, variant: Variant | None = None) -> None:
+    with attention.card(sm, tf32=kind == "tf32", variant=variant):
         case_of(call, kind).check(roundings=True)
 
 
@@ -81,6 +87,68 @@ def test_values_and_gradients(tokens, width, kind):
 def test_more_values_and_gradients(tokens, kind, sm):
     for width in WIDTHS if sm == 86 else (WIDTHS[TOKENS.index(tokens) % 5],):
         check_lengths(tokens, width, kind, sm)
+
+
+@pytest.mark.slow
+def test_a_block():
+    """Its q, k and their gradients are views of [T, 2C]."""
+    call = of_lengths(block_call(3, 20, 64, 2, 72), [20, 0, 7])
+    backends = {"shaped_attention": "cuda", "parallel_mlp": "triton"}
+    with attention.card(86, tf32=False) as machine:
+        Case(call, torch.bfloat16, backends, call.needed()).check(roundings=True)
+    assert machine.launches
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("variant", [ptx.fused, ptx.noisy])
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("tokens", TOKENS[-4:])
+def test_variants(tokens, kind, variant):
+    for causal in (False, True):
+        call = of_lengths(attention_call(2, tokens, 1, 64, causal=causal), [tokens, tokens // 2])
+        check(call, kind, variant=variant)
+    check(LARGE, kind, variant=variant)
+
+
+# Elements, log-sum-exps and parts of gains' gradients are more than 2^31 each, and so are the bytes
+# from one sequence, token or head to the last one in one of the layouts.
+HUGE = {"batch": 2_000_003, "tokens": 80, "heads": 400, "width": 16}
+ORDERS = ((0, 1, 2), (1, 0, 2), (2, 0, 1))  # of batch, tokens and heads in memory
+
+
+@pytest.mark.parametrize(
+    "kind", ["bf16", *(pytest.param(kind, marks=pytest.mark.prove) for kind in ("f16", "tf32"))]
+)
+@pytest.mark.parametrize("order", ORDERS)
+def test_addresses_at_large_sizes(order, kind):
+    batch, tokens, heads, width = shape = tuple(HUGE.values())
+
+    def laid_out() -> torch.Tensor:
+        sides = [shape[i] for i in order]
+        whole = torch.empty(*sides, width, dtype=TYPES[kind])
+        return whole.permute(*(order.index(i) for i in range(3)), 3)
+
+    def number(*size: int) -> torch.Tensor:
+        return torch.empty(size)
+
+    machine = HugeCard(sm=86)
+    with FakeTensorMode():
+        q, k, v, grad, out, dq, dk, dv = (laid_out() for _ in range(8))
+        gains, lse, parts = number(3, heads), number(batch, heads, tokens), number(batch, 3, heads)
+        sums = number(3 * heads)
+        call = AttentionCall(q, k, v, gains, None, 1.0, False)
+
+        def check_launch(launch: Launch, written: dict[str, torch.Tensor]) -> None:
+            assert not machine.hazards, "\n".join(map(str, machine.hazards.values()))
+            for name, tensor in written.items():
+                grids.check_blocks(name, launch, *grids.region(machine.stand(tensor)))
+
+        forward = attention.start_shaped(machine, False, call, lse, out)
+        check_launch(forward, {"out": out, "lse": lse})
+        backward = attention.start_shaped(machine, True, call, lse, grad, dq, dk, dv, parts)
+        check_launch(backward, {"dq": dq, "dk": dk, "dv": dv, "parts": parts})
+        gained = attention.start_gains(machine, parts, sums)
+        check_launch(gained, {"sums": sums})
 
 
 @pytest.mark.slow

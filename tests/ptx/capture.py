@@ -27,8 +27,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
-from ptx.machine import Code, Launch, Machine
-from ptx.parse import Kernel, parse
+from ptx.machine import Code, Launch, Machine, Variant
+from ptx.parse import parse
 from simplclip.kernels import runtime as launching
 from simplclip.ops import backends, registry
 from simplclip.ops.similarity import chunks
@@ -58,7 +58,7 @@ class Card(Machine):
     """
 
     sm: int = 86
-    variant: Callable[[Kernel], Kernel] | None = None
+    variant: Variant | None = None
     compare: Callable[[Started], None] | None = None
     launches: int = 0
     seconds: float = 0.0  # of a processor, for their execution
@@ -71,9 +71,6 @@ class Card(Machine):
     def device(self) -> Hashable:
         """Triton's name of it: each has compiled kernels of its own."""
         return self.sm, self.variant
-
-    def code(self, kernel: Kernel) -> Code:
-        return Code(self.variant(kernel) if self.variant else kernel)
 
     def start(self, code: Code, metadata: Any, programs: int, source: Any, values: tuple) -> None:
         self.functions.add(source.fn)
@@ -158,7 +155,7 @@ class Driver:
 
     def load_binary(self, name: str, text: bytes, shared: int, device: Hashable) -> tuple:
         """Returns module, function, registers, spills and the most threads."""
-        return object(), self.card.code(parse(text.decode())[name]), 0, 0, 1024
+        return object(), Code(parse(text.decode())[name], self.card.variant), 0, 0, 1024
 
     def unload_module(self, module: object) -> None:
         pass

@@ -1,5 +1,5 @@
-"""Launches of sizes that no memory holds: addresses alone, and of each loop the first two and the
-last iterations.
+"""Launches of sizes that no memory holds: addresses alone, of each loop the first two and the last
+iterations, and a few programs.
 
 A launch of fake tensors is compiled as for a card and runs on memory that loads zeros and stores
 nothing: only where an access lies is checked. An index that overflows 32 bits leaves its tensor.
@@ -7,15 +7,18 @@ nothing: only where an access lies is checked. An index that overflows 32 bits l
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from ptx.capture import Card
 from ptx.instructions import reader
 from ptx.machine import Batch, Code, Lanes, Launch
 from ptx.memory import Access, Memory
 from ptx.parse import Register
+from simplclip.plan.kernels import Stand
 
 # log2 of the bytes from one tensor to the next: an index of 32 bits cannot be wrong by so much
 APART = 46
@@ -23,6 +26,20 @@ FOREVER = np.iinfo(np.int64).max
 # jumps back before a loop is shortened: more than a pipeline has stages, whose numbers come round
 # again
 LOOK = 5
+OTHERS = 6  # programs between the first and the last, drawn at random
+
+
+def address(tensor: Any) -> int:
+    """Returns where a tensor begins; its bytes follow by their offsets in it."""
+    return (tensor.storage + 1 << APART) + tensor.data_ptr()
+
+
+class Stores(NamedTuple):
+    """What an instruction stored."""
+
+    programs: np.ndarray  # [n]
+    at: np.ndarray  # [n] addresses
+    size: int  # bytes at each of them
 
 
 class Addresses(Memory):
@@ -36,9 +53,10 @@ class Addresses(Memory):
         for each in tensors:
             self.sizes[each.storage + 1] = each.allocated
         self.accesses = 0
+        self.stores: list[Stores] = []
 
     def address(self, tensor: Any) -> int:
-        return (tensor.storage + 1 << APART) + tensor.data_ptr()
+        return address(tensor)
 
     def places(
         self, access: Access, addresses: np.ndarray, size: int
@@ -54,20 +72,36 @@ class Addresses(Memory):
         return np.zeros((len(at), count), f"u{size}")
 
     def write(self, access: Access, at: np.ndarray, values: np.ndarray) -> None:
-        pass
+        batch = access.batch
+        programs = batch.programs[batch.program_of[access.lanes]]
+        self.stores.append(Stores(programs, at, values.itemsize * values.shape[1]))
 
 
+@dataclass
 class HugeCard(Card):
-    """A card that runs the first and the last program of each launch, on addresses alone."""
+    """A card that runs the first, the last and some other programs of each launch, on addresses
+    alone.
+    """
 
-    addresses = 0
+    addresses: int = 0
+    storages: dict[int, int] = field(default_factory=dict)  # of fake tensors -> their numbers
+
+    def stand(self, tensor: Tensor) -> Stand:
+        """Returns the stand-in for a fake tensor, which must live as long as the card."""
+        storage = tensor.untyped_storage()._cdata
+        return Stand.of(tensor, self.storages.setdefault(storage, len(self.storages)))
+
+    def launch(self, code: Code, programs: int, threads: int, shared: int, values: Any) -> Launch:
+        stands = [self.stand(each) if isinstance(each, Tensor) else each for each in values]
+        return super().launch(code, programs, threads, shared, stands)
 
     def memory(self, tensors: list[Any], code: Code) -> Addresses:
         return Addresses(tensors)
 
     def execute(self, launch: Launch) -> None:
         self.at_jump_back = Loops()
-        self.run(launch, sorted({0, launch.programs - 1}))
+        others = np.random.default_rng(0).integers(launch.programs, size=OTHERS).tolist()
+        self.run(launch, sorted({0, launch.programs - 1, *others}))
         self.addresses += launch.memory.accesses
 
 

@@ -32,6 +32,7 @@ WARP = 32
 BATCH = 8192  # lanes that run together, at least one program
 JUMPS_BACK = 1 << 17  # at most, of a batch
 Lanes = slice | np.ndarray
+Variant = Callable[[Kernel], Kernel]
 ALL = slice(None)
 
 
@@ -46,9 +47,12 @@ class LaunchError(Exception):
 class Code:
     """A kernel made executable: a step for each instruction, and which instructions lanes have
     executed so far.
+
+    variant: changes the kernel first.
     """
 
-    def __init__(self, kernel: Kernel):
+    def __init__(self, kernel: Kernel, variant: Variant | None = None):
+        kernel = variant(kernel) if variant else kernel
         self.kernel, self.steps = kernel, []
         self.targets = [_target(instruction, kernel) for instruction in kernel.instructions]
         self.executed = [False] * len(kernel.instructions)

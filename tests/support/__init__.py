@@ -16,6 +16,7 @@ ops/torch_attention  stand-ins for torch's attention functions on a GPU
 kernels/calls        calls that the Triton kernels serve
 kernels/launches     what each launch of a Triton kernel must write
 kernels/mutants      kernels with one wrong instruction
+kernels/grids           whether the programs of a launch write each element once, at large sizes
 kernels/cuda_attention  the CUDA C++ kernels as a backend on a CPU
 kernels/on_gpus      a program: calls on one of two GPUs while the other is current
 data/pairs           shards of small pictures and captions, and loaders of them

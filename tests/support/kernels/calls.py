@@ -14,7 +14,15 @@ import torch
 from packaging.version import Version
 
 from simplclip.ops.attention import with_library_attention
-from support.ops.calls import TERMS, Call, attention_call, mlp_call, of_lengths, similarity_call
+from support.ops.calls import (
+    TERMS,
+    Call,
+    attention_call,
+    block_call,
+    mlp_call,
+    of_lengths,
+    similarity_call,
+)
 from support.ops.compare import Case
 
 KINDS = {
@@ -51,12 +59,20 @@ def lengths(values: list[int] | None, *shape: int, **options) -> Callable[[], Ca
 
 BLOCKS = {"scratch_bytes": 0}  # of 128 x 128, the least
 QUICK: dict[str, Callable[[], Call]] = {
-    "similarity_loss": pairs(70, 133, width=72, teacher_width=48, ids=True),
+    # a number of rows that fills a tile, columns one more, and one width of two that fills it
+    "similarity_loss": pairs(64, 129, width=64, teacher_width=48, ids=True),
     "parallel_mlp": functools.partial(mlp_call, 130, 72, 200, 40),
     "shaped_attention": lengths([40, 0, 81], 3, 81, 2, 64, causal=True),
 }
+# what the suite runs in bfloat16 alone
+QUICK_IN_BF16: dict[str, Callable[[], Call]] = {
+    "similarity_loss, whole tiles of columns": pairs(70, 128, width=72, teacher_width=96),
+    "attention, wide": lengths([33, 0], 2, 40, 1, 128),
+    "block": lambda: of_lengths(block_call(3, 20, 64, 2, 72), [20, 0, 7]),
+}
 CALLS: dict[str, Callable[[], Call]] = {
     **QUICK,
+    **QUICK_IN_BF16,
     "contrastive": pairs(256, 384, "contrastive", width=512),
     "contrastive, one pair": pairs(1, 1, "contrastive", width=64),
     "contrastive, one side": pairs(70, 133, "contrastive", width=72, ids=True, symmetric=False),
@@ -95,7 +111,6 @@ CALLS: dict[str, Callable[[], Call]] = {
     "parallel_mlp, chunks": functools.partial(mlp_call, 200, 40, 70, 20),
     "attention": lengths(None, 2, 145, 2, 64),
     "attention, causal": lengths(None, 2, 81, 1, 48, causal=True),
-    "attention, wide": lengths([33, 0], 2, 40, 1, 128),
     "attention, narrow, scale -2": lengths(None, 2, 130, 1, 20, scale=-2.0),
 }
 
@@ -103,7 +118,10 @@ CALLS: dict[str, Callable[[], Call]] = {
 def case_of(name: str, kind: str, device: str = "cpu", need: list[str] | None = None) -> Case:
     """Returns a call as a case; rows of attention have gaps between them."""
     call = CALLS[name]()
+    backend: str | dict[str, str]
     backend, layouts = "triton", {}
+    if call.op == "simplified_block":
+        backend = {"shaped_attention": "sdpa", "parallel_mlp": "triton"}
     if call.op == "shaped_attention":
         backend = "sdpa"
         layouts = dict.fromkeys(("q", "k", "v", "grad out"), "rows_apart")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import ptx
 from ptx.capture import Card
-from ptx.machine import Code
+from ptx.machine import Code, Launch, Variant
 from ptx.parse import Kernel, parse
 from simplclip.ops import backends
 from simplclip.ops.attention.call import AttentionCall, AttentionInto
@@ -76,21 +76,21 @@ def compiled(source: str, sm: int) -> dict[str, Kernel]:
 
 
 @functools.cache
-def code_of(source: str, sm: int, name: str) -> Code:
+def code_of(source: str, sm: int, name: str, variant: Variant | None) -> Code:
     """Returns the kernel of such a file whose name contains `name`, made executable."""
     (kernel,) = (each for full_name, each in compiled(source, sm).items() if name in full_name)
-    return Code(kernel)
+    return Code(kernel, variant)
 
 
 def code_of_entry(name: str, sm: int) -> Code:
     """Returns the kernel of a mangled name, made executable."""
     source = next((kind for kind in TYPES if f"{len(kind)}{kind}E" in name), "gains")
-    return code_of(source, sm, name)
+    return code_of(source, sm, name, None)
 
 
-def _start(
+def start(
     card: Card, source: str, name: str, programs: int, threads: int, shared: int, *values: object
-) -> None:
+) -> Launch:
     """Runs the kernel whose name contains `name`. values: its parameters in the layout of
     attention.h, HeadsView a tensor.
     """
@@ -99,12 +99,14 @@ def _start(
         fields.append(value)
         if isinstance(value, Tensor) and value.dim() == 4:  # a HeadsView
             fields += [np.int64(step * value.itemsize) for step in value.stride()[:3]]
-    card.launch(code_of(source, card.sm, name), programs, threads, shared, fields)
+    return card.launch(
+        code_of(source, card.sm, name, card.variant), programs, threads, shared, fields
+    )
 
 
-def _start_shaped(
+def start_shaped(
     card: Card, backward: bool, call: AttentionCall, lse: Tensor, *written: Tensor | np.int32
-) -> None:
+) -> Launch:
     batch, tokens, heads, width = call.q.shape
     (source,) = (name for name, dtype in TYPES.items() if dtype == call.q.dtype)
     plan = backends.cuda_extension.shaped_attention_plan(tokens, width, source == "tf32", backward)
@@ -124,33 +126,41 @@ def _start_shaped(
     if not backward:
         values.append(np.int32(plan["slice"]))
     name = "backward" if backward else "forward"
-    _start(card, source, name, batch * heads, plan["threads"], plan["shared"], *values)
+    return start(card, source, name, batch * heads, plan["threads"], plan["shared"], *values)
+
+
+def start_gains(card: Card, parts: Tensor, sums: Tensor) -> Launch:
+    """Sums parts [B, 3, H] to [3 H]."""
+    batch, count = len(parts), sums.numel()
+    return start(
+        card, "gains", "gains", count, 32, 0, parts, sums, np.int32(batch), np.int32(count)
+    )
 
 
 def _forward(card: Card, call: AttentionCall) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = call.q.shape
     out, lse = layouts.rows_apart(call.q), call.gains.new_empty(batch, heads, tokens)
-    _start_shaped(card, False, call, lse, out.fill_(torch.nan))
-    return out, lse
+    start_shaped(card, False, call, lse, out.fill_(torch.nan))
+    return out.contiguous(), lse
 
 
 def _backward(card: Card, call: AttentionInto) -> Tensor:
     batch, _, heads, _ = call.q.shape
-    apart = [layouts.rows_apart(t) for t in (call.dq, call.dk, call.dv)]
+    gradients = call.dq, call.dk, call.dv
+    apart = [layouts.rows_apart(t) if t.is_contiguous() else t for t in gradients]
     parts, d_gains = call.gains.new_empty(batch, 3, heads), torch.empty_like(call.gains)
-    _start_shaped(card, True, call, call.lse, call.grad, *apart, parts)
-    count = 3 * heads
-    _start(card, "gains", "gains", count, 32, 0, parts, d_gains, np.int32(batch), np.int32(count))
-    for out, written in zip((call.dq, call.dk, call.dv), apart):
+    start_shaped(card, True, call, call.lse, call.grad, *apart, parts)
+    start_gains(card, parts, d_gains)
+    for out, written in zip(gradients, apart):
         out.copy_(written)
     return d_gains
 
 
 @contextlib.contextmanager
-def card(sm: int, *, tf32: bool) -> Iterator[Card]:
+def card(sm: int, *, tf32: bool, variant: Variant | None = None) -> Iterator[Card]:
     """Context in which the backend "cuda" runs on a machine; see ptx.card."""
     anywhere = lambda device, dtype, facts: None  # noqa: E731
-    with ptx.card(sm, tf32=tf32) as machine, contextlib.ExitStack() as stack:
+    with ptx.card(sm, tf32=tf32, variant=variant) as machine, contextlib.ExitStack() as stack:
         for op, function in (
             ("shaped_attention_fwd", _forward),
             ("shaped_attention_bwd", _backward),

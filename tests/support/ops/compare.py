@@ -62,10 +62,12 @@ PLAIN: dict[str, Callable] = {
 }
 
 
-def forced(backend: str) -> contextlib.AbstractContextManager:
-    """Context that forces a backend; "" forces none, so that the first backend that can run a call
-    runs it.
+def forced(backend: str | dict[str, str]) -> contextlib.AbstractContextManager:
+    """Context that forces a backend, or backends of single ops; "" forces none, so that the first
+    backend that can run a call runs it.
     """
+    if isinstance(backend, dict):
+        return simplclip.backend(**backend)
     return simplclip.backend(backend) if backend else contextlib.nullcontext()
 
 
@@ -180,7 +182,7 @@ class Case:
 
     call: Call
     dtype: torch.dtype
-    backend: str
+    backend: str | dict[str, str]
     need: list[str]
     seed: int = 0
     size: float = LOSS_SCALE
