@@ -89,6 +89,14 @@ def test_more_values_and_gradients(tokens, kind, sm):
         check_lengths(tokens, width, kind, sm)
 
 
+def test_gains_of_more_sequences_than_lanes():
+    parts = torch.randn(70, 3, 2, generator=torch.Generator().manual_seed(0))
+    sums = torch.full((3, 2), torch.nan)
+    with attention.card(86, tf32=False) as machine:
+        attention.start_gains(machine, parts, sums)
+    torch.testing.assert_close(sums, parts.sum(0))
+
+
 @pytest.mark.slow
 def test_a_block():
     """Its q, k and their gradients are views of [T, 2C]."""
