@@ -14,7 +14,8 @@ signals.py      signals that end a run after a whole step
 checkpoint.py   last.pt, what --resume accepts
 distributed.py  several ranks
 nodes.py        what all nodes must have alike
-log.py          lines, metrics.csv, curves.png
+log.py          lines, metrics.csv, evaluation.csv
+curves.py       curves.png, and held-out losses that rise
 """
 
 from typing import TYPE_CHECKING, Any

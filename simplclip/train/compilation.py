@@ -84,7 +84,7 @@ class Compilation:
             if isinstance(error, TrainingError) or state.updating:
                 raise
             reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-        self.log.print(f"compile    failed, the towers run as before: {reason}")
+        self.log.print(f"warning    compilation failed, the towers run as before: {reason}")
         for part in compiled_parts(state):
             part._compiled_call_impl = None
         if crop:

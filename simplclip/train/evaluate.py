@@ -108,6 +108,7 @@ def _evaluate(
             if snapshot.keep_best(mean):
                 best = snapshot.out / "best.pt"
                 log.print(f"best       step {state.step}: mean R@1 {mean:.1%}, in {best}")
+        ranks.on_first(log.end_evaluation)
 
 
 def _figures(

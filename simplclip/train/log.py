@@ -1,4 +1,4 @@
-"""What a run shows and writes of itself: lines, metrics.csv, evaluation.csv and curves.png."""
+"""What a run shows and writes of itself: lines, metrics.csv and evaluation.csv."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from rich.console import Console
 
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError
-from simplclip.common.files import read_csv, write_csv
-from simplclip.common.plotting import Panel, png, write_panels
+from simplclip.common.files import write_csv
+from simplclip.common.plotting import png
 from simplclip.common.progress import Pace, duration, print_lines
 from simplclip.data import Division
 from simplclip.evaluation.results import Recall
@@ -26,12 +26,9 @@ from simplclip.evaluation.sheets import sheet_of
 from simplclip.nn import SimplifiedBlock
 from simplclip.ops import backends
 from simplclip.train.config import Config
+from simplclip.train.curves import NAMES, read_figures, rise, write_curves
 from simplclip.train.objective import terms_of
 from simplclip.train.setup import State
-
-DIRECTIONS = {"image_to_text": "to text", "text_to_image": "to image"}
-# panels of curves.png whose y axis need not begin at 0
-SCALES = ("Logit scale", "Gradient norm before clipping", "Logit bias")
 
 
 class Log:
@@ -48,7 +45,8 @@ class Log:
     def __init__(self, state: State, console: Console) -> None:
         """Starts the time of the first step; opens TensorBoard's files if run.tensorboard is set.
 
-        The CSV files are not touched before their first row.
+        The CSV files are not touched before their first row. Raises InputError, on all ranks, if
+        they cannot be continued.
         """
         self.state = state
         self.console = console
@@ -59,7 +57,9 @@ class Log:
         # of a step, and of waiting for its data; smoothed over about the last 20 steps
         self.seconds = self.waiting = 0.0
         self._columns: dict[str, list[str]] = {}
-        self._reports: set[str] = set()  # lines of `report` that are printed
+        self._reports: set[str] = set()  # lines that are printed once
+        for name in ("metrics", "evaluation"):
+            ranks.on_first(read_figures, self.out / f"{name}.csv")
         self.board: Any = None
         if state.config.run.tensorboard and ranks.first():
             from torch.utils.tensorboard import SummaryWriter
@@ -172,8 +172,8 @@ class Log:
             writer = csv.DictWriter(file, self._columns[name], "", "ignore", lineterminator="\n")
             writer.writerow(row)
         if self.board:
-            labels = [str(row[label]) for label in ("split", "direction") if label in row]
-            for key in row.keys() - {"step", "split", "direction"}:
+            labels = [str(row[label]) for label in NAMES if label in row]
+            for key in row.keys() - {"step", *NAMES}:
                 tag = "/".join([name, *labels, key])
                 self.board.add_scalar(tag, row[key], int(row["step"]))
             self.board.flush()  # before a checkpoint of this step is written
@@ -182,18 +182,34 @@ class Log:
         """Removes rows of later steps from a CSV file, or begins it; returns its columns.
 
         The file is rewritten. `row`, which is to be written next, is not: it has the columns of a
-        new file. Raises InputError for a file whose rows have no number of a step.
+        new file. Raises InputError as `read_figures`.
         """
-        former = read_csv(path)
-        if any(not old.get("step", "").isdigit() for old in former):
-            raise InputError(
-                f"run.out: expected rows with the number of a step in {path}, got others"
-            )
+        former = read_figures(path)
         first = min(self.start + 1, int(row["step"]))  # step that this run writes
         rows = [old for old in former if int(old["step"]) < first]
         columns = list(rows[0] if rows else row)
         write_csv(path, columns, rows)
         return columns
+
+    def write_curves(self) -> None:
+        """Draws curves.png; files that something else has changed cost the picture alone."""
+        try:
+            write_curves(self.out)
+        except InputError as error:
+            self._warn(f"no curves.png: {error}")
+
+    def end_evaluation(self) -> None:
+        """Draws the curves after an evaluation, and warns once in a run of a loss that rises."""
+        self.write_curves()
+        with contextlib.suppress(InputError):  # of which the line above warns
+            if risen := rise(read_figures(self.out / "evaluation.csv"), self.state.step):
+                self._warn(risen)
+
+    def _warn(self, text: str) -> None:
+        """Prints a warning; the same one once in a run."""
+        if text not in self._reports:
+            self._reports.add(text)
+            self.print(f"warning    {text}")
 
     def write_sheet(self, name: str, split: Any) -> None:
         """Adds the evaluation sheet of an encoded split to TensorBoard, if run.tensorboard is set.
@@ -294,81 +310,3 @@ def _backends(state: State) -> str:
         for op, facts in calls.items()
     }
     return ", ".join(f"{op} by {backend}" for op, backend in names.items())
-
-
-def write_curves(run: Path) -> None:
-    """Writes RUN/curves.png from RUN/metrics.csv and, if there is one, RUN/evaluation.csv.
-
-    A former picture is replaced. Without a row of metrics.csv nothing is drawn.
-    """
-    rows, evaluated = read_csv(run / "metrics.csv"), read_csv(run / "evaluation.csv")
-    if not rows:
-        return
-    losses, terms = ["loss"], terms_of(rows[0])
-    if len(terms) > 1:
-        losses += terms
-    columns = {
-        "Loss": losses,
-        "Learning rate": ["lr"],
-        "Logit scale": ["logit_scale"],
-        "Gradient norm before clipping": ["grad_norm"],
-        "Logit bias": ["logit_bias"],
-    }
-    panels = [
-        Panel(title, _series(rows, names), from_zero=title not in SCALES)
-        for title, names in columns.items()
-        if names[0] in rows[0]
-    ]
-    splits = dict.fromkeys(row["split"] for row in evaluated)
-    for position, split in enumerate(splits, 1):
-        split_rows = [row for row in evaluated if row["split"] == split]
-        panels.insert(position, _recalls(split, split_rows))
-        if "loss" in split_rows[0]:
-            losses_by_step = {row["step"]: row for row in split_rows}  # one for both directions
-            panels[0].lines[split] = _series([*losses_by_step.values()], ["loss"])["loss"]
-    write_panels(run / "curves.png", panels, _best_step(evaluated))
-
-
-def _recalls(split: str, rows: list[dict[str, str]]) -> Panel:
-    """Returns the panel of R@k of a split, from its rows of evaluation.csv."""
-    title = f"{split}: right one among the first k; dotted: chance"
-    panel = Panel(title, {}, {}, percent=True, solid=3)
-    for direction, words in DIRECTIONS.items():
-        directed = [row for row in rows if row["direction"] == direction]
-        if not directed:  # a crash may have cut off its row
-            continue
-        for column in [column for column in directed[0] if column.startswith("R@")]:
-            (line,) = _series(directed, [column]).values()
-            panel.lines[f"{words} {column}"] = line
-            if f"chance {column}" in directed[0]:
-                panel.chance[f"{words} {column}"] = float(directed[-1][f"chance {column}"])
-    return panel
-
-
-def _best_step(evaluated: list[dict[str, str]]) -> int | None:
-    """Returns the first step of the highest mean R@1; None for no rows.
-
-    evaluated: rows of evaluation.csv, whose R@1 is averaged over splits and directions.
-    """
-    recalls: dict[int, list[float]] = {}
-    for row in evaluated:
-        recalls.setdefault(int(row["step"]), []).append(float(row["R@1"]))
-    means = {step: sum(values) / len(values) for step, values in recalls.items()}
-    return max(means, key=lambda step: (means[step], -step), default=None)
-
-
-def _series(
-    rows: list[dict[str, str]], columns: list[str]
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns a line of each column, its steps and values, by the label of the column.
-
-    rows: of a CSV file, by column. An empty value becomes NaN. The label is the name in words, of a
-    term without "_loss".
-    """
-    steps = np.array([int(row["step"]) for row in rows])
-    terms = terms_of(columns)
-    lines = {}
-    for column in columns:
-        label = terms.get(column, column).replace("_", " ")
-        lines[label] = steps, np.array([float(row[column] or "nan") for row in rows])
-    return lines

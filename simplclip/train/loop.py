@@ -25,7 +25,7 @@ from simplclip.train.compilation import Compilation
 from simplclip.train.config import Config, ConfigError
 from simplclip.train.distributed import wrap
 from simplclip.train.evaluate import evaluate, is_due, load_splits
-from simplclip.train.log import Log, first_lines, write_curves
+from simplclip.train.log import Log, first_lines
 from simplclip.train.nodes import check_configs, check_data, check_frozen
 from simplclip.train.pairs import pack_and_count
 from simplclip.train.setup import State, make_state
@@ -95,7 +95,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
                 for line in first_lines(state, why_precision, samples, division):
                     log.print(line)
                 _train(state, loader, splits, snapshot, stop, log)
-            ranks.on_first(write_curves, out)
+            ranks.on_first(log.write_curves)
         except Exception as error:
             _save_and_raise(ranks.as_rank_error(error), snapshot)
             raise

@@ -17,7 +17,7 @@ from simplclip import data, evaluation
 from simplclip.common import plotting
 from simplclip.data.transforms import ImageTransform, PreprocessCfg
 from simplclip.evaluation import sheets, split
-from simplclip.train import log
+from simplclip.train import curves
 from support import drawings
 from support.data.pairs import png, write
 from support.programs import load_example
@@ -226,7 +226,7 @@ def curves_of(run, splits=("held_out",), steps=60, chance=True, terms=()):
     if evaluated:
         rows_of(run / "evaluation.csv", evaluated)
     with drawings.figures() as figures:
-        log.write_curves(run)
+        curves.write_curves(run)
     return figures[0]
 
 
@@ -235,7 +235,7 @@ def test_curves_of_an_evaluation_that_a_crash_cut_off(tmp_path):
     row = {"step": 20, "split": "held_out", "direction": "image_to_text", "R@1": 0.5, "loss": 3.0}
     rows_of(tmp_path / "metrics.csv", [{"step": step, "loss": 4.0} for step in (10, 20)])
     rows_of(tmp_path / "evaluation.csv", [row])
-    log.write_curves(tmp_path)
+    curves.write_curves(tmp_path)
     assert (tmp_path / "curves.png").exists()
 
 

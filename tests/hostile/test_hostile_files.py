@@ -239,8 +239,13 @@ def test_no_moments_of_another_shape_are_read_beyond_their_end(whole, shape):
 @pytest.mark.slow
 def test_rows_that_no_run_wrote_are_not_replaced(whole):
     shutil.copytree(whole / "run", "run")
-    for text in ("foo,bar\n1,2\n", "step,loss\nx,1\n"):
-        Path("run/metrics.csv").write_text(text)
+    for text in (
+        b"foo,bar\n1,2\n",
+        b"step,loss\nx,1\n",
+        b"step,loss\n1,1\x01\n",
+        b"step,\xff\n1,2\n",
+    ):
+        Path("run/metrics.csv").write_bytes(text)
         result = call(
             "train",
             whole / "config.yaml",
@@ -250,13 +255,11 @@ def test_rows_that_no_run_wrote_are_not_replaced(whole):
             "--set",
             "run.steps=9",
         )
-        assert result.exit_code == 1
-        assert (
-            "run.out: expected rows with the number of a step in run/metrics.csv, got others"
-            in result.output
-        )
-        assert "Traceback" not in result.output
-        assert Path("run/metrics.csv").read_text() == text
+        assert result.exit_code == 2
+        assert "run.out: expected figures by step in run/metrics.csv, got others" in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert "step 8/9" not in result.output
+        assert Path("run/metrics.csv").read_bytes() == text
 
 
 LAUGHS = "\n".join(

@@ -55,7 +55,7 @@ def test_a_run_goes_on_without_a_compiler(tmp_path, monkeypatch, on_gpu):
     """In every bit as if it had not tried."""
     on_gpu.side_effect = functools.partial(on_gpu.side_effect.func, backend=failing)
     text = go(tiny.settings(tmp_path, f"run.out={tmp_path / 'failed'}"))
-    assert "compile    failed, the towers run as before: BackendCompilerFailed" in text
+    assert "warning    compilation failed, the towers run as before: BackendCompilerFailed" in text
     assert decision(tmp_path / "failed") is False
     go(tiny.settings(tmp_path, f"run.out={tmp_path / 'eager'}", "run.compile=false"))
     states = [state_of(tmp_path / name) for name in ("failed", "eager")]

@@ -3,6 +3,7 @@ and refusals.
 """
 
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -95,15 +96,18 @@ def test_it_learns_and_leaves_everything_behind(tmp_path):
 
 
 @pytest.mark.slow
-def test_evaluating_on_the_way_does_not_change_the_run(tmp_path):
+def test_evaluating_on_the_way_does_not_change_the_run(tmp_path, monkeypatch):
     held = tiny.write_shard(tmp_path / "data" / "held.tar")
     go(tiny.settings(tmp_path, f"run.out={tmp_path / 'plain'}"), curves=True)
+    drawn = mock.Mock(side_effect=log.write_curves)
+    monkeypatch.setattr(log, "write_curves", drawn)
     text = go(
         tiny.settings(
             tmp_path, f"run.out={tmp_path / 'seen'}", "eval.every=3", f"eval.splits.held={held}"
         ),
         curves=True,
     )
+    assert drawn.call_count == 4  # evaluations, and the end
     assert bits(state_of(tmp_path / "plain")["model"]) == bits(state_of(tmp_path / "seen")["model"])
     seen = rows(tmp_path / "seen", "evaluation.csv")
     assert [r["step"] for r in seen] == ["3", "3", "6", "6", "7", "7"]

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from simplclip import data
 from simplclip.models.crop import TextCrop
-from simplclip.train import evaluate, loop
+from simplclip.train import evaluate, log, loop
 from support.train import tiny
 
 
@@ -64,7 +64,7 @@ class Parts:
         return getattr(self.loader, name)
 
 
-Loader, write_curves = data.Loader, loop.write_curves
+Loader, write_curves = data.Loader, log.write_curves
 
 
 def observed(config: Any, fault: list | None = None, **options: Any) -> dict:
@@ -102,7 +102,7 @@ def observed(config: Any, fault: list | None = None, **options: Any) -> dict:
         return Parts(rank, world_size, shards=shards, **options)
 
     loop.train_step = recording_step
-    loop.write_curves = lambda out: None
+    log.write_curves = lambda out: None
     TextCrop.split = recording_split
     evaluate._Towers.features = recording_features
     loop.data.Loader = parts
@@ -113,7 +113,7 @@ def observed(config: Any, fault: list | None = None, **options: Any) -> dict:
         error = f"{type(failed).__name__}: {failed}"
     finally:
         loop.train_step = train_step
-        loop.write_curves = write_curves
+        log.write_curves = write_curves
         TextCrop.split = split
         evaluate._Towers.features = features
         loop.data.Loader = Loader

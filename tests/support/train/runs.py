@@ -17,7 +17,7 @@ from torch import nn
 
 from simplclip import models
 from simplclip.models.trained import read_checkpoint
-from simplclip.train import checkpoint, loop
+from simplclip.train import checkpoint, log, loop
 from simplclip.train.config import Config, from_dict
 from support.models.weights import randomise
 from support.train import tiny
@@ -28,7 +28,7 @@ TIMED = ("samples_per_s", "data_share", "peak_mb")
 def go(config: Config, curves: bool = False, **options: Any) -> str:
     """Runs a config and returns the printed text. curves: draw them, which takes long."""
     text = io.StringIO()
-    drawing = contextlib.nullcontext() if curves else mock.patch.object(loop, "write_curves")
+    drawing = contextlib.nullcontext() if curves else mock.patch.object(log, "write_curves")
     with drawing:
         loop.run(config, console=Console(file=text, width=200), **options)
     return text.getvalue()
