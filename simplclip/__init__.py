@@ -6,12 +6,12 @@ extension the ops run in plain torch. Submodules are imported on first use, so t
 can set up threads before torch starts.
 """
 
-from typing import TYPE_CHECKING, Any
+import typing as _typing  # an editor lists names without an underscore
 
-from simplclip.common.lazy import attribute
+from simplclip.common.lazy import attribute as _attribute
 from simplclip.version import __version__
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from simplclip import (
         data,
         evaluation,
@@ -82,11 +82,11 @@ __all__ = [
     "train",
 ]
 
-if not TYPE_CHECKING:  # a type checker would take any name for known
+if not _typing.TYPE_CHECKING:  # a type checker would take any name for known
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> _typing.Any:
         """Returns a public name, whose module is imported on first use."""
-        return attribute(__name__, _MODULES, name)
+        return _attribute(__name__, _MODULES, name)
 
 
 def __dir__() -> list[str]:

@@ -92,9 +92,11 @@ def _reasons(ops: dict[str, Any]) -> list[str]:
 
 
 def _served(ops: dict[str, Any], device: str) -> str:
-    """Returns one line: the backends that run the ops, each with the number of its ops.
+    """Returns one line: the backends that run the ops, each with the number of its ops, the dtype.
 
     ops: as in `_reasons`. device: "cpu" or "cuda", where the tensors are.
     """
     names = [devices[device]["backend"] or "none" for devices in ops.values()]
-    return ", ".join(f"{names.count(name)} ops by {name}" for name in dict.fromkeys(names))
+    counts = ", ".join(f"{names.count(name)} ops by {name}" for name in dict.fromkeys(names))
+    dtypes = {devices[device]["dtype"] for devices in ops.values()}
+    return f"{counts}, in {', '.join(dtypes)}, as in training"

@@ -11,11 +11,11 @@ batch      loader.py: for training; held_out_loader.py: for evaluation, by store
 write      pack.py: tars of other forms; write_sidecars.py; both by write_tars.py
 """
 
-from typing import TYPE_CHECKING, Any
+import typing as _typing
 
-from simplclip.common.lazy import attribute
+from simplclip.common.lazy import attribute as _attribute
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from simplclip.data.errors import EmptyDataError, ShardError, Skipped, WorkerError
     from simplclip.data.find_sources import sources_of
     from simplclip.data.held_out_loader import Division, HeldOut, count_division, held_out
@@ -43,7 +43,7 @@ __all__ = [
 __all__ += ["count_division", "dataset_size", "held_out"]
 __all__ += ["pack_shards", "sources_of", "teacher_stamp"]
 
-if not TYPE_CHECKING:  # a type checker would take any name for known
+if not _typing.TYPE_CHECKING:  # a type checker would take any name for known
 
-    def __getattr__(name: str) -> Any:
-        return attribute(__name__, _MODULES, name)
+    def __getattr__(name: str) -> _typing.Any:
+        return _attribute(__name__, _MODULES, name)

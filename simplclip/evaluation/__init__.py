@@ -11,11 +11,11 @@ sheets.py           pictures of queries and their answers
 run.py              all of these for several models and splits
 """
 
-from typing import TYPE_CHECKING, Any
+import typing as _typing
 
-from simplclip.common.lazy import attribute
+from simplclip.common.lazy import attribute as _attribute
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from simplclip.evaluation.classification import class_names, named, phrases, zero_shot
     from simplclip.evaluation.encoder import Encoder, load
     from simplclip.evaluation.results import (
@@ -77,7 +77,7 @@ __all__ = [
     "zero_shot",
 ]
 
-if not TYPE_CHECKING:  # a type checker would take any name for known
+if not _typing.TYPE_CHECKING:  # a type checker would take any name for known
 
-    def __getattr__(name: str) -> Any:
-        return attribute(__name__, _MODULES, name)
+    def __getattr__(name: str) -> _typing.Any:
+        return _attribute(__name__, _MODULES, name)

@@ -33,16 +33,16 @@ Label smoothing, several positives and decoupled losses: a few lines each with R
 docs/recipes.md.
 """
 
-from typing import TYPE_CHECKING, Any
+import typing as _typing
 
-from simplclip.common.lazy import attribute
+from simplclip.common.lazy import attribute as _attribute
 from simplclip.losses.base import PLANES
 from simplclip.losses.clip import ClipPMLoss
 from simplclip.losses.matryoshka import MatryoshkaLoss
 from simplclip.losses.rowwise import RowwiseLoss
 from simplclip.losses.wikd import WIKDLoss
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from simplclip.losses.drop_in import ClipLoss, CoCaLoss, SigLipLoss
 
 __all__ = [
@@ -56,11 +56,11 @@ __all__ = [
     "WIKDLoss",
 ]
 
-if not TYPE_CHECKING:  # a type checker would take any name for known
+if not _typing.TYPE_CHECKING:  # a type checker would take any name for known
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> _typing.Any:
         """Imports open_clip's subclasses at their first use: importing open_clip takes seconds."""
-        return attribute(__name__, {"drop_in": ("ClipLoss", "CoCaLoss", "SigLipLoss")}, name)
+        return _attribute(__name__, {"drop_in": ("ClipLoss", "CoCaLoss", "SigLipLoss")}, name)
 
 
 def __dir__() -> list[str]:

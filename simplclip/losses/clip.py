@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Never
+from typing import TYPE_CHECKING, Any, Literal, Never, overload
 
 from torch import Tensor
 
@@ -13,6 +13,34 @@ class PairLoss(SimilarityLoss):
     """Base class of a loss with one term, to which pair matching is added by pm_weight above 0."""
 
     TERM = "contrastive"
+
+    if TYPE_CHECKING:  # nn.Module's takes and returns anything
+
+        @overload
+        def __call__(
+            self,
+            image_features: Tensor,
+            text_features: Tensor,
+            logit_scale: Tensor,
+            logit_bias: Tensor | None = None,
+            output_dict: Literal[False] = False,
+            *,
+            ids: Tensor | None = None,
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            image_features: Tensor,
+            text_features: Tensor,
+            logit_scale: Tensor,
+            logit_bias: Tensor | None = None,
+            output_dict: bool = ...,
+            *,
+            ids: Tensor | None = None,
+        ) -> Any: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def extra_repr(self) -> str:
         """Returns pm_weight and plane for `repr`; an empty string without pair matching."""

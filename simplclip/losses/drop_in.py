@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any, Never
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Never
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,9 @@ class CoCaLoss(ClipLoss, open_clip_loss.CoCaLoss):
 
     Source: Yu et al. 2022 (arXiv 2205.01917); open_clip.loss.CoCaLoss.
     """
+
+    if TYPE_CHECKING:
+        __call__: Callable[..., Any]  # type: ignore[assignment]
 
     def __init__(
         self,

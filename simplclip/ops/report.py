@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from simplclip.common import hardware
 from simplclip.ops import backends
 from simplclip.version import __version__
 
@@ -17,9 +18,10 @@ PACKAGES = ("torch", "triton", "open_clip_torch", "timm", "webdataset", "numpy")
 
 
 def report() -> dict[str, Any]:
-    """Returns versions, CPU, GPU, extensions, and for each op the backend of float32 CPU and CUDA
-    tensors, and why no other runs.
+    """Returns versions, CPU, GPU, extensions, and for each op the backend of CPU and CUDA tensors,
+    and why no other runs.
 
+    Tensors have the dtype that training takes on the device; without a GPU it is bfloat16.
     Attention has a second entry, "long", with 197 tokens, since the backend depends on the number
     of tokens. The report contains only plain types, so that it can be written as JSON.
     """
@@ -43,7 +45,10 @@ def report() -> dict[str, Any]:
         "extension": {"cpu": _cpu_extension(), "cuda": _cuda_extension()},
         "forced_backend": backends.forced() or None,
         "ops": {
-            name: {device: _backend(op, torch.device(device), facts) for device in ("cpu", "cuda")}
+            name: {
+                device: _backend(op, torch.device(device), dtype, facts)
+                for device, dtype in (("cpu", _dtype("cpu")), ("cuda", _dtype("cuda")))
+            }
             for name, (op, facts) in calls.items()
         },
     }
@@ -105,16 +110,26 @@ def _cuda_extension() -> dict[str, Any]:
     return {"loaded": True, "architectures": backends.cuda_extension.architectures()}
 
 
-def _backend(op: str, device: torch.device, facts: backends.Facts) -> dict[str, Any]:
-    """Returns the backend that runs an op's float32 calls on a device now, and why no other does.
+def _dtype(device: str) -> torch.dtype:
+    """Returns the dtype of a training on "cpu" or "cuda" whose run.precision is auto."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return torch.bfloat16
+    precision, _ = hardware.pick_precision("auto", torch.device(device))
+    return hardware.DTYPES[precision] or torch.float32
 
-    op: a key of backends.TABLE. facts: of the call, for the backends' predicates. Keys: "backend"
-    (None if none can run), "error" (the message in that case, else None), and "others": backend ->
-    reason.
+
+def _backend(
+    op: str, device: torch.device, dtype: torch.dtype, facts: backends.Facts
+) -> dict[str, Any]:
+    """Returns the backend that runs an op's calls on a device now, and why no other does.
+
+    op: a key of backends.TABLE. dtype: of the tensors. facts: of the call, for the backends'
+    predicates. Keys: "dtype", "backend" (None if none can run), "error" (the message in that case,
+    else None), and "others": backend -> reason.
     """
     selected = problem = None
     try:
-        selected, _ = backends.select(op, device, torch.float32, backends.forced(), facts)
+        selected, _ = backends.select(op, device, dtype, backends.forced(), facts)
     except (RuntimeError, ValueError) as error:
         problem = str(error)
     reasons = {}
@@ -123,5 +138,6 @@ def _backend(op: str, device: torch.device, facts: backends.Facts) -> dict[str, 
         if name == selected:  # the backends after it could run, but come later
             free = f"can run; {selected} comes first"
             continue
-        reasons[name] = backends.why_not(op, name, device, torch.float32, facts) or free
-    return {"backend": selected, "error": problem, "others": reasons}
+        reasons[name] = backends.why_not(op, name, device, dtype, facts) or free
+    name = str(dtype).removeprefix("torch.")
+    return {"dtype": name, "backend": selected, "error": problem, "others": reasons}

@@ -18,16 +18,16 @@ log.py          lines, metrics.csv, evaluation.csv
 curves.py       curves.png, and held-out losses that rise
 """
 
-from typing import TYPE_CHECKING, Any
+import typing as _typing
 
-from simplclip.common.lazy import attribute
+from simplclip.common.lazy import attribute as _attribute
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from simplclip.train.loop import Interrupted, TrainingError, run
 
 __all__ = ["Interrupted", "TrainingError", "run"]
 
-if not TYPE_CHECKING:  # a type checker would take any name for known
+if not _typing.TYPE_CHECKING:  # a type checker would take any name for known
     # imported late, so that a config is checked before torch is imported
-    def __getattr__(name: str) -> Any:
-        return attribute(__name__, {"loop": tuple(__all__)}, name)
+    def __getattr__(name: str) -> _typing.Any:
+        return _attribute(__name__, {"loop": tuple(__all__)}, name)

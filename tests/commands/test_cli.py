@@ -330,7 +330,7 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
 def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, monkeypatch):
     """torch raises ImportError if it is imported again after that."""
     attempts = mock.Mock(side_effect=[KeyboardInterrupt, ImportError("only once per process")])
-    monkeypatch.setattr("simplclip.train.attribute", attempts)
+    monkeypatch.setattr("simplclip.train._attribute", attempts)
     result = call("train", tiny.write_config(tmp_path))
     assert (result.exit_code, result.output.strip()) == (130, "simplclip: interrupted")
 

@@ -10,7 +10,9 @@ import torch
 
 import simplclip
 from simplclip.commands.doctor import render
+from simplclip.common import hardware
 from simplclip.ops import backends, registry, similarity_loss
+from simplclip.ops import report as reports
 from support.devices import needs_cpu_kernels
 from support.paths import ROOT
 
@@ -190,7 +192,23 @@ def test_report_is_json_and_names_a_backend_for_every_op():
     assert all(f"{op}, {device}: " in text for op in report["ops"] for device in ("cpu", "cuda"))
     few = render(report)
     assert not any(op in few for op in report["ops"])
-    assert re.search(r"^CPU tensors +\d+ ops by \w+", few, re.MULTILINE)
+    assert re.search(r"^CPU tensors +\d+ ops by \w+, in b?float\d+, as in training$", few, re.M)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [(None, "bfloat16"), ((8, 6), "bfloat16"), ((7, 5), "float32")]
+)
+def test_report_has_the_dtype_of_training(monkeypatch, capability, dtype):
+    """On a GPU bfloat16 if it has it, and without one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(reports, "_gpu", lambda: {"available": False, "reason": "none"})
+    native = capability is not None and capability >= (8, 0)
+    monkeypatch.setattr(hardware, "native_bf16", lambda device: native)
+    machine = reports.report()
+    assert {devices["cuda"]["dtype"] for devices in machine["ops"].values()} == {dtype}
+    assert f"in {dtype}, as in training" in render(machine)
+    expected = "bfloat16" if native else "float32"
+    assert {devices["cpu"]["dtype"] for devices in machine["ops"].values()} == {expected}
 
 
 @pytest.mark.skipif(backends.cuda_extension is None, reason=str(backends.cuda_extension_error))

@@ -45,6 +45,15 @@ def test_an_editor_shows_signature_and_docstring_of_each_public_name(package):
     assert not unknown
 
 
+def test_an_editor_lists_public_names_alone_and_completes_a_loss():
+    for package in PACKAGES:
+        script = jedi.Script(f"import {package}\n{package}.")
+        names = {found.name for found in script.complete(2, len(package) + 1)}
+        assert not names & {"Any", "TYPE_CHECKING", "attribute"}, package
+    script = jedi.Script("from simplclip.losses import ClipLoss\nClipLoss()(x, y, scale).backw")
+    assert "backward" in {found.name for found in script.complete()}
+
+
 RIGHT = """
 import torch
 import simplclip
@@ -54,14 +63,21 @@ model = simplclip.create_model("siclip-tiny")
 simplclip.crop_texts(model)
 loss = ClipPMLoss(local_loss=True, gather_with_grad=True, rank=1, world_size=2, pm_weight=0.5)
 ClipLoss(), CoCaLoss(1.0, 2.0, rank=0), SigLipLoss(dist_impl="gather"), WIKDLoss(teacher_dim=512)
+pair = torch.ones(2, 8), torch.ones(2, 8)
+scale = torch.tensor(1.0)
 with simplclip.backend("reference"):
-    loss(torch.ones(2, 8), torch.ones(2, 8), torch.tensor(1.0))
+    value: torch.Tensor = loss(*pair, scale)
+terms: dict[str, torch.Tensor] = loss(*pair, scale, output_dict=True)
+contrastive, caption = CoCaLoss(1.0, 2.0)(*pair, torch.ones(2, 3, 8), pair[0].long(), scale)
 """
 WRONG = {
     'ClipPMLoss(pm_weight="x")': 'Argument "pm_weight" to "ClipPMLoss" has incompatible '
     'type "str"; expected "float"',
     "ClipLoss(typo=1)": 'Argument "typo" to "ClipLoss" has incompatible type "int"; '
     'expected "Never"',
+    "loss(*pair, 1.0)": 'No overload variant of "__call__" of "PairLoss" matches argument types '
+    '"tuple[Tensor, Tensor]", "float"',
+    "value.backwards()": '"Tensor" has no attribute "backwards"',
     "simplclip.crop_text(model)": 'Module has no attribute "crop_text"',
     "CoCaLoss(1.0)": 'Missing positional argument "clip_loss_weight" in call to "CoCaLoss"',
     "WIKDLoss(teacher_dim=True, divergence=1)": 'Argument "divergence" to "WIKDLoss" has '
