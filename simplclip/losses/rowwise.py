@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,7 +17,7 @@ from simplclip.ops.calls import accumulate_dtype
 from simplclip.ops.modes import autocast, no_autocast
 from simplclip.ops.similarity import inputs
 
-_LEAST_ROWS = 64  # of a chunk: fewer make products slow
+_LEAST_ROWS = 64  # of a chunk but the last: fewer make products slow
 
 
 class RowwiseLoss(DistributedLoss):
@@ -215,27 +214,22 @@ class RowwiseLoss(DistributedLoss):
             products, or None, and fn gets no teacher's logits. index: [R], the rows' numbers in the
             batch of all ranks.
             """
-            product = torch.mm(chunk.to(product_dtype), columns.to(product_dtype).T)
-            logits = direction.scale * product.to(dtype)
+            logits = direction.scale * _product(chunk.to(product_dtype), columns, dtype)
             if direction.bias is not None:
                 logits = logits + direction.bias
             arguments = [logits, index]
             if teacher_chunk is not None:
                 teacher: Any = direction.teacher
-                product = torch.mm(teacher_chunk, teacher.text.T)
-                arguments.append(teacher.scale * product.to(dtype))
+                arguments.append(teacher.scale * _product(teacher_chunk, teacher.text, dtype))
             result = fn(*arguments)
             _check_result(result, len(index))
-            return result.sum()
+            return result.sum(dtype=dtype)
 
         columns = direction.text.to(dtype)  # the gradients of chunks are added in this dtype
-        chunk_rows = max(_LEAST_ROWS, self.scratch_bytes // (len(columns) * dtype.itemsize))
-        count = math.ceil(n / chunk_rows)
+        sizes = _chunk_sizes(n, self.scratch_bytes // (len(columns) * dtype.itemsize))
         first = self.rank * n
-        ends = [n * k // count for k in range(1, count)]
-        indices = torch.arange(first, first + n, device=rows.device).tensor_split(ends)
-        sizes = [len(index) for index in indices]
-        teacher_chunks = [None] * count
+        indices = torch.arange(first, first + n, device=rows.device).split(sizes)
+        teacher_chunks: Any = [None] * len(sizes)
         if direction.teacher is not None:
             teacher_chunks = direction.teacher.image.split(sizes)
         chunks = zip(rows.to(dtype).split(sizes), teacher_chunks, indices)
@@ -245,6 +239,25 @@ class RowwiseLoss(DistributedLoss):
                 chunk_sum, chunk, columns, teacher_chunk, index, use_reentrant=False
             )
         return total / n
+
+
+def _chunk_sizes(n: int, most: int) -> list[int]:
+    """Returns the rows of each chunk of n rows: at most `most`, or 2 _LEAST_ROWS if that is more.
+
+    Each chunk has a row less than the one before, down to half of the most rows, so that matrices
+    fit where those of the chunk before were: an allocator puts small tensors that stay there too.
+    """
+    most = max(2 * _LEAST_ROWS, most)
+    sizes: list[int] = []
+    while n > 0:
+        sizes.append(min(n, most - len(sizes) % (most // 2)))
+        n -= sizes[-1]
+    return sizes
+
+
+def _product(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns rows [R, D] · columnsᵀ [M, D], computed in the rows' dtype, in another dtype."""
+    return torch.mm(rows, columns.to(rows.dtype).T).to(dtype)
 
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -280,11 +293,12 @@ def _call(module: nn.Module, parameters: dict[str, Tensor], *args: Tensor) -> Te
 
 
 def _check_result(result: Any, rows: int) -> None:
-    """Raises ValueError unless `result`, what the user's fn returned, is a tensor [rows]."""
+    """Raises ValueError or TypeError unless `result` of the user's fn is floating, [rows]."""
     if not isinstance(result, Tensor):
         got = type(result).__name__
     elif result.shape != (rows,):
         got = checks.shape_of(result)
     else:
+        checks.check_floating("fn", result)
         return
     raise ValueError(f"fn: expected a tensor [R] = [{rows}], got {got}")

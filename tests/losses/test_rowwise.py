@@ -15,6 +15,7 @@ from simplclip.ops import checks
 from simplclip.plan.actual import cpu_peak_bytes
 from support.losses import D, N, Tempered, batch, call, chunked, dense, distilled, focal
 from support.ops.compare import assert_within
+from support.programs import run_python
 
 LEAST = 0.05  # about the largest gradient; the bias's gradient is 0 by cancellation
 
@@ -164,9 +165,10 @@ def failing(logits, index):
 @pytest.mark.parametrize(
     ("fn", "error", "message"),
     [
-        (lambda z, y: z, ValueError, r"fn: expected a tensor \[R\] = \[50\], got \[50, 150\]"),
-        (lambda z, y: z.mean(), ValueError, r"fn: expected a tensor \[R\] = \[50\], got \[\]"),
-        (lambda z, y: 1.0, ValueError, r"fn: expected a tensor \[R\] = \[50\], got float"),
+        (lambda z, y: z, ValueError, r"fn: expected a tensor \[R\] = \[128\], got \[128, 150\]"),
+        (lambda z, y: z.mean(), ValueError, r"fn: expected a tensor \[R\] = \[128\], got \[\]"),
+        (lambda z, y: 1.0, ValueError, r"fn: expected a tensor \[R\] = \[128\], got float"),
+        (lambda z, y: y, TypeError, "fn: expected float32, .* got torch.int64"),
         (failing, ZeroDivisionError, "in fn"),
     ],
 )
@@ -275,6 +277,44 @@ def test_output_dict_and_numbers():
     assert repr(RowwiseLoss(nn.Identity(), symmetric=False)).startswith(
         "RowwiseLoss(\n  symmetric=False"
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_the_loss_is_float32_whatever_fn_returns(dtype):
+    (image, text, scale, bias), _ = batch(dtype=torch.float32)
+    value = RowwiseLoss(lambda logits, index: focal(logits, index).to(dtype))(image, text, scale)
+    assert value.dtype == torch.float32
+    expected = RowwiseLoss(focal)(image, text, scale)
+    torch.testing.assert_close(value, expected, rtol=1e-3, atol=0)
+
+
+OF_A_NEW_PROCESS = """
+import sys, psutil, torch
+sys.modules["open_clip"] = None  # takes seconds to import
+from simplclip.losses import RowwiseLoss
+
+def fn(logits, index):
+    return torch.nn.functional.cross_entropy(logits, index, reduction="none")
+
+def grown(n):
+    leaves = [torch.randn(n, 8, requires_grad=True) for _ in range(2)]
+    before = psutil.Process().memory_info().rss
+    value = loss(*leaves, torch.tensor(2.0))
+    return psutil.Process().memory_info().rss - before
+
+loss = RowwiseLoss(fn)
+grown(64)
+loss.scratch_bytes = 4096 * 4 * 128
+print(grown(4096) // loss.scratch_bytes)
+"""
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_chunk_serves_the_next_one():
+    """The process grows by few chunks, of 2 MiB, where one matrix has 64 MiB."""
+    result = run_python(OF_A_NEW_PROCESS)
+    assert not result.returncode, result.stderr
+    assert int(result.stdout) < 12
 
 
 def test_memory_is_that_of_gradients_and_of_some_matrices_of_a_chunk():

@@ -1,8 +1,5 @@
 import json
-import os
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +11,7 @@ from simplclip.common import hardware
 from simplclip.ops import backends, registry, similarity_loss
 from simplclip.ops import report as reports
 from support.devices import needs_cpu_kernels
-from support.paths import ROOT
+from support.programs import run_python
 
 pytestmark = pytest.mark.long
 
@@ -102,11 +99,6 @@ def test_backward_keeps_the_backend_of_forward(monkeypatch):
     with simplclip.backend("reference"):
         value.backward()
     assert selected == [("similarity_loss_fwd", "cpu"), ("similarity_loss_bwd", "cpu")]
-
-
-def run_python(code, **environment):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
 
 
 OF_THE_ENVIRONMENT = """

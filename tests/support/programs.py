@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,12 @@ EXAMPLES = ROOT / "examples"
 def call(*arguments: object) -> Result:
     """Runs a command of simplclip in this process."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a new process; returns what it printed and its status."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
 
 
 def one_line(*arguments: object) -> str:
