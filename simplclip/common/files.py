@@ -52,11 +52,11 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """Returns the rows of a CSV file as {column: text}; [] if there is no file.
 
     Its first line names the columns. Leaves out a last line that a crash cut short, and rows with
-    more or fewer values than columns.
+    more or fewer values than columns. Bytes that are not UTF-8 become U+FFFD.
     """
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         rows = csv.DictReader([line for line in file if line.endswith("\n")])
         return [row for row in rows if None not in row and None not in row.values()]
 
@@ -183,6 +183,16 @@ def locked(folder: Path, name: str) -> Iterator[None]:
         for part in made:
             with contextlib.suppress(OSError):  # not empty
                 part.rmdir()
+
+
+def check_writable(folder: Path, name: str) -> None:
+    """Raises InputError if nothing can be written to a folder, or to where it would be made.
+
+    name: the argument, in errors.
+    """
+    existing = next(filter(os.path.exists, (folder, *folder.absolute().parents)))
+    if not os.access(existing, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise InputError(f"{name}: expected a folder that can be written to, got {existing}")
 
 
 def sha256(path: str | Path) -> str:

@@ -36,9 +36,14 @@ TEXT_BYTES = 16 << 20
 # characters of a caption that are used: more than any tokenizer takes, and tokenizers may be
 # quadratic
 LONGEST = 8192
+# characters of a word that are used: open_clip's tokenizer is quadratic in them, and its 77 tokens
+# have at most 24 each
+LONGEST_WORD = 2048
 # lists and objects within each other in a json; at about 500 Python can read but not pickle it
 DEEPEST = 100
 _NO_CHARACTER = re.compile("[\ud800-\udfff\0]")
+# without white space that ftfy, which open_clip's tokenizer uses, removes from within words
+_LONG_WORD = re.compile(rf"([\S\x1c-\x1f\x85]{{{LONGEST_WORD}}})[\S\x1c-\x1f\x85]+")
 
 # "__key__", "__url__", "__shard__" (the source's name), and bytes or a BrokenSample by suffix;
 # "__record__" is the parsed json, once `record_of` has parsed it
@@ -314,10 +319,12 @@ def stable_hash(text: str) -> int:
 def clean(text: str) -> str:
     """Returns a caption or name without white space at its ends, cut to LONGEST characters.
 
-    NUL at its ends goes too, since a computer that lost power leaves files of zeros. Other NUL and
-    lone surrogates become U+FFFD.
+    Words are cut to LONGEST_WORD characters. NUL at its ends goes too, since a computer that lost
+    power leaves files of zeros. Other NUL and lone surrogates become U+FFFD.
     """
     text = text.removeprefix("\ufeff").strip("\0").strip()[:LONGEST].rstrip()
+    if len(text) > LONGEST_WORD:
+        text = _LONG_WORD.sub(r"\1", text)
     return _NO_CHARACTER.sub("\ufffd", text)
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from simplclip.common import ranks
 from simplclip.common.errors import InputError
-from simplclip.common.files import write_atomically
+from simplclip.common.files import check_writable, write_atomically
 from simplclip.common.progress import print_lines
 from simplclip.data import held_out
 from simplclip.evaluation.classification import (
@@ -107,6 +107,8 @@ def evaluate(
     sources = _sources(models)
     if not splits:
         raise InputError("data: expected at least one split (--data NAME=DATA), got none")
+    folder = _folder(out, sources[0])
+    ranks.on_first(check_writable, folder, "out")
     workers = settings.workers
     if workers is None:
         workers = min(8, os.cpu_count() or 1)
@@ -127,7 +129,6 @@ def evaluate(
         model = ModelResult(encoder.source, encoder.name, encoder.step, encoder.precision)
         ending = ""
         if results is None:
-            folder = _folder(out, source)
             folder.mkdir(parents=True, exist_ok=True)
             config_templates = _templates_of(encoder.config)
             versions = {"simplclip": __version__, "torch": torch.__version__}

@@ -16,7 +16,7 @@ from rich.console import Console
 from simplclip import data, evaluation
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import UserError
-from simplclip.common.files import locked
+from simplclip.common.files import check_writable, locked
 from simplclip.common.progress import duration
 from simplclip.models.trained import tokenizer
 from simplclip.train import checkpoint
@@ -68,6 +68,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         console = console or Console()
 
         check_configs(config)
+        ranks.on_first(check_writable, out, "run.out")
         ranks.on_first(stack.enter_context, locked(out, "run.out"))
         former = ranks.on_first(checkpoint.read_last, out, resume)
         with ranks.fail_together():

@@ -2,11 +2,14 @@
 
 import json
 import os
+import random
+import string
 import tarfile
 import tracemalloc
 from collections import Counter
 from pathlib import Path
 
+import open_clip
 import pytest
 
 from simplclip import data
@@ -57,6 +60,30 @@ def test_where_captions_come_from(tmp_path, files, caption):
         text_of(one(tmp_path, {"png": png()} | files)["text"][0])
         == caption.encode()[:12].decode().strip()
     )
+
+
+WORDS = {
+    "letters": "".join(random.Random(0).choices(string.ascii_lowercase, k=8192)),
+    # open_clip's longest token of ASCII
+    "longest tokens": 400 * "thinkbigsundaywithmarsha",
+    "of one letter": 8192 * "a",
+    "joined by ftfy": "\x1c\x85".join(1400 * ["abcd"]),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_long_word_is_cut_far_behind_the_tokens(name):
+    """A tokenizer with a context of 77 tokens is quadratic in it."""
+    word = WORDS[name]
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    cut = samples.clean(f"a photo of {word}")
+    assert cut == f"a photo of {word[: samples.LONGEST_WORD]}"
+    assert tokenizer(cut).equal(tokenizer(f"a photo of {word[: samples.LONGEST_WORD + 500]}"))
+
+
+def test_words_of_ordinary_length_stay():
+    caption = " ".join(400 * ["a photo of a cat,"])
+    assert samples.clean(caption) == caption
 
 
 def test_groups(tmp_path):

@@ -9,7 +9,15 @@ import stat
 import pytest
 
 from simplclip.common import files
-from simplclip.common.files import remove_leftovers, replacing, temporary_folder, write_atomically
+from simplclip.common.errors import InputError
+from simplclip.common.files import (
+    check_writable,
+    read_csv,
+    remove_leftovers,
+    replacing,
+    temporary_folder,
+    write_atomically,
+)
 from support.programs import forked
 
 
@@ -73,6 +81,28 @@ def test_a_full_disk_leaves_the_former_file(tmp_path):
     assert forked(fill) == 0
     assert os.listdir(tmp_path) == ["a"]
     assert (tmp_path / "a").read_text() == "former"
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    check_writable(tmp_path / "new" / "run", "out")
+
+    def refuse():
+        os.chmod(tmp_path, 0o555)
+        if os.geteuid() == 0:  # who can write everywhere
+            os.seteuid(65534)
+        with pytest.raises(
+            InputError, match="out: expected a folder that can be written to, got /"
+        ):
+            check_writable(tmp_path / "new" / "run", "out")
+
+    assert forked(refuse) == 0
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_csv_of_a_computer_that_lost_power(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"step,loss\n1,2.0\n\xff\xfe\n2,1.5\n" + bytes(40) + b"\n3,1.0")
+    assert read_csv(path) == [{"step": "1", "loss": "2.0"}, {"step": "2", "loss": "1.5"}]
 
 
 def test_a_folder_beside_the_present_one(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from simplclip import evaluation
 from simplclip.common import files
+from simplclip.common.errors import InputError
 from simplclip.data import ShardError
 from simplclip.models.trained import read_checkpoint
 from simplclip.train import log, loop, step
@@ -270,6 +271,21 @@ def test_a_second_process_is_refused(tmp_path):
         (tmp_path / "run" / name).write_bytes(b"half")
     assert "done" in go(tiny.settings(tmp_path, "run.steps=1"))
     assert [p.name for p in (tmp_path / "run").glob(".*")] == [".other.tmp"]
+
+
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_written_to_is_refused_before_any_work(tmp_path, monkeypatch):
+    config = tiny.settings(tmp_path, "run.steps=1")
+    go(config)
+    monkeypatch.setattr(files.os, "access", lambda path, *mode, **options: False)
+    monkeypatch.setattr(loop, "make_state", fails)
+    monkeypatch.setattr("simplclip.evaluation.run.load", fails)
+    message = "expected a folder that can be written to, got "
+    for resume in (False, True):
+        with pytest.raises(InputError, match=f"^run.out: {message}"):
+            go(config, resume=resume)
+    with pytest.raises(InputError, match=f"^out: {message}"):
+        evaluation.evaluate(tmp_path / "run", {"held": str(tmp_path / "data" / "train-0.tar")})
 
 
 def test_without_locks_a_run_goes_on(tmp_path, monkeypatch):
