@@ -87,7 +87,7 @@ def test_shards_are_found_again_until_the_source_changes(tmp_path, rows):
     assert first.exit_code == 0, first.output
     assert "packed 6 samples of t.csv in 3 shards" in first.output
     assert (
-        "4 skipped: 4 not an image (first: t.csv/000000000: 4 bytes that are not jpg, png or webp)"
+        "4 skipped: 4 not an image (first: t.csv/000000000: 4 bytes of none of the formats jpg, "
         in first.output
     )
     assert "words: median 2, 95 % up to 2, at most 2" in first.output
