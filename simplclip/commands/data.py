@@ -22,15 +22,16 @@ def pack(
     source: Annotated[
         str,
         typer.Argument(
-            help="A table (.csv, .tsv, .parquet) of image paths and captions; a JSON file of "
-            "Karpathy's or COCO's kind, FILE.json#SPLIT; or a folder of images, with KEY.txt "
-            "or KEY.json beside KEY.jpg, or a folder for each class."
+            help="A table (.csv, .tsv, .parquet, .jsonl) of image paths and captions, or with the "
+            "images in a parquet; a JSON file of Karpathy's or COCO's kind, FILE.json#SPLIT; or a "
+            "folder of images, with KEY.txt or KEY.json beside KEY.jpg, with metadata.jsonl or "
+            "metadata.csv, or with a folder for each class."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
     image_key: Annotated[
         str | None,
-        typer.Option(help="Column of the image paths. Default: filepath, path, image ..."),
+        typer.Option(help="Column of the images. Default: filepath, path, image ..."),
     ] = None,
     caption_key: Annotated[
         str | None, typer.Option(help="Column of the captions. Default: caption, title, text ...")
@@ -55,7 +56,7 @@ def pack(
     Repeat it to continue after a stop.
     """
     from simplclip.data import pack as packing
-    from simplclip.data.read_tables import Options
+    from simplclip.data.rows import Options
 
     options = Options(image_key=image_key, caption_key=caption_key, images=images)
     packed = packing.pack(source, out, options, hold_out=hold_out, workers=workers)

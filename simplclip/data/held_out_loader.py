@@ -22,9 +22,9 @@ from simplclip.data.find_sidecars import Folders
 from simplclip.data.find_sources import Source, in_words, sources_of
 from simplclip.data.pack import files_of
 from simplclip.data.read_folders import label_of_folder
-from simplclip.data.read_tables import Options, is_source, open_source
+from simplclip.data.read_tables import is_source, open_source
 from simplclip.data.read_tars import read_tar
-from simplclip.data.rows import Row
+from simplclip.data.rows import Options, Row
 from simplclip.data.samples import (
     Pair,
     Sample,

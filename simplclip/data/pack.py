@@ -24,7 +24,8 @@ import re
 import signal
 import sys
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -36,8 +37,8 @@ from simplclip.common.errors import InputError, UserError, visible
 from simplclip.common.progress import Progress, print_lines
 from simplclip.data.decode_images import open_image, remarks_on
 from simplclip.data.errors import BrokenSample, Skipped
-from simplclip.data.read_tables import Options, is_address, is_source, open_source, split_of
-from simplclip.data.rows import Row, RowSource
+from simplclip.data.read_tables import is_source, open_source, split_of
+from simplclip.data.rows import OPTION_NAMES, Options, Row, RowSource, is_address
 from simplclip.data.samples import (
     MAX_BYTES,
     TEXT_BYTES,
@@ -50,7 +51,6 @@ from simplclip.data.write_tars import TarFolder, add, entry_of, new_tar, skipped
 
 FORMAT = "simplclip-shards-2"
 SAMPLES = 1024  # rows of a shard
-OPTION_NAMES = tuple(Options.__dataclass_fields__)
 
 
 class PackError(UserError, RuntimeError):
@@ -74,14 +74,16 @@ def pack(
     texts in it.
 
     Args:
-        source: a table (.csv, .tsv, .parquet), a JSON file, FILE.json#SPLIT, a folder of images
-            with captions beside them, or one with a folder for each class.
+        source: a table (.csv, .tsv, .parquet, .jsonl), a JSON file, FILE.json#SPLIT, a folder of
+            images with captions beside them or in its metadata.jsonl or metadata.csv, or one with a
+            folder for each class.
         options: of tables and JSON files.
         hold_out: share of the samples that gets shards held-*.tar, beside train-*.tar; by the hash
             of the json's group (in a table the image's path as it is written there), else of the
             image's name in the source, so that more images change no sample's side. 0: all samples
             are in NAME-*.tar, NAME from the source.
-        workers: processes, by default one for each core.
+        workers: processes, by default one for each core; a table that holds the image files is
+            packed by one.
         progress: print lines.
 
     Raises: InputError (the source is none of these, no row is usable, `out` has other shards or
@@ -267,22 +269,30 @@ def _write_missing_shards(
     done = sum(entry.get("rows", 0) for entry in folder.entries.values())
     stems = ("train", "held") if hold_out else (_stem(source.path),)
 
-    def tasks() -> Iterator[tuple[list[Path], int, list[Row], float]]:
+    def tasks() -> Iterator[tuple[list[Path], int, Iterable[Row], float]]:
         """Yields the arguments of `_write_shard` for each SAMPLES rows whose tars are missing."""
         rows = source.rows()
         for first in itertools.count(step=SAMPLES):
-            shard_rows = list(itertools.islice(rows, SAMPLES))
-            if not shard_rows:
+            first_row = next(rows, None)
+            if first_row is None:
                 return
+            shard_rows: Iterable[Row] = itertools.chain(
+                [first_row], itertools.islice(rows, SAMPLES - 1)
+            )
+            if not source.embedded:
+                shard_rows = list(shard_rows)
             names = [f"{stem}-{first // SAMPLES:06d}.tar" for stem in stems]
             if not folder.entries.keys() >= {*names}:
                 yield [folder.out / name for name in names], first, shard_rows, hold_out
+            deque(shard_rows, maxlen=0)  # those that were not written
 
+    if source.embedded:  # other processes would get the images by way of memory
+        workers = 1
     with Progress("pack", source.total, done, unit="rows", shown=progress) as bar:
-        for (_, _, rows, _), entries in _mapped(_write_shard, tasks(), workers):
+        for _, entries in _mapped(_write_shard, tasks(), workers):
             folder.entries |= entries
             folder.save()
-            bar.update(len(rows))
+            bar.update(next(iter(entries.values()))["rows"])
         if not any(entry["samples"] for entry in folder.entries.values()):
             (folder.out / "meta.json").unlink()
             with contextlib.suppress(OSError):  # it holds something else, such as .gitkeep
@@ -297,13 +307,13 @@ def _write_missing_shards(
 
 
 def _write_shard(
-    paths: list[Path], first: int, rows: list[Row], hold_out: float
+    paths: list[Path], first: int, rows: Iterable[Row], hold_out: float
 ) -> dict[str, dict[str, Any]]:
     """Writes the tar of some rows, replacing it; returns {file name: its entry of meta.json}.
 
-    paths: the tar; or two, of which the second gets the share `hold_out` of the samples. A tar
-    without samples is not left on disk. Keys are the numbers of rows, of which `first` is the
-    first.
+    rows: at least one. paths: the tar; or two, of which the second gets the share `hold_out` of the
+    samples. A tar without samples is not left on disk. Keys are the numbers of rows, of which
+    `first` is the first.
     """
     skipped = Skipped()
     remarks = Skipped()
@@ -324,7 +334,7 @@ def _write_shard(
             path.unlink()
     # the first of two shards counts the rows of both
     entries = {paths[0].name: entry_of(paths[0], samples[0], skipped, remarks)}
-    entries[paths[0].name]["rows"] = len(rows)
+    entries[paths[0].name]["rows"] = number - first + 1
     for path, count in zip(paths[1:], samples[1:]):
         entries[path.name] = entry_of(path, count, Skipped())
     return entries
@@ -342,12 +352,15 @@ def files_of(row: Row, remarks: Skipped | None = None) -> dict[str, bytes]:
     texts = {suffix: _read(path, TEXT_BYTES) for suffix, path in row.texts.items()}
     record = record_of(texts)
     captions = captions_of(texts, record if row.texts else {"captions": row.captions})
-    image = _read(row.image, MAX_BYTES)
+    image = _read(row.image, MAX_BYTES) if row.encoded is None else row.encoded
+    if len(image) > MAX_BYTES:
+        detail = f"{len(image):,} bytes, expected at most {MAX_BYTES:,}"
+        raise BrokenSample("file too large", detail)
     opened = open_image(image)
     suffix = str(opened.format).lower().replace("jpeg", "jpg")
     if remarks is not None:
         for remark in remarks_on(opened, len(image)):
-            remarks.add(remark, row.image)
+            remarks.add(remark, row.image or row.name)
     record |= {"captions": [" ".join(caption.split()) for caption in captions], "source": row.name}
     if row.group is not None:
         record["group"] = row.group

@@ -1,11 +1,33 @@
-"""A row, which read_tables.py and read_folders.py yield: an image with its captions."""
+"""A row, an image with its captions, as the readers of tables, JSON and folders yield it; and what
+these readers share.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from decimal import Decimal
+from typing import Any, BinaryIO, NamedTuple
+
+from simplclip.common.errors import InputError
+from simplclip.data.samples import state_of
+
+# Columns of tables, in order of preference: the first of these names that a table has.
+IMAGE_NAMES: tuple[str, ...] = (
+    "filepath",
+    "image_path",
+    "path",
+    "image",
+    "file_name",
+    "filename",
+    "file",
+    "image_name",
+)
+CAPTION_NAMES: tuple[str, ...] = ("captions", "caption", "title", "text", "comment")
+
+LINE_BYTES = 1 << 24  # most bytes of a line
 
 
 class Row(NamedTuple):
@@ -21,6 +43,7 @@ class Row(NamedTuple):
     problem: tuple[str, str] | None = None
     # of a table, the image as it is written there: rows of one image may be no neighbours
     group: str | None = None
+    encoded: bytes | None = None  # the image file, if the table holds it in place of a path
 
 
 @dataclass(frozen=True)
@@ -32,8 +55,148 @@ class RowSource:
     state: Callable[[], dict[str, Any]]  # JSON that tells whether the source has changed
     rows: Callable[[], Iterator[Row]]  # starts to read them
     classes: tuple[str, ...] = ()  # of a folder with a folder for each class: their names, in order
+    embedded: bool = False  # whether the rows hold the image files, and so are large
 
     @property
     def name(self) -> str:
         """The last part of the path, which names the source in messages."""
         return os.path.basename(os.path.abspath(self.path))
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of tables and JSON files.
+
+    image_key, caption_key: columns of a table; by default the first of IMAGE_NAMES and of
+    CAPTION_NAMES. images: folder of the images; by default the file's own. split: name of a split
+    in a JSON file.
+    """
+
+    image_key: str | None = None
+    caption_key: str | None = None
+    images: str | None = None
+    split: str | None = None
+
+    def image(self, file: str, path: str) -> str:
+        """Returns where an image is that the table or JSON file `file` names `path`.
+
+        It is relative to `images`, else to the folder of `file`; a URL or pipe:COMMAND stays as it
+        is.
+        """
+        if is_address(path):
+            return path
+        if self.images is None:
+            return os.path.join(os.path.dirname(file), path)
+        return os.path.join(os.path.expanduser(self.images), path)
+
+    def given(self) -> dict[str, str]:
+        """Returns the options that are not None, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+OPTION_NAMES = tuple(Options.__dataclass_fields__)
+
+
+def is_address(text: str) -> bool:
+    """Whether a text has the form of a URL or pipe:COMMAND; nothing is looked up."""
+    return text.startswith("pipe:") or "://" in text
+
+
+def file_source(
+    path: str,
+    options: Options,
+    total: int,
+    rows: Callable[[], Iterator[Row]],
+    *,
+    embedded: bool = False,
+) -> RowSource:
+    """Returns the source of a file's rows; its state are the file's size and time and the
+    options.
+    """
+
+    def state() -> dict[str, Any]:
+        return {**state_of(path), **options.given()}
+
+    return RowSource(path, total, state, rows, embedded=embedded)
+
+
+def line_count(file: BinaryIO) -> int:
+    """Returns the number of line ends from the position of an open file on, which moves."""
+    return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+
+
+def columns_of(titles: list[str], path: str, options: Options) -> list[str]:
+    """Returns the names of the columns of images and of captions, in this order.
+
+    titles: all columns of the table `path`. Raises InputError if one is missing.
+    """
+    columns = []
+    usual_names = {"image_key": IMAGE_NAMES, "caption_key": CAPTION_NAMES}
+    for option, names in usual_names.items():
+        key = getattr(options, option)
+        if key:
+            names = (key,)
+        column = next((name for name in names if name in titles), None)
+        if column is None:
+            got = f"{path!r} with the columns {', '.join(map(repr, titles))[:300]}"
+            expected = f"a table with a column {' or '.join(names)} ({option})"
+            raise InputError(f"source: expected {expected}, got {got}")
+        columns.append(column)
+    return columns
+
+
+def texts_of(captions: Any) -> list[str]:
+    """Returns the captions of a row, a list or one, as texts.
+
+    Numbers become texts; other values, such as dates and structs, are no captions. Raises
+    UnicodeDecodeError for bytes that are not UTF-8.
+    """
+    texts = []
+    for value in captions if isinstance(captions, list) else [captions]:
+        caption = decoded(value)
+        if isinstance(caption, (str, int, float, Decimal)) and not isinstance(caption, bool):
+            texts.append(str(caption))
+    return texts
+
+
+def decoded(value: Any) -> Any:
+    """Returns bytes, which are text in UTF-8, as a str; other values as they are.
+
+    Raises UnicodeDecodeError.
+    """
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def table_row(name: str, image: Any, captions: list[Any], path: str, options: Options) -> Row:
+    """Returns the row of an image that the table `path` names or holds as `image`.
+
+    image: a path, or the bytes of a file; for anything else, or an empty one, the row has the
+    problem "missing image". name: of the row in messages.
+    """
+    if isinstance(image, bytes) and image:
+        digest = hashlib.blake2b(image, digest_size=16).hexdigest()
+        return Row(name, captions=captions, group=digest, encoded=image)
+    if isinstance(image, str) and image:
+        return Row(name, options.image(path, image), captions, group=image)
+    return Row(name, problem=("missing image", ""))
+
+
+def merged_by_image(rows: Iterator[Row]) -> Iterator[Row]:
+    """Yields neighbouring rows of one image as one row with the captions of all.
+
+    The first one gives its name; a row with a problem stays alone.
+    """
+    joined: Row | None = None
+    joined_image: str | None = None
+    for row in rows:
+        # the path in full; a table that holds the files has none
+        image = None if row.problem else row.image or row.group
+        if joined is not None and image is not None and image == joined_image:
+            joined.captions.extend(row.captions)
+            continue
+        if joined is not None:
+            yield joined
+        joined = row._replace(captions=[*row.captions])
+        joined_image = image
+    if joined is not None:
+        yield joined

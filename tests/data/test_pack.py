@@ -1,20 +1,23 @@
 """Packing: every form of pairs as shards."""
 
+import hashlib
 import json
 import os
 import re
+import shutil
 import tracemalloc
 from collections import deque
 from pathlib import Path
 
 import pytest
+import torch
 from open_clip.transform import PreprocessCfg
 
 from simplclip import data
 from simplclip.common.errors import InputError
 from simplclip.data import pack, read_tables
 from simplclip.data.errors import Skipped
-from simplclip.data.read_tables import Options
+from simplclip.data.rows import Options
 from simplclip.data.transforms import ImageTransform
 from support.data.packs import packed, samples, skipped_of
 from support.data.pairs import digests, loader, meta, png, table
@@ -31,10 +34,18 @@ IMAGES = [("img/a.png", ["one", "two"]), ("img/sub/b.png", ["three"])]
 OTHER = Options(image_key="where", caption_key="what", images="img")
 
 
+DIGEST = hashlib.blake2b(png(), digest_size=16).hexdigest()  # of an image's file
+
+
 KINDS = {
     "rows.csv": (Options(), TWO),
     "rows.tsv": (Options(), TWO),
     "rows.parquet": (Options(), TWO),
+    "rows.jsonl": (Options(), TWO),
+    "files.parquet": (Options(), TWO),
+    "bytes.parquet": (Options(), TWO),
+    "imagefolder": (Options(), TWO),
+    "imagefolder_csv": (Options(), TWO),
     "other.csv": (OTHER, TWO),
     "karpathy.json#val": (Options(), IMAGES),
     "coco.json": (Options(), IMAGES),
@@ -75,6 +86,20 @@ def folder(tmp_path_factory):
         here / "rows.parquet",
         row_group_size=2,
     )
+    files = [(here / path).read_bytes() for path in paths]
+    # Hugging Face's image, and a plain column
+    structs = [{"bytes": file, "path": "x"} for file in files]
+    for name, column in (("files", structs), ("bytes", files)):
+        parquet.write_table(
+            pyarrow.table({"file_name": ["elsewhere.png"] * 3, "image": column, "text": texts}),
+            here / f"{name}.parquet",
+        )
+    for name in ("imagefolder", "imagefolder_csv"):
+        shutil.copytree(here / "img", here / name / "img")
+    objects = [json.dumps({"file_name": path, "text": text}) for path, text in ROWS]
+    for name in ("rows.jsonl", "imagefolder/metadata.jsonl"):
+        (here / name).write_text("\ufeff" + "\n\n".join(objects), "utf-8")
+    table(here / "imagefolder_csv/metadata.csv", ROWS, ("file_name", "text"))
     split = [
         {"filepath": os.path.dirname(path), "filename": os.path.basename(path), "split": "val"}
         for path, _ in IMAGES
@@ -114,9 +139,75 @@ def test_every_form(folder, tmp_path, monkeypatch, kind):
         "texts": ("g", "x"),
         "classes": ("cat x",) * 2,
         "other.csv": ("a.png", None),
+        "files.parquet": (DIGEST, None),
+        "bytes.parquet": (DIGEST, None),
     }.get(kind, ("img/a.png", None))
     assert meta(tmp_path / "out")["splits"]["data"]["samples"] == len(wanted)
     assert {*folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("kind", ["rows.jsonl", "files.parquet", "bytes.parquet", "imagefolder"])
+def test_evaluation_reads_them_too(folder, kind):
+    held_out = data.held_out(str(folder / kind))
+    transform = ImageTransform(PreprocessCfg(size=8))
+    ((images, _, pairs),) = held_out.batches(transform, 9, Skipped())
+    assert [(pair.key, pair.captions) for pair in pairs] == TWO
+    expected = [transform((folder / path).read_bytes()) for path, _ in IMAGES]
+    assert torch.equal(images, torch.stack(expected))
+
+
+def test_rows_of_json_lines_and_of_files_that_are_bad(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    lines = [
+        '{"image": "a.png", "caption": ["one", "two"]}',
+        "{",
+        '["a"]',
+        '{"image": {"a": 1}, "caption": "x"}',
+        '{"image": "a.png"}',
+        '{"image": "b.png", "caption": "x"}',
+        '{"image": "a.png", "caption": "\\ud800 last"}',
+    ]
+    path = tmp_path / "t.jsonl"
+    path.write_bytes("\n".join(lines).encode() + b'\n{"image": "a.png", "caption": "\xff"}')
+    found, skipped = packed(path, tmp_path / "out")
+    assert found == [("000000000", ["one", "two"]), ("000000006", ["\ufffd last"])]
+    assert skipped.pop("bad row") == 3
+    assert skipped == {"missing image": 1, "missing caption": 1, "cannot be read": 1}
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    files = [
+        {"bytes": png(), "path": None},
+        {"bytes": None, "path": "a.png"},
+        {"bytes": b"not an image", "path": "a.png"},
+        {"bytes": None, "path": None},
+        None,
+    ]
+    columns = {"image": files, "text": [*"abcde"]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    found, skipped = packed(tmp_path / "t.parquet", tmp_path / "files")
+    assert found == [("000000000", ["a"]), ("000000001", ["b"])]
+    assert skipped == {"not an image": 1, "missing image": 2}
+
+
+@pytest.mark.slow
+def test_files_in_a_table_are_a_stream(tmp_path):
+    """Those of a shard are not held at a time."""
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    files = [png(number, (64, 64)) for number in range(400)]
+    columns = {"image": files, "text": [f"number {number}" for number in range(400)]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    tracemalloc.start()
+    pack.pack(tmp_path / "t.parquet", tmp_path / "out", workers=4, progress=False)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert meta(tmp_path / "out")["splits"]["data"]["samples"] == 400
+    assert peak < sum(map(len, files)) / 4
+
+
+def test_another_metadata_file_names_no_images(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "a.txt").write_text("one")
+    table(tmp_path / "metadata.csv", [["Ansel", 1939]], ["photographer", "year"])
+    assert packed(tmp_path, tmp_path / "out") == ([("a", ["one"])], {})
 
 
 def test_rows_of_every_kind(tmp_path):
@@ -158,12 +249,25 @@ def test_separators_and_wrong_tables(tmp_path):
             "in UTF-16: iconv -f UTF-16 -t UTF-8",
         ),
         ("p.parquet", b"PAR1", Options(), "expected a parquet file, got"),
+        ("j.json", b'{"a": 1}', Options(), "Karpathy's or COCO's JSON, got .* with 'a'"),
         (
-            "j.json",
-            b'{"a": 1}',
+            "list.json",
+            b'[{"a": 1}]',
             Options(),
-            "as in Karpathy's or COCO's JSON, got .*KeyError: 'images'",
+            r"which is a list; .*jq -c '\.\[\]' .*list.json > ",
         ),
+        ("cut.json", b'{"images": [', Options(), "Karpathy's or COCO's JSON, got .*: Expecting"),
+        ("k.json", b'{"images": [{"sentences": []}]}', Options(), "an entry without 'filename'"),
+        ("n.json", b'{"images": [5]}', Options(), "with an entry of another form"),
+        (
+            "instances.json",
+            b'{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1}]}',
+            Options(),
+            "expected COCO's captions, such as .*instances.json', whose annotations have none",
+        ),
+        ("e.jsonl", b"\n", Options(), "a JSON object on each line, got .*, which has no line"),
+        ("l.jsonl", b'["a"]\n', Options(), "a JSON object on each line, got .*: a list"),
+        ("c.jsonl", b'{"text": "x"}\n', Options(), r"a column filepath or .* the columns 'text'"),
         ("d.json", b"[" * 100_000, Options(), "nested too deeply"),
         (
             "s.json",
@@ -175,7 +279,7 @@ def test_separators_and_wrong_tables(tmp_path):
             "x.tar",
             b"",
             Options(),
-            "that ends in .csv, .tsv, .parquet or .json, got .*; training reads tars as they are",
+            "in .csv, .tsv, .parquet, .jsonl or .json, got .*; training reads tars as they are",
         ),
         ("none.csv", None, Options(), "got '.*none.csv', which does not exist"),
         (

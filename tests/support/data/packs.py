@@ -3,7 +3,7 @@
 import json
 
 from simplclip.data import pack, write_tars
-from simplclip.data.read_tables import Options
+from simplclip.data.rows import Options
 from support.data.pairs import members, meta
 
 
