@@ -54,6 +54,12 @@ def evaluate(
             help="imagenet for open_clip's list, or a file with a name a line. Default: the data's."
         ),
     ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of the images that a table or JSON file names. Default: the file's own."
+        ),
+    ] = None,
     captions: Annotated[
         int | None,
         typer.Option(
@@ -82,6 +88,8 @@ def evaluate(
     splits = named_splits(data or []) or splits_of(models[0])
     for split in splits.values():
         check_data(split, "data")
+    if images is not None:
+        splits = _with_images(splits, images)
     from simplclip import evaluation
     from simplclip.common import ranks
 
@@ -96,6 +104,20 @@ def evaluate(
     )
     with ranks.join():
         evaluation.evaluate(models, splits, settings, out=out)
+
+
+def _with_images(splits: dict[str, Any], images: str) -> dict[str, Any]:
+    """Returns splits in which tables and JSON files have their images in the folder `images`.
+
+    Raises InputError if none of them is such a file.
+    """
+    from simplclip.data.read_tables import is_table
+
+    tables = {name: split for name, split in splits.items() if is_table(split)}
+    if not tables:
+        got = ", ".join(map(str, splits.values())) or "no data"
+        raise InputError(f"--images: expected data in a table or a JSON file, got {got}")
+    return splits | {name: {"shards": path, "images": images} for name, path in tables.items()}
 
 
 def splits_of(model: str) -> dict[str, Any]:

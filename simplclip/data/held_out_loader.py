@@ -24,7 +24,7 @@ from simplclip.data.pack import files_of
 from simplclip.data.read_folders import label_of_folder
 from simplclip.data.read_tables import is_source, open_source
 from simplclip.data.read_tars import read_tar
-from simplclip.data.rows import Options, Row
+from simplclip.data.rows import OPTION_NAMES, Options, Row
 from simplclip.data.samples import (
     Pair,
     Sample,
@@ -65,6 +65,7 @@ class HeldOut:
     # of training data the share that is held out, see `samples.is_held_out`; 0: all data are
     share: float = 0.0
     sidecars: Folders = ()  # those that training joins, since their json may have other groups
+    options: Options = Options()  # of a table or JSON file
 
     def __str__(self) -> str:
         return in_words(self.sources)
@@ -190,7 +191,7 @@ class HeldOut:
                 if not self.share or is_held_out(sample, self.share):
                     yield sample
             return
-        for row in open_source(source.url, Options()).rows():
+        for row in open_source(source.url, self.options).rows():
             key = row.name.partition("/")[2]
             yield {"__key__": key, "__url__": source.url, "__shard__": source.name, "__row__": row}
 
@@ -212,8 +213,9 @@ def held_out(source: Any, *, captions: int | None = None, name: str = "data") ->
 
     source: tars as `sources_of` takes them; a table, JSON file or folder as `pack` takes them; a
     folder in clip-benchmark's layout, whose split `test` is taken (name the folder of another one
-    itself); or training data that a run divides, {"shards": ..., "hold_out": SHARE, "sidecars":
-    [...]}, of which the held-out share is taken. A sample without caption and label is broken.
+    itself); a table or JSON file and fields of its `Options`, {"shards": ..., "images": FOLDER}; or
+    training data that a run divides, {"shards": ..., "hold_out": SHARE, "sidecars": [...]}, of
+    which the held-out share is taken. A sample without caption and label is broken.
 
     captions: number of captions to use of each sample, from the first on; 0 for all. None for all,
     except that of a json's captions only the first counts, since the others may be rephrasings for
@@ -232,18 +234,26 @@ def held_out(source: Any, *, captions: int | None = None, name: str = "data") ->
             share=source["hold_out"],
             sidecars=source.get("sidecars", ()),
         )
+    options = Options()
+    if isinstance(source, Mapping) and not source.keys().isdisjoint(OPTION_NAMES):
+        options = Options(**{key: source[key] for key in OPTION_NAMES if key in source})
+        source = source.get("shards")
     if not (isinstance(source, (str, os.PathLike)) and is_source(source)):
+        for option, value in options.given().items():
+            expected = f"{name}.{option}: expected a table or a JSON file with it"
+            raise InputError(f"{expected}, got {source!r} and {value!r}")
         return HeldOut(sources_of(source, name), Classes(), captions)
     path = os.path.expanduser(os.fspath(source))
     data = _clip_benchmark(Path(path), captions, name)
     if data is not None:
         return data
     try:
-        rows = open_source(path, Options())
+        rows = open_source(path, options)
     except InputError as error:
         raise InputError(f"{name}: {str(error).removeprefix('source: ')}") from None
     names = [label_of_folder(folder) for folder in rows.classes] or None
-    return HeldOut([Source(path, name=rows.name)], Classes(names, rows.classes), captions)
+    classes = Classes(names, rows.classes)
+    return HeldOut([Source(path, name=rows.name)], classes, captions, options=options)
 
 
 class Division(NamedTuple):

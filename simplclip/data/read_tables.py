@@ -16,7 +16,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from simplclip.common.errors import InputError
 from simplclip.data.read_folders import open_folder
@@ -50,8 +50,15 @@ def is_source(path: str | os.PathLike) -> bool:
     text = os.path.expanduser(os.fspath(path))
     if not os.path.exists(text) and is_address(text):
         return False
-    file, _ = split_of(text)
-    return file.lower().endswith((*TABLES, JSON)) or os.path.isdir(file)
+    return is_table(text) or os.path.isdir(text)
+
+
+def is_table(path: Any) -> bool:
+    """Whether `path` is the name of a table or JSON file, also FILE.json#SPLIT, and no folder's."""
+    if not isinstance(path, (str, os.PathLike)):
+        return False
+    file, _ = split_of(os.path.expanduser(os.fspath(path)))
+    return file.lower().endswith((*TABLES, JSON)) and not os.path.isdir(file)
 
 
 def open_source(path: str | os.PathLike, options: Options) -> RowSource:

@@ -10,6 +10,8 @@ from PIL import Image
 from rich.console import Console
 
 from simplclip import evaluation
+from simplclip.common.errors import InputError
+from simplclip.data import held_out
 from simplclip.evaluation import run as running
 from simplclip.models.trained import read_checkpoint
 from support.data.pairs import write
@@ -256,6 +258,39 @@ def test_a_folder_of_classes_by_the_command(trained, tmp_path):
     assert figures["zero_shot"]["top1"]["value"] > 0.25
     assert (figures["images"], figures["texts"]) == (24, 0)
     assert "image_to_text" not in figures
+
+
+@pytest.mark.slow
+def test_images_that_lie_elsewhere_than_their_json(trained, folder, tmp_path):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "val2017").mkdir()
+    images = []
+    annotations = []
+    for number, colour in enumerate(tiny.COLOURS):
+        name = f"{number}.png"
+        (tmp_path / "val2017" / name).write_bytes(tiny.picture(tiny.COLOURS[colour], "circle"))
+        images.append({"id": number, "file_name": name})
+        annotations.append({"image_id": number, "caption": f"a {colour} circle"})
+    captions = tmp_path / "annotations" / "captions_val2017.json"
+    captions.write_text(json.dumps({"images": images, "annotations": annotations}))
+    command = ("evaluate", trained, "--data", f"coco={captions}", "--workers", 0)
+    assert "does not exist; try --images" in one_line(*command)
+    # data that are no table stay as they are
+    options = ("--images", tmp_path / "val2017", "--out", tmp_path, "--data", folder / "one.tar")
+    result = call(*command, *options)
+    assert result.exit_code == 0, result.output
+    splits = json.loads((tmp_path / "evaluation.json").read_text())["splits"]
+    assert splits["coco"]["images"] == len(tiny.COLOURS)
+    assert "one" in splits
+
+
+def test_images_need_a_table(trained, folder, tmp_path):
+    options = ("--images", tmp_path, "--out", tmp_path)
+    line = one_line("evaluate", trained, "--data", folder / "one.tar", *options)
+    assert "--images: expected data in a table or a JSON file, got" in line
+    for source in (tmp_path, folder / "one.tar", None):
+        with pytest.raises(InputError, match="expected"):
+            held_out({"shards": source, "images": str(tmp_path)})
 
 
 @pytest.mark.slow
