@@ -29,7 +29,14 @@ if _typing.TYPE_CHECKING:
     from simplclip.evaluation.retrieval import KS, loss_of, nearest, recall, recall_of
     from simplclip.evaluation.run import Settings, evaluate
     from simplclip.evaluation.sheets import contact_sheet
-    from simplclip.evaluation.split import BATCH_SIZE, Split, Towers, encode, load_splits
+    from simplclip.evaluation.split import (
+        BATCH_SIZE,
+        LEAST_SAMPLES,
+        Split,
+        Towers,
+        encode,
+        load_splits,
+    )
 
 # Imported on first use, since training needs neither pictures nor classes. No function has the name
 # of a module.
@@ -47,7 +54,7 @@ _MODULES = {
     "retrieval": ("KS", "nearest", "loss_of", "recall", "recall_of"),
     "run": ("Settings", "evaluate"),
     "sheets": ("contact_sheet",),
-    "split": ("BATCH_SIZE", "Split", "Towers", "encode", "load_splits"),
+    "split": ("BATCH_SIZE", "LEAST_SAMPLES", "Split", "Towers", "encode", "load_splits"),
 }
 __all__ = [
     "BATCH_SIZE",
@@ -55,6 +62,7 @@ __all__ = [
     "Encoder",
     "Figure",
     "KS",
+    "LEAST_SAMPLES",
     "ModelResult",
     "Results",
     "Retrieval",

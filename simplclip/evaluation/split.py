@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.transforms import ImageTransform, finish_on_device, to_tensor
 
 BATCH_SIZE = 64  # images or captions that are encoded at a time
+LEAST_SAMPLES = 2  # of a run's held-out data: of one, R@1 is 100 % with any weights
 
 
 class Split:
@@ -145,19 +147,26 @@ def load_splits(splits: Mapping[str, Any], tokenizer: Any, transform: Any) -> di
     """Returns the eval.splits of a run whose model has this tokenizer and image transform.
 
     splits: name -> data as `data.held_out` takes them. The result has the same names; its splits
-    are not encoded yet. A batch of one sample of each is read as a check.
+    are not encoded yet. The first samples of each are read as a check.
     Raises InputError, which names the split's key, for data that `data.held_out` rejects or that
-    have no usable sample.
+    have less than LEAST_SAMPLES usable samples.
     """
     loaded = {
         name: Split(held_out(source, name=f"eval.splits.{name}"), tokenizer, transform)
         for name, source in splits.items()
     }
     for name, split in loaded.items():
+        skipped = Skipped()
         try:
-            next(split.data.batches(transform, 1, Skipped()))
+            batches = split.data.batches(transform, 1, skipped)
+            samples = sum(1 for _ in islice(batches, LEAST_SAMPLES))
         except UserError as error:
             raise InputError(f"eval.splits.{name}: {error}") from None
+        if samples < LEAST_SAMPLES:
+            raise InputError(
+                f"eval.splits.{name}: expected at least {LEAST_SAMPLES} usable samples, got "
+                f"{samples}; {skipped}"
+            )
     return loaded
 
 

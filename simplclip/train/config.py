@@ -121,7 +121,7 @@ def _corners(schedules: Iterable[Schedule], steps: int) -> list[int]:
 class _Loader(yaml.SafeLoader):
     """A YAML loader that reads `1e-3`, a string in YAML 1.1, as a number.
 
-    It refuses aliases, which can repeat for ever.
+    It refuses aliases, which can repeat for ever, and a key that comes twice.
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -129,6 +129,21 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("expected no aliases (*name)")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Makes a dict as SafeLoader does, but raises YAMLError for a key that comes twice."""
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.YAMLError(
+                    f"expected each key once, got {key.value!r} in line {lines[key.value]} and in "
+                    f"line {line}"
+                )
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -256,6 +271,25 @@ def check_out(out: Path, resume: bool) -> None:
     if any((out / name).exists() for name in ("last.pt", "best.pt", "config.yaml", "metrics.csv")):
         advice = "continue that run by --resume, or --set run.out=FOLDER"
         raise ConfigError(f"run.out: expected a folder without a run, got {out}; {advice}")
+
+
+def check_new_run(config: Config) -> None:
+    """Raises ConfigError for settings with which a run that begins would learn or do nothing."""
+    inherit, held_out = config.inherit, config.eval
+    # the other terms compare pairs; without others they are 0, or make all pairs match
+    if config.data.batch_size < 2 and "feature" not in config.loss.weights:
+        raise ConfigError(
+            "data.batch_size: expected at least 2, since images are compared with each other, got 1"
+        )
+    if inherit.source is None and (inherit.train or inherit.blocks):
+        raise ConfigError(
+            "inherit.source: expected weights, for inherit.train and inherit.blocks, got none"
+        )
+    if held_out.every and not held_out.splits and not held_out.hold_out:
+        raise ConfigError(
+            f"eval.splits: expected held-out data, for eval.every = {held_out.every}, got none; "
+            "eval.hold_out=0.1 holds out a tenth of data.train"
+        )
 
 
 def keys() -> dict[str, Any]:

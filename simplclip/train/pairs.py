@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from simplclip import data
+from simplclip import data, evaluation
 from simplclip.common.files import remove_leftovers
 from simplclip.train import checkpoint
-from simplclip.train.config import Config, ConfigError
+from simplclip.train.config import Config, ConfigError, check_new_run
 
 
 def pack_and_count(
@@ -30,7 +30,7 @@ def pack_and_count(
     if former:
         checkpoint.check_sources(former, config)
     else:
-        _check_new_run(config)
+        check_new_run(config)
     remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
     config = config.replaced(data={"train": data.pack_shards(config.data.train, out / "shards")})
     if former and config.run.compile == "auto":  # what the run had
@@ -52,27 +52,14 @@ def pack_and_count(
     return config, samples, division
 
 
-def _check_new_run(config: Config) -> None:
-    """Raises ConfigError for settings that have no effect in a run that begins."""
-    inherit, held_out = config.inherit, config.eval
-    if inherit.source is None and (inherit.train or inherit.blocks):
-        raise ConfigError(
-            "inherit.source: expected weights, for inherit.train and inherit.blocks, got none"
-        )
-    if held_out.every and not held_out.splits and not held_out.hold_out:
-        raise ConfigError(
-            f"eval.splits: expected held-out data, for eval.every = {held_out.every}, got none; "
-            "eval.hold_out=0.1 holds out a tenth of data.train"
-        )
-
-
 def _count_division(config: Config) -> data.Division:
-    """Counts what eval.hold_out makes of the data; raises ConfigError if nothing is left."""
+    """Counts what eval.hold_out makes of the data; raises ConfigError if too little is left."""
     share = config.eval.hold_out
     division = data.count_division(config.data.train, share, config.data.sidecars)
-    if not division.train or not division.held_out:
+    if not division.train or division.held_out < evaluation.LEAST_SAMPLES:
         raise ConfigError(
-            f"eval.hold_out: expected a share that leaves samples on both sides, got {share:g}: "
-            f"{division.train} that train and {division.held_out} that are held out"
+            "eval.hold_out: expected a share that leaves samples to train on, and at least "
+            f"{evaluation.LEAST_SAMPLES} held out, got {share:g}: {division.train} that train and "
+            f"{division.held_out} that are held out"
         )
     return division

@@ -192,10 +192,25 @@ def test_the_length_that_is_typed_replaces_that_of_the_file(tmp_path):
 def test_files_that_are_no_config(tmp_path):
     assert "expected a mapping of sections" in error_of(tmp_path, "- a\n- b\n")
     assert "not valid YAML" in error_of(tmp_path, "a: [\n")
+    twice = "optim:\n  lr: 1\ndata: {train: x}\n'optim':\n  warmup: 2\n"
+    assert "expected each key once, got 'optim' in line 1 and in line 4" in error_of(
+        tmp_path, twice
+    )
+    inner = ["model.options={text_cfg: {width: 8, width: 9}}"]
+    message = "--set model.options: not valid YAML: expected each key once, got 'width' in line 1"
+    assert message in error_of(tmp_path, {}, inner)
     with pytest.raises(
         config.ConfigError, match="one of the built-in siclip-s0, siclip2-s0, got 'siclip2-s1'"
     ):
         config.load("siclip2-s1")
+
+
+def test_one_image_is_a_batch_of_feature_distillation_alone():
+    values = {"data": {"train": "x.tar", "batch_size": 1}, "run": {"out": "r", "steps": 2}}
+    config.check_new_run(config.from_dict(values | {"loss": {"feature_weight": 0.5}}))
+    for loss in ({"base": "sigmoid"}, {"pm_weight": 1.0}, {"relational_weight": 1.0}):
+        with pytest.raises(config.ConfigError, match=r"data.batch_size: expected at least 2"):
+            config.check_new_run(config.from_dict(values | {"loss": loss}))
 
 
 @pytest.mark.parametrize("name", sorted(config.builtin()))

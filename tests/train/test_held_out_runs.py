@@ -16,11 +16,12 @@ from PIL import Image
 
 import simplclip
 from simplclip import data, evaluation
+from simplclip.common.errors import InputError
 from simplclip.models.trained import CheckpointError, read_checkpoint
 from simplclip.train import checkpoint, curves, log
 from simplclip.train.config import ConfigError
 from simplclip.train.signals import Interrupted
-from support.data.pairs import digests, members, table
+from support.data.pairs import digests, members, table, write
 from support.programs import call, forked, one_line
 from support.train import tiny
 from support.train.runs import at_step, bits, check_ends_as, check_resumed, go, rows, state_of
@@ -418,9 +419,23 @@ def test_shares_and_names_that_are_refused(tmp_path):
         tiny.settings(tmp_path, "eval.hold_out=0.1", "eval.splits.held_out=x.tar")
     with pytest.raises(
         ConfigError,
-        match="leaves samples on both sides, got 0.001: 24 that train and 0 that are held out",
+        match="samples to train on, and at least 2 held out, got 0.04: 23 that train and 1 that",
     ):
-        go(tiny.settings(tmp_path, "eval.hold_out=0.001"))
+        go(tiny.settings(tmp_path, "eval.hold_out=0.04"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_of_one_held_out_image_nothing_can_be_told(tmp_path):
+    """Its R@1 is 100 % with any weights. A broken sample does not count."""
+    files = {"png": tiny.picture((0, 0, 0), "bar"), "txt": b"a bar"}
+    broken = {"png": b"", "txt": b"none"}
+    one = write(tmp_path / "one.tar", [("a", broken), ("b", files), ("c", broken)])
+    changes = ("eval.every=3", f"eval.splits.one={one}")
+    message = (
+        "eval.splits.one: expected at least 2 usable samples, got 1; 2 skipped: 2 not an image"
+    )
+    with pytest.raises(InputError, match=message):
+        go(tiny.settings(tmp_path, *changes))
     assert not (tmp_path / "run").exists()
 
 

@@ -413,6 +413,7 @@ def test_damaged_data_is_reported_once(tmp_path):
         ),
         ("eval.every=2", "eval.splits: expected held-out data, for eval.every = 2, got none"),
         ("data.micro_batch=auto", "data.micro_batch: expected a number, got auto"),
+        ("data.batch_size=1", "data.batch_size: expected at least 2, since images are compared"),
     ],
 )
 def test_what_does_not_fit_is_one_error_and_leaves_nothing(tmp_path, change, message):
