@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         tokenizer=open_clip.get_tokenizer(options.model),
         transform=preprocess,
         batch_size=options.micro_batch,
+        batches_per_step=options.batch_size // options.micro_batch,
         workers=options.workers,
     )
     optimizer = torch.optim.AdamW(

@@ -46,7 +46,8 @@ def pytest_addoption(parser):
         "--cases",
         type=int,
         help="random calls of test_properties.py (default: 500; with --prove 20000), or "
-        "archives of test_fuzz.py (500; with --prove 10000)",
+        "archives of test_fuzz.py (500; with --prove 10000), or layouts of "
+        "test_divide_samples.py (25; with --prove 1000)",
     )
     parser.addoption(
         "--first-case",
@@ -66,10 +67,11 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    """Splits the random calls and archives into blocks, so that a run shows its progress."""
+    """Splits random calls, archives and layouts into blocks, so that a run shows its progress."""
     for fixture, few, all_of_them, size in (
         ("block", 500, 20000, 500),
         ("archives", 500, 10000, 100),
+        ("layouts", 25, 1000, 25),
     ):
         if fixture in metafunc.fixturenames:
             option = metafunc.config.option

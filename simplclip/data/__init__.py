@@ -6,8 +6,8 @@ read       read_tars.py: samples of tars; read_tables.py: rows of other forms, b
 parse      samples.py: the image, captions, json and a teacher's features of a sample
 decode     decode_images.py: image files, by Pillow
 transform  transforms.py: the pixels that a model takes; views.py: those of one sample
-batch      loader.py: for training; held_out_loader.py: for evaluation, by stored_order.py;
-           both in the processes of workers.py
+batch      loader.py: for training, by divide_samples.py and cut_blocks.py; held_out_loader.py: for
+           evaluation, by stored_order.py; both in the processes of workers.py
 write      pack.py: tars of other forms; write_sidecars.py; both by write_tars.py
 """
 

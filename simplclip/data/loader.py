@@ -4,6 +4,10 @@ A worker's stream has no end. In each epoch it shuffles the tars by (seed, epoch
 them, shuffles samples in a buffer, and only then draws captions, decodes, augments and tokenises.
 So a position is two numbers for each worker, the epoch and the samples consumed in it. Another
 process can go on from there without decoding what came before.
+
+In small data the workers of a rank have one stream (divide_samples.py). Each decodes its own blocks
+of it, every `workers`-th, and the position is that of the last sample in a batch. A broken sample
+leaves its block short, and the samples that follow it fill the batch.
 """
 
 from __future__ import annotations
@@ -13,12 +17,14 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from webdataset import filters
 
 from simplclip.common.errors import InputError, check_count
+from simplclip.data.cut_blocks import Batch, Block, Place, whole_batches
+from simplclip.data.divide_samples import PROCESSES, Streams, choose_division
 from simplclip.data.errors import (
     BrokenSample,
     EmptyDataError,
@@ -27,7 +33,7 @@ from simplclip.data.errors import (
     StaleFeatures,
 )
 from simplclip.data.find_sidecars import Folders, check_sidecars
-from simplclip.data.find_sources import Source, in_words, sources_of
+from simplclip.data.find_sources import in_words, sources_of
 from simplclip.data.read_tars import read_tar
 from simplclip.data.samples import (
     MAX_BYTES,
@@ -43,21 +49,11 @@ from simplclip.data.workers import from_workers
 
 # attributes of the loader that a state_dict belongs to
 STATE_OWNER = ("rank", "world_size", "workers", "seed")
-# keys of a state_dict, which in version 0.1.0 had no digest
+# keys of a state_dict, which in version 0.1.0 had neither digest nor division
 STATE = (*STATE_OWNER, "turn", "passes", "consumed")
-EMPTY_EPOCHS = 100  # in a row, after which a worker without a usable sample gives up
-
-Batch = dict[str, Any]
-
-
-class WorkerItem(NamedTuple):
-    """A batch, and the position of the worker after it."""
-
-    batch: Batch
-    worker: int
-    epoch: int
-    consumed: int  # samples of the worker's part of this epoch, broken ones included
-    skipped: Skipped | None  # since the worker's last item; None without any
+# arguments that are at least 1
+COUNTS = ("batch_size", "batches_per_step", "captions_per_image", "shuffle_buffer", "max_bytes")
+EMPTY_EPOCHS = 100  # in a row, after which a stream without a usable sample is an error
 
 
 class Prepared(NamedTuple):
@@ -85,19 +81,22 @@ class Loader:
     of an image, one of them is drawn in place of the transform's own augmentation; otherwise the
     features are those of the image without augmentation.
 
-    Order: with fewer shards than workers of all ranks, each worker reads all shards and takes its
-    share of the samples. In each epoch of all workers every sample comes once, or as often as its
-    weight says. The order depends on (seed, workers, world_size) only. The drawn caption and the
-    augmentation of a sample depend on (seed, epoch, shard's name, key): the transform may draw from
-    the global generators of torch (CPU), random and numpy, which are seeded for it and restored.
+    Order: in each epoch of all ranks every sample comes once, or as often as its weight says. A
+    step has no sample twice, unless an epoch ends in it; then both have one group. A worker has
+    shards of its own if their samples are enough for steps. Otherwise the workers of a rank share
+    its samples, and the order is that of one worker. The order depends on (seed, workers,
+    world_size) and on the size of a step. The drawn caption and the augmentation of a sample depend
+    on (seed, epoch, shard's name, key): the transform may draw from the global generators of torch
+    (CPU), random and numpy, which are seeded for it and restored.
 
     Args:
         shards: tars by path, brace expression, glob, URL or pipe:COMMAND; a mapping {"shards": one
             of these or a list, "weight": W}; or a list of these. See `sources_of`.
-        tokenizer: list of captions -> int64 [N, L].
+        tokenizer: list of captions -> int64 [N, L], with one L for all lists.
         transform: an ImageTransform; or a function of a PIL image, RGB -> float32 [3, S, S], such
             as open_clip's.
         batch_size: samples of each of this rank's batches, N.
+        batches_per_step: batches of a step; more than 1 with gradient caching.
         workers: number of loader processes; 0 reads in the calling process.
         captions_per_image: k captions drawn for each sample, different ones if there are enough.
         teacher: read the features that `simplclip teacher` wrote.
@@ -115,12 +114,12 @@ class Loader:
         skipped: counts of what was damaged in the batches so far, by reason, with the first of
             each.
 
-    Raises: InputError if an argument is out of range or shards match no file; ShardError if a shard
-    has no sidecar or has changed since its sidecar was made. While iterating: ShardError if a
-    teacher's features are missing, or those of too many samples are stale (see StaleCount), or a
-    stream or disk fails after several tries; WorkerError if a loader process died (never while the
-    caller uses a batch) or cannot send one; EmptyDataError if no sample is usable, or none of a
-    worker's in EMPTY_EPOCHS epochs.
+    Raises: InputError if an argument is out of range, if shards match no file, or if files have
+    fewer samples than a step of all ranks; ShardError if a shard has no sidecar or has changed
+    since its sidecar was made. While iterating: ShardError if a teacher's features are missing, or
+    those of too many samples are stale (see StaleCount), or a stream or disk fails after several
+    tries; WorkerError if a loader process died (never while the caller uses a batch) or cannot send
+    one; EmptyDataError if no sample is usable, or none of a worker's in EMPTY_EPOCHS epochs.
     """
 
     shards: Any
@@ -128,6 +127,7 @@ class Loader:
     tokenizer: Callable[[list[str]], torch.Tensor]
     transform: ImageTransform | Callable[[Any], torch.Tensor]
     batch_size: int
+    batches_per_step: int = 1
     workers: int = 0
     captions_per_image: int = 1
     teacher: bool = False
@@ -145,8 +145,7 @@ class Loader:
     _stale: StaleCount = field(default_factory=StaleCount, init=False)  # of this process
 
     def __post_init__(self) -> None:
-        counts = ("batch_size", "captions_per_image", "shuffle_buffer", "max_bytes", "world_size")
-        for name in counts:
+        for name in (*COUNTS, "world_size"):
             check_count(name, getattr(self, name), 1)
         check_count("workers", self.workers, 0)
         if not 0 <= self.rank < self.world_size:
@@ -156,9 +155,31 @@ class Loader:
         self.sources = sources_of(self.shards)
         check_sidecars(self.sources, self.sidecars)
         self.shards_digest = digest_of([(source.name, source.weight) for source in self.sources])
+        self.division = PROCESSES  # until the samples are counted
+        step = self.batch_size * self.batches_per_step
+        self.division = choose_division(self._streams(), step)
         self.turn = 0  # the worker that yields the next batch
-        # of each: the epoch, and the samples consumed in it
-        self.positions = [(0, 0)] * max(1, self.workers)
+        self.positions = [Place(0, 0)] * max(1, self.workers)  # of each
+
+    def _streams(self) -> Streams:
+        """Returns the samples that each rank and worker reads."""
+        read = partial(
+            read_tar,
+            sidecars=self.sidecars or None,
+            max_bytes=self.max_bytes,
+            on_error=self.on_error,
+        )
+        return Streams(
+            self.sources,
+            read,
+            hold_out=self.hold_out,
+            seed=self.seed,
+            shuffle_buffer=self.shuffle_buffer if self.shuffle else 0,
+            rank=self.rank,
+            ranks=self.world_size,
+            workers=max(1, self.workers),
+            division=self.division,
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields batches without end, from the one after the last that was yielded.
@@ -166,20 +187,40 @@ class Loader:
         Starts the loader processes, which end with the iterator. Each batch moves the position that
         `state_dict` returns, and adds to `skipped`. Raises ShardError, EmptyDataError, WorkerError.
         """
-        item: WorkerItem
-        for item in from_workers(self.items, self.workers, self.pin_memory):
-            self.positions[item.worker] = item.epoch, item.consumed
-            self.turn = (item.worker + 1) % len(self.positions)
-            if item.skipped is not None:
-                self.skipped.merge(item.skipped)
-            yield item.batch
+        shared = self._streams().shared
+        blocks = self._blocks()
+        if shared:
+            blocks = whole_batches(blocks, self.batch_size)
+        for block in blocks:
+            if shared:
+                self.positions = [block.places[-1]] * self.workers
+            else:
+                self.positions[block.worker] = block.places[-1]
+                self.turn = (block.worker + 1) % len(self.positions)
+            yield block.batch
+
+    def _blocks(self) -> Iterator[Block]:
+        """Yields the blocks of the workers in turn, and adds their damage to `skipped`.
+
+        Raises EmptyDataError for EMPTY_EPOCHS epochs without a usable sample, and as `items`.
+        """
+        usable_epoch = self.positions[self.turn].epoch
+        block: Block
+        for block in from_workers(self.items, self.workers, self.pin_memory):
+            if block.skipped is not None:
+                self.skipped.merge(block.skipped)
+            if block.places:
+                usable_epoch = block.epoch
+            elif block.epoch - usable_epoch >= EMPTY_EPOCHS:
+                raise self._nothing_usable(block.worker, self.skipped)
+            yield block
 
     def state_dict(self) -> dict[str, Any]:
         """Returns this rank's position after the last batch yielded, for `load_state_dict`.
 
-        "rank", "world_size", "workers", "seed" and "shards_digest" say whose position it is; "turn"
-        is the worker that makes the next batch; "passes" and "consumed" are lists with each
-        worker's epoch and the samples consumed in it.
+        "rank", "world_size", "workers", "seed", "shards_digest" and "division" say whose position
+        it is; "turn" is the worker that makes the next batch; "passes" and "consumed" are lists
+        with each worker's epoch and the samples consumed in it.
         """
         epochs, consumed = map(list, zip(*self.positions))
         return {
@@ -190,8 +231,8 @@ class Loader:
         }
 
     def _state_owner(self) -> dict[str, Any]:
-        """Returns what a state must agree in: {name: value} of STATE_OWNER, shards_digest."""
-        names = (*STATE_OWNER, "shards_digest")
+        """Returns what a state must agree in: {name: value} of STATE_OWNER, digest, division."""
+        names = (*STATE_OWNER, "shards_digest", "division")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -199,53 +240,70 @@ class Loader:
 
         state: from `state_dict`, also of another process. The samples before are read, but not
         decoded. Raises InputError for the state of another rank, seed, or number of ranks or
-        workers, or of other names or weights of shards.
+        workers, of other names or weights of shards, or of another division of the samples.
         """
-        state = {"shards_digest": self.shards_digest, **state}
+        # as in version 0.1.0
+        state = {"shards_digest": self.shards_digest, "division": PROCESSES, **state}
         for name, value in self._state_owner().items():
             if state.get(name) != value:
                 raise InputError(f"state: expected one of {name} {value}, got {state.get(name)}")
         self.turn = state["turn"]
-        self.positions = list(zip(state["passes"], state["consumed"], strict=True))
+        places = zip(state["passes"], state["consumed"], strict=True)
+        self.positions = [Place(*place) for place in places]
 
-    def items(self, process: int, workers: int) -> Iterator[WorkerItem]:
-        """Yields the batches of one loader process without end, each with the position after it.
+    def items(self, process: int, workers: int) -> Iterator[Block]:
+        """Yields the blocks of one loader process without end; of shared samples some are short.
 
         process: its number, 0 to workers - 1; the first one makes the next batch of the loader. The
         loader itself is not changed. Raises ShardError, and EmptyDataError as the class.
         """
+        streams = self._streams()
         worker = (process + self.turn) % workers
         first_epoch, consumed_before = self.positions[worker]
         skipped = Skipped()
-        rows: list[Prepared] = []  # of the next batch
+        rows: list[Prepared] = []  # of the next block
+        places: list[Place] = []
+        number = 0  # of the next sample of the stream
         empty = 0  # epochs in a row without a usable sample
         for epoch in itertools.count(first_epoch):
-            order = self._order(epoch)
-            samples = enumerate(self._part(order, epoch, worker, workers, skipped), 1)
-            if consumed_before:
+            samples = streams.epoch(epoch, worker, skipped)
+            resumed = consumed_before > 0
+            if resumed:
                 deque(itertools.islice(samples, consumed_before), maxlen=0)
                 # counted before the resume, but for the damage within the shuffle buffer
                 skipped.take()
-            else:
-                empty += 1
             consumed_before = 0
-            for consumed, row in self._rows(samples, epoch, skipped):
-                empty = 0
-                rows.append(row)
-                if len(rows) < self.batch_size:
+            first_number = number
+            tried = usable = 0
+            for consumed, sample in samples:
+                if is_held_out(sample, self.hold_out):
                     continue
-                damage = skipped.take() if skipped.counts else None
-                yield WorkerItem(self._collate(rows), worker, epoch, consumed, damage)
-                rows = []
-            if empty:
+                turn = number // self.batch_size % workers
+                number += 1
+                if streams.shared and turn != worker:
+                    continue
+                tried += 1
+                row = self._prepared(sample, epoch, skipped)
+                if row is not None:
+                    usable += 1
+                    rows.append(row)
+                    places.append(Place(epoch, consumed))
+                block_ends = streams.shared and number % self.batch_size == 0
+                if block_ends or len(rows) == self.batch_size:
+                    batch = self._collate(rows) if rows else None
+                    damage = skipped.take() if skipped.counts else None
+                    yield Block(batch, places, worker, epoch, damage)
+                    rows, places = [], []
+            any_read = number > first_number
+            others_had_all = any_read and not tried
+            if not (usable or others_had_all or resumed):
                 self._check_usable(epoch)
+            if usable or (streams.shared and any_read):  # others may have found usable ones
+                empty = 0
+            elif not resumed:
+                empty += 1
             if empty == EMPTY_EPOCHS:
-                name = f"worker {self.rank * workers + worker + 1} of {self.world_size * workers}"
-                raise EmptyDataError(
-                    "data: expected usable samples for every loader process, got none in "
-                    f"{in_words(self.sources)} for {name} in {empty} epochs; fewer data.workers "
-                    f"or larger weights may help; {skipped}"
-                )
+                raise self._nothing_usable(worker, skipped)
 
     def _check_usable(self, epoch: int) -> None:
         """Reads all sources up to the first usable sample; raises EmptyDataError if there is none.
@@ -254,95 +312,37 @@ class Loader:
         only.
         """
         skipped = Skipped()
-        samples = self._read([(source, 0) for source in self.sources], skipped)
-        if next(self._rows(enumerate(samples), epoch, skipped), None) is None:
-            raise EmptyDataError(
-                f"data: expected usable samples, got none in {in_words(self.sources)}; {skipped}"
-            )
+        order = [(source, 0) for source in self.sources]
+        for sample in self._streams().in_training(order, skipped):
+            if self._prepared(sample, epoch, skipped) is not None:
+                return
+        raise EmptyDataError(
+            f"data: expected usable samples, got none in {in_words(self.sources)}; {skipped}"
+        )
 
-    def _rows(
-        self, samples: Iterator[tuple[int, Sample]], epoch: int, skipped: Skipped
-    ) -> Iterator[tuple[int, Prepared]]:
-        """Yields (number, prepared sample) of the usable ones among `samples`, (number, sample).
+    def _nothing_usable(self, worker: int, skipped: Skipped) -> EmptyDataError:
+        """Returns the error for a worker's stream without a usable sample; `skipped` has why."""
+        streams = self._streams()
+        number, count = streams.number(worker)
+        reader = "rank" if streams.shared else "worker"
+        fewer = "ranks" if streams.shared else "data.workers"
+        return EmptyDataError(
+            "data: expected usable samples for every loader process, got none in "
+            f"{in_words(self.sources)} for {reader} {number + 1} of {count} in {EMPTY_EPOCHS} "
+            f"epochs; fewer {fewer} or larger weights may help; {skipped}"
+        )
 
-        The number is the sample's in the worker's part of the epoch, from 1. Captions and pixels
-        are drawn for `epoch`. Held-out samples are left out; broken ones too, and added to
-        `skipped`.
-        """
-        for consumed, sample in samples:
-            if is_held_out(sample, self.hold_out):
-                continue
-            try:
-                prepared = self._prepare(sample, epoch)
-            except BrokenSample as broken:
-                skipped.add(broken.reason, described(sample), broken.detail)
-                if isinstance(broken, StaleFeatures):
-                    self._stale.add(described(sample))
-                continue
-            self._stale.add()
-            yield consumed, prepared
-
-    def _order(self, epoch: int) -> list[tuple[Source, int]]:
-        """Returns the tars of an epoch in order, each with the number of its copy, from 0.
-
-        A tar comes as often as its weight says. All ranks and workers get the same order.
-        """
-        generator = random.Random(f"{self.seed}/{epoch}")
-        order: list[tuple[Source, int]] = []
-        for source in self.sources:
-            copies, fraction = int(source.weight), source.weight % 1
-            if fraction > 0 and generator.random() < fraction:
-                copies += 1
-            order += [(source, copy_number) for copy_number in range(copies)]
-        if self.shuffle:
-            generator.shuffle(order)
-        return order
-
-    def _part(
-        self,
-        order: list[tuple[Source, int]],
-        epoch: int,
-        worker: int,
-        workers: int,
-        skipped: Skipped,
-    ) -> Iterator[Sample]:
-        """Returns an iterator over one worker's samples of an epoch, shuffled if `shuffle` is set.
-
-        order: what `_order` returned. worker: its number of this rank's `workers`. The tars are
-        divided as by webdataset's split_by_node, then split_by_worker. With fewer tars than workers
-        of all ranks, each worker reads all tars and takes its share of the samples. Damage is added
-        to `skipped` as samples are read; if all read all tars, by the first worker only.
-        """
-        part, parts = self.rank * workers + worker, self.world_size * workers
-        if len(order) >= parts:
-            samples = self._read(order[self.rank :: self.world_size][worker::workers], skipped)
-        else:
-            damage = skipped if part == 0 else Skipped()  # every worker meets it
-            samples = itertools.islice(self._read(order, damage), part, None, parts)
-        if not self.shuffle:
-            return samples
-        generator = random.Random(f"{self.seed}/{epoch}/{part}/{parts}")
-        size = self.shuffle_buffer
-        return filters.shuffle(size, initial=size, rng=generator)(samples)
-
-    def _read(self, order: list[tuple[Source, int]], skipped: Skipped) -> Iterator[Sample]:
-        """Yields the samples of the tars in `order`, with the files of their sidecars.
-
-        order: (source, number of the copy); a number above 0 becomes the sample's "__copy__".
-        Damage is added to `skipped`. Raises ShardError as `read_tar`.
-        """
-        for source, copy_number in order:
-            samples = read_tar(
-                source,
-                skipped,
-                sidecars=self.sidecars or None,
-                max_bytes=self.max_bytes,
-                on_error=self.on_error,
-            )
-            for sample in samples:
-                if copy_number:
-                    sample["__copy__"] = copy_number
-                yield sample
+    def _prepared(self, sample: Sample, epoch: int, skipped: Skipped) -> Prepared | None:
+        """Returns what `_prepare` returns; None for a broken sample, which `skipped` then has."""
+        try:
+            prepared = self._prepare(sample, epoch)
+        except BrokenSample as broken:
+            skipped.add(broken.reason, described(sample), broken.detail)
+            if isinstance(broken, StaleFeatures):
+                self._stale.add(described(sample))
+            return None
+        self._stale.add()
+        return prepared
 
     def _prepare(self, sample: Sample, epoch: int) -> Prepared:
         """Parses a sample and draws its captions and pixels for this epoch.

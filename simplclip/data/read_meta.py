@@ -63,16 +63,24 @@ def dataset_size(shards: Any) -> int | None:
     than one sample.
     """
     sources = sources_of(shards)
+    counts = listed_samples(sources)
+    if None in counts:
+        return None
+    return round(sum(count * source.weight for count, source in zip(counts, sources))) or None
+
+
+def listed_samples(sources: Sequence[Source]) -> list[int | None]:
+    """Returns the number of samples of each tar, as the meta.json beside it says.
+
+    It is None as `dataset_size` says.
+    """
     folders = {os.path.dirname(source.url) for source in sources}
     entries = {folder: tar_entries(folder) for folder in folders}
-    total = 0.0
+    counts = []
     for source in sources:
         folder, name = os.path.split(source.url)
-        samples = _listed_samples(source, entries[folder].get(name, {}))
-        if samples is None:
-            return None
-        total += samples * source.weight
-    return round(total) or None
+        counts.append(_listed_samples(source, entries[folder].get(name, {})))
+    return counts
 
 
 def _read(folder: str | os.PathLike) -> Any:

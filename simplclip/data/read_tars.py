@@ -237,15 +237,11 @@ def _members(
             _opened(source.url) as (stream, mode),
             tarfile.open(fileobj=stream, mode=mode, bufsize=1 << 20, tarinfo=Member) as archive,
         ):
-            for member in archive:
-                archive.members.clear()  # type: ignore[attr-defined]
-                key, suffix = base_plus_ext(member.name)
-                if not member.isreg() or suffix is None or suffix.lower() not in SUFFIXES:
-                    continue
+            for member, key, suffix in _used_members(archive):
                 if len(member.name.encode("utf-8", "surrogatepass")) > _NAME_BYTES:
                     skipped.add("name too long", source.name, member.name[:100])
                     continue
-                limit = min(TEXT_BYTES, max_bytes) if suffix.lower() in TEXTS else max_bytes
+                limit = min(TEXT_BYTES, max_bytes) if suffix in TEXTS else max_bytes
                 unread_key = key
                 data = _contents(archive, member, limit)
                 unread_key = None
@@ -255,6 +251,37 @@ def _members(
         raise
     except Exception as error:  # the type depends on the damage
         damage.append(Damage(str(error) or type(error).__name__, unread_key))
+
+
+def _used_members(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
+    """Yields (header, key, suffix in lower case) of an archive's files that belong to samples."""
+    for member in archive:
+        archive.members.clear()  # type: ignore[attr-defined]
+        key, suffix = base_plus_ext(member.name)
+        if member.isreg() and suffix is not None and suffix.lower() in SUFFIXES:
+            yield member, key, suffix.lower()
+
+
+def count_samples(path: str, limit: int) -> tuple[int, int]:
+    """Returns the number of samples at the beginning of a tar, at most `limit`, and their bytes.
+
+    Only headers are read. They end at a damaged part, and where the file cannot be read.
+    """
+    keys: list[str] = []
+    end = 0
+    # the type of an error depends on the damage
+    with (
+        contextlib.suppress(Exception),
+        _opened(path) as (file, mode),
+        tarfile.open(fileobj=file, mode=mode, tarinfo=Member) as archive,
+    ):
+        for _, key, _ in _used_members(archive):
+            if keys[-1:] != [key]:
+                if len(keys) == limit:
+                    break
+                keys.append(key)
+            end = archive.offset  # type: ignore[attr-defined]
+    return len(keys), end
 
 
 def _check_rest(archive: Any) -> None:

@@ -269,11 +269,6 @@ def _data_lines(config: Config, samples: int | None, division: Division | None) 
     else:
         epochs = f"{samples / size:,.1f} steps an epoch, {steps * size / samples:,.1f} epochs"
         yield f"data       {samples:,} images, {drawn}; {epochs}"
-        if size > samples:
-            yield (
-                f"warning    of {samples:,} images, each comes {size / samples:,.4g} times in a "
-                f"batch of {size:,}"
-            )
     if division:
         yield (
             f"held out   {division.held_out:,} images, eval.hold_out={config.eval.hold_out:g} of "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Never
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from simplclip import data, evaluation
 from simplclip.common import hardware, ranks
-from simplclip.common.errors import UserError
+from simplclip.common.errors import InputError, UserError
 from simplclip.common.files import check_writable, locked
 from simplclip.common.progress import duration
 from simplclip.models.trained import tokenizer
@@ -242,32 +242,30 @@ def make_loader(state: State) -> data.Loader:
     and appends a line to `state.lines`.
     """
     config, section = state.config, state.config.data
-    readers: dict[str, Any] = {
-        "rank": ranks.number(),
-        "world_size": ranks.count(),
-        "workers": section.workers,
-    }
+    size, count = _micro_batch_size_and_count(config)
     loader = data.Loader(
         section.train,
         tokenizer=tokenizer(config.model.model_dump()),
         transform=state.transform,
-        batch_size=_micro_batch_size_and_count(config)[0],
+        batch_size=size,
+        batches_per_step=count,
+        workers=section.workers,
         captions_per_image=section.captions_per_image,
         teacher=config.loss.needs_teacher,
         sidecars=section.sidecars,
         hold_out=config.eval.hold_out,
         pin_memory=state.device.type == "cuda",
         seed=config.run.seed,
-        **readers,
+        rank=ranks.number(),
+        world_size=ranks.count(),
         **section.options,
     )
-    shards = {"shards_digest": loader.shards_digest}
     for position in state.data or ():
-        position = shards | position  # those of version 0.1.0 lack the digest
-        if position.items() >= (readers | shards).items():
-            loader.seed = position["seed"]
+        loader.seed = position["seed"]
+        with suppress(InputError):
             loader.load_state_dict(position)
             return loader
+    loader.seed = config.run.seed
     if state.step:
         loader.seed += state.step
         state.lines.append(

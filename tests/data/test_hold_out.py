@@ -66,7 +66,7 @@ def one_pass(shards, share, workers=1, ranks=1):
         )
         for worker in range(workers):
             items = itertools.takewhile(lambda item: item.epoch == 0, reader.items(worker, workers))
-            found += [key for item in items for key in item.batch["key"]]
+            found += [key for item in items if item.batch for key in item.batch["key"]]
     return found
 
 

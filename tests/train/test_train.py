@@ -182,8 +182,7 @@ def test_what_may_change_on_resume(tmp_path):
 @pytest.mark.slow
 def test_shards_that_were_added_start_the_pass_again(tmp_path):
     pattern = f"data.train={tmp_path / 'data' / '*.tar'}"
-    text = go(tiny.settings(tmp_path, pattern, "run.steps=2", "data.samples=5"))
-    assert "warning    of 5 images, each comes 1.6 times in a batch of 8\n" in text
+    text = go(tiny.settings(tmp_path, pattern, "run.steps=2"))
     assert "data       loading the first batch\nstep 2/2" in text
     config = tiny.settings(tmp_path, pattern, "run.steps=3")
     assert "starts again" not in go(config, resume=True)
