@@ -24,7 +24,7 @@ import torch
 
 from simplclip.common.errors import InputError, check_count
 from simplclip.data.cut_blocks import Batch, Block, Place, whole_batches
-from simplclip.data.divide_samples import PROCESSES, Streams, choose_division
+from simplclip.data.divide_samples import PROCESSES, Streams, choose_division, size_of
 from simplclip.data.errors import (
     BrokenSample,
     EmptyDataError,
@@ -154,7 +154,9 @@ class Loader:
             raise InputError(f"on_error: expected skip or stop, got {self.on_error!r}")
         self.sources = sources_of(self.shards)
         check_sidecars(self.sources, self.sidecars)
-        self.shards_digest = digest_of([(source.name, source.weight) for source in self.sources])
+        tars = [(source.name, source.weight) for source in self.sources]
+        self.former_digest = digest_of(tars)  # that of version 0.1.0
+        self.shards_digest = digest_of([*zip(tars, map(size_of, self.sources))])
         self.division = PROCESSES  # until the samples are counted
         step = self.batch_size * self.batches_per_step
         self.division = choose_division(self._streams(), step)
@@ -240,10 +242,12 @@ class Loader:
 
         state: from `state_dict`, also of another process. The samples before are read, but not
         decoded. Raises InputError for the state of another rank, seed, or number of ranks or
-        workers, of other names or weights of shards, or of another division of the samples.
+        workers, of other names, weights or sizes of shards, or of another division of the samples.
         """
-        # as in version 0.1.0
-        state = {"shards_digest": self.shards_digest, "division": PROCESSES, **state}
+        # as in version 0.1.0, whose digest knows no sizes
+        state = {"shards_digest": self.former_digest, "division": PROCESSES, **state}
+        if state["shards_digest"] == self.former_digest:
+            state["shards_digest"] = self.shards_digest
         for name, value in self._state_owner().items():
             if state.get(name) != value:
                 raise InputError(f"state: expected one of {name} {value}, got {state.get(name)}")

@@ -180,7 +180,7 @@ def test_what_may_change_on_resume(tmp_path):
 
 
 @pytest.mark.slow
-def test_shards_that_were_added_start_the_pass_again(tmp_path):
+def test_shards_that_were_added_or_replaced_start_the_pass_again(tmp_path):
     pattern = f"data.train={tmp_path / 'data' / '*.tar'}"
     text = go(tiny.settings(tmp_path, pattern, "run.steps=2"))
     assert "data       loading the first batch\nstep 2/2" in text
@@ -191,6 +191,10 @@ def test_shards_that_were_added_start_the_pass_again(tmp_path):
         config.replaced(run={"steps": 4}), resume=True
     )
     assert "starts again" not in go(config.replaced(run={"steps": 5}), resume=True)
+    tiny.write_shard(tmp_path / "data" / "train-1.tar", copies=2)
+    assert "shards were others: the epoch starts again" in go(
+        config.replaced(run={"steps": 6}), resume=True
+    )
 
 
 @pytest.mark.slow
