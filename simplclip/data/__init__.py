@@ -3,7 +3,8 @@
 find       find_sources.py: the tars; find_sidecars.py: further files of their samples
 read       read_tars.py: samples of tars; read_tables.py: rows of other forms, by read_json.py,
            read_parquet.py and read_folders.py; read_meta.py: meta.json beside tars
-parse      samples.py: the image, captions, json and a teacher's features of a sample
+parse      samples.py: the image, captions, json and a teacher's features of a sample;
+           captions.py: what some captions are like
 decode     decode_images.py: image files, by Pillow
 transform  transforms.py: the pixels that a model takes; views.py: those of one sample
 batch      loader.py: for training, by divide_samples.py and cut_blocks.py; held_out_loader.py: for
@@ -22,6 +23,7 @@ if _typing.TYPE_CHECKING:
     from simplclip.data.loader import Loader
     from simplclip.data.pack import pack_shards
     from simplclip.data.read_meta import dataset_size, teacher_stamp
+    from simplclip.data.read_tars import some_captions
 
 _MODULES = {  # imported on first use: packing needs no torch
     "errors": ("EmptyDataError", "ShardError", "Skipped", "WorkerError"),
@@ -29,6 +31,7 @@ _MODULES = {  # imported on first use: packing needs no torch
     "loader": ("Loader",),
     "pack": ("pack_shards",),  # simplclip.data.pack is the module
     "read_meta": ("dataset_size", "teacher_stamp"),
+    "read_tars": ("some_captions",),
     "find_sources": ("sources_of",),
 }
 __all__ = [
@@ -41,7 +44,7 @@ __all__ = [
     "WorkerError",
 ]
 __all__ += ["count_division", "dataset_size", "held_out"]
-__all__ += ["pack_shards", "sources_of", "teacher_stamp"]
+__all__ += ["pack_shards", "some_captions", "sources_of", "teacher_stamp"]
 
 if not _typing.TYPE_CHECKING:  # a type checker would take any name for known
 

@@ -33,8 +33,9 @@ from typing import Any
 
 import numpy as np
 
-from simplclip.common.errors import InputError, UserError, visible
+from simplclip.common.errors import InputError, UserError
 from simplclip.common.progress import Progress, print_lines
+from simplclip.data.captions import SomeCaptions
 from simplclip.data.decode_images import open_image, remarks_on
 from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.read_tables import is_source, open_source, split_of
@@ -44,6 +45,7 @@ from simplclip.data.samples import (
     TEXT_BYTES,
     captions_of,
     file_bytes,
+    group_of,
     is_held_out,
     record_of,
 )
@@ -232,18 +234,19 @@ def summary(shards: list[str], examples: int = 3) -> str:
                     records.append(json.loads(content))
                 else:
                     sides.append(min(open_image(content).size))
-    captions = [caption for record in records for caption in record["captions"]]
-    words = [len(caption.split()) for caption in captions]
+    some = SomeCaptions()
+    for record in records:
+        some.add(record["source"], record["captions"], group_of(record))
+    words = [len(caption.split()) for caption in some.all]
     kilobytes = sum(map(os.path.getsize, shards)) / len(records) / 1000
     lines = [
-        f"captions  {len(captions) / len(records):.1f} an image; words: {_spread(words)}",
+        f"captions  {len(words) / len(records):.1f} an image; words: {_spread(words)}",
+        f"          {some.counts()}",
         f"images    pixels of the short side: {_spread(sides)}; {kilobytes:,.1f} kB a sample",
     ]
-    for record in records[:examples]:
-        text = " | ".join(record["captions"])
-        if len(text) > 90:
-            text = f"{text[:90]}..."
-        lines.append(visible(f"  {record['source']}: {text}"))
+    lines += [f"  {example}" for example in some.examples(examples)]
+    if warning := some.warning():
+        lines.append(f"warning   {warning}")
     return "\n".join(lines)
 
 

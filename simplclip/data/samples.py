@@ -88,12 +88,17 @@ class Pair:
 
         Samples of one group match each other, so they are no negatives.
         """
-        return _text_of(self.record, "group")
+        return group_of(self.record)
 
     @property
     def group_id(self) -> int:
         """Hash of the group, else of the sample's name, as int64."""
         return _group_id(self.group, self.name)
+
+
+def group_of(record: dict[str, Any]) -> str | None:
+    """Returns the json's "group", see `Pair.group`."""
+    return _text_of(record, "group")
 
 
 def _text_of(record: dict[str, Any], name: str) -> str | None:
@@ -118,7 +123,7 @@ def is_held_out(sample: Sample, share: float) -> bool:
     if not share or isinstance(sample.get("json"), BrokenSample):
         return False
     try:
-        group = _text_of(record_of(sample), "group")
+        group = group_of(record_of(sample))
     except BrokenSample:
         return False
     return _group_id(group, sample_name(sample)) < share * 2**63
@@ -130,16 +135,19 @@ def sample_name(sample: Sample) -> str:
 
 
 def described(sample: Sample) -> str:
-    """Returns the name of a broken sample for a message, with the json's "source" if it has one.
-
-    `pack` writes there which file or row of the user it packed.
-    """
+    """Returns the name of a broken sample for a message, with its source if it has one."""
     name = sample_name(sample)
     try:
-        source = record_of(sample).get("source")
+        source = source_of(record_of(sample))
     except (BrokenSample, TypeError):  # TypeError: a json that was not read
         return name
-    return f"{name}, source {source[:500]}" if isinstance(source, str) else name
+    return name if source is None else f"{name}, source {source[:500]}"
+
+
+def source_of(record: dict[str, Any]) -> str | None:
+    """Returns the json's "source", in which `pack` names the user's file or row; else None."""
+    source = record.get("source")
+    return source if isinstance(source, str) and source else None
 
 
 def parse(sample: Sample, teacher: bool = False) -> Pair:

@@ -41,6 +41,7 @@ from simplclip.evaluation.results import (
 from simplclip.evaluation.retrieval import recall_of
 from simplclip.evaluation.sheets import contact_sheet
 from simplclip.evaluation.split import BATCH_SIZE, Split, encode
+from simplclip.models.context_length import cut_in_words
 from simplclip.models.sources import about_best
 from simplclip.version import __version__
 
@@ -227,6 +228,8 @@ def _evaluate_split(
             "no image-to-text retrieval of images without a caption: "
             f"{not_captioned:,} of {len(split):,}"
         )
+    if cut := cut_in_words(encoder.tokenizer, split.captions):
+        left_out.append(cut)
     try:
         classification = zero_shot(encoder.towers, split, templates)
     except NamelessError as error:

@@ -119,11 +119,14 @@ def minilm_tokenizer(context_length: int) -> Callable[..., Tensor]:
     # With threads the tokenizer would warn or hang in a forked loader process.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer = Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
-    tokenizer.enable_truncation(context_length)
-    tokenizer.enable_padding(length=context_length)
+    length = context_length
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length)
 
     def tokenize(texts: str | list[str], context_length: int | None = None) -> Tensor:
-        """Returns token ids int64 [B, L] of one text or several; its context_length is ignored."""
+        """Returns token ids int64 [B, L] of texts or one text; context_length: another L."""
+        if context_length not in (None, length):
+            return minilm_tokenizer(context_length)(texts)
         texts = [texts] if isinstance(texts, str) else list(texts)
         ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
         return torch.tensor(ids, dtype=torch.int64)

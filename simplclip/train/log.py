@@ -28,6 +28,7 @@ from simplclip.ops import backends
 from simplclip.train.config import Config
 from simplclip.train.curves import NAMES, read_figures, rise, write_curves
 from simplclip.train.objective import terms_of
+from simplclip.train.pairs import Pairs
 from simplclip.train.setup import State
 
 
@@ -223,21 +224,18 @@ class Log:
             self.board.flush()
 
 
-def first_lines(
-    state: State, why_precision: str, samples: int | None, division: Division | None = None
-) -> Iterator[str]:
+def first_lines(state: State, why_precision: str, pairs: Pairs) -> Iterator[str]:
     """Yields a run's lines before its first step, each with its topic.
 
     why_precision: the reason for state.precision.
-    samples: images of an epoch; None if they are not counted.
-    division: what eval.hold_out makes of the data.
     """
     config = state.config
     trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in state.model.parameters())
     yield f"model      {config.model.name}: {total:,} parameters, of which {trained:,} train"
     yield from state.lines
-    yield from _data_lines(config, samples, division)
+    yield from _data_lines(config, pairs.samples, pairs.division)
+    yield from pairs.lines
     yield f"loss       {_loss(state)}"
     yield f"ops        {_backends(state)}"
     processes = f"CPU threads: {torch.get_num_threads()}; loader processes: {config.data.workers}"

@@ -27,7 +27,7 @@ from simplclip.train.distributed import wrap
 from simplclip.train.evaluate import evaluate, is_due, load_splits
 from simplclip.train.log import Log, first_lines
 from simplclip.train.nodes import check_configs, check_data, check_frozen
-from simplclip.train.pairs import pack_and_count
+from simplclip.train.pairs import Pairs, pack_and_count
 from simplclip.train.setup import State, make_state
 from simplclip.train.signals import Interrupted, StopSignals
 from simplclip.train.step import Batch, TrainingError, keep_frozen, train_step
@@ -77,7 +77,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         timed = config.run.cudnn_benchmark and device.type == "cuda"
         stack.enter_context(hardware.timed_algorithms(timed))
         torch.manual_seed(config.run.seed)
-        state, splits, samples, division = _start(config, former, device, precision)
+        state, splits, pairs = _start(config, former, device, precision)
         config = state.config
         if former:
             checkpoint.set_rng_state(former["rng"])
@@ -89,11 +89,11 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         if former:
             state.lines += ranks.on_first(checkpoint.set_aside, out, former)
 
-        snapshot, log = Snapshot(state, former, samples), Log(state, console)
+        snapshot, log = Snapshot(state, former, pairs.samples), Log(state, console)
         stop = stack.enter_context(StopSignals(console))
         try:
             with log.status:
-                for line in first_lines(state, why_precision, samples, division):
+                for line in first_lines(state, why_precision, pairs):
                     log.print(line)
                 _train(state, loader, splits, snapshot, stop, log)
             ranks.on_first(log.write_curves)
@@ -114,13 +114,13 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
 
 def _start(
     config: Config, former: dict[str, Any] | None, device: torch.device, precision: str
-) -> tuple[State, dict[str, evaluation.Split], int | None, data.Division | None]:
+) -> tuple[State, dict[str, evaluation.Split], Pairs]:
     """Makes the state of a run, packs its data and loads its held-out data.
 
     A run that begins makes its state first, since packing may take an hour. A run that continues,
     from the checkpoint `former`, has packed; its settings are checked first.
 
-    Returns the state, the held-out data by name, and the two counts of `pack_and_count`.
+    Returns the state, the held-out data by name, and the training pairs.
     """
     state: Any = None
     with ranks.fail_together():
@@ -128,7 +128,8 @@ def _start(
         if not former:
             state = make_state(config, device, precision)
         splits = load_splits(config, config.eval.splits)
-    config, samples, division = ranks.on_first(pack_and_count, config, former)
+    pairs: Pairs = ranks.on_first(pack_and_count, config, former)
+    config = pairs.config
     with ranks.fail_together():
         data.sources_of(config.data.train, "data.train")  # which a node may lack
         splits |= load_splits(config, config.held_out)
@@ -138,7 +139,7 @@ def _start(
     keep_frozen(state)
     check_frozen(state.model)
     state.wrappers = wrap(state.model)
-    return state, splits, samples, division
+    return state, splits, pairs
 
 
 def _train(

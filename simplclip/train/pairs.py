@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from simplclip import data, evaluation
 from simplclip.common.files import remove_leftovers
+from simplclip.models.context_length import cut_in_words
+from simplclip.models.trained import tokenizer
 from simplclip.train import checkpoint
 from simplclip.train.config import Config, ConfigError, check_new_run
 
 
-def pack_and_count(
-    config: Config, former: dict[str, Any] | None
-) -> tuple[Config, int | None, data.Division | None]:
-    """Packs tables and folders, counts the data, and sets the number of steps.
+class Pairs(NamedTuple):
+    """The training pairs of a run."""
+
+    config: Config  # with shards in place of tables and folders, and with steps in place of epochs
+    samples: int | None  # images of an epoch; None if they are not counted
+    division: data.Division | None  # what eval.hold_out makes of the data; None if it is 0
+    lines: list[str]  # for the log: examples of captions, and what is wrong with them
+
+
+def pack_and_count(config: Config, former: dict[str, Any] | None) -> Pairs:
+    """Packs tables and folders, counts the data, looks at captions, and sets the number of steps.
 
     The shards are written to RUN/shards; leftovers of killed processes in the run's folder are
     removed.
-
-    Returns the config with shards in place of tables and folders, and with steps in place of
-    epochs; the samples of an epoch, None if they are not counted; and the counts of what
-    eval.hold_out divides, None if it is 0.
 
     Raises ConfigError if the samples are not counted, or if the config cannot continue the run of
     the checkpoint `former`.
@@ -49,7 +55,20 @@ def pack_and_count(
         config = config.replaced(run={"steps": number, "epochs": None})
     if former:
         checkpoint.check_settings(former, config)
-    return config, samples, division
+    return Pairs(config, samples, division, list(_lines_on_captions(config)))
+
+
+def _lines_on_captions(config: Config) -> Iterator[str]:
+    """Yields lines for the log about some captions of packed data; none if none can be read."""
+    some = data.some_captions(config.data.train, config.data.sidecars)
+    if not some.names:
+        return
+    for example in some.examples():
+        yield f"caption    {example}"
+    yield f"captions   {some.counts()}"
+    cut = cut_in_words(tokenizer(config.model.model_dump()), some.all)
+    for problem in filter(None, (some.warning(), cut)):
+        yield f"warning    {problem}"
 
 
 def _count_division(config: Config) -> data.Division:

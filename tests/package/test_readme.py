@@ -31,7 +31,7 @@ from PIL import Image
 from pydantic import BaseModel
 from torch.distributed.run import get_args_parser
 
-from simplclip import export
+from simplclip import export, models
 from simplclip import train as trainer
 from simplclip.train import config, sections
 from support.paths import ROOT
@@ -356,6 +356,18 @@ def is_key(key: str) -> bool:
             return False
         section = section.model_fields[part].annotation
     return True
+
+
+def test_context_lengths_are_those_of_the_models():
+    """In the table of docs/training.md, and where a page trains one of the models."""
+    table = (ROOT / "docs/training.md").read_text()
+    listed = re.findall(r"^\| `([\w-]+)` \| (\d+) \|", table, re.MULTILINE)
+    lengths = {name: models.tokenizer(name)([""]).shape[1] for name in models.names()}
+    assert {name: int(length) for name, length in listed} == lengths
+    for name in ("README.md", PHOTOS):
+        text = (ROOT / name).read_text()
+        (model,) = re.findall(r"^model: {name: ([\w-]+)}", text, re.MULTILINE)
+        assert re.findall(r"reads (\d+) tokens", text) == [str(lengths[model])], name
 
 
 def test_messages_of_troubleshooting_exist():

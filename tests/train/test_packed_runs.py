@@ -50,6 +50,29 @@ def test_broken_pictures_are_counted_and_named_as_the_user_knows_them(tmp_path):
 
 
 @pytest.mark.slow
+def test_captions_are_shown_and_those_that_are_cut_are_counted(tmp_path):
+    """In training, where their names are the user's, and by `simplclip evaluate`."""
+    photos = picture_folder(tmp_path / "photos")
+    for text in photos.glob("red-*.txt"):
+        text.write_text(20 * "red ")
+    text = go(tiny.settings(tmp_path, f"data.train={photos}", "eval.hold_out=0.5", "run.steps=1"))
+    assert re.findall("^captions? +(.*)$", text, re.M) == [
+        "photos/black-bar: black bar",
+        "photos/blue-wedge: blue wedge",
+        f"photos/red-wedge: {(19 * 'red ' + 'red')}",
+        "24 images looked at have 19 different captions",
+    ]
+    cut = (
+        "captions looked at are cut, since they have more than 16 tokens with start and end; write"
+    )
+    assert f"warning    25.0% of 24 {cut}" in text
+    result = call("evaluate", tmp_path / "run", "--device", "cpu", "--workers", 0)
+    assert re.search(rf"^held_out: [1-9]\S+% of \d+ {cut}", result.output, re.M)
+    left_out = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert cut in left_out["splits"]["held_out"]["left_out"][0]
+
+
+@pytest.mark.slow
 def test_resuming_with_another_source_packs_nothing(tmp_path):
     photos = picture_folder(tmp_path / "photos")
     other = picture_folder(tmp_path / "other")
