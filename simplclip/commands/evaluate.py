@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 
 from simplclip.commands.options import Device, Last, Precision, Workers, check_data, named_splits
 from simplclip.commands.train import relocated
-from simplclip.common.errors import InputError
+from simplclip.common.errors import InputError, UserError
 
 
 def evaluate(
@@ -103,6 +104,9 @@ def evaluate(
         precision=precision,
     )
     with ranks.join():
+        if not data and ranks.first():
+            for line in trained_on(models):
+                typer.echo(line)
         evaluation.evaluate(models, splits, settings, out=out)
 
 
@@ -127,27 +131,75 @@ def splits_of(model: str) -> dict[str, Any]:
     The result maps a split's name to its data. The folder may come from elsewhere, so its splits
     may be local files alone. Raises InputError for commands and URLs.
     """
-    folder = Path(model)
-    if not folder.is_dir():
-        folder = folder.parent
-    file = folder / "config.yaml"
-    if not (Path(model).exists() and file.is_file()):
+    settings = _config_of(model)
+    if settings is None:
         return {}
-    from simplclip.train import config
-
-    try:
-        settings = relocated(config.load(file), file)
-    except config.ConfigError as error:
-        raise InputError(
-            f"data: expected a config of this version in {file}, got {error}; name the data by "
-            "--data"
-        ) from None
     splits = settings.eval.splits | settings.held_out
     for name, split in splits.items():
         remote = re.search(r'"(pipe:.*?|[^"]*://.*?)"', json.dumps(split))
         if remote:
             raise InputError(
-                f"data: expected local files in the eval.splits of {file}, got {remote[1]!r}; "
+                f"data: expected local files in the eval.splits of {_file_of(model)}, got "
+                f"{remote[1]!r}; "
                 f"name the data by --data {name}=DATA"
             )
     return splits
+
+
+def _file_of(model: str) -> Path:
+    """Returns the path that the config.yaml of a run has, whose folder or checkpoint is `model`."""
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = folder.parent
+    return folder / "config.yaml"
+
+
+def _config_of(model: str) -> Any:
+    """Returns the config of a run, named as in `splits_of`; None without one.
+
+    Raises InputError for a config of another version.
+    """
+    file = _file_of(model)
+    if not (Path(model).exists() and file.is_file()):
+        return None
+    from simplclip.train import config
+
+    try:
+        return relocated(config.load(file), file)
+    except config.ConfigError as error:
+        raise InputError(
+            f"data: expected a config of this version in {file}, got {error}; name the data by "
+            "--data"
+        ) from None
+
+
+def trained_on(models: list[str]) -> Iterator[str]:
+    """Yields a line for each run that has, or may have, trained on what the first run holds out.
+
+    models: as of the command; those that are no runs get no line.
+    """
+    from simplclip.data.overlap import overlap
+
+    first, *others = models
+    held_out = _config_of(first)
+    if held_out is None or not held_out.eval.hold_out:
+        return
+    for model in others:
+        try:
+            settings = _config_of(model)
+            if settings is None:
+                continue
+            found = overlap(held_out.divided, settings.divided)
+        except UserError:  # e.g. its data have moved
+            found = None
+        if found is None:
+            yield (
+                f"warning: {model} may have trained on images that {first} holds out; its training "
+                "data cannot be compared"
+            )
+        elif found.trained:
+            yield (
+                f"warning: {model} has trained on {found.trained:,} of the {found.held_out:,} "
+                f"images that {first} holds out, by their names: its figures on held_out are too "
+                "high"
+            )

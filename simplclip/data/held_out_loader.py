@@ -26,6 +26,7 @@ from simplclip.data.read_tables import is_source, open_source
 from simplclip.data.read_tars import read_tar
 from simplclip.data.rows import OPTION_NAMES, Options, Row
 from simplclip.data.samples import (
+    HoldOutBy,
     Pair,
     Sample,
     captions_of,
@@ -64,6 +65,7 @@ class HeldOut:
     txt_lines: bool = False
     # of training data the share that is held out, see `samples.is_held_out`; 0: all data are
     share: float = 0.0
+    by: HoldOutBy | None = None
     sidecars: Folders = ()  # those that training joins, since their json may have other groups
     options: Options = Options()  # of a table or JSON file
 
@@ -188,7 +190,7 @@ class HeldOut:
         """
         if self.share or not is_source(source.url):
             for sample in read_tar(source, skipped, sidecars=self.sidecars or None):
-                if not self.share or is_held_out(sample, self.share):
+                if not self.share or is_held_out(sample, self.share, self.by):
                     yield sample
             return
         for row in open_source(source.url, self.options).rows():
@@ -214,8 +216,9 @@ def held_out(source: Any, *, captions: int | None = None, name: str = "data") ->
     source: tars as `sources_of` takes them; a table, JSON file or folder as `pack` takes them; a
     folder in clip-benchmark's layout, whose split `test` is taken (name the folder of another one
     itself); a table or JSON file and fields of its `Options`, {"shards": ..., "images": FOLDER}; or
-    training data that a run divides, {"shards": ..., "hold_out": SHARE, "sidecars": [...]}, of
-    which the held-out share is taken. A sample without caption and label is broken.
+    training data that a run divides, {"shards": ..., "hold_out": SHARE, "hold_out_by": ...,
+    "sidecars": [...]}, of which the held-out share is taken. A sample without caption and label is
+    broken.
 
     captions: number of captions to use of each sample, from the first on; 0 for all. None for all,
     except that of a json's captions only the first counts, since the others may be rephrasings for
@@ -232,6 +235,7 @@ def held_out(source: Any, *, captions: int | None = None, name: str = "data") ->
             Classes(),
             captions,
             share=source["hold_out"],
+            by=source.get("hold_out_by"),
             sidecars=source.get("sidecars", ()),
         )
     options = Options()
@@ -265,10 +269,12 @@ class Division(NamedTuple):
     repeated: int  # of these, how many stand verbatim in training
 
 
-def count_division(shards: Any, share: float, sidecars: Folders = ()) -> Division:
+def count_division(
+    shards: Any, share: float, sidecars: Folders = (), by: HoldOutBy | None = None
+) -> Division:
     """Reads all training data, of which `share` is held out, and returns counts of both parts.
 
-    shards: as `sources_of` takes them. share: above 0, below 1, see `samples.is_held_out`.
+    shards: as `sources_of` takes them. share, by: above 0, below 1, see `samples.is_held_out`.
     sidecars: folders whose files are joined to the samples. Broken samples are not counted. Memory:
     8 bytes for each caption.
     """
@@ -284,7 +290,7 @@ def count_division(shards: Any, share: float, sidecars: Folders = ()) -> Divisio
                 image_of(sample)
             except BrokenSample:
                 continue
-            if is_held_out(sample, share):
+            if is_held_out(sample, share, by):
                 held_out += 1
                 captions.append(texts[0])
             else:

@@ -37,6 +37,7 @@ from simplclip.data.find_sources import in_words, sources_of
 from simplclip.data.read_tars import read_tar
 from simplclip.data.samples import (
     MAX_BYTES,
+    HoldOutBy,
     Sample,
     described,
     digest_of,
@@ -108,8 +109,8 @@ class Loader:
         on_error: "skip" counts damaged tars, "stop" raises ShardError. Broken samples are counted
             in both cases.
         max_bytes: a sample with a file of more bytes is skipped without being read.
-        hold_out: share of the samples that is left out, see `samples.is_held_out`; `held_out` reads
-            it.
+        hold_out, hold_out_by: share of the samples that is left out, see `samples.is_held_out`;
+            `held_out` reads it.
         rank, world_size: this process and their number.
         skipped: counts of what was damaged in the batches so far, by reason, with the first of
             each.
@@ -139,6 +140,7 @@ class Loader:
     on_error: str = "skip"
     max_bytes: int = MAX_BYTES
     hold_out: float = 0.0
+    hold_out_by: HoldOutBy | None = None
     rank: int = 0
     world_size: int = 1
     skipped: Skipped = field(default_factory=Skipped, init=False)
@@ -175,6 +177,7 @@ class Loader:
             self.sources,
             read,
             hold_out=self.hold_out,
+            hold_out_by=self.hold_out_by,
             seed=self.seed,
             shuffle_buffer=self.shuffle_buffer if self.shuffle else 0,
             rank=self.rank,
@@ -280,7 +283,7 @@ class Loader:
             first_number = number
             tried = usable = 0
             for consumed, sample in samples:
-                if is_held_out(sample, self.hold_out):
+                if is_held_out(sample, self.hold_out, self.hold_out_by):
                     continue
                 turn = number // self.batch_size % workers
                 number += 1

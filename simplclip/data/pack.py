@@ -82,8 +82,8 @@ def pack(
         options: of tables and JSON files.
         hold_out: share of the samples that gets shards held-*.tar, beside train-*.tar; by the hash
             of the json's group (in a table the image's path as it is written there), else of the
-            image's name in the source, so that more images change no sample's side. 0: all samples
-            are in NAME-*.tar, NAME from the source.
+            image's path in the source, so that more images change no sample's side, and copies of
+            the source have equal sides. 0: all samples are in NAME-*.tar, NAME from the source.
         workers: processes, by default one for each core; a table that holds the image files is
             packed by one.
         progress: print lines.
@@ -329,7 +329,8 @@ def _write_shard(
             except BrokenSample as broken:
                 skipped.add(broken.reason, row.name, broken.detail)
                 continue
-            side = is_held_out(files | {"__shard__": "", "__key__": row.name}, hold_out)
+            sample = files | {"__shard__": "", "__key__": row.name}
+            side = is_held_out(sample, hold_out, by="picture")
             add(shards[side], f"{number:09d}", files)
             samples[side] += 1
     for path, count in zip(paths, samples):

@@ -50,7 +50,7 @@ SUFFIXES = (*IMAGE_SUFFIXES, *TEXTS, TEACHER)  # files that are read
 # by -b 2048, up to 1 MiB. More are a part that was never written, e.g. of a broken download.
 _PADDING_BYTES = 1 << 20
 _SOME_TARS = 8  # tars of which `some_captions` reads samples
-_SMALL_BYTES = 1 << 16  # most bytes of a file that it reads
+_SMALL_BYTES = 1 << 16  # most bytes of a file that `read_texts` reads
 _NAME_BYTES = 4096  # most bytes of a name; systems allow no longer path
 # most bytes of a member: passing over more of a stream that has ended would take long
 _MEMBER_BYTES = 1 << 34
@@ -162,8 +162,7 @@ def some_captions(shards: Any, sidecars: Folders = (), most: int = 1024) -> Some
     """Returns the captions of up to `most` samples of some tars, from the first to the last one.
 
     shards: as `sources_of` takes them; of streams the first one alone is read. sidecars: folders
-    whose files are joined. Files above _SMALL_BYTES, such as most images, are not read. Broken
-    samples are passed over, and an error of a tar ends the samples.
+    whose files are joined. Broken samples are passed over, and an error of a tar ends the samples.
     """
     sources = sources_of(shards)
     files = [source for source in sources if not isinstance(source.url, Address)]
@@ -172,18 +171,22 @@ def some_captions(shards: Any, sidecars: Folders = (), most: int = 1024) -> Some
     some = SomeCaptions()
     with contextlib.suppress(UserError):
         for source in tars or sources[:1]:
-            samples = read_tar(source, Skipped(), sidecars=sidecars or None, max_bytes=_SMALL_BYTES)
-            for sample in islice(samples, each):
-                texts = {
-                    name: value
-                    for name, value in sample.items()
-                    if not isinstance(value, BrokenSample)
-                }
+            for sample in islice(read_texts(source, sidecars), each):
                 with contextlib.suppress(BrokenSample):
-                    record = record_of(texts)
-                    name = source_of(record) or sample_name(texts)
-                    some.add(name, captions_of(texts, record), group_of(record))
+                    record = record_of(sample)
+                    name = source_of(record) or sample_name(sample)
+                    some.add(name, captions_of(sample, record), group_of(record))
     return some
+
+
+def read_texts(source: Source, sidecars: Folders = ()) -> Iterator[Sample]:
+    """Yields the samples of a tar, without files above _SMALL_BYTES, such as most images.
+
+    Damage is passed over. sidecars: folders whose files are joined. Raises as `read_tar`.
+    """
+    samples = read_tar(source, Skipped(), sidecars=sidecars or None, max_bytes=_SMALL_BYTES)
+    for sample in samples:
+        yield {name: value for name, value in sample.items() if not isinstance(value, BrokenSample)}
 
 
 def _with_sidecars(

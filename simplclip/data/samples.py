@@ -17,7 +17,7 @@ import re
 import stat
 import zlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -41,6 +41,8 @@ LONGEST = 8192
 LONGEST_WORD = 2048
 # lists and objects within each other in a json; at about 500 Python can read but not pickle it
 DEEPEST = 100
+# what a hold-out goes by for samples without a group, see `is_held_out`
+HoldOutBy = Literal["picture", "shard"]
 _NO_CHARACTER = re.compile("[\ud800-\udfff\0]")
 # without white space that ftfy, which open_clip's tokenizer uses, removes from within words
 _LONG_WORD = re.compile(rf"([\S\x1c-\x1f\x85]{{{LONGEST_WORD}}})[\S\x1c-\x1f\x85]+")
@@ -114,19 +116,41 @@ def _group_id(group: str | None, name: str) -> int:
     return stable_hash(text) >> 1
 
 
-def is_held_out(sample: Sample, share: float) -> bool:
+def is_held_out(sample: Sample, share: float, by: HoldOutBy | None = None) -> bool:
     """Whether a sample is in the share, 0 to 1, that evaluation reads and training skips.
 
-    It is told by the hash of its group, else of its shard's name and key. The parsed json is kept
-    in the sample. A sample whose json is broken is not held out; its reader counts it.
+    It is told by the hash of its group, else, with `by` "picture", of its picture, else of its
+    shard's name and key. The parsed json is kept in the sample. A sample whose json is broken is
+    not held out; its reader counts it.
     """
     if not share or isinstance(sample.get("json"), BrokenSample):
         return False
     try:
-        group = group_of(record_of(sample))
+        record = record_of(sample)
     except BrokenSample:
         return False
-    return _group_id(group, sample_name(sample)) < share * 2**63
+    group, picture = group_of(record), None
+    if group is None and by == "picture":
+        picture = picture_of(record)
+    if picture is None:
+        hashed = _group_id(group, sample_name(sample))
+    else:
+        hashed = stable_hash(f"picture/{picture}") >> 1
+    return hashed < share * 2**63
+
+
+def picture_of(record: dict[str, Any]) -> str | None:
+    """Returns the path of a sample's image in its collection, without the image's ending.
+
+    Copies of the collection have the same paths: it is the json's "source", which `pack` writes,
+    after the collection's name. None without one, or if it is a URL.
+    """
+    source = source_of(record)
+    if source is None or "://" in source:
+        return None
+    path = source.partition("/")[2]
+    stem, ending = os.path.splitext(path)
+    return (stem if ending[1:].lower() in IMAGE_SUFFIXES else path) or None
 
 
 def sample_name(sample: Sample) -> str:

@@ -81,11 +81,17 @@ class Config(Section):
 
         It is empty if nothing is held out.
         """
-        share = self.eval.hold_out
-        if not share:
-            return {}
-        split = {"shards": self.data.train, "hold_out": share, "sidecars": self.data.sidecars}
-        return {"held_out": split}
+        return {"held_out": self.divided} if self.eval.hold_out else {}
+
+    @property
+    def divided(self) -> dict[str, Any]:
+        """The training data with the share that eval.hold_out holds out, as in `held_out`."""
+        return {
+            "shards": self.data.train,
+            "hold_out": self.eval.hold_out,
+            "hold_out_by": self.eval.hold_out_by,
+            "sidecars": self.data.sidecars,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the values of all sections, with all defaults, as plain JSON values."""
@@ -95,14 +101,14 @@ class Config(Section):
         """Returns the text of a YAML file with all values, defaults included."""
         return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
-    def replaced(self, *, data: Mapping[str, Any] = {}, run: Mapping[str, Any] = {}) -> Config:
-        """Returns a new config with some values of two sections replaced, checked as a whole.
+    def replaced(self, **sections: Mapping[str, Any]) -> Config:
+        """Returns a new config with some values replaced, checked as a whole.
 
-        data, run: key -> value of the section of this name. Raises ConfigError.
+        sections: key -> value by name of the section. Raises ConfigError.
         """
         values = self.to_dict()
-        values["data"] |= data
-        values["run"] |= run
+        for name, replacements in sections.items():
+            values[name] |= replacements
         return from_dict(values)
 
 

@@ -255,6 +255,7 @@ def make_loader(state: State) -> data.Loader:
         teacher=config.loss.needs_teacher,
         sidecars=section.sidecars,
         hold_out=config.eval.hold_out,
+        hold_out_by=config.eval.hold_out_by,
         pin_memory=state.device.type == "cuda",
         seed=config.run.seed,
         rank=ranks.number(),

@@ -41,6 +41,10 @@ def pack_and_count(config: Config, former: dict[str, Any] | None) -> Pairs:
     config = config.replaced(data={"train": data.pack_shards(config.data.train, out / "shards")})
     if former and config.run.compile == "auto":  # what the run had
         config = config.replaced(run={"compile": former["config"]["run"]["compile"]})
+    if config.eval.hold_out and config.eval.hold_out_by is None:
+        # a run keeps what it began with: the other would evaluate images that it has trained on
+        by = former["config"].get("eval", {}).get("hold_out_by") if former else "picture"
+        config = config.replaced(eval={"hold_out_by": by})
     division = _count_division(config) if config.eval.hold_out else None
     samples = config.data.samples
     if samples is None:
@@ -74,7 +78,9 @@ def _lines_on_captions(config: Config) -> Iterator[str]:
 def _count_division(config: Config) -> data.Division:
     """Counts what eval.hold_out makes of the data; raises ConfigError if too little is left."""
     share = config.eval.hold_out
-    division = data.count_division(config.data.train, share, config.data.sidecars)
+    division = data.count_division(
+        config.data.train, share, config.data.sidecars, config.eval.hold_out_by
+    )
     if not division.train or division.held_out < evaluation.LEAST_SAMPLES:
         raise ConfigError(
             "eval.hold_out: expected a share that leaves samples to train on, and at least "

@@ -12,6 +12,7 @@ import pytest
 from simplclip import data, evaluation
 from simplclip.data import pack, samples
 from simplclip.data.errors import Skipped
+from simplclip.data.overlap import overlap
 from support.data.pairs import (
     COUNT,
     digests,
@@ -168,6 +169,106 @@ def test_the_json_of_a_sample_is_parsed_once(tmp_path, monkeypatch):
     held = held_of(shard)[0]
     assert sorted(held + trained) == [f"k{i:03d}" for i in range(COUNT)]
     assert Counter(contents) == Counter(files)
+
+
+SOURCES = [f"{year}/IMG_{number:04}.v2" for year in (2019, 2020) for number in range(20)]
+
+
+def test_copies_of_a_collection_hold_out_the_same_pictures(tmp_path):
+    """A copy has other images, another name and one picture more; a run's shares follow those of
+    `pack`.
+    """
+    folder_of(tmp_path / "photos", SOURCES)
+    folder_of(tmp_path / "on_white", ["2018/new", *reversed(SOURCES)])
+    held = {}
+    for name in ("photos", "on_white"):
+        shards = pack.pack(tmp_path / name, tmp_path / "out" / name, workers=1, progress=False)
+        keys_held = held_of(shards, hold_out_by="picture")[0]
+        records = {
+            member.partition(".")[0]: json.loads(content)["source"]
+            for shard in shards
+            for member, content in members(shard).items()
+            if member.endswith(".json")
+        }
+        held[name] = {records[key].partition("/")[2] for key in keys_held} - {"2018/new"}
+        trained = loader(
+            shards, workers=1, batch_size=1, hold_out=SHARE, hold_out_by="picture"
+        ).items(0, 1)
+        trained = itertools.takewhile(lambda item: item.epoch == 0, trained)
+        assert sorted([*keys_held, *(key for item in trained for key in item.batch["key"])]) == [
+            *records
+        ]
+        assert held_of(shards)[0] != keys_held
+        counted = data.count_division(shards, SHARE, by="picture")
+        assert (counted.held_out, counted.train) == (len(keys_held), len(records) - len(keys_held))
+        pack.pack(tmp_path / name, tmp_path / "two" / name, hold_out=SHARE, workers=1)
+        assert sources(tmp_path / "two" / name, "held") - {f"{name}/2018/new"} == {
+            f"{name}/{picture}" for picture in held[name]
+        }
+    assert held["photos"] == held["on_white"]
+    assert 5 <= len(held["photos"]) <= 20
+
+
+@pytest.mark.parametrize(
+    ("record", "picture"),
+    [
+        ({"source": "photos/2019/a"}, "2019/a"),
+        ({"source": "captions_val2017.json/0001.jpg"}, "0001"),
+        ({"source": "photos/a.v2"}, "a.v2"),
+        ({"source": "flickr"}, None),
+        ({"source": "https://host/a.jpg"}, None),
+        ({"source": "photos/"}, None),
+        ({"source": ["photos/a"]}, None),
+        ({}, None),
+    ],
+)
+def test_the_path_of_a_picture_in_its_collection(record, picture):
+    assert samples.picture_of(record) == picture
+    sides = [
+        samples.is_held_out(
+            {"__shard__": shard, "__key__": "a", "json": json.dumps(record).encode()}, 0.5, by
+        )
+        for by in ("picture", "shard", None)
+        for shard in map(str, range(20))
+    ]
+    assert sides[20:40] == sides[40:]
+    assert len({*sides[:20]}) == (2 if picture is None else 1)
+    grouped = {"__shard__": "a", "__key__": "a", "json": json.dumps(record | {"group": 3}).encode()}
+    assert len({samples.is_held_out(dict(grouped), 0.5, by) for by in ("picture", "shard")}) == 1
+
+
+def test_what_another_run_has_trained_on_is_counted(tmp_path, monkeypatch):
+    folder_of(tmp_path / "photos", SOURCES)
+    folder_of(tmp_path / "on_white", ["2018/new", *SOURCES])
+
+    def division(shards, share, by=None):
+        return {"shards": shards, "hold_out": share, "hold_out_by": by, "sidecars": []}
+
+    photos, on_white = (
+        pack.pack(tmp_path / name, tmp_path / "out" / name, workers=1, progress=False)
+        for name in ("photos", "on_white")
+    )
+    first = division(photos, SHARE, "picture")
+    held = data.count_division(photos, SHARE, by="picture").held_out
+    assert overlap(first, division(on_white, SHARE, "picture")) == (held, 0)
+    assert overlap(first, division(on_white, 0.5, "picture")) == (held, 0)
+    assert overlap(first, division(on_white, 0)) == (held, held)
+    count, trained = overlap(first, division(on_white, SHARE))
+    assert (count, 0 < trained < held) == (held, True)
+    smaller = data.count_division(photos, 0.1, by="picture").held_out
+    assert overlap(first, division(on_white, 0.1, "picture")) == (held, held - smaller)
+
+    # not packed: by key and first caption
+    texts = [(f"{i:02}", {"png": png(), "txt": f"{i}".encode()}) for i in range(40)]
+    mine, copy = (write(tmp_path / f"{name}.tar", texts) for name in ("a", "b"))
+    other = write(tmp_path / "c.tar", [(key, files | {"txt": b"x"}) for key, files in texts])
+    held = len(held_of(mine)[0])
+    assert overlap(division(mine, SHARE), division(copy, 0)) == (held, held)
+    assert overlap(division(mine, SHARE), division(other, 0)) == (held, 0)
+    assert overlap(division(mine, SHARE), division(f"pipe:cat {copy}", 0)) is None
+    monkeypatch.setattr("simplclip.data.overlap.MOST_BYTES", 1000)
+    assert overlap(division(mine, SHARE), division(copy, 0)) is None
+    assert overlap(division(mine, SHARE), division(mine, SHARE)) == (0, 0), "nothing is read"
 
 
 def folder_of(path, names):

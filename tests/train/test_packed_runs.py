@@ -7,7 +7,13 @@ import shutil
 
 import pytest
 
+from simplclip import data
+from simplclip.commands.evaluate import trained_on
 from simplclip.common.errors import InputError
+from simplclip.data.read_tars import read_texts
+from simplclip.data.samples import is_held_out, record_of
+from simplclip.models.trained import read_checkpoint
+from simplclip.train import checkpoint
 from simplclip.train.config import ConfigError, load
 from support.data.pairs import table
 from support.programs import call
@@ -90,6 +96,59 @@ def test_resuming_with_another_source_packs_nothing(tmp_path):
     assert sorted((tmp_path / "run").rglob("*")) == before
     shutil.rmtree(tmp_path / "run" / "shards")  # which packing makes again
     go(tiny.settings(tmp_path, f"data.train={photos}", "run.steps=2"), resume=True)
+
+
+def held_pictures(run):
+    """Returns the sources of the samples that a run holds out."""
+    division = load(run / "config.yaml").divided
+    return {
+        record_of(sample)["source"]
+        for source in data.sources_of(division["shards"])
+        for sample in read_texts(source)
+        if is_held_out(sample, division["hold_out"], division["hold_out_by"])
+    }
+
+
+@pytest.mark.slow
+def test_a_run_holds_out_as_it_began(tmp_path, monkeypatch):
+    """Runs that began before eval.hold_out_by hold out by the shard, also after packing again; new
+    ones by the picture. `evaluate` warns of a run that has trained on what another holds out.
+    """
+    photos, old, new = picture_folder(tmp_path / "photos"), tmp_path / "old", tmp_path / "new"
+    changes = [f"data.train={photos}", "eval.hold_out=0.4"]
+    earlier = [*changes, f"run.out={old}"]
+    go(tiny.settings(tmp_path, *earlier, "eval.hold_out_by=shard", "run.steps=1"))
+    state = read_checkpoint(old / "last.pt")
+    assert state["config"]["eval"].pop("hold_out_by") == "shard"
+    checkpoint.save(old, state)
+    text = (old / "config.yaml").read_text()
+    assert "  hold_out_by: shard\n" in text
+    (old / "config.yaml").write_text(text.replace("  hold_out_by: shard\n", ""))
+    held = held_pictures(old)
+    shutil.rmtree(old / "shards")
+    go(tiny.settings(tmp_path, *earlier, "run.steps=2"), resume=True)
+    assert held_pictures(old) == held
+    assert load(old / "config.yaml").eval.hold_out_by is None
+    with pytest.raises(ConfigError, match="eval.hold_out_by was None, now 'picture'"):
+        go(tiny.settings(tmp_path, *earlier, "eval.hold_out_by=picture"), resume=True)
+
+    go(tiny.settings(tmp_path, *changes, f"run.out={new}", "run.steps=1"))
+    assert load(new / "config.yaml").eval.hold_out_by == "picture"
+    go(tiny.settings(tmp_path, *changes, f"run.out={new}", "run.steps=2"), resume=True)
+    trained = held_pictures(new) - held
+    assert 0 < len(trained) < len(held_pictures(new))
+    warning = (
+        f"warning: {old} has trained on {len(trained)} of the {len(held_pictures(new))} images "
+        f"that {new} holds out, by their names: its figures on held_out are too high"
+    )
+    monkeypatch.setattr("simplclip.evaluation.run._draw", lambda *_: None)  # takes long
+    printed = call("evaluate", new, old, "--device", "cpu", "--workers", 0).output
+    assert printed.startswith(warning)
+    assert not [*trained_on([str(new), str(new / "last.pt"), "open_clip:ViT-B-32/none"])]
+    shutil.rmtree(old / "shards")
+    unknown = f"warning: {old} may have trained on images that {new} holds out; its training data"
+    (line,) = trained_on([str(new), str(old)])
+    assert line.startswith(unknown)
 
 
 @pytest.mark.slow
