@@ -14,6 +14,7 @@ import re
 import warnings
 from collections.abc import Callable
 
+import PIL
 from PIL import (
     BmpImagePlugin,
     ExifTags,
@@ -43,6 +44,8 @@ _PLUGINS: dict[bytes, Callable[[io.BytesIO], Image.Image]] = {
 }
 # modes that become another one; Pillow converts La and RGBa to no RGB
 _DECODED_MODES = {"L": "RGB", "La": "LA", "RGBa": "RGBA"}
+if int(PIL.__version__.partition(".")[0]) < 11:  # which cannot resize these
+    _DECODED_MODES |= {"I;16": "I", "I;16B": "I"}
 _CONTAINER = b"ftyp"  # of AVIF and HEIC, after four bytes; the brand follows
 _AVIF_BRANDS = (b"avif", b"avis", b"mif1", b"msf1")
 with contextlib.suppress(ImportError):  # before Pillow 11.2
