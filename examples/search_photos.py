@@ -161,6 +161,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--picture", help="PNG with the hits")
     options = parser.parse_args(arguments)
+    for query in options.find:
+        if ("/" in query or is_image(Path(query))) and not os.path.isfile(query):
+            parser.error(f"--find: expected words or the path of a photo, got no file {query!r}")
 
     encoder = simplclip.load(options.model)
     print(f"weights: {weights_of(encoder)}")

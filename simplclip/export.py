@@ -11,6 +11,7 @@ A matrix that blocks share is stored under each of its names, so that every read
 weights strictly.
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -24,11 +25,21 @@ from safetensors.torch import save
 
 import simplclip
 from simplclip import models
-from simplclip.common.files import HOUR, identity, remove_leftovers, temporary_folder
+from simplclip.common.files import HOUR, identity, read_csv, remove_leftovers, temporary_folder
 from simplclip.evaluation.results import Results
+from simplclip.evaluation.retrieval import KS
 from simplclip.models.registry import configuration
-from simplclip.models.sources import EXPORT, EXPORTED_WEIGHTS, about_best, check_export, in_run
+from simplclip.models.sources import (
+    CARD,
+    EXPORT,
+    EXPORTED_WEIGHTS,
+    about_best,
+    check_export,
+    in_run,
+)
 from simplclip.models.trained import load_model, model_options
+
+RANKS = tuple(f"R@{k}" for k in KS)
 
 
 def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict[str, Any]:
@@ -44,7 +55,7 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
     (name -> bytes and sha256 of the weights).
 
     Raises: FileNotFoundError, CheckpointError (not a checkpoint, or of another architecture),
-    FileExistsError (`out` has an export), OSError (the disk is full).
+    FileExistsError (`out` has an export or other files), OSError (the disk is full).
     """
     out = Path(out)
     check_export(out, force)
@@ -78,11 +89,11 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
         (work / EXPORTED_WEIGHTS).write_bytes(save(tensors, metadata))
         length = about["model_cfg"]["text_cfg"]["context_length"]
         write_preprocessing(work, model, models.tokenizer(name, length))
-        if (out / "README.md").exists():
-            print(f"kept {out / 'README.md'}, a model card of before")
+        if (out / CARD).exists():
+            print(f"kept {out / CARD}, a model card of before")
         else:
             lines = loading(out, needs_simplclip="simplclip" in about["model_cfg"])
-            (work / "README.md").write_text(card(model, state, Path(file), lines), "utf-8")
+            (work / CARD).write_text(card(model, state, Path(file), lines), "utf-8")
         summary["files"] = {EXPORTED_WEIGHTS: identity(work / EXPORTED_WEIGHTS)}
         (work / EXPORT).write_text(json.dumps(summary, indent=2) + "\n")
         for path in work.iterdir():
@@ -90,7 +101,9 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
                 os.fsync(file.fileno())
         out.mkdir(parents=True, exist_ok=True)
         (out / EXPORT).unlink(missing_ok=True)
-        written = sorted((path.name for path in work.iterdir()), key=EXPORT.__eq__)
+        order = (EXPORTED_WEIGHTS, EXPORT)  # the first and the last, see `check_export`
+        names = {path.name for path in work.iterdir()}
+        written = [order[0], *sorted(names.difference(order)), order[1]]
         for name in written:  # nothing is printed between, since a closed pipe would end it
             os.replace(work / name, out / name)
 
@@ -122,34 +135,34 @@ def card(model: Any, state: dict[str, Any], file: Path, lines: str) -> str:
     """Returns a model card in Markdown; writes nothing.
 
     model: of it the parameters are counted. state: the checkpoint's content, as `load_model`
-    returns it. file: the checkpoint, whose evaluation.json, if it is of this step, has the figures.
-    lines: that load the export.
+    returns it. file: the checkpoint, beside which an evaluation.json of this step, or else the
+    run's evaluation.csv, has the figures. lines: that load the export.
     """
     config = state["config"]
-    text = CARD.format(
+    text = TEMPLATE.format(
         name=config["model"]["name"],
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         images=f"{state['images']:,} images, " if state.get("images") else "",
         step=state["step"],
         size=config["data"]["batch_size"],
     )
-    try:
-        rows = _figures(file, state["step"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        rows = []
+    rows = []
+    for figures in (_evaluated_figures, _figures_in_training):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            rows = rows or figures(file, state["step"])
     if rows:
         table = [
-            "| data | direction | R@1 (chance) | R@5 (chance) | R@10 (chance) |",
-            "|---|---|--:|--:|--:|",
+            f"| data | direction | {' | '.join(f'{name} (chance)' for name in RANKS)} |",
+            f"|---|---|{'--:|' * len(RANKS)}",
             *rows,
         ]
     else:
-        table = ["`simplclip evaluate` had not been run before the export."]
+        table = ["The weights had not been evaluated before the export."]
     return "\n".join([text, *table, "", "## Use", "", lines, ""])
 
 
-def _figures(file: Path, step: int) -> list[str]:
-    """Returns the rows of the card's table of retrieval figures, in Markdown, one a direction.
+def _evaluated_figures(file: Path, step: int) -> list[str]:
+    """Returns the rows of the card's table that `simplclip evaluate` found, one a direction.
 
     file: a checkpoint, or its folder, beside or in which evaluation.json lies. The list is empty if
     its first result is of another step or checkpoint. Raises OSError, ValueError, LookupError,
@@ -165,13 +178,34 @@ def _figures(file: Path, step: int) -> list[str]:
         if split.retrieval is None:
             continue
         for direction, figures in split.retrieval.directions.items():
-            cells = [name, direction.replace("_", " ")]
-            cells += [f"{figure.value:.1%} ({figure.chance:.1%})" for figure in figures.values()]
-            rows.append(f"| {' | '.join(cells)} |")
+            shares = [(figure.value, figure.chance) for figure in figures.values()]
+            rows.append(_table_row(name, direction, shares))
     return rows
 
 
-CARD = """---
+def _figures_in_training(file: Path, step: int) -> list[str]:
+    """Returns the rows of the card's table that a run found at a step, one a direction.
+
+    file: a checkpoint, or its folder, beside or in which evaluation.csv lies; without one, []. The
+    errors are those of `_evaluated_figures`.
+    """
+    folder = file if file.is_dir() else file.parent
+    rows = []
+    for row in read_csv(folder / "evaluation.csv"):
+        if int(row["step"]) == step:
+            shares = [(float(row[name]), float(row[f"chance {name}"])) for name in RANKS]
+            rows.append(_table_row(row["split"], row["direction"], shares))
+    return rows
+
+
+def _table_row(split: str, direction: str, shares: list[tuple[float, float]]) -> str:
+    """Returns a row in Markdown. shares: value and chance of R@k for each k."""
+    cells = [split, direction.replace("_", " ")]
+    cells += [f"{value:.1%} ({chance:.1%})" for value, chance in shares]
+    return f"| {' | '.join(cells)} |"
+
+
+TEMPLATE = """---
 library_name: open_clip
 pipeline_tag: zero-shot-image-classification
 # license: to be chosen by you, who know the licences of the pictures and of the weights that the

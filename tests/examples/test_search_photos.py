@@ -115,6 +115,14 @@ def test_only_new_and_changed_photos_are_encoded_and_another_model_encodes_all(
         search.main([str(tmp_path / "empty"), "--model", model, "--find", "a ring"])
 
 
+@pytest.mark.parametrize("query", ["nix.jpg", "NIX.TIFF", "photos/beach"])
+def test_a_path_of_no_photo_is_not_searched_as_words(tmp_path, capsys, query):
+    with pytest.raises(SystemExit):
+        search.main([str(tmp_path), "--model", "none", "--find", "a dot. a car", query])
+    message = f"expected words or the path of a photo, got no file {query!r}"
+    assert message in capsys.readouterr().err
+
+
 def test_names_that_are_not_utf8_long_queries_and_a_folder_that_cannot_be_written(
     photos, model, tmp_path, monkeypatch, capsys
 ):

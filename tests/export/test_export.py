@@ -25,7 +25,7 @@ from simplclip import export, models
 from simplclip.evaluation import Figure, ModelResult, Results, Retrieval, SplitResult
 from simplclip.integrations.open_clip import register_models
 from simplclip.models.trained import CheckpointError, read_checkpoint
-from support.data.pairs import digests
+from support.data.pairs import digests, table
 from support.models.exported_models import HF, TIMM, VIT
 from support.programs import call, forked, one_line
 from support.train.runs import save_run
@@ -172,9 +172,22 @@ def test_the_model_card_has_counts_figures_and_the_lines_that_load_it(tiny, tmp_
         (out / "README.md").unlink()
         export.run(run, out, force=True)
         assert (
-            "`simplclip evaluate` had not been run before the export."
+            "The weights had not been evaluated before the export."
             in (out / "README.md").read_text()
         )
+    # what the run itself found at this step
+    columns = ["step", "split", "direction", "R@1", "R@5", "R@10", "loss"]
+    columns += ["chance R@1", "chance R@5", "chance R@10"]
+    found = [
+        [6, "held_out", "image_to_text", 0.1, 0.1, 0.1, 1.0, 0.1, 0.1, 0.1],
+        [7, "held_out", "text_to_image", 0.25, 0.5, 0.75, 1.0, 0.01, 0.05, 0.1],
+    ]
+    table(run / "evaluation.csv", found, columns)
+    (out / "README.md").unlink()
+    export.run(run, out, force=True)
+    text = (out / "README.md").read_text()
+    assert "| held_out | text to image | 25.0% (1.0%) | 50.0% (5.0%) | 75.0% (10.0%) |" in text
+    assert "image to text" not in text
 
 
 def test_a_run_of_other_pixels_keeps_them(tmp_path):
@@ -254,19 +267,45 @@ def test_an_export_is_kept_unless_forced(tiny, tmp_path, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr(export.os, "replace", replace)
-    (out / "notes.txt").write_text("mine")
+    (out / ".gitattributes").write_text("")
     export.run(tiny.run, out)
+    (out / "notes.txt").write_text("mine")
     with pytest.raises(
         FileExistsError, match="expected a folder without an export, got .*; --force"
     ):
         export.run(tiny.run, out)
     (out / WEIGHTS).write_text("damaged")
     export.run(tiny.run, out, force=True)
-    assert {p.name for p in out.iterdir()} == {"notes.txt", "export.json", CONFIG, WEIGHTS, *ABOUT}
+    assert {p.name for p in out.iterdir()} == {
+        "notes.txt",
+        ".gitattributes",
+        "export.json",
+        CONFIG,
+        WEIGHTS,
+        *ABOUT,
+    }
     assert_same(tiny.model, simplclip.load(out, device="cpu").model)
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="expected a folder"):
         export.run(tiny.run, tmp_path / "file", force=True)
+
+
+@pytest.mark.slow
+def test_no_export_is_written_into_a_folder_of_other_files(tiny, tmp_path):
+    (tmp_path / "README.md").write_text("my card")
+    (tmp_path / "a.jpg").write_bytes(b"")
+    for options in ((), ("--force",)):
+        line = one_line("export", tiny.run, "--out", tmp_path, *options)
+        assert "out: expected an empty folder, or one with an export, got" in line
+        assert line.endswith("with 'a.jpg'")
+    assert len([*tmp_path.iterdir()]) == 2
+    (tmp_path / "a.jpg").unlink()
+    export.run(tiny.run, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "my card"
+    (tmp_path / "export.json").unlink()  # as if it had been interrupted
+    assert "--force replaces the export" in one_line("export", tiny.run, "--out", tmp_path)
+    export.run(tiny.run, tmp_path, force=True)
+    assert simplclip.load(tmp_path).step == 7
 
 
 @pytest.mark.slow
