@@ -27,24 +27,24 @@ from setuptools import find_packages, setup
 
 
 def find_toolkit() -> None:
-    """Sets CUDA_HOME to the folder that nvcc reports as TOP, since the folder of a wrapper or a
-    link has no libraries.
+    """Sets CUDA_HOME to the folder of PyPI's nvidia-cuda-nvcc, which lies beside torch.
 
-    Without an nvcc on the path, to that of PyPI's nvidia-cuda-nvcc, which lies beside torch.
+    Without one, to the folder that the path's nvcc reports as TOP, since the folder of a wrapper or
+    a link has no libraries.
     """
     nvcc = shutil.which("nvcc")
     packaged = sorted(Path(torch.__file__).parents[1].glob("nvidia/cu*/bin/nvcc"))
     if os.environ.get("CUDA_HOME"):
         return
-    if nvcc:
+    if packaged:  # in a version that was chosen for torch's
+        os.environ["CUDA_HOME"] = str(packaged[-1].parents[1])
+    elif nvcc:
         text = subprocess.run(
             [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True
         ).stderr
         top = re.search(r"^#\$ TOP=(.+)$", text, re.MULTILINE)
         if top:
             os.environ["CUDA_HOME"] = os.path.realpath(top[1].strip())
-    elif packaged:
-        os.environ["CUDA_HOME"] = str(packaged[-1].parents[1])
 
 
 find_toolkit()

@@ -103,7 +103,7 @@ def test_a_build_takes_the_architectures_of_this_machines_gpus(setup, monkeypatc
     assert architectures() == ("8.6;9.0", "the GPUs of this machine")
 
 
-def test_a_build_takes_nvcc_of_pypi_where_the_path_has_none(setup, monkeypatch, tmp_path):
+def test_a_build_takes_nvcc_of_pypi_before_that_of_the_path(setup, monkeypatch, tmp_path):
     """nvidia-cuda-nvcc lies beside torch.
 
     It has no libcudart.so, which the linker asks for, but libcudart.so.13.
@@ -116,7 +116,10 @@ def test_a_build_takes_nvcc_of_pypi_where_the_path_has_none(setup, monkeypatch, 
     monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(toolkit))
     monkeypatch.chdir(tmp_path)
-    with mock.patch.dict(os.environ, {"PATH": str(tmp_path)}):
+    old = tmp_path / "nvcc"
+    old.write_text(f"#!/bin/sh\necho '#$ TOP={tmp_path}' >&2\n")
+    old.chmod(0o755)
+    with mock.patch.dict(os.environ, {"PATH": f"{tmp_path}:/bin"}):
         os.environ.pop("CUDA_HOME", None)
         names["find_toolkit"]()
         assert os.environ["CUDA_HOME"] == str(toolkit)

@@ -74,7 +74,7 @@ def commands() -> list:
     for name in FILES:
         for first, _, text in blocks(name, "sh"):
             joined = re.sub(r"\\\n\s*", lambda match: " " * len(match[0]), text)
-            for line in joined.splitlines():
+            for line in re.split(r"\n| && ", joined):
                 if words := shlex.split(line, comments=True):
                     params.append(
                         pytest.param(name, words, id=f"{name}:{first} {' '.join(words)[:60]}")
@@ -184,7 +184,7 @@ def check_command(words: list[str]) -> None:
         parsed = get_args_parser().parse_args(arguments)
         assert parsed.module
         program, arguments = parsed.training_script, parsed.training_script_args
-    if program == "python" and arguments[0] == "-m":
+    if program in ("python", "python3") and arguments[0] == "-m":
         program, arguments = arguments[1], arguments[2:]
     checks = {
         "make": check_make,
@@ -198,7 +198,7 @@ def check_command(words: list[str]) -> None:
     if program.startswith("benchmarks."):
         path = ROOT / program.replace(".", "/")
         check_script(path if path.is_dir() else path.with_suffix(".py"), arguments)
-    elif program not in ("sudo", "git", "cd", "tar", "pre-commit"):
+    elif program not in ("sudo", "git", "cd", "tar", "pre-commit", "venv", "."):
         assert program in checks, f"{program}: expected one of {sorted(checks)}"
         checks[program](arguments)
 
@@ -279,10 +279,9 @@ def check_pip(arguments: list[str]) -> None:
         if extras := re.fullmatch(r"(?:\.|simplclip)(?:\[([\w,]+)\])?", argument):
             for extra in extras[1].split(",") if extras[1] else ():
                 assert re.search(rf"^{extra} = \[", PYPROJECT, re.MULTILINE), extra
-        else:
-            assert argument in ("-e", "--no-build-isolation") or f'"{argument}"' in PYPROJECT, (
-                argument
-            )
+        elif argument not in ("-e", "--no-build-isolation", "--no-deps"):
+            known = PYPROJECT + MAKEFILE.replace("$$($1/python", "$(python")
+            assert f'"{argument}"' in known, argument
 
 
 @pytest.mark.slow
