@@ -103,6 +103,8 @@ class ShapedAttention(nn.Module):
 
     def _check(self, x: Tensor) -> None:
         """Raises ValueError unless x is a tensor [B, L, width]; the ops check everything else."""
+        if isinstance(x, Tensor):
+            checks.check_dense("x", x)
         if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[-1] != self.width:
             got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"x: expected [B, L, {self.width}], got {got}")
@@ -254,6 +256,7 @@ def neighbour_groups(count: int, size: int = 2) -> list[list[int]]:
 
     count: the number of blocks, whose indices are grouped.
     """
+    check_count("count", count, 0)
     check_count("size", size, 1)
     return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
 
@@ -306,7 +309,10 @@ def share_weights(
             or in the kind of a norm that they share.
     """
     checks.check_choice("what", what, SHARED_PARTS)
-    groups = [list(group) for group in groups]
+    checks.check_boolean("norms_and_gains", norms_and_gains)
+    for block in checks.sequence("blocks", blocks):
+        checks.check_instance("blocks", block, ShapedAttention, "SimplifiedBlocks")
+    groups = checks.groups("groups", groups)
     every = [index for group in groups for index in group]
     names: list[str] = []
     equal: list[str] = []

@@ -44,6 +44,15 @@ def checked_width(name: str, value: int | None) -> int | None:
     return value
 
 
+def check_known(loss: str, unknown: Mapping[str, Any]) -> None:
+    """Raises TypeError for arguments that a loss, by its name, does not have."""
+    if unknown:
+        raise TypeError(
+            f"{loss}: expected arguments that help({loss}) lists, got {', '.join(unknown)}; "
+            "docs/recipes.md has label smoothing, several positives and others"
+        )
+
+
 @dataclass(frozen=True)
 class Teacher:
     """A teacher's features of the pairs, and its scale, which only the relational term needs."""
@@ -104,18 +113,16 @@ class DistributedLoss(nn.Module):
     ) -> None:
         """Stores the modes, see the class. The process group is looked up at the first call only.
 
-        Raises TypeError for an unknown argument, ValueError if rank is not below world_size, or for
-        use_horovod with several ranks.
+        Raises TypeError for an unknown argument or a flag that is no bool, ValueError if rank is
+        not below world_size, or for use_horovod with several ranks.
         """
         # not super().__init__: a subclass may also inherit from open_clip's loss
         nn.Module.__init__(self)
-        if unknown:
-            name = type(self).__name__
-            recipes = "docs/recipes.md has label smoothing, several positives and others"
-            raise TypeError(
-                f"{name}: expected arguments that help({name}) lists, got {', '.join(unknown)}; "
-                f"{recipes}"
-            )
+        check_known(type(self).__name__, unknown)
+        checks.check_boolean("local_loss", local_loss)
+        checks.check_boolean("gather_with_grad", gather_with_grad)
+        checks.check_boolean("cache_labels", cache_labels)
+        checks.check_boolean("use_horovod", use_horovod)
         check_count("rank", rank, 0)
         check_count("world_size", world_size, 0)
         if rank >= max(1, world_size):
@@ -295,6 +302,7 @@ class SimilarityLoss(DistributedLoss):
         which the last three names need. The values of the dict are weighted. A collective call if
         world_size > 1. Raises ValueError for no weights, and for a name or value that is not valid.
         """
+        checks.check_instance("weights", weights, Mapping, "a mapping of terms to numbers")
         if not weights:
             raise ValueError("weights: expected a weight of at least one term, got none")
         names = tuple(weights)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from simplclip.common.errors import check_count
+from simplclip.losses.base import check_known
 from simplclip.losses.clip import PairLoss
 from simplclip.ops import checks
 
@@ -124,6 +125,7 @@ class CoCaLoss(ClipLoss, open_clip_loss.CoCaLoss):
         equal to pad_id do not count in the caption loss, the mean over the others. With
         clip_loss_weight=0 the contrastive loss is a constant, the integer 0.
         """
+        _check_caption(logits, labels)
         contrastive: Any = torch.tensor(0, device=logits.device)
         if self.clip_loss_weight:
             value: Any = super().forward(image_features, text_features, logit_scale)
@@ -132,6 +134,22 @@ class CoCaLoss(ClipLoss, open_clip_loss.CoCaLoss):
         if output_dict:
             return {"contrastive_loss": contrastive, "caption_loss": caption}
         return contrastive, caption
+
+
+def _check_caption(logits: Any, labels: Any) -> None:
+    """Raises TypeError or ValueError unless logits are [N, L, V], and labels [N, L] int64."""
+    checks.check_floating("logits", logits, "[N, L, V]")
+    if logits.dim() != 3:
+        got = checks.shape_of(logits)
+        raise ValueError(f"logits: expected a tensor [N, L, V], got shape {got}")
+    checks.check_instance("labels", labels, Tensor, "an int64 tensor [N, L]")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels: expected int64, got {labels.dtype}")
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(
+            f"labels: expected a label for each token of logits {checks.shape_of(logits)}, got "
+            f"shape {checks.shape_of(labels)}"
+        )
 
 
 class SigLipLoss(DropIn, open_clip_loss.SigLipLoss):
@@ -176,8 +194,9 @@ class SigLipLoss(DropIn, open_clip_loss.SigLipLoss):
         None), "shift", "reduce" or "gather", which has no effect, like cache_labels and chunk_size.
         Other arguments, and errors, as in `SimilarityLoss`.
         """
+        check_known(type(self).__name__, unknown)
         modes = True, True, cache_labels, rank, world_size
-        super().__init__(*modes, pm_weight=pm_weight, plane=plane, embed_dim=embed_dim, **unknown)
+        super().__init__(*modes, pm_weight=pm_weight, plane=plane, embed_dim=embed_dim)
         self.dist_impl = dist_impl or "bidir"
         checks.check_choice("dist_impl", self.dist_impl, DIST_IMPLS)
         check_count("chunk_size", chunk_size, 0)

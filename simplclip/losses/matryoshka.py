@@ -26,7 +26,8 @@ class MatryoshkaLoss(nn.Module):
     loss: any module whose first arguments are image and text features [N, D]; each term that it
     returns is summed. A hadamard plane and projections have the width D; a prefix uses their first
     columns. widths: ascending. weights: 0 or more, by default 1. What the loss does, also exchange
-    between ranks and CoCaLoss's caption, is done once for each width.
+    between ranks, is done once for each width. A term that reads no features, as CoCaLoss's
+    caption, is summed over the widths too: its weight to the other terms is that without prefixes.
 
     Source: Kusupati et al. 2022 (arXiv 2205.13147). memeff's MatryoshkaLoss has the same
     definition.
@@ -44,9 +45,12 @@ class MatryoshkaLoss(nn.Module):
         """
         super().__init__()
         checks.check_instance("loss", loss, nn.Module, "an nn.Module")
-        self.loss, self.widths = loss, tuple(widths)
-        self.weights = (1.0,) * len(self.widths) if weights is None else tuple(weights)
+        self.loss = loss
+        self.widths = tuple(checks.sequence("widths", widths, "ascending integers above 0"))
         _check_widths(self.widths)
+        if weights is None:
+            weights = (1.0,) * len(self.widths)
+        self.weights = tuple(checks.sequence("weights", weights, "a number for each width"))
         total = sum(checked_weight("weights", weight) for weight in self.weights)
         count = len(self.widths)
         if total == 0 or len(self.weights) != count:
@@ -67,6 +71,8 @@ class MatryoshkaLoss(nn.Module):
         args, kwargs: its other arguments. Each width with a weight above 0 calls the wrapped loss
         once. Raises ValueError if the features are narrower than the largest width.
         """
+        checks.check_features("image_features", image_features, "[N, D]")
+        checks.check_features("text_features", text_features, "[N, D]")
         if image_features.shape[-1] < self.widths[-1]:
             raise ValueError(
                 f"widths: expected at most the features' width, {image_features.shape[-1]}, got "

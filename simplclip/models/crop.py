@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from simplclip.common.errors import InputError, check_count
 from simplclip.models.blocks import is_causal_mask
+from simplclip.ops import checks
 from simplclip.ops.modes import has_values
 
 GROUP_TOKENS = 512  # cost of one more call of the tower, in tokens: launches, and small products
@@ -78,6 +79,7 @@ class TextCrop:
         args, options: further arguments of `encode_text`, e.g. normalize. While torch exports,
         texts are not cropped.
         """
+        checks.check_instance("text", text, Tensor, "token ids [N, L], made by a tokenizer")
         if torch.compiler.is_exporting():
             return self._encode(text, args, options)
         return self._cropped(text, args, options)
@@ -178,6 +180,8 @@ def _why_not(model: Any) -> str:
     """Returns why a model's texts cannot be cropped, the end of an error, or an empty string."""
     if not hasattr(model, "encode_text") or not hasattr(model, "visual"):
         return type(model).__name__
+    if hasattr(model, "_orig_mod"):
+        return "one that torch.compile made: crop the texts of the model, then compile it"
     if hasattr(model, "text_decoder"):
         return f"{type(model).__name__}, whose decoder reads the features of all tokens"
     if any(isinstance(vars(model).get(name), TextCrop) for name in ("encode_text", "_encode_text")):

@@ -76,12 +76,16 @@ def inherit(
     )
     if not sources:
         raise InputError("source: expected at least one, got an empty list")
+    expected = "a pattern, or a sequence of patterns"
+    patterns = [train] if isinstance(train, str) else checks.sequence("train", train, expected)
+    for pattern in patterns:
+        checks.check_instance("train", pattern, str, expected)
     transfer = Transfer(model)
     loaded = [state_of(each, model) for each in sources]
     for label, state in loaded:
         transfer.take(state, label)
     transfer.drop_half_tied()
-    for pattern in [train] if isinstance(train, str) else train:
+    for pattern in patterns:
         matching = [
             unit for unit, names in transfer.units.items() if _matches(pattern, unit, names)
         ]
@@ -157,12 +161,19 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
     gradient, and modules stay in eval mode even after `train()`. Raises InputError for a name that
     the model does not have, and then leaves the model unchanged.
     """
+    names = checks.sequence("names", names, "names of modules or parameters")
     try:
         parts: list[Any] = [attrgetter(name)(model) if name else model for name in names]
     except (AttributeError, TypeError) as error:
         raise InputError(
             f"names: expected modules or parameters of the model, got others: {error}"
         ) from None
+    for name, part in zip(names, parts):
+        if not isinstance(part, nn.Module | Tensor):
+            kind = type(part).__name__
+            raise InputError(
+                f"names: expected modules or parameters of the model, got {name!r}, a {kind}"
+            )
     for part in parts:
         part.requires_grad_(False)
         for module in part.modules() if isinstance(part, nn.Module) else ():

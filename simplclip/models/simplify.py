@@ -98,6 +98,10 @@ def simplify(
     not know a block.
     """
     checks.check_instance("model", model, nn.Module, "an nn.Module")
+    towers = checks.sequence("towers", towers, 'a sequence, e.g. ("text", "image")')
+    if not towers:
+        raise InputError("towers: expected at least one, got none")
+    checks.check_boolean("mask_padding", mask_padding)
     checks.check_instance("blocks", blocks, Mapping | None, "a mapping of towers to indices")
     checks.check_instance(
         "share", share, Mapping | None, "a mapping of towers to groups of indices"
@@ -164,6 +168,8 @@ def _chosen(indices: Sequence[int] | None, count: int, tower: str) -> list[int]:
 
     tower: its name, for errors. Raises InputError if there is no index, or one out of range.
     """
+    if indices is not None:
+        indices = checks.indices("blocks", indices)
     chosen = sorted(range(count) if indices is None else indices)
     if not chosen or not {*chosen} <= {*range(count)}:
         raise InputError(
@@ -199,7 +205,7 @@ def groups_of(
     unknown = sorted({*parts} - {*SHARED_PARTS})
     if unknown:
         raise InputError(f"share: expected parts out of {SHARED_PARTS}, got {unknown}")
-    shared = {part: list(map(list, groups)) for part, groups in parts.items() if groups}
+    shared = {part: checks.groups("share", groups) for part, groups in parts.items() if groups}
     for part in ("attention", "mlp"):
         groups = shared.get(part, []) + shared.get("all", [])
         indices = [index for group in groups for index in group]

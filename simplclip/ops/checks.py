@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from operator import index
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -16,17 +17,32 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def shape_of(t: Any) -> str:
     """Returns the shape of a tensor as a text for errors, e.g. "[2, 3]"."""
+    if t.is_nested:
+        return "of a nested tensor"
     return f"[{', '.join(map(str, t.shape))}]"
 
 
+def is_dense(t: Tensor) -> bool:
+    """Whether a tensor has strides: sparse, nested and oneDNN's tensors have none."""
+    return t.layout is torch.strided and not t.is_nested
+
+
+def check_dense(name: str, t: Tensor) -> None:
+    """Raises TypeError unless a tensor has strides. name: of the argument, for the message."""
+    if not is_dense(t):
+        layout = "nested" if t.is_nested else str(t.layout).removeprefix("torch.").strip("_")
+        raise TypeError(f"{name}: expected a tensor with strides, got the layout {layout}")
+
+
 def check_floating(name: str, t: Any, letters: str = "") -> None:
-    """Raises TypeError unless t is a tensor of float32, bfloat16, float16 or float64.
+    """Raises TypeError unless t is a dense tensor of float32, bfloat16, float16 or float64.
 
     name: of the argument, for the message. letters: its shape there, e.g. "[N, D]".
     """
     if not isinstance(t, Tensor):
         expected = f"a tensor {letters}".rstrip()
         raise TypeError(f"{name}: expected {expected}, got {type(t).__name__}")
+    check_dense(name, t)
     if t.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
 
@@ -36,7 +52,7 @@ def check_features(name: str, t: Tensor, letters: str) -> None:
 
     name: of the argument, for the message. letters: its shape there, e.g. "[N, D]".
     """
-    if isinstance(t, Tensor) and t.dtype in FLOATS and t.dim() == 2 and t.numel():
+    if isinstance(t, Tensor) and t.dtype in FLOATS and t.dim() == 2 and is_dense(t) and t.numel():
         return
     if isinstance(t, Tensor) and t.dim() != 2:
         raise ValueError(f"{name}: expected a tensor {letters}, got shape {shape_of(t)}")
@@ -136,6 +152,30 @@ def check_instance(name: str, value: Any, kind: Any, expected: str) -> None:
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
 
 
+def sequence(name: str, value: Any, of: str = "a sequence") -> list:
+    """Returns the items of a list, tuple or other iterable, but not of a text.
+
+    Raises TypeError "NAME: expected OF, got ..." for another type.
+    """
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{name}: expected {of}, got {type(value).__name__}")
+    return list(value)
+
+
+def indices(name: str, value: Any, of: str = "indices, e.g. [0, 1]") -> list[int]:
+    """Returns integers, also numpy's, as a list. Raises TypeError as `sequence`."""
+    items = sequence(name, value, of)
+    for item in items:
+        check_instance(name, item, SupportsIndex, of)
+    return [index(item) for item in items]
+
+
+def groups(name: str, value: Any) -> list[list[int]]:
+    """Returns groups of indices as lists. Raises TypeError as `sequence`."""
+    of = "groups of indices, e.g. [[0, 1], [2, 3]]"
+    return [indices(name, group, of) for group in sequence(name, value, of)]
+
+
 def check_boolean(name: str, value: Any) -> None:
     """Raises TypeError unless the value is a bool. name: of the argument, for the message."""
     if not isinstance(value, bool):
@@ -175,9 +215,16 @@ def check_attention(
     """Raises TypeError or ValueError if one of these tensors of shaped_attention is not valid."""
     gains = (("alpha", alpha), ("beta", beta), ("gamma", gamma))
     for name, t in (("q", q), ("k", k), ("v", v), *gains):
-        if not isinstance(t, Tensor) or t.dtype not in FLOATS or t.device != q.device:
+        if (
+            not isinstance(t, Tensor)
+            or t.dtype not in FLOATS
+            or t.device != q.device
+            or t.layout is not torch.strided
+        ):
             check_floating(name, t)
             check_device(name, t, "q", q.device)
+    if q.is_nested:
+        check_dense("q", q)
     if q.dim() != 4:
         raise ValueError(f"q: expected a tensor [B, L, H, K], got shape {shape_of(q)}")
     if 0 in q.shape:
@@ -233,10 +280,12 @@ def check_mlp(
     weights = (("fc1_weight", fc1_weight), ("fc2_weight", fc2_weight))
     biases = (("fc1_bias", fc1_bias), ("fc2_bias", fc2_bias))
     for name, t in (("x", x), *weights, *biases):
-        if isinstance(t, Tensor) and t.dtype in FLOATS:
+        if isinstance(t, Tensor) and t.dtype in FLOATS and t.layout is torch.strided:
             continue
         if t is not None or not name.endswith("bias"):
             check_floating(name, t)
+    if x.is_nested:
+        check_dense("x", x)
     if x.dim() < 1 or 0 in x.shape:
         raise ValueError(
             f"x: expected [..., C] without an empty dimension, got shape {shape_of(x)}"
@@ -270,7 +319,7 @@ def check_block(x: Tensor, tensors: Mapping[str, Any], norm: str) -> None:
     """
     fc1_weight = tensors["fc1_weight"]
     are_tensors = isinstance(x, Tensor) and isinstance(fc1_weight, Tensor)
-    if not are_tensors or x.dim() != 3 or fc1_weight.dim() != 2:
+    if not are_tensors or x.is_nested or x.dim() != 3 or fc1_weight.dim() != 2:
         _check_mlp_of_block(x, tensors)
         raise ValueError(f"x: expected a tensor [B, L, C], got shape {shape_of(x)}")
     c = x.shape[2]
@@ -309,6 +358,7 @@ def check_block(x: Tensor, tensors: Mapping[str, Any], norm: str) -> None:
             isinstance(t, Tensor)
             and t.dtype in FLOATS
             and t.device == x.device
+            and t.layout is torch.strided
             and t.shape == shape
         ):
             continue

@@ -132,6 +132,12 @@ def test_terms_equal_the_definition(kind, options):
             {"fn": math.exp, "pm_weight": 1.0},
             "RowwiseLoss.* unexpected keyword argument 'pm_weight'",
         ),
+        (ClipPMLoss, {"local_loss": 0.5}, "local_loss: expected a bool, got float"),
+        (ClipLoss, {"gather_with_grad": "yes"}, "gather_with_grad: expected a bool, got str"),
+        (ClipLoss, {"cache_labels": 1}, "cache_labels: expected a bool, got int"),
+        (ClipLoss, {"use_horovod": "no"}, "use_horovod: expected a bool, got str"),
+        (SigLipLoss, {"local_loss": True}, "SigLipLoss: expected arguments .*, got local_loss; "),
+        (SigLipLoss, {"use_horovod": True}, "SigLipLoss: expected arguments .*, got use_horovod; "),
         (ClipLoss, {"rank": 3, "world_size": 2}, "rank: expected less than world_size = 2, got 3"),
         (ClipLoss, {"rank": 1}, "rank: expected less than world_size = 1, got 1"),
         (SigLipLoss, {"rank": -1}, "rank: expected an integer of at least 0, got -1"),
@@ -223,6 +229,41 @@ def test_features_that_do_not_fit_each_other(call):
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             call(*features, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, s: CoCaLoss(1.0, 1.0)(x, x, None, TOKENS[1], s), "logits: expected a tensor"),
+        (
+            lambda x, s: CoCaLoss(1.0, 1.0)(x, x, TOKENS[0][0], TOKENS[1], s),
+            r"logits: expected a tensor \[N, L, V\], got shape \[3, 5\]",
+        ),
+        (
+            lambda x, s: CoCaLoss(1.0, 1.0)(x, x, *TOKENS[:1], None, s),
+            r"labels: expected an int64 tensor \[N, L\], got NoneType",
+        ),
+        (
+            lambda x, s: CoCaLoss(1.0, 1.0)(x, x, TOKENS[0], TOKENS[1].float(), s),
+            "labels: expected int64, got torch.float32",
+        ),
+        (
+            lambda x, s: CoCaLoss(1.0, 1.0)(x, x, TOKENS[0], TOKENS[1][:, :2], s),
+            r"labels: .* of logits \[4, 3, 5\], got shape \[4, 2\]",
+        ),
+        (
+            lambda x, s: ClipLoss().terms(x, x, s, weights=[1.0]),
+            "weights: expected a mapping of terms to numbers, got list",
+        ),
+        (
+            lambda x, s: MatryoshkaLoss(ClipLoss(), (4,))(None, x, s),
+            r"image_features: expected a tensor \[N, D\], got NoneType",
+        ),
+    ],
+)
+def test_bad_calls(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(torch.randn(4, 8), 10.0)
 
 
 def test_a_loss_without_a_plane_or_a_process_group():

@@ -179,8 +179,10 @@ def test_a_width_of_weight_0_costs_nothing_and_features_after_the_last_get_no_gr
         ((4, 8), (1.0, -1.0), "weights: expected a weight of 0 or more, got -1.0"),
         ((4, 8), (0, 0), r"weights: expected 2, one above 0, got \(0, 0\)"),
         ((8, 17), None, r"widths: expected at most the features' width, 16, got \(8, 17\)"),
+        (4, None, "widths: expected ascending integers above 0, got int"),
+        ((4,), 1.0, "weights: expected a number for each width, got float"),
     ],
 )
 def test_bad_widths_and_weights(widths, weights, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         MatryoshkaLoss(ClipLoss(), widths, weights)(*batch())

@@ -131,7 +131,14 @@ def test_signal_and_gradient_keep_their_size_through_a_deep_skipless_stack():
             lambda: SimplifiedBlock(12, 3)(torch.zeros(2, 5, 12), torch.ones(1).long()),
             r"lengths: expected one per .*, \[2\]",
         ),
+        (lambda: SimplifiedBlock(12, 3)(torch.zeros(1, 5, 12).to_mkldnn()), "the layout mkldnn"),
+        (
+            lambda: SimplifiedBlock(12, 3)(torch.nested.nested_tensor([torch.zeros(5, 12)])),
+            "x: expected a tensor with strides, got the layout nested",
+        ),
         (lambda: neighbour_groups(4, 0), "size: expected an integer of at least 1, got 0"),
+        (lambda: neighbour_groups(-4), "count: expected an integer of at least 0, got -4"),
+        (lambda: share_weights([nn.Linear(2, 2)], [[0]]), "blocks: expected SimplifiedBlocks, got"),
     ],
 )
 def test_bad_arguments(call, words):
@@ -202,11 +209,13 @@ def test_attention_and_mlp_may_be_shared_among_different_groups(norms_and_gains)
         ("attention", [[0, 2]], "equal heads within group .0, 2., got .2, 4."),
         ("mlp", [[0, 2]], "equal act within group"),
         ("norms", [[0, 1]], "what: expected one of 'attention', 'mlp', 'all', got 'norms'"),
+        ("all", 0, "groups: expected groups of indices, e.g. .*, got int"),
+        ("all", [[0, "1"]], "groups: expected groups of indices, e.g. .*, got str"),
     ],
 )
 def test_share_weights_rejects(what, groups, words):
     blocks = [SimplifiedBlock(8, 2), SimplifiedBlock(8, 2, 2.0), SimplifiedBlock(8, 4, act="relu")]
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((TypeError, ValueError), match=words):
         share_weights(blocks, groups, what)
     assert blocks[0].qk is not blocks[1].qk
 

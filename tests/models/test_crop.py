@@ -187,6 +187,7 @@ def other_mask():
         (convolved, "every token sees every token"),
         (coca, "CoCa, whose decoder reads the features of all tokens"),
         (cropped_already, "cropped already"),
+        (lambda: torch.compile(model_of("CLIP")), "crop the texts of the model, then compile it"),
     ],
 )
 def test_towers_in_which_padding_counts_are_refused(make, reason):
@@ -228,6 +229,11 @@ def test_models_without_values():
 def test_bad_arguments(name):
     with pytest.raises(InputError, match=f"{name}: expected an integer of at least 1, got 0"):
         simplclip.crop_texts(model_of("CLIP"), **{name: 0})
+
+
+def test_words_are_not_token_ids():
+    with pytest.raises(TypeError, match=r"text: expected token ids \[N, L\], .*, got str"):
+        cropped_already().encode_text("a cat")
 
 
 def test_threads_do_not_see_each_others_lengths():

@@ -222,6 +222,10 @@ def test_freeze_brings_the_state_back_without_the_source():
         InputError, match="names: expected modules or parameters of the model, got others: .*'tail'"
     ):
         freeze(again, ["text.transformer", "visual.tail"])
+    with pytest.raises(InputError, match="names: expected modules .*, got 'train', a method"):
+        freeze(again, ["visual", "train"])
+    with pytest.raises(TypeError, match="names: expected names of modules or parameters, got str"):
+        freeze(again, "visual")
     assert [m.training for m in again.modules()] == flags
 
 
@@ -429,6 +433,9 @@ def test_sources_that_are_refused_leave_the_model_as_it_was(tmp_path):
         with pytest.raises(error, match=message) as caught:
             inherit(model, source)
         assert "\n" not in str(caught.value)
+    for train in (3, [3], None):
+        with pytest.raises(TypeError, match="train: expected a pattern, or a sequence of patterns"):
+            inherit(model, tiny(1), train=train)
     assert same(snapshot(model), old)
     assert all(p.requires_grad for p in model.parameters())
     assert all(module.training for module in model.modules())

@@ -149,6 +149,15 @@ def test_blocks_by_their_indices():
         ({"mlp_ratio": {"txt": 1.0}}, "mlp_ratio: expected names out of .*txt"),
         ({"blocks": [0]}, "blocks: expected a mapping of towers to indices, got list"),
         ({"share": [[0, 1]]}, "share: expected a mapping of towers to groups of indices, got list"),
+        ({"share": {"text": 2}}, "share: expected groups of indices, e.g. .*, got int"),
+        ({"share": {"text": {"mlp": [0]}}}, "share: expected groups of indices, e.g. .*, got int"),
+        ({"blocks": {"text": 0}}, "blocks: expected indices, e.g. .*, got int"),
+        ({"blocks": {"text": "01"}}, "blocks: expected indices, e.g. .*, got str"),
+        ({"blocks": {"text": [1.0]}}, "blocks: expected indices, e.g. .*, got float"),
+        ({"towers": None}, "towers: expected a sequence, .*, got NoneType"),
+        ({"towers": "text"}, "towers: expected a sequence, .*, got str"),
+        ({"towers": ()}, "towers: expected at least one, got none"),
+        ({"mask_padding": "yes"}, "mask_padding: expected a bool, got str"),
     ],
 )
 def test_an_error_leaves_the_model_as_it_was(options, message):

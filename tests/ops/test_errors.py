@@ -69,6 +69,10 @@ BAD = {
             "text: expected the dtype of image, torch.float32, got torch.bfloat16",
         ),
         (dict(image=GOOD.long()), "image: expected float32, .* got torch.int64"),
+        (
+            dict(ids=torch.arange(4).to_sparse()),
+            "ids: expected a tensor with strides, got the layout sparse_coo",
+        ),
         (dict(label_offset=0.5), "label_offset: expected an int, got float"),
         (dict(symmetric="x"), "symmetric: expected a bool, got str"),
         (dict(group="world"), "group: expected a process group, got str"),
@@ -217,6 +221,31 @@ BAD = {
 def test_bad_input_is_named(op, error, changes, message):
     with pytest.raises(error, match=message):
         getattr(ops, op)(**CALLS[op] | changes)
+
+
+LAYOUTS = {
+    "sparse_coo": torch.Tensor.to_sparse,
+    "sparse_csr": torch.Tensor.to_sparse_csr,
+    "mkldnn": torch.Tensor.to_mkldnn,
+    "nested": lambda t: torch.nested.as_nested_tensor([t[0], t[0]]),
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
+def test_tensors_without_strides(op, layout):
+    """Each tensor of a call is named; nested ones, which kernels cannot get, in the first place."""
+    call = CALLS[op] | (TEACHER if op == "similarity_loss" else {})
+    names = [name for name, t in call.items() if isinstance(t, torch.Tensor) and t.dim()]
+    for name in names[:1] if layout == "nested" else names:
+        try:
+            other = LAYOUTS[layout](call[name])
+        except (RuntimeError, IndexError):  # the layout has no such shapes
+            continue
+        message = f"{name}: expected a tensor with strides, got the layout {layout}"
+        with pytest.raises(TypeError, match=message):
+            getattr(ops, op)(**call | {name: other})
 
 
 @pytest.mark.parametrize(

@@ -185,10 +185,11 @@ def test_gradients_of_scale_and_plane_have_the_digits_of_float32(terms, backend)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("terms", [TERMS[:1], TERMS[1:2], TERMS[2:3], TERMS[1::-1]])
-def test_a_bias_that_changes_nothing_has_a_gradient_of_zero(terms, backend):
+@pytest.mark.parametrize("bias", [-10.0, torch.inf])
+def test_a_bias_that_changes_nothing_has_a_gradient_of_zero(bias, terms, backend):
     call = similarity_call(4, 4, terms=terms, plane="scalar")
     without = of_ones(call, backend)
-    call.tensors["logit_bias"] = torch.tensor(-10.0)
+    call.tensors["logit_bias"] = torch.tensor(bias)
     out = of_ones(call, backend)
     assert out.pop("d_logit_bias") == 0
     assert all(torch.equal(value, without[name]) for name, value in out.items())

@@ -192,6 +192,7 @@ def check_ids(name: str, ids: Tensor, count: int, letter: str, device: torch.dev
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
         got = getattr(ids, "dtype", type(ids).__name__)
         raise TypeError(f"{name}: expected an int64 or int32 tensor [{letter}], got {got}")
+    checks.check_dense(name, ids)
     if ids.dim() != 1 or ids.shape[0] != count:
         raise ValueError(
             f"{name}: expected shape [{letter}] = [{count}], got {checks.shape_of(ids)}"

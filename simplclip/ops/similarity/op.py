@@ -354,7 +354,7 @@ def similarity_loss(
     # a gradient of 0 instead of None, as DistributedDataParallel needs
     if bias is not None and "sigmoid" not in terms:
         last = next(reversed(out))
-        out[last] = out[last] + 0.0 * bias
+        out[last] = out[last] + bias.expand(0).sum()  # 0 of an infinite bias too
     return out
 
 
