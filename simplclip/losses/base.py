@@ -160,13 +160,17 @@ class DistributedLoss(nn.Module):
             raise RuntimeError(f"rank: expected this process's rank, {rank}, got {self.rank}")
         return torch.distributed.group.WORLD
 
-    def _check_and_scale_with_all_ranks(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    def _check_and_scale_with_all_ranks(
+        self, image: Tensor, text: Tensor, *others: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Returns image and text of this rank, with gradients scaled as in open_clip's mode.
 
         Without local_loss and gather_with_grad backward divides their gradients by world_size. A
-        collective call: it raises ValueError on every rank if shapes differ between ranks.
+        collective call: it raises ValueError on every rank if shapes or dtypes differ between
+        ranks. others: a teacher's image and text features, and ids, or None; they are checked too.
         """
-        self._shapes.check(image, text, self._group())
+        names = (*STUDENT, *TEACHER[:2], "ids")
+        self._shapes.check(dict(zip(names, (image, text, *others))), self._group())
         if self.local_loss or self.gather_with_grad:
             return image, text
         share = 1 / self.world_size
@@ -327,7 +331,11 @@ class SimilarityLoss(DistributedLoss):
         if self.embed_dim is not None:
             self._check_width(self.embed_dim, pairs.image, pairs.text)
         if self.world_size > 1:
-            image, text = self._check_and_scale_with_all_ranks(pairs.image, pairs.text)
+            teacher = pairs.teacher
+            dist = (None, None) if teacher is None else (teacher.image, teacher.text)
+            image, text = self._check_and_scale_with_all_ranks(
+                pairs.image, pairs.text, *dist, pairs.ids
+            )
             pairs = replace(pairs, image=image, text=text)
         image, text = pairs.image, pairs.text
         if text.shape != image.shape or text.dtype != image.dtype or text.device != image.device:
@@ -385,7 +393,7 @@ class SimilarityLoss(DistributedLoss):
             teacher_text = pairs.teacher.text
             compute = partial(compute, teacher_scale=pairs.teacher.scale)
         if self.world_size <= 1 or not self.local_loss or self.gather_with_grad:
-            group = self._group() if self.world_size > 1 else None
+            group = distributed.Checked(self._group()) if self.world_size > 1 else None
             return compute(
                 image, text, group=group, teacher_image=teacher_image, teacher_text=teacher_text
             )

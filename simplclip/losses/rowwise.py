@@ -117,7 +117,9 @@ class RowwiseLoss(DistributedLoss):
         checks.check_features("text_features", text_features, "[M, D]")
         image, text = autocast(image_features, text_features)
         if self.world_size > 1:
-            image, text = self._check_and_scale_with_all_ranks(image, text)
+            image, text = self._check_and_scale_with_all_ranks(
+                image, text, dist_image_features, dist_text_features
+            )
         student = dict(zip(STUDENT, (image, text)))
         inputs.check_pair(student, equal_rows=self.world_size > 1)
         n = len(image)

@@ -6,8 +6,9 @@ torch.distributed.nn.functional has such collectives with gradients, but it is d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 
 from simplclip.ops.calls import accumulate_dtype
+from simplclip.ops.checks import FLOATS
+from simplclip.ops.modes import autocasts
 
 # While torch 2.11 traces an autograd.Function, it treats tensors that are written in place as
 # constants. So traced code uses the collectives that return a tensor. torch 2.15 has renamed one of
@@ -141,44 +144,110 @@ class _Exchange(torch.autograd.Function):
 
 
 class SameShapes:
-    """A check that features have equal shapes on all ranks.
+    """A check that tensors have equal shapes and dtypes on all ranks.
 
-    With unequal shapes NCCL hangs or reads out of bounds. Every call gathers four integers. Reading
-    them makes the CPU wait for a GPU. So on a GPU a rank reads them only at the first call and
-    after its own shape has changed: if equal shapes become unequal, the shape of at least one rank
-    changes. Under torch.compile nothing is checked.
+    With unequal ones NCCL hangs or reads out of bounds. Every call gathers four integers a tensor.
+    Reading them makes the CPU wait for a GPU. So on a GPU a rank reads them only at the first call
+    and after its own tensors have changed: if equal shapes become unequal, those of at least one
+    rank change. Under torch.compile nothing is checked.
     """
 
     def __init__(self) -> None:
-        """Starts without a shape, so that the first check reads the shapes of all ranks."""
-        self.shape: list[int] | None = None
-        self.shape_tensor = torch.empty(0)
+        """Starts without shapes, so that the first check reads those of all ranks."""
+        self.layouts: list[tuple] | None = None
+        self.numbers = torch.empty(0)
 
-    def check(self, image: Tensor, text: Tensor, group: dist.ProcessGroup) -> None:
-        """Raises ValueError if image or text, [N, D], has another shape on another rank.
+    def check(self, tensors: Mapping[str, Any], group: dist.ProcessGroup) -> None:
+        """Raises ValueError if a tensor, by its name, has another shape or dtype on another rank.
 
-        On a CPU every rank raises; on a GPU those whose own shapes are new since their last call. A
-        collective: every rank of the group must call it. Remembers this rank's shapes. Does nothing
-        under torch.compile and for tensors that are not matrices.
+        tensors: as many on every rank; anything but a tensor counts as none. On a CPU every rank
+        raises; on a GPU those whose own tensors are new since their last call. A collective: every
+        rank of the group must call it. Remembers this rank's shapes.
         """
-        if torch.compiler.is_compiling() or not image.dim() == text.dim() == 2:
+        if torch.compiler.is_compiling():
             return
-        shape = [*image.shape, *text.shape]
-        new = shape != self.shape or self.shape_tensor.device != image.device
+        devices = [t.device for t in tensors.values() if isinstance(t, Tensor)]
+        if not devices:
+            return
+        device = devices[0]
+        cast_to = torch.get_autocast_dtype(device.type) if autocasts(device) else None
+        layouts = [
+            (t.shape, t.dtype, cast_to) if isinstance(t, Tensor) else () for t in tensors.values()
+        ]
+        new = layouts != self.layouts or self.numbers.device != device
         if new:
-            self.shape = shape
-            self.shape_tensor = torch.tensor(shape, device=image.device)
-        all_values = self.shape_tensor.new_empty(dist.get_world_size(group) * len(shape))
-        dist.all_gather_into_tensor(all_values, self.shape_tensor, group=group)
-        if new or image.device.type == "cpu":
-            shapes = all_values.unflatten(0, (-1, len(shape))).tolist()
-            if any(other != shape for other in shapes):
-                self.shape = None  # so that the next call reads the shapes again
-                got = "; ".join(f"rank {rank}: {s[:2]}, {s[2:]}" for rank, s in enumerate(shapes))
-                raise ValueError(
-                    "image_features, text_features: expected the same shapes on all ranks, got "
-                    f"{got}"
-                )
+            self.layouts = layouts
+            rows = [_numbers(*layout) for layout in layouts]
+            self.numbers = torch.tensor(rows, device=device).flatten()
+        gathered = self.numbers.new_empty(dist.get_world_size(group) * len(self.numbers))
+        dist.all_gather_into_tensor(gathered, self.numbers, group=group)
+        if new or device.type == "cpu":
+            ranks = gathered.view(-1, len(layouts), len(_NONE)).tolist()
+            names = [
+                name for name, rows in zip(tensors, zip(*ranks)) if rows.count(rows[0]) < len(rows)
+            ]
+            if names:
+                self.layouts = None  # so that the next call reads the shapes again
+                raise ValueError(_unequal(names, list(tensors), ranks))
+
+
+_NONE = [-1, 0, 0, 0]  # of no tensor
+
+
+def _numbers(
+    shape: tuple[int, ...] | None = None, dtype: Any = None, cast_to: Any = None
+) -> list[int]:
+    """Returns the dimensions, the first two sizes and a number of the dtype; without shape, _NONE.
+
+    cast_to: autocast's dtype, which floating ones but float64 become; None without autocast.
+    """
+    if shape is None:
+        return _NONE
+    kind = len(FLOATS)  # any dtype of ids
+    if dtype in FLOATS:
+        kind = FLOATS.index(dtype if cast_to is None or dtype == torch.float64 else cast_to)
+    return [len(shape), *(*shape, 0, 0)[:2], kind]
+
+
+def _unequal(names: list[str], every: list[str], ranks: list[list[list[int]]]) -> str:
+    """Returns the message that the tensors of these names differ between ranks.
+
+    every: the names of all tensors. ranks: for each rank the `_numbers` of each tensor.
+    """
+    got = []
+    for rank, rows in enumerate(ranks):
+        shown = []
+        for name in names:
+            dimensions, *sizes, kind = rows[every.index(name)]
+            dtype = str(FLOATS[kind]).removeprefix("torch.") if kind < len(FLOATS) else "integers"
+            shown.append("none" if dimensions < 0 else f"{dtype} {sizes[:dimensions]}")
+        got.append(f"rank {rank}: {', '.join(shown)}")
+    return (
+        f"{', '.join(names)}: expected the same shapes and dtypes on all ranks, got "
+        f"{'; '.join(got)}"
+    )
+
+
+class Checked(NamedTuple):
+    """A process group whose ranks are known to have equal shapes in this call."""
+
+    group: dist.ProcessGroup
+
+
+# of calls that have no SameShapes of their own
+_shapes: WeakKeyDictionary[dist.ProcessGroup, SameShapes] = WeakKeyDictionary()
+
+
+def checked(group: Any, tensors: Mapping[str, Any]) -> Any:
+    """Returns the process group, of which `SameShapes` checks the tensors unless it is `Checked`.
+
+    A collective, if it checks. Anything but a process group is returned as it is.
+    """
+    if isinstance(group, Checked):
+        return group.group
+    if not torch.compiler.is_compiling() and isinstance(group, dist.ProcessGroup):
+        _shapes.setdefault(group, SameShapes()).check(tensors, group)
+    return group
 
 
 def _all_reduce_mean(value: Tensor, group: dist.ProcessGroup) -> Tensor:

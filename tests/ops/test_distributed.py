@@ -72,5 +72,5 @@ def test_shapes_are_read_at_the_first_call_and_when_they_change(monkeypatch):
     for rows, read in ((4, True), (4, False), (4, False), (3, True), (3, False), (4, True)):
         image = features[:rows]
         with pytest.raises(NotImplementedError) if read else contextlib.nullcontext():
-            shapes.check(image, image, None)
+            shapes.check({"image": image, "text": image, "ids": None}, None)
     assert len(gathered) == 6  # every rank gathers at every call

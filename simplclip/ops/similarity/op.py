@@ -259,6 +259,10 @@ def similarity_loss(
     matching; Zhai et al. 2023 (arXiv 2303.15343) for sigmoid.
     """
     inputs.check_options(terms, divergence, symmetric, scratch_bytes, store_bytes)
+    if group is not None:
+        given = {"image": image, "text": text, "ids": ids}
+        given |= {"teacher_image": teacher_image, "teacher_text": teacher_text}
+        group = distributed.checked(group, given)
     image, text = inputs.features(image, text)
     n = image.size(0)
     m = text.size(0)

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 import simplclip
 from simplclip import losses
 from simplclip.losses import ClipPMLoss, RowwiseLoss, WIKDLoss
+from simplclip.losses.base import TEACHER
 from simplclip.ops import distributed
+from support.losses import focal
 from support.ops import plain
 from support.ranks import fsdp, gradient_cache, learned_parameters
 
@@ -330,10 +332,68 @@ def unequal(rank: int) -> None:
             expected = None
             if a != b:
                 expected = (
-                    "image_features, text_features: expected the same shapes on all ranks, got "
-                    f"rank 0: [{a}, 4], [{a}, 4]; rank 1: [{b}, 4], [{b}, 4]"
+                    "image_features, text_features: expected the same shapes and dtypes on all "
+                    f"ranks, got rank 0: float32 [{a}, 4], float32 [{a}, 4]; "
+                    f"rank 1: float32 [{b}, 4], float32 [{b}, 4]"
                 )
             assert error == expected, error
+
+
+def unlike(rank: int) -> None:
+    """Checks that every rank raises one error where ranks differ in what they exchange."""
+    scale = torch.tensor(2.0)
+    a, b = torch.ones(4, 8), torch.ones(4, 6)
+    modes = [
+        {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
+        for local_loss, gather_with_grad in itertools.product((False, True), (False, True))
+    ]
+    mode = {"rank": rank, "world_size": WORLD}
+    group = dist.group.WORLD
+    similarity = partial(simplclip.ops.similarity_loss, logit_scale=scale, group=group)
+    relational = {"terms": ("relational",), "teacher_scale": scale}
+    first = rank == 0
+    half = a if first else a.half()
+    ids = torch.arange(4) if first else None
+    teacher = a if first else b
+    names = "dist_image_features, dist_text_features"
+    calls: list[tuple[str, Callable]] = [
+        (
+            "image, text: .* rank 0: float32 .4, 8., float32 .4, 8.; rank 1: float32 .2, 8.",
+            lambda: similarity(a if first else a[:2], a if first else a[:2]),
+        ),
+        ("image, text: .* rank 1: float16 .4, 8., float16", lambda: similarity(half, half)),
+        ("ids: .* rank 0: integers .4.; rank 1: none", lambda: similarity(a, a, ids=ids)),
+        (
+            "teacher_image, teacher_text: .* rank 1: float32 .4, 6.",
+            lambda: similarity(a, a, teacher_image=teacher, teacher_text=teacher, **relational),
+        ),
+        (
+            f"{names}: .* rank 1: none, none",
+            lambda: RowwiseLoss(distilled if first else focal, **mode)(
+                a, a, scale, **(dict(zip(TEACHER, (a, a, scale))) if first else {})
+            ),
+        ),
+    ]
+    for options in modes:
+        loss = ClipPMLoss(**options, **mode)
+        wikd = WIKDLoss(**options, **mode)
+        calls += [
+            (
+                "image_features, text_features: .* rank 1: float16",
+                partial(loss, half, half, scale),
+            ),
+            ("ids: .* rank 1: none", partial(loss, a, a, scale, ids=ids)),
+            (f"{names}: .* .4, 6.", partial(wikd, a, a, scale, teacher, teacher, scale)),
+        ]
+    for message, call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=first),
+        pytest.raises(ValueError, match="image, text: .* rank 0: bfloat16 .*; rank 1: float32 "),
+    ):
+        similarity(a, a)
+    assert similarity(a, a, ids=torch.arange(4))["contrastive"].isfinite()
 
 
 def misfits(rank: int) -> None:
@@ -381,7 +441,7 @@ PARTS = {
     "one process": [equals_one_process, ids_of_constant_features, small_divergences],
     "one pair": [one_pair],
     "one pair in Triton": [one_pair_in_triton],
-    "exchanges": [collectives, unequal, misfits],
+    "exchanges": [collectives, unequal, unlike, misfits],
     "learned parameters": [learned_parameters.main],
     "gradient caching": [gradient_cache.main],
     "transformers": [transformers],
