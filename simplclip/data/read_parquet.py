@@ -39,7 +39,7 @@ def parquet_rows(path: str, options: Options) -> RowSource:
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise InputError(f"source: expected a parquet file, got {path!r}: {error}") from None
     schema = file.schema_arrow
-    with_files = [name for name in schema.names if _holds_files(schema.field(name).type)]
+    with_files = [field.name for field in schema if _holds_files(field.type)]
     given = options
     if options.image_key is None:
         own = next((name for name in IMAGE_NAMES if name in with_files), None)
@@ -79,7 +79,12 @@ def parquet_rows(path: str, options: Options) -> RowSource:
             except UnicodeDecodeError:
                 yield Row(name, problem=("caption not UTF-8", ""))
                 continue
-            yield table_row(name, _image(value(image)), texts, path, options)
+            try:
+                image_or_path = _image(value(image))
+            except UnicodeDecodeError:
+                yield Row(name, problem=("missing image", "expected a path, got other bytes"))
+                continue
+            yield table_row(name, image_or_path, texts, path, options)
 
     total = file.metadata.num_rows
     return file_source(path, options, total, lambda: merged_by_image(rows()), embedded=embedded)
