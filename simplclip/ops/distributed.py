@@ -154,8 +154,9 @@ class SameShapes:
 
     def __init__(self) -> None:
         """Starts without shapes, so that the first check reads those of all ranks."""
-        self.layouts: list[tuple] | None = None
-        self.numbers = torch.empty(0)
+        self.layouts: list | None = None
+        self.numbers: list[int] = []
+        self.sent = torch.empty(0)
 
     def check(self, tensors: Mapping[str, Any], group: dist.ProcessGroup) -> None:
         """Raises ValueError if a tensor, by its name, has another shape or dtype on another rank.
@@ -166,38 +167,39 @@ class SameShapes:
         """
         if torch.compiler.is_compiling():
             return
-        devices = [t.device for t in tensors.values() if isinstance(t, Tensor)]
-        if not devices:
+        device = None
+        layouts: list = []
+        for t in tensors.values():
+            if isinstance(t, Tensor):
+                device = device or t.device
+                layouts += t.shape, t.dtype
+            else:
+                layouts += None, None
+        if device is None:
             return
-        device = devices[0]
-        cast_to = torch.get_autocast_dtype(device.type) if autocasts(device) else None
-        layouts = [
-            (t.shape, t.dtype, cast_to) if isinstance(t, Tensor) else () for t in tensors.values()
-        ]
-        new = layouts != self.layouts or self.numbers.device != device
+        layouts.append(torch.get_autocast_dtype(device.type) if autocasts(device) else None)
+        new = layouts != self.layouts or self.sent.device != device
         if new:
             self.layouts = layouts
-            rows = [_numbers(*layout) for layout in layouts]
-            self.numbers = torch.tensor(rows, device=device).flatten()
-        gathered = self.numbers.new_empty(dist.get_world_size(group) * len(self.numbers))
-        dist.all_gather_into_tensor(gathered, self.numbers, group=group)
+            *pairs, cast_to = layouts
+            described = [_numbers(*pair, cast_to) for pair in zip(pairs[::2], pairs[1::2])]
+            self.numbers = [number for numbers in described for number in numbers]
+            self.sent = torch.tensor(self.numbers, device=device)
+        world = dist.get_world_size(group)
+        received = self.sent.new_empty(world * len(self.numbers))
+        dist.all_gather_into_tensor(received, self.sent, group=group)
         if new or device.type == "cpu":
-            ranks = gathered.view(-1, len(layouts), len(_NONE)).tolist()
-            names = [
-                name for name, rows in zip(tensors, zip(*ranks)) if rows.count(rows[0]) < len(rows)
-            ]
-            if names:
+            numbers = received.tolist()
+            if numbers != self.numbers * world:
                 self.layouts = None  # so that the next call reads the shapes again
-                raise ValueError(_unequal(names, list(tensors), ranks))
+                raise ValueError(_unequal(list(tensors), numbers))
 
 
 _NONE = [-1, 0, 0, 0]  # of no tensor
 
 
-def _numbers(
-    shape: tuple[int, ...] | None = None, dtype: Any = None, cast_to: Any = None
-) -> list[int]:
-    """Returns the dimensions, the first two sizes and a number of the dtype; without shape, _NONE.
+def _numbers(shape: tuple[int, ...] | None, dtype: Any, cast_to: Any) -> list[int]:
+    """Returns the dimensions, the first two sizes and a number of the dtype; _NONE without shape.
 
     cast_to: autocast's dtype, which floating ones but float64 become; None without autocast.
     """
@@ -209,23 +211,32 @@ def _numbers(
     return [len(shape), *(*shape, 0, 0)[:2], kind]
 
 
-def _unequal(names: list[str], every: list[str], ranks: list[list[list[int]]]) -> str:
-    """Returns the message that the tensors of these names differ between ranks.
+def _unequal(names: list[str], numbers: list[int]) -> str:
+    """Returns the message that some of the named tensors differ between ranks.
 
-    every: the names of all tensors. ranks: for each rank the `_numbers` of each tensor.
+    numbers: of each rank the `_numbers` of each tensor.
     """
-    got = []
-    for rank, rows in enumerate(ranks):
-        shown = []
-        for name in names:
-            dimensions, *sizes, kind = rows[every.index(name)]
-            dtype = str(FLOATS[kind]).removeprefix("torch.") if kind < len(FLOATS) else "integers"
-            shown.append("none" if dimensions < 0 else f"{dtype} {sizes[:dimensions]}")
-        got.append(f"rank {rank}: {', '.join(shown)}")
+    described = [numbers[start : start + 4] for start in range(0, len(numbers), 4)]
+    ranks = [
+        described[start : start + len(names)] for start in range(0, len(described), len(names))
+    ]
+    differ = [i for i in range(len(names)) if any(rank[i] != ranks[0][i] for rank in ranks)]
+    got = [
+        f"rank {rank}: {', '.join(_shown(*tensors[i]) for i in differ)}"
+        for rank, tensors in enumerate(ranks)
+    ]
     return (
-        f"{', '.join(names)}: expected the same shapes and dtypes on all ranks, got "
-        f"{'; '.join(got)}"
+        f"{', '.join(names[i] for i in differ)}: expected the same shapes and dtypes on all ranks, "
+        f"got {'; '.join(got)}"
     )
+
+
+def _shown(dimensions: int, rows: int, columns: int, kind: int) -> str:
+    """Returns the text of a tensor's `_numbers`, e.g. "float32 [4, 8]"."""
+    if dimensions < 0:
+        return "none"
+    dtype = str(FLOATS[kind]).removeprefix("torch.") if kind < len(FLOATS) else "integers"
+    return f"{dtype} {[rows, columns][:dimensions]}"
 
 
 class Checked(NamedTuple):
