@@ -46,7 +46,10 @@ CHUNKS = {"scratch_bytes": 6 << 30}
 
 
 def heads_first(*shape: int, **options) -> Call:
-    """Returns a call whose heads lie before tokens in memory, each with many elements."""
+    """Returns a call whose heads lie before tokens in memory, each with many elements.
+
+    Of several sequences an index with an overflow could lie in an earlier one.
+    """
     call = attention_call(*shape, **options)
     for name in "qkv":
         call.tensors[name] = layouts.heads_first(call.tensors[name])
@@ -70,7 +73,7 @@ CASES: dict[str, Callable[[], Call]] = {
     "many sigmoid": partial(loss_call, MANY, "sigmoid", **CHUNKS),
     "attention": partial(attention_call, *TOKENS),
     "attention, sequences": partial(attention_call, *SEQUENCES),
-    "attention, heads first": partial(heads_first, *TOKENS),
+    "attention, heads first": partial(heads_first, 1, *TOKENS[1:]),
     "attention causal": partial(attention_call, *TOKENS, causal=True),
     "contrastive": partial(loss_call, LARGE, "contrastive"),
     "contrastive+pair_matching": partial(loss_call, LARGE, "contrastive", "pair_matching"),
