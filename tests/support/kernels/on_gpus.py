@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ptx import gpus
+from simplclip.kernels.runtime import architecture_and_processors
 from simplclip.ops import backends, registry
 from simplclip.ops.attention import sdpa
 from simplclip.ops.attention.call import AttentionCall, AttentionInto
@@ -107,10 +108,11 @@ def on_both_devices(device: Device) -> None:
         backends.TABLE["shaped_attention_bwd"]["cuda"].function(elsewhere)
 
 
-def machine_code(device: Device) -> None:
-    """Checks the extension's question for a device's code, and starts no kernel."""
+def architecture(device: Device) -> None:
+    """Checks which GPU's architecture is asked for; starts no kernel."""
     version = backends.cuda_extension.binary_version(device.index)
     assert version == gpus.ARCHITECTURES[device.index], version
+    assert architecture_and_processors(torch.empty(1, device=device))[0] == version
     assert torch.cuda.current_device() != device.index
 
 
@@ -132,13 +134,13 @@ CASES = {
     "attention, gradients into views": gradients_into_views,
     "attention, on both GPUs": on_both_devices,
     "attention, terms": attention_terms,
-    "machine code": machine_code,
+    "architecture": architecture,
     "block": checking(of_lengths(block_call(2, 20, 32, 2, 48), [20, 7]), "bf16"),
     "mlp": checking(mlp_call(130, 72, 200, 40), "bf16", "triton"),
     "similarity": checking(similarity_call(20, 40, 7, terms=TERMS[:3]), "bf16", "triton"),
     "sigmoid": checking(similarity_call(20, 40, 7, terms=TERMS[3:]), "bf16", "triton"),
 }
-WITHOUT_KERNELS = {"machine code"}
+WITHOUT_KERNELS = {"architecture"}
 
 
 def with_other_device(function: Callable) -> Callable:
