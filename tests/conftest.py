@@ -47,7 +47,7 @@ def pytest_addoption(parser):
         type=int,
         help="random calls of test_properties.py (default: 500; with --prove 20000), or "
         "archives of test_fuzz.py (500; with --prove 10000), or layouts of "
-        "test_divide_samples.py (25; with --prove 1000)",
+        "test_divide_samples.py (15; with --prove 1000)",
     )
     parser.addoption(
         "--first-case",
@@ -71,7 +71,7 @@ def pytest_generate_tests(metafunc):
     for fixture, few, all_of_them, size in (
         ("block", 500, 20000, 500),
         ("archives", 500, 10000, 100),
-        ("layouts", 25, 1000, 25),
+        ("layouts", 15, 1000, 15),
     ):
         if fixture in metafunc.fixturenames:
             option = metafunc.config.option

@@ -275,6 +275,7 @@ def check(layout, monkeypatch, number):
         layout.finds["as without workers"] += 1
 
 
+@pytest.mark.slow
 def test_random_layouts(tmp_path, monkeypatch, layouts):
     monkeypatch.setattr(loaders, "from_workers", in_turn)
     finds = Counter()
