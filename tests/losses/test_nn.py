@@ -141,6 +141,7 @@ def test_signal_and_gradient_keep_their_size_through_a_deep_skipless_stack():
         (lambda: share_weights([nn.Linear(2, 2)], [[0]]), "blocks: expected SimplifiedBlocks, got"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
 def test_bad_arguments(call, words):
     with pytest.raises((TypeError, ValueError), match=words):
         call()
