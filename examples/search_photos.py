@@ -23,6 +23,7 @@ from simplclip.common.files import replacing
 from simplclip.common.plotting import MARGIN, MUTED, WIDTH, Font, Sheet
 from simplclip.data.decode_images import IMAGE_SUFFIXES
 
+SUFFIXES = {f".{suffix}" for suffix in IMAGE_SUFFIXES}
 WORKERS = min(4, os.cpu_count() or 1)  # processes that decode photos
 HITS = 8  # of each query
 
@@ -52,11 +53,6 @@ class Photos(torch.utils.data.Dataset):
             return path, None
 
 
-def is_image(path: Path) -> bool:
-    """Whether a path has the suffix of an image; nothing is looked up."""
-    return path.suffix[1:].lower() in IMAGE_SUFFIXES
-
-
 def version_of(path: str | Path) -> tuple[int, int]:
     """Returns the time and the size of a file, of which one changes when the file does.
 
@@ -81,12 +77,10 @@ def stored_features(file: Path, model: str, versions: dict[str, tuple]) -> dict[
 
 
 def features_of(folder: Path, encoder: Any) -> tuple[list[str], torch.Tensor]:
-    """Returns the paths of N photos and their features float32 [N, D]; encodes those that are not
-    stored yet.
-    """
+    """Returns the paths of N photos and features float32 [N, D]; encodes what is not stored."""
     file = folder.parent / f"{folder.name}.npz"
     model = encoder.fingerprint()
-    paths = sorted(str(path) for path in folder.rglob("*") if is_image(path))
+    paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     versions = {path: version_of(path) for path in paths}
     features = stored_features(file, model, versions)
     photos = Photos([path for path in paths if path not in features], encoder.preprocess)
@@ -117,9 +111,7 @@ def weights_of(encoder: Any) -> str:
 
 
 def draw(picture: str, hits: dict[str, list[tuple[float, str]]]) -> None:
-    """Draws the hits of each query, four beside each other, with their scores, folders and
-    names.
-    """
+    """Draws the hits of each query, four beside each other, with scores, folders and names."""
     sheet = Sheet()
     columns = 4
     gap = 0.12
@@ -151,18 +143,16 @@ def shown(path: str) -> Image.Image:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="what simplclip.load takes: a run, an export, open_clip:NAME/TAG",
-    )
+    what = "what simplclip.load takes: a run, an export, open_clip:NAME/TAG"
+    parser.add_argument("--model", required=True, help=what)
     parser.add_argument(
         "--find", nargs="+", required=True, metavar="QUERY", help="texts, or paths of photos"
     )
     parser.add_argument("--picture", help="PNG with the hits")
     options = parser.parse_args(arguments)
     for query in options.find:
-        if ("/" in query or is_image(Path(query))) and not os.path.isfile(query):
+        path_like = "/" in query or Path(query).suffix.lower() in SUFFIXES
+        if path_like and not os.path.isfile(query):
             parser.error(f"--find: expected words or the path of a photo, got no file {query!r}")
 
     encoder = simplclip.load(options.model)

@@ -23,20 +23,10 @@ from support.data.packs import packed, samples, skipped_of
 from support.data.pairs import digests, loader, meta, png, table
 
 ROWS = [("img/a.png", "one"), ("img/a.png", "two"), ("img/sub/b.png", "three")]
-
-
 TWO = [("000000000", ["one", "two"]), ("000000002", ["three"])]
-
-
 IMAGES = [("img/a.png", ["one", "two"]), ("img/sub/b.png", ["three"])]
-
-
 OTHER = Options(image_key="where", caption_key="what", images="img")
-
-
 DIGEST = hashlib.blake2b(png(), digest_size=16).hexdigest()  # of an image's file
-
-
 KINDS = {
     "rows.csv": (Options(), TWO),
     "rows.tsv": (Options(), TWO),

@@ -73,7 +73,7 @@ def test_captions_are_shown_and_those_that_are_cut_are_counted(tmp_path):
     )
     assert f"warning    25.0% of 24 {cut}" in text
     result = call("evaluate", tmp_path / "run", "--device", "cpu", "--workers", 0)
-    assert re.search(rf"^held_out: [1-9]\S+% of \d+ {cut}", result.output, re.M)
+    assert re.search(rf"^warning: held_out: [1-9]\S+% of \d+ {cut}", result.output, re.M)
     left_out = json.loads((tmp_path / "run/evaluation.json").read_text())
     assert cut in left_out["splits"]["held_out"]["left_out"][0]
 

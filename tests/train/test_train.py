@@ -349,7 +349,7 @@ def test_lines_by_time_and_a_checkpoint_after_some_minutes(tmp_path, monkeypatch
         monotonic = staticmethod(lambda: Clock.now)
         perf_counter = staticmethod(lambda: Clock.now)
 
-    for module in (loop, log, progress):
+    for module in (checkpoint, log, loop, progress):
         monkeypatch.setattr(module, "time", Clock)
     for step in range(1, 8):
         at_step(monkeypatch, step, lambda: setattr(Clock, "now", Clock.now + 20))
