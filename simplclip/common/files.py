@@ -52,11 +52,11 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """Returns the rows of a CSV file as {column: text}; [] if there is no file.
 
     Its first line names the columns. Leaves out a last line that a crash cut short, and rows with
-    more or fewer values than columns. Bytes that are not UTF-8 become U+FFFD.
+    more or fewer values than columns.
     """
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         rows = csv.DictReader([line for line in file if line.endswith("\n")])
         return [row for row in rows if None not in row and None not in row.values()]
 

@@ -108,8 +108,6 @@ def evaluate(
     sources = _sources(models)
     if not splits:
         raise InputError("data: expected at least one split (--data NAME=DATA), got none")
-    folder = _folder(out, sources[0])
-    ranks.on_first(check_writable, folder, "out")
     workers = settings.workers
     if workers is None:
         workers = min(8, os.cpu_count() or 1)
@@ -130,6 +128,8 @@ def evaluate(
         model = ModelResult(encoder.source, encoder.name, encoder.step, encoder.precision)
         ending = ""
         if results is None:
+            folder = _folder(out, source)
+            ranks.on_first(check_writable, folder, "out")
             folder.mkdir(parents=True, exist_ok=True)
             config_templates = _templates_of(encoder.config)
             versions = {"simplclip": __version__, "torch": torch.__version__}

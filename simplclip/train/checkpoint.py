@@ -132,7 +132,7 @@ def _can_continue(checkpoint: dict[str, Any]) -> bool:
         return (
             all(positions)
             and checkpoint["step"] > 0
-            and "frozen" in checkpoint
+            and isinstance(checkpoint["frozen"], list)
             and isinstance(checkpoint.get("evaluated", 0), int)
             and _is_best(checkpoint.get("best"))
         )

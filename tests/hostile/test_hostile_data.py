@@ -186,7 +186,7 @@ CLASSES = {
     ),
     "NUL": ("c.txt", b"a\nb\0c\n", ["a", "b\ufffdc"]),
     "marks and spaces": ("c.txt", b"\xef\xbb\xbfone\n\n two\n", ["one", "two"]),
-    "20 MB of a name": ("c.txt", b"a\n" + b"b" * 20_000_000, ["a", "b" * samples.LONGEST]),
+    "20 MB of a name": ("c.txt", b"a\n" + b"b" * 20_000_000, ["a", "b" * samples.LONGEST_WORD]),
 }
 
 

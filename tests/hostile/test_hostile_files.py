@@ -199,7 +199,7 @@ OTHERS = "expected the values that simplclip train writes, got others"
 RESUMED: dict[str, tuple[dict[str, Any], str]] = {
     "no loaders": ({"data": 5}, OTHERS),
     "loaders of numbers": ({"data": [5]}, OTHERS),
-    "a frozen number": ({"frozen": 5}, "expected modules or parameters of the model"),
+    "a frozen number": ({"frozen": 5}, OTHERS),
     "frozen numbers": ({"frozen": [1]}, "expected modules or parameters of the model"),
     "no generator": ({"rng": {}}, OTHERS),
     "no generators": ({"rng": None}, OTHERS),

@@ -12,7 +12,6 @@ from simplclip.common import files
 from simplclip.common.errors import InputError
 from simplclip.common.files import (
     check_writable,
-    read_csv,
     remove_leftovers,
     replacing,
     temporary_folder,
@@ -97,12 +96,6 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
 
     assert forked(refuse) == 0
     assert not (tmp_path / "new").exists()
-
-
-def test_a_csv_of_a_computer_that_lost_power(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_bytes(b"step,loss\n1,2.0\n\xff\xfe\n2,1.5\n" + bytes(40) + b"\n3,1.0")
-    assert read_csv(path) == [{"step": "1", "loss": "2.0"}, {"step": "2", "loss": "1.5"}]
 
 
 def test_a_folder_beside_the_present_one(tmp_path, monkeypatch):

@@ -146,7 +146,7 @@ def test_many_micro_batches_do_not_use_up_file_descriptors(tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 40, limit[1]))
     try:
-        changes = ["data.micro_batch=1", "data.batch_size=48", "data.workers=1", "run.steps=1"]
+        changes = ["data.micro_batch=1", "data.batch_size=24", "data.workers=1", "run.steps=1"]
         assert "step 1/1" in go(tiny.settings(tmp_path, *changes))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
