@@ -116,10 +116,12 @@ CALLS: dict[str, Callable[[], Call]] = {
 
 
 def case_of(name: str, kind: str, device: str = "cpu", need: list[str] | None = None) -> Case:
-    """Returns a call as a case; rows of attention have gaps between them."""
+    """Returns a call as a case; rows that a kernel takes with gaps between them have some."""
     call = CALLS[name]()
     backend: str | dict[str, str]
     backend, layouts = "triton", {}
+    if call.op == "parallel_mlp":
+        layouts = {"fc2_weight": "rows_apart"}
     if call.op == "simplified_block":
         backend = {"shaped_attention": "sdpa", "parallel_mlp": "triton"}
     if call.op == "shaped_attention":
