@@ -67,6 +67,7 @@ QUICK: dict[str, Callable[[], Call]] = {
 # what the suite runs in bfloat16 alone
 QUICK_IN_BF16: dict[str, Callable[[], Call]] = {
     "similarity_loss, whole tiles of columns": pairs(70, 128, width=72, teacher_width=96),
+    "every term, blocks": pairs(160, 320, width=64, teacher_width=112, ids=True, **BLOCKS),
     "attention, wide": lengths([33, 0], 2, 40, 1, 128),
     "block": lambda: of_lengths(block_call(3, 20, 64, 2, 72), [20, 0, 7]),
 }
@@ -88,7 +89,6 @@ CALLS: dict[str, Callable[[], Call]] = {
     "relational": pairs(129, 129, "relational", width=64),
     "relational, one side": pairs(70, 133, "relational", width=64, symmetric=False),
     "every term": pairs(129, 129, width=64),
-    "every term, blocks": pairs(300, 257 + 43, width=64, teacher_width=112, ids=True, **BLOCKS),
     "every term, cross-entropy": pairs(
         70, 133, width=80, teacher_width=31, divergence="cross_entropy"
     ),
