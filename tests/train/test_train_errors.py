@@ -279,7 +279,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_any_work(tmp_path,
     go(config)
     monkeypatch.setattr(files.os, "access", lambda path, *mode, **options: False)
     monkeypatch.setattr(loop, "make_state", fails)
-    monkeypatch.setattr("simplclip.evaluation.run.load", fails)
+    monkeypatch.setattr("simplclip.evaluation.run.encode", fails)
     message = "expected a folder that can be written to, got "
     for resume in (False, True):
         with pytest.raises(InputError, match=f"^run.out: {message}"):
