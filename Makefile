@@ -43,7 +43,7 @@ check-tools:  ## what an installation needs and this machine does not have
 
 # What an installation depends on, by content: copies and archives bring old times.
 SOURCES := pyproject.toml setup.py requirements.txt simplclip/ops/extension.py \
-	$(wildcard simplclip/ops/calls.py simplclip/ops/*/call.py csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+	$(wildcard simplclip/calls/*.py csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 INSTALLED := $(VENV)/.installed-$(firstword $(shell cat $(SOURCES) | cksum))
 
 # NVCC=pypi: the CUDA compiler comes from PyPI, in the version of torch's CUDA, into the same venv.

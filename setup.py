@@ -160,7 +160,7 @@ def write_headers() -> None:
         f"#define SIMPLCLIP_{name} {json.dumps(value)}\n" for name, value in macros.items()
     )
     BUILD.mkdir(exist_ok=True)
-    for name, text in {"sources.h": sources, **CALL_HEADERS(Path("simplclip/ops"))}.items():
+    for name, text in {"sources.h": sources, **CALL_HEADERS(Path("simplclip/calls"))}.items():
         header = BUILD / name
         # an unchanged header keeps its time, so that nothing is compiled again
         if not header.exists() or header.read_text() != text:

@@ -1,4 +1,4 @@
-"""The C++ structs and enums of the calls, generated from simplclip/ops/*/call.py.
+"""The C++ structs and enums of the calls, generated from simplclip/calls/.
 
 setup.py writes them to build/call_structs.h and build/call_enums.h. A field has one name and one
 position: that of the Python dataclass, in the dispatcher's schema and in C++ too. The files are
@@ -24,7 +24,7 @@ _TYPES = {
     "str": "std::string",
     "list[bool]": "std::vector<bool>",
 }
-_STRUCTS = """// Written by setup.py: the dataclasses of {sources}.
+_STRUCTS = """// Written by setup.py: the dataclasses of simplclip/calls/.
 #pragma once
 
 #include "../csrc/common.h"
@@ -40,7 +40,7 @@ namespace simplclip {{
 
 }}  // namespace simplclip
 """
-_ENUMS = """// Written by setup.py: the enums of {sources}.
+_ENUMS = """// Written by setup.py: the enums of simplclip/calls/.
 #pragma once
 
 namespace simplclip {{
@@ -52,8 +52,8 @@ namespace simplclip {{
 
 
 def headers(folder: Path) -> dict[str, str]:
-    """Returns the name and the text of each header. folder: simplclip/ops."""
-    files = sorted(folder.glob("*/call.py"))
+    """Returns the name and the text of each header. folder: simplclip/calls."""
+    files = sorted(folder.glob("*.py"))
     return {
         "call_structs.h": _header(_STRUCTS, files, _structs),
         "call_enums.h": _header(_ENUMS, files, _enums),
@@ -61,9 +61,8 @@ def headers(folder: Path) -> dict[str, str]:
 
 
 def _header(template: str, files: list[Path], generate: Callable[[str], Iterator[str]]) -> str:
-    sources = ", ".join(f"ops/{file.parent.name}/call.py" for file in files)
     body = [text for file in files for text in generate(file.read_text())]
-    return template.format(sources=sources, body="\n\n".join(body))
+    return template.format(body="\n\n".join(body))
 
 
 def _classes(source: str) -> Iterable[ast.ClassDef]:

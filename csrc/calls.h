@@ -1,4 +1,4 @@
-// Arguments of ops: a struct for each dataclass in simplclip/ops/*/call.py, whose fields are the schema's, in order.
+// Arguments of ops: a struct for each dataclass in simplclip/calls/, whose fields are the schema's, in order.
 #pragma once
 
 #include "layout.h"

@@ -20,13 +20,13 @@ from open_clip.utils import to_2tuple
 from torch import Tensor, nn
 
 import simplclip
+from simplclip.calls.attention import AttentionCall
+from simplclip.calls.block import BlockCall
+from simplclip.calls.mlp import MlpCall
 from simplclip.export import write_preprocessing
-from simplclip.ops.attention.call import AttentionCall
 from simplclip.ops.attention.reference import shaped_attention_fwd
-from simplclip.ops.block.call import BlockCall
 from simplclip.ops.block.norm import norm_fwd
 from simplclip.ops.block.op import gains_of, heads_of
-from simplclip.ops.mlp.call import MlpCall
 from simplclip.ops.mlp.reference import ACTIVATIONS
 
 

@@ -4,13 +4,13 @@ import torch
 import triton
 from torch import Tensor
 
+from simplclip.calls.attention import AttentionCall, AttentionInto
 from simplclip.kernels.attention.terms import (
     Heads,
     _shaped_attention_gradients_kernel,
     _shaped_attention_terms_kernel,
 )
 from simplclip.kernels.runtime import device_of, launch
-from simplclip.ops.attention.call import AttentionCall, AttentionInto
 
 ELEMENTS = 1024  # of a block
 # so a thread has 8 elements, in backward of six tensors at a time; with 16 the compiler spills

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from simplclip.calls.mlp import HiddenCall, HiddenGradient
 from simplclip.kernels import tuning
 from simplclip.kernels.mlp.hidden import _parallel_mlp_activate_kernel, _parallel_mlp_hidden_kernel
 from simplclip.kernels.runtime import (
@@ -22,7 +23,6 @@ from simplclip.kernels.runtime import (
     precision_of,
     product,
 )
-from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
 
 GROUP = 8  # blocks of rows that use the same blocks of columns while these columns are in the cache
 BLOCK = 2048  # elements that a program activates

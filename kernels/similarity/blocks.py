@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simplclip.calls.similarity import SigmoidCall, SimilarityGradient
 from simplclip.kernels.runtime import launch, product
 from simplclip.kernels.similarity.gradient import _similarity_range_kernel
 from simplclip.kernels.similarity.plan import arguments, block_sides, blocks_of, tile_of
-from simplclip.ops.similarity.call import SigmoidCall, SimilarityGradient
 
 RANGE = {"BLOCK": 2048}  # of the range kernel, which has no tile in tuning.py
 

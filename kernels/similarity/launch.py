@@ -12,6 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simplclip.calls.similarity import (
+    ColumnStat,
+    RowStat,
+    SigmoidCall,
+    SimilarityCall,
+    SimilarityGradient,
+)
 from simplclip.kernels.runtime import device_of, launch
 from simplclip.kernels.similarity.blocks import gradients_in_blocks, range_factor
 from simplclip.kernels.similarity.gradient import SUMS, _similarity_gradient_kernel
@@ -21,13 +28,6 @@ from simplclip.kernels.similarity.statistics import (
     _similarity_diagonal_kernel,
     _similarity_merge_kernel,
     _similarity_statistics_kernel,
-)
-from simplclip.ops.similarity.call import (
-    ColumnStat,
-    RowStat,
-    SigmoidCall,
-    SimilarityCall,
-    SimilarityGradient,
 )
 
 # Blocks of the small kernels, which have no tiles in tuning.py.

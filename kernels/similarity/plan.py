@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from simplclip.calls.similarity import SigmoidCall, SimilarityCall
 from simplclip.kernels import tuning
 from simplclip.kernels.runtime import architecture_and_processors, precision_of, splits, starts
-from simplclip.ops.similarity.call import SigmoidCall, SimilarityCall
 
 # sides of a block of G are multiples of 128, and so of a tile's sides, unless they end with the
 # matrix

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from simplclip.ops.similarity.call import RowStat, SigmoidRow
+from simplclip.calls.similarity import RowStat, SigmoidRow
 
 # Rows of the statistics; ColumnStat's numbers are those of the first.
 LSE_STUDENT: tl.constexpr = tl.constexpr(int(RowStat.LSE_STUDENT))

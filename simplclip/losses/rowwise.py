@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from simplclip.calls.fields import accumulate_dtype
 from simplclip.losses.base import STUDENT, TEACHER, DistributedLoss, Pairs, Teacher
 from simplclip.ops import checks, distributed
-from simplclip.ops.calls import accumulate_dtype
 from simplclip.ops.modes import autocast, no_autocast
 from simplclip.ops.similarity import inputs
 

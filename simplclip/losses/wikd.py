@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simplclip import ops
+from simplclip.calls.similarity import DIVERGENCES
 from simplclip.losses.base import Pairs, SimilarityLoss, Teacher, checked_weight, checked_width
 from simplclip.losses.widen import widen
 from simplclip.ops import checks
 from simplclip.ops.modes import no_autocast
-from simplclip.ops.similarity.call import DIVERGENCES
 
 INTERACTIVE = ("infonce", "kl")
 

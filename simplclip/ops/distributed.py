@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 
-from simplclip.ops.calls import accumulate_dtype
+from simplclip.calls.fields import accumulate_dtype
 from simplclip.ops.checks import FLOATS
 from simplclip.ops.modes import autocasts
 

@@ -30,8 +30,8 @@ _DIGEST = re.compile(rb"simplclip sources ([0-9a-f]{16}) ([0-9a-f]{16})")
 
 
 def schemas() -> list[Path]:
-    """Returns the paths of the files that give the ops' schemas: ops/calls.py, ops/*/call.py."""
-    return [PACKAGE / "ops" / "calls.py", *sorted((PACKAGE / "ops").glob("*/call.py"))]
+    """Returns the paths of the files that give the ops' schemas: calls/."""
+    return sorted((PACKAGE / "calls").glob("*.py"))
 
 
 def cpp_sources(name: str) -> list[Path]:

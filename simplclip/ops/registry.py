@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simplclip.calls.fields import flat, schema_of, tensors_of
 from simplclip.ops import backends
-from simplclip.ops.calls import flat, schema_of, tensors_of
 from simplclip.ops.extension import warn_without_cuda
 from simplclip.ops.modes import (
     autocasts,

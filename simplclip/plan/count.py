@@ -25,10 +25,10 @@ from torch._subclasses import fake_tensor as fakes
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from simplclip.calls.fields import flat
 from simplclip.common.errors import UserError
 from simplclip.kernels import runtime as launching
 from simplclip.ops import backends, registry
-from simplclip.ops.calls import flat
 from simplclip.plan.kernels import (
     ExtensionCall,
     Kernel,

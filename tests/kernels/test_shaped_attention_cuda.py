@@ -23,8 +23,8 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 import ptx
 from ptx.huge import HugeCard
 from ptx.machine import Launch, Variant
+from simplclip.calls.attention import AttentionCall
 from simplclip.ops import backends, checks
-from simplclip.ops.attention.call import AttentionCall
 from support.kernels import cuda_attention as attention
 from support.kernels import grids
 from support.kernels.cuda_attention import TYPES

@@ -11,8 +11,8 @@ import torch
 import torch._dynamo
 from torch.utils._pytree import tree_leaves
 
+from simplclip.calls.similarity import TERMS
 from simplclip.ops import similarity_loss
-from simplclip.ops.similarity.call import TERMS
 from support.devices import needs_triton
 from support.ops.predicted_calls import names, trace
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import simplclip
-from simplclip.ops.similarity.call import RowStat
+from simplclip.calls.similarity import RowStat
 from support.devices import DTYPES, needs_triton
 from support.kernels.calls import ACTIVATIONS, CALLS, KINDS, case_of, kernels_alone
 from support.ops import random_calls

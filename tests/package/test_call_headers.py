@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from simplclip.calls.similarity import ColumnStat, RowStat, SigmoidCall, SigmoidRow
 from simplclip.ops import backends, extension
-from simplclip.ops.similarity.call import ColumnStat, RowStat, SigmoidCall, SigmoidRow
 from support.devices import needs_cpu_kernels, needs_triton
 from support.paths import ROOT
 
-OPS = ROOT / "simplclip" / "ops"
+CALLS = ROOT / "simplclip" / "calls"
 HEADERS = runpy.run_path(str(ROOT / "csrc" / "call_headers.py"))
 STRUCT = re.compile(r"struct (\w+)(?: : (\w+))? \{\n(.*?)\n\};", re.DOTALL)
 MEMBER = re.compile(r"^  (\S+) (\w+)\{\};", re.MULTILINE)
@@ -34,8 +34,8 @@ def structs(folder: Path) -> dict[str, list[tuple[str, str]]]:
 
 
 def classes(kind) -> list[type]:
-    """Returns the classes of all call.py that `kind` accepts."""
-    names = [f"simplclip.ops.{file.parent.name}.call" for file in OPS.glob("*/call.py")]
+    """Returns the classes of simplclip/calls/ that `kind` accepts."""
+    names = [f"simplclip.calls.{file.stem}" for file in CALLS.glob("*.py")]
     values = [value for name in names for value in vars(importlib.import_module(name)).values()]
     return [value for value in values if isinstance(value, type) and kind(value)]
 
@@ -44,14 +44,14 @@ def test_structs_are_the_dataclasses():
     calls = {call.__name__: call for call in classes(dataclasses.is_dataclass)}
     assert len(calls) == 12
     types = HEADERS["_TYPES"]
-    assert structs(OPS) == {
+    assert structs(CALLS) == {
         name: [(types[field.type], field.name) for field in dataclasses.fields(call)]
         for name, call in calls.items()
     }
 
 
 def test_enums_are_the_enums():
-    text = HEADERS["headers"](OPS)["call_enums.h"]
+    text = HEADERS["headers"](CALLS)["call_enums.h"]
     enums = classes(lambda value: issubclass(value, IntEnum) and value is not IntEnum)
     assert {RowStat, ColumnStat, SigmoidRow} == set(enums)
     for enum in enums:
@@ -74,8 +74,8 @@ def test_rows_of_the_kernels_are_the_enums():
 @pytest.mark.parametrize("names", [("image", "text"), ("ids", "text_ids")])
 def test_two_fields_of_one_type_cannot_change_places(names, tmp_path, monkeypatch):
     """The extension that was built before is refused; one that is built then has the new order."""
-    shutil.copytree(OPS, tmp_path / "ops", ignore=shutil.ignore_patterns("*.pyc"))
-    file = tmp_path / "ops" / "similarity" / "call.py"
+    shutil.copytree(CALLS, tmp_path / "calls", ignore=shutil.ignore_patterns("*.pyc"))
+    file = tmp_path / "calls" / "similarity.py"
     head, _, sigmoid = file.read_text().partition(f"class {SigmoidCall.__name__}:")
     first, second = names
     swap = {first: second, second: first}
@@ -88,7 +88,7 @@ def test_two_fields_of_one_type_cannot_change_places(names, tmp_path, monkeypatc
     assert extension.is_current("_C", built)
     monkeypatch.setattr(extension, "PACKAGE", tmp_path)
     assert not extension.is_current("_C", built)
-    before, after = structs(OPS), structs(tmp_path / "ops")
+    before, after = structs(CALLS), structs(tmp_path / "calls")
     order = [swap.get(name, name) for _, name in before["SigmoidCall"]]
     assert order == [name for _, name in after["SigmoidCall"]]
     assert before["SimilarityCall"] == after["SimilarityCall"]

@@ -98,7 +98,7 @@ def test_a_digest_is_of_schemas_and_of_csrc(monkeypatch, tmp_path):
 @pytest.mark.slow
 @needs_cpu_kernels
 @pytest.mark.parametrize(
-    "changed", [pytest.param("simplclip/ops/mlp/call.py", marks=pytest.mark.prove), "csrc/layout.h"]
+    "changed", [pytest.param("simplclip/calls/mlp.py", marks=pytest.mark.prove), "csrc/layout.h"]
 )
 def test_an_extension_of_other_sources_is_not_loaded(changed, tmp_path):
     """A line says what to run, and the reference computes."""

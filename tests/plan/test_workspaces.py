@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+from simplclip.calls.attention import AttentionCall, AttentionInto
+from simplclip.calls.fields import flat, schema_of
+from simplclip.calls.mlp import HiddenGradient
 from simplclip.ops import backends, registry
-from simplclip.ops.attention.call import AttentionCall, AttentionInto
-from simplclip.ops.calls import flat, schema_of
-from simplclip.ops.mlp.call import HiddenGradient
 from simplclip.plan.actual import cpu_peak_bytes
 from simplclip.plan.count import UncountedOp, workspace_bytes
 from support.devices import DTYPES, NATIVE_BF16, NATIVE_FP16, UNCOPIED_DTYPES, needs_cpu_kernels

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simplclip.calls.attention import AttentionCall, AttentionGradient, AttentionInto
+from simplclip.calls.fields import accumulate_dtype
 from simplclip.ops import backends, checks, registry
 from simplclip.ops.attention import reference, sdpa, with_library_attention, xformers
-from simplclip.ops.attention.call import AttentionCall, AttentionGradient, AttentionInto
 from simplclip.ops.attention.with_library_attention import Library
-from simplclip.ops.calls import accumulate_dtype
 from simplclip.ops.modes import autocast
 from simplclip.ops.registry import define, register_gradient
 

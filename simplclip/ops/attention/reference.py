@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from simplclip.ops.attention.call import AttentionCall, AttentionInto
-from simplclip.ops.calls import accumulate_dtype
+from simplclip.calls.attention import AttentionCall, AttentionInto
+from simplclip.calls.fields import accumulate_dtype
 
 
 def _visible(call: AttentionCall) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simplclip.calls.attention import AttentionCall, AttentionInto
 from simplclip.ops import backends
-from simplclip.ops.attention.call import AttentionCall, AttentionInto
 
 aten = torch.ops.aten
 ROW_BYTES = 16  # heads begin at multiples of 16 bytes, and their width is a multiple of 16 bytes

@@ -16,8 +16,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from simplclip.calls.attention import AttentionCall, AttentionInto
 from simplclip.ops import backends
-from simplclip.ops.attention.call import AttentionCall, AttentionInto
 
 Call = TypeVar("Call", bound=AttentionCall)
 

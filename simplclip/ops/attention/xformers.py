@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from simplclip.ops.attention.call import AttentionCall, AttentionInto
+from simplclip.calls.attention import AttentionCall, AttentionInto
 from simplclip.ops.attention.sdpa import aligned
 
 

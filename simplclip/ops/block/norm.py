@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from simplclip.ops.block.call import BlockCall, Needed
-from simplclip.ops.calls import accumulate_dtype
+from simplclip.calls.block import BlockCall, Needed
+from simplclip.calls.fields import accumulate_dtype
 
 NORMS = ("layernorm", "rmsnorm")
 layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default

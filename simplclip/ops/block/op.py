@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simplclip.calls.attention import AttentionCall, AttentionInto
+from simplclip.calls.block import BlockCall, BlockGradient, Needed
+from simplclip.calls.fields import accumulate_dtype
+from simplclip.calls.mlp import HiddenCall, HiddenGradient
 from simplclip.ops import checks, registry
-from simplclip.ops.attention.call import AttentionCall, AttentionInto
 from simplclip.ops.attention.op import av_shape, facts_of, run_forward
-from simplclip.ops.block.call import BlockCall, BlockGradient, Needed
 from simplclip.ops.block.norm import NORMS, norm_bwd, norm_fwd
-from simplclip.ops.calls import accumulate_dtype
-from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
 from simplclip.ops.mlp.op import hidden_rows, keeps_hidden, to_overwrite
 from simplclip.ops.mlp.reference import ACTIVATIONS
 from simplclip.ops.modes import autocast

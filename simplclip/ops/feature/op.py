@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simplclip.calls.fields import accumulate_dtype
 from simplclip.ops import checks
-from simplclip.ops.calls import accumulate_dtype
 from simplclip.ops.modes import (
     autocast,
     autocasts,

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simplclip.calls.mlp import HiddenCall, HiddenGradient, MlpCall, MlpGradient
 from simplclip.ops import backends, checks, registry
 from simplclip.ops.mlp import reference
-from simplclip.ops.mlp.call import HiddenCall, HiddenGradient, MlpCall, MlpGradient
 from simplclip.ops.mlp.reference import ACTIVATIONS
 from simplclip.ops.modes import autocast, wants_grad
 from simplclip.ops.registry import define, register_gradient

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
+from simplclip.calls.mlp import HiddenCall, HiddenGradient
 
 aten = torch.ops.aten
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simplclip.calls.similarity import DIVERGENCES, TERMS
 from simplclip.ops import checks, distributed
 from simplclip.ops.modes import autocast
-from simplclip.ops.similarity.call import DIVERGENCES, TERMS
 
 
 def check_options(

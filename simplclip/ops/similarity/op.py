@@ -10,11 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simplclip.ops import backends, checks, distributed, registry
-from simplclip.ops.modes import wants_grad
-from simplclip.ops.registry import define, register_gradient
-from simplclip.ops.similarity import inputs, reference
-from simplclip.ops.similarity.call import (
+from simplclip.calls.similarity import (
     ColumnStat,
     RowStat,
     SigmoidCall,
@@ -22,6 +18,10 @@ from simplclip.ops.similarity.call import (
     SimilarityCall,
     SimilarityGradient,
 )
+from simplclip.ops import backends, checks, distributed, registry
+from simplclip.ops.modes import wants_grad
+from simplclip.ops.registry import define, register_gradient
+from simplclip.ops.similarity import inputs, reference
 from simplclip.ops.similarity.chunks import computes_in, stored_rows, sweep_rows
 from simplclip.ops.similarity.terms import Options, Sigmoid, merge_columns, values
 

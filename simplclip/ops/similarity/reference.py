@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simplclip.ops.calls import accumulate_dtype
-from simplclip.ops.similarity.call import (
+from simplclip.calls.fields import accumulate_dtype
+from simplclip.calls.similarity import (
     ColumnStat,
     RowStat,
     SigmoidCall,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simplclip.ops.similarity.call import ColumnStat
+from simplclip.calls.similarity import ColumnStat
 
 
 def softplus(x: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ import ptx
 from ptx.capture import Card
 from ptx.machine import Code, Launch, Variant
 from ptx.parse import Kernel, parse
+from simplclip.calls.attention import AttentionCall, AttentionInto
 from simplclip.ops import backends
-from simplclip.ops.attention.call import AttentionCall, AttentionInto
 from support.ops import layouts
 from support.paths import ROOT
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ptx.capture import Started
+from simplclip.calls.similarity import RowStat  # ColumnStat's numbers are those of the first
 from simplclip.kernels.similarity import statistics
-from simplclip.ops.similarity.call import RowStat  # ColumnStat's numbers are those of the first
 from support.ops import plain
 from support.ops.plain import rounded_to_tf32
 

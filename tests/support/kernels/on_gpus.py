@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from ptx import gpus
+from simplclip.calls.attention import AttentionCall, AttentionInto
 from simplclip.kernels.runtime import architecture_and_processors
 from simplclip.ops import backends, registry
 from simplclip.ops.attention import sdpa
-from simplclip.ops.attention.call import AttentionCall, AttentionInto
 from support.kernels.calls import kernels_alone
 from support.kernels.cuda_attention import TYPES, code_of_entry
 from support.ops import layouts, torch_attention

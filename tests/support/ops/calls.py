@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simplclip.calls.similarity import TERMS
 from simplclip.ops import registry
-from simplclip.ops.similarity.call import TERMS
 
 TEACHER = ("teacher_image", "teacher_text", "teacher_scale")
 ATTENTION = ("q", "k", "v", "alpha", "beta", "gamma")

@@ -12,11 +12,11 @@ from functools import partial
 
 import torch
 
+from simplclip.calls.similarity import TERMS
 from simplclip.ops import backends
 from simplclip.ops.checks import FLOATS
 from simplclip.ops.feature.op import DISTANCES
 from simplclip.ops.mlp.reference import ACTIVATIONS
-from simplclip.ops.similarity.call import TERMS
 from support.ops import layouts, plain
 from support.ops.calls import (
     Call,

@@ -1,4 +1,4 @@
-"""Helpers for the calls of all ops.
+"""What all calls share: the types of their fields, and the schema that is made of them.
 
 A call is a frozen dataclass whose fields are the op's arguments in the schema's order.
 

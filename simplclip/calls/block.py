@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from simplclip.ops.calls import Mutated, Strided
+from simplclip.calls.fields import Mutated, Strided
 
 
 @dataclass(frozen=True)

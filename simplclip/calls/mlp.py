@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from simplclip.ops.calls import Mutated, Strided
+from simplclip.calls.fields import Mutated, Strided
 
 
 @dataclass(frozen=True)
