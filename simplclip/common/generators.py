@@ -1,20 +1,33 @@
-"""The states of torch's random generators."""
+"""The states of torch's random generators: of gradient caching, and of checkpoints."""
 
 from __future__ import annotations
+
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-States = tuple[Tensor, list[Tensor]]  # of the CPU, and of all CUDA devices
+
+class States(TypedDict, total=False):
+    """The states of the generators, as a checkpoint has them."""
+
+    torch: Tensor  # of the CPU
+    cuda: list[Tensor]  # of all CUDA devices; missing while CUDA is not initialised
 
 
 def states() -> States:
-    """Returns the states of the generators; none of CUDA devices while CUDA is not initialised."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return torch.get_rng_state(), cuda
+    """Returns the states of the generators; the loader draws from its own."""
+    states: States = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
 
 
 def restore(former: States) -> None:
-    """Sets the generators to states that `states` returned."""
-    torch.set_rng_state(former[0])
-    torch.cuda.set_rng_state_all(former[1])
+    """Sets the generators to states that `states` returned.
+
+    Those of CUDA devices are skipped if the number of devices differs.
+    """
+    torch.set_rng_state(former["torch"])
+    if "cuda" in former and torch.cuda.device_count() == len(former["cuda"]):
+        torch.cuda.set_rng_state_all(former["cuda"])

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from simplclip.common import ranks
+from simplclip.common import generators, ranks
 from simplclip.common.files import differences, replacing, write_atomically
 from simplclip.data.loader import STATE
 from simplclip.data.pack import pack_folders
@@ -270,7 +270,11 @@ class Snapshot:
         """
         for buffer, copy in self._buffers.values():
             copy.copy_(buffer)
-        self.progress |= {"step": self.state.step, "data": self.state.data, "rng": rng_state()}
+        self.progress |= {
+            "step": self.state.step,
+            "data": self.state.data,
+            "rng": generators.states(),
+        }
 
     def restore_buffers(self) -> None:
         """Overwrites the model's buffers by their values after the last whole step."""
@@ -358,27 +362,3 @@ def save(folder: Path, contents: dict[str, Any], name: str = LAST) -> None:
             if isinstance(cause, OSError):
                 raise OSError(cause.errno, cause.strerror, str(path)) from cause
             raise
-
-
-def rng_state() -> dict[str, Any]:
-    """Returns the states of torch's random generators; the loader draws from its own.
-
-    They are "torch", a tensor for the CPU, and on machines with GPUs "cuda", a list of one for
-    each.
-    """
-    states: dict[str, Any] = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states
-
-
-def set_rng_state(states: dict[str, Any]) -> None:
-    """Restores the states that `rng_state` returned.
-
-    Those of GPUs are skipped if the number of GPUs differs.
-    """
-    torch.set_rng_state(states["torch"])
-    if "cuda" not in states or not torch.cuda.is_available():
-        return
-    if torch.cuda.device_count() == len(states["cuda"]):
-        torch.cuda.set_rng_state_all(states["cuda"])

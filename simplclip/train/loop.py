@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from simplclip import data, evaluation
-from simplclip.common import hardware, ranks
+from simplclip.common import generators, hardware, ranks
 from simplclip.common.errors import InputError, UserError
 from simplclip.common.files import check_writable, locked
 from simplclip.common.progress import duration
@@ -80,7 +80,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         state, splits, pairs = _start(config, former, device, precision)
         config = state.config
         if former:
-            checkpoint.set_rng_state(former["rng"])
+            generators.restore(former["rng"])
         elif resume:
             state.lines.append(f"resume     {out} has no checkpoint yet: starting at step 0")
         with ranks.fail_together():
