@@ -126,12 +126,17 @@ def test_bytes_of_ops():
     x = image(2, 16, 8, 8)
     y = image(2, 16, 8, 8, storage=1)
     weight = Stand(torch.float32, (16,), (1,), 2)
-    of = lambda *call: [(k.traffic, k.bytes) for k in kernels_of(*call)]  # noqa: E731
+
+    def of(*call):
+        return [(k.traffic, k.bytes) for k in kernels_of(*call)]
+
+    def statistics(training):
+        return x, weight, weight, weight, weight, training, 0.1, 1e-5
+
     assert of("relu_", (x,), {}, [x]) == [("elementwise", 2 * x.bytes)]
     assert of("mul", (x, x), {}, [y]) == [("elementwise", 2 * x.bytes)]
     assert of("copy_", (y, x), {}, [y]) == [("elementwise", 2 * x.bytes)]
     assert of("clone", (image(2, 16, 8, 8, last=True),), {}, [y]) == [("transposed", 2 * x.bytes)]
-    statistics = lambda training: (x, weight, weight, weight, weight, training, 0.1, 1e-5)  # noqa: E731
     assert of("cudnn_batch_norm", statistics(False), {}, [y]) == [("norm", 2 * x.bytes + 64)]
     assert of("cudnn_batch_norm", statistics(True), {}, [y]) == [("norm", 3 * x.bytes + 64)]
 

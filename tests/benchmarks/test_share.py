@@ -214,8 +214,13 @@ def share(tmp_path, monkeypatch):
         nn.init.zeros_(layer.weight)
         nn.init.ones_(layer.bias)
     blocks[2].load_state_dict(blocks[1].state_dict())
-    preprocess = lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255  # noqa: E731
-    tokenizer = lambda texts: TEXT[:1].repeat(len(texts), 1)  # noqa: E731
+
+    def preprocess(image):
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+
+    def tokenizer(texts):
+        return TEXT[:1].repeat(len(texts), 1)
+
     encoder = Encoder("small", model, preprocess, tokenizer, torch.device("cpu"), "fp32")
     monkeypatch.setattr(simplclip, "load", lambda *_: encoder, raising=False)
     arguments = ["small", "--data", str(shard), "--out", str(tmp_path / "out")]

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_samples import one_pass
 
 from simplclip import data
 from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.read_tars import read_tar
 from simplclip.data.samples import digest_of, parse
-from support.data.pairs import keys, loader, npy, png, resize, sample, write
+from support.data.pairs import keys, loader, npy, one_pass, png, resize, sample, write
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 

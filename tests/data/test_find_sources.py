@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 from braceexpand import braceexpand
-from test_samples import one_pass
 
 from simplclip import data
 from simplclip.common.errors import InputError
 from simplclip.data import read_tars
-from support.data.pairs import sample, write
+from support.data.pairs import one_pass, sample, write
 
 FIRST, SECOND = ([f"k{i:03d}" for i in range(start, start + 12)] for start in (0, 12))
 

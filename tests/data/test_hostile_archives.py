@@ -11,14 +11,13 @@ import resource
 
 import numpy as np
 import pytest
-from test_samples import one_pass
 
 from simplclip import data
 from simplclip.data import read_tars
 from simplclip.data.errors import Skipped
 from support.data import archives as make
 from support.data.archives import END, PNG, header, member, npy_that_claims, pair, pax, record
-from support.data.pairs import npy, resize, write
+from support.data.pairs import npy, one_pass, resize, write
 
 DAMAGED = "damaged tar"
 LARGE = "file too large"

@@ -16,25 +16,13 @@ from simplclip import data
 from simplclip.data import read_tars, samples
 from simplclip.data.errors import Skipped
 from simplclip.data.read_tars import read_tar
-from support.data.pairs import loader, png, resize, sample, text_of, write
+from support.data.pairs import loader, one_pass, png, resize, sample, text_of, write
 from support.data.photos import png_that_claims
 
 
 def one(tmp_path, files, **options):
     """Returns the first batch of a shard with one sample."""
     return next(iter(loader(write(tmp_path / "a.tar", [("a", files)]), batch_size=1, **options)))
-
-
-def one_pass(shards, **options):
-    """Returns the keys of the first pass in stored order, and the counts of damage."""
-    found, skipped = [], Skipped()
-    pairs = loader(shards, batch_size=1, shuffle=False, transform=resize, **options)
-    for item in pairs.items(0, 1):
-        if item.skipped is not None:
-            skipped.merge(item.skipped)
-        if item.epoch:
-            return found, skipped  # the damage behind the last batch is in the next one
-        found += item.batch["key"]
 
 
 @pytest.mark.parametrize(("suffix", "form"), [("jpeg", "JPEG"), ("webp", "WEBP"), ("JPG", "JPEG")])

@@ -7,11 +7,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_ptx_instructions import execute, vectors
 
 from ptx.capture import Card
 from ptx.machine import Batch, Code, LaunchError, Machine
 from ptx.parse import UnknownPTXError, parse
+from support.kernels.few_lines import execute, vectors
 
 STORE = "st.shared.v4.b32 [%r3], {%r20, %r21, %r22, %r23};"
 PLACE = """

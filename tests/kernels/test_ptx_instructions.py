@@ -5,73 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from ptx.machine import Batch, Code, Launch, Machine
-from ptx.memory import GlobalMemory
-from ptx.parse import Kernel, UnknownPTXError, parse
+from ptx.parse import UnknownPTXError
+from support.kernels.few_lines import execute, vectors
 
 LANES = np.arange(32)
 GROUP, IN_GROUP = LANES >> 2, LANES % 4  # groupID and threadID_in_group of the PTX ISA
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
-TEXT = """
-.extern .shared .align 16 .b8 smem[];
-.visible .entry test()
-{{
-.reg .pred %p<8>;
-.reg .b16 %h<32>;
-.reg .b32 %r<80>;
-.reg .b64 %d<32>;
-mov.u32 %r0, %tid.x;
-mov.b32 %r1, smem;
-{body}
-ret;
-}}
-"""
-
-
-def bits_of(values: np.ndarray) -> np.ndarray:
-    return values.view(f"u{values.itemsize}")
-
-
-def execute(body: str, *arrays: np.ndarray, **options: Any) -> Batch:
-    """Runs instructions with these values in registers, the addresses of the arrays in %d0, %d1,
-    ..., the thread in %r0, and the address of shared memory in %r1.
-    """
-    kernel = parse(TEXT.format(body=body))["test"]
-    return run_kernel(kernel, *arrays, **options)
-
-
-def run_kernel(
-    kernel: Kernel,
-    *arrays: np.ndarray,
-    threads: int = 32,
-    programs: int = 1,
-    shared: int = 4096,
-    **registers: np.ndarray,
-) -> Batch:
-    code = Code(kernel)
-    tensors = [torch.from_numpy(array) for array in arrays]
-    memory = GlobalMemory(tensors, code.granules["global"])
-    launch = Launch(code, programs, threads, shared, np.zeros(0, np.uint8), memory)
-    batch = Batch(Machine(), launch, np.arange(programs))
-    for place, tensor in enumerate(tensors):
-        batch.registers["64"][place] = memory.address(tensor)
-    for name, values in registers.items():
-        bank = {"h": "16", "r": "32", "d": "64"}[name[0]]
-        batch.registers[bank][int(name[1:])] = bits_of(values)
-    with np.errstate(all="ignore"):
-        batch.run()
-    memory.write_back()
-    return batch
-
-
-def vectors(first: int, words: np.ndarray) -> dict[str, np.ndarray]:  # [lanes, count]
-    return {f"r{first + place}": column for place, column in enumerate(words.T)}
 
 
 def elementwise(operation: str, *sources: np.ndarray, out: type = np.uint32) -> np.ndarray:

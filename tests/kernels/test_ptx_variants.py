@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_ptx_instructions import TEXT, run_kernel
 
 from ptx import fused, noisy
 from ptx.parse import parse
+from support.kernels.few_lines import TEXT, run_kernel
 
 FUSING = """
 mul.f32 %r20, %r21, %r22;

@@ -1,6 +1,7 @@
 """Gradient caching against one graph over the whole batch: one loss, one backward pass."""
 
 import contextlib
+import functools
 import gc
 
 import open_clip
@@ -26,8 +27,9 @@ def bf16():
 def pairs(sizes=SIZES, captions=1, dtype=torch.float64, length=16):
     """Returns micro-batches: (image [m, 3, 16, 16], text [m captions, length])."""
     generator = torch.Generator().manual_seed(1)
-    draw = lambda m: torch.randint(1, 64, (m * captions, length), generator=generator)  # noqa: E731
-    return [(torch.randn(m, 3, 16, 16, generator=generator, dtype=dtype), draw(m)) for m in sizes]
+    images = (torch.randn(m, 3, 16, 16, generator=generator, dtype=dtype) for m in sizes)
+    texts = (torch.randint(1, 64, (m * captions, length), generator=generator) for m in sizes)
+    return list(zip(images, texts))
 
 
 def one_graph(encode, micro_batches, loss, scaler=None, **_):
@@ -237,7 +239,7 @@ def test_micro_batches_of_each_tower(sizes):
     The last micro-batch has another size.
     """
     model, module = Dropping().double(), ClipPMLoss().double()
-    loss = lambda image, text, scale: module(image, text, scale, output_dict=True)  # noqa: E731
+    loss = functools.partial(module, output_dict=True)
     assert assert_same(
         *towers(model, *map(list, sizes)), loss, (model, module), model=model
     ) == names_of(model, module)

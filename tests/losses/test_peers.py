@@ -26,7 +26,10 @@ def both_ways(logits):
 
 def clip_kd(image, text, scale, projections, teacher_image, teacher_text, teacher_scale):
     """Returns CLIP-KD's losses by their names there, before weighting by the alphas."""
-    kl = lambda s, t: F.kl_div(s.log_softmax(1), t.softmax(1), reduction="batchmean")  # noqa: E731
+
+    def kl(s, t):
+        return F.kl_div(s.log_softmax(1), t.softmax(1), reduction="batchmean")
+
     logits, of_teacher = scale * image @ text.T, teacher_scale * teacher_image @ teacher_text.T
     image, text = (
         F.normalize(F.linear(t, weight), dim=1) for t, weight in zip((image, text), projections)

@@ -90,7 +90,10 @@ def test_products_of_what_needs_a_gradient(trained):
 
 def test_small_gradients_of_float16_are_not_lost():
     leaves, _ = batch(dtype=torch.float16)
-    small = lambda logits, index: 1e-9 * focal(logits, index)  # noqa: E731
+
+    def small(logits, index):
+        return 1e-9 * focal(logits, index)
+
     # without the bias, whose gradient is 0
     got = torch.autograd.grad(1e9 * chunked(small)(*leaves), leaves[:3])
     wide = [t.detach().double().requires_grad_() for t in leaves]
@@ -135,7 +138,9 @@ def test_parameters_of_fn_are_trained_and_copied():
 
 
 def test_dropout_in_fn_draws_the_same_numbers_in_backward():
-    noisy = lambda logits, index: focal(F.dropout(logits, 0.5), index)  # noqa: E731
+    def noisy(logits, index):
+        return focal(F.dropout(logits, 0.5), index)
+
     results = []
     for loss in (
         chunked(noisy, symmetric=False),

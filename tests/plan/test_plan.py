@@ -151,14 +151,20 @@ def test_terms_that_come_later_count(tiny):
     assert busiest_step(config.load(tiny, later)) == 11
     # the loss takes most; forward keeps all rows
     shared = ["data.batch_size=4096", "data.micro_batch=8"]
-    peak = lambda *changes: predict(tiny, *shared, *changes).peak  # noqa: E731
+
+    def peak(*changes):
+        return predict(tiny, *shared, *changes).peak
+
     assert peak(*later) == peak("loss.relational_weight=1", MATCHING) > peak(MATCHING)
 
 
 @pytest.mark.prove
 def test_micro_batches_that_do_not_run_change_nothing(tiny, monkeypatch):
     """Micro-batches between the first and the last do not run."""
-    peak = lambda micro: predict(tiny, SIGMOID, f"data.micro_batch={micro}").peak  # noqa: E731
+
+    def peak(micro):
+        return predict(tiny, SIGMOID, f"data.micro_batch={micro}").peak
+
     shortened = [peak(24), peak(12)]
     assert shortened[1] < shortened[0]
     monkeypatch.setattr(measure, "first_and_last", lambda backward, repeat, skip: backward)
@@ -179,7 +185,10 @@ def test_outputs_that_gradient_caching_keeps(monkeypatch):
     }
     step = TrainerStep(config.from_dict(values), "fp32")
     check(step, within=0.02)
-    peak = lambda: measure.predict(step, CPU).peak  # noqa: E731
+
+    def peak():
+        return measure.predict(step, CPU).peak
+
     shortened = peak()
     monkeypatch.setattr(TrainerStep, "skip", lambda *_: None)
     assert peak() < 0.999 * shortened
@@ -244,7 +253,10 @@ def opaque(x):
 )
 def test_an_op_that_does_not_run_on_fake_tensors_is_an_error(tiny, monkeypatch, op, message):
     original = Objective.__call__
-    with_op = lambda objective, step, image, *rest: original(objective, step, op(image), *rest)  # noqa: E731
+
+    def with_op(objective, step, image, *rest):
+        return original(objective, step, op(image), *rest)
+
     monkeypatch.setattr(Objective, "__call__", with_op)
     with pytest.raises(UncountedOp, match=message):
         predict(tiny, "data.batch_size=8")

@@ -238,7 +238,10 @@ def card(
     machine = Card(sm=sm, **options)
     why_not = backends.why_not_kernels
     properties = (sm, processors or PROCESSORS[sm])
-    serves = lambda served, *of_call: why_not("cpu" if served == "cuda" else served, *of_call)  # noqa: E731
+
+    def serves(served: str, *of_call: Any) -> str | None:
+        return why_not("cpu" if served == "cuda" else served, *of_call)
+
     patches = (
         mock.patch.object(backends, "why_not_kernels", serves),
         mock.patch.object(

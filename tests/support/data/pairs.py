@@ -129,7 +129,21 @@ def loader(paths: Any, state: dict | None = None, **options: Any) -> data.Loader
     return made
 
 
-def take(batches, count):
+def one_pass(shards: Any, **options: Any) -> tuple[list[str], Skipped]:
+    """Returns the keys of the first pass in stored order, and the counts of damage."""
+    found: list[str] = []
+    skipped = Skipped()
+    pairs = loader(shards, batch_size=1, shuffle=False, transform=resize, **options)
+    for item in pairs.items(0, 1):
+        if item.skipped is not None:
+            skipped.merge(item.skipped)
+        if item.epoch:
+            break  # the damage behind the last batch is in the next one
+        found += item.batch["key"]
+    return found, skipped
+
+
+def take(batches: Iterable[dict], count: int) -> list[dict]:
     return list(itertools.islice(batches, count))
 
 

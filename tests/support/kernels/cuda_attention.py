@@ -156,15 +156,18 @@ def _backward(card: Card, call: AttentionInto) -> Tensor:
     return d_gains
 
 
+def _anywhere(device: object, dtype: object, facts: object) -> None:
+    """The reason why the backend does not serve a call: none."""
+
+
 @contextlib.contextmanager
 def card(sm: int, *, tf32: bool, variant: Variant | None = None) -> Iterator[Card]:
     """Context in which the backend "cuda" runs on a machine; see ptx.card."""
-    anywhere = lambda device, dtype, facts: None  # noqa: E731
     with ptx.card(sm, tf32=tf32, variant=variant) as machine, contextlib.ExitStack() as stack:
         for op, function in (
             ("shaped_attention_fwd", _forward),
             ("shaped_attention_bwd", _backward),
         ):
-            served = backends.Implementation(functools.partial(function, machine), anywhere)
+            served = backends.Implementation(functools.partial(function, machine), _anywhere)
             stack.enter_context(mock.patch.dict(backends.TABLE[op], cuda=served))
         yield machine

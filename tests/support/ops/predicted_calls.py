@@ -75,8 +75,11 @@ def trace(
     run: Callable[[dict[str, Any]], None], tensors: dict[str, Any], card: str = "rtx-3090"
 ) -> list[Kernel]:
     """Runs `run` with fake CUDA tensors like `tensors` on a card, and returns the kernels."""
+
+    def like(t: Tensor) -> Tensor:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")
+
     with on_card(CARDS[card]) as kernels:
-        like = lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")  # noqa: E731
         run(tree_map_only(Tensor, like, tensors))
     return kernels
 

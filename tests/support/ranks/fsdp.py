@@ -5,6 +5,7 @@ torch.compile.
 """
 
 import itertools
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -99,7 +100,7 @@ def main(backend: str) -> None:
         expected_values, expected = train(Clip(), ClipPMLoss(), cached, slice(None), world)
         rtol, most = (3e-2, 0.1) if half else (1e-5, 1e-4)
         form = f"bfloat16: {half}, gradient caching: {cached}"
-        message = lambda m, form=form: f"{form}: {m}"  # noqa: E731
+        message = partial("{}: {}".format, form)
         torch.testing.assert_close(values / world, expected_values, rtol=rtol, atol=0, msg=message)
         error = (weights - expected).norm() / (expected - start).norm()
         assert error < most, f"{form}: off by {error} of the way"

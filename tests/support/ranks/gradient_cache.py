@@ -1,6 +1,7 @@
 """Part of losses.py: gradient caching under DistributedDataParallel against one process."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -152,5 +153,5 @@ def check_forms(
         results = gradients(*wrappers, loss)
         assert results.keys() == expected.keys()
         for key, gradient in expected.items():
-            message = lambda m, key=key, form=form: f"{name}, {form}, {key}: {m}"  # noqa: E731
+            message = partial("{}: {}".format, f"{name}, {form}, {key}")
             torch.testing.assert_close(results[key], gradient, rtol=1e-10, atol=1e-12, msg=message)

@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Sequence
+from functools import partial
 from unittest import mock
 
 import torch
@@ -88,7 +89,7 @@ def main(rank: int) -> None:
             dist.all_gather(all_values, values)
             for other in all_values:
                 assert torch.equal(other, values), f"{name} {form}: ranks differ"
-            message = lambda m, w=(name, form): f"{w}: {m}"  # noqa: E731
+            message = partial("{}: {}".format, (name, form))
             torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-11, msg=message)
         # values of losses have one element
         several = [call for call in reduced.call_args_list if call.args[0].numel() > 1]

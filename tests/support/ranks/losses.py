@@ -99,7 +99,7 @@ def average(values: dict[str, Tensor]) -> dict[str, Tensor]:
 def close(results: dict[str, Tensor], expected: dict[str, Tensor], subject: str) -> None:
     assert results.keys() == expected.keys(), subject
     for name in expected:
-        message = lambda m, name=name: f"{subject} {name}: {m}"  # noqa: E731
+        message = partial("{}: {}".format, f"{subject} {name}")
         torch.testing.assert_close(results[name], expected[name], rtol=1e-4, atol=1e-6, msg=message)
 
 
