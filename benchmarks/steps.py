@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from simplclip import models
 from simplclip.common import hardware
 from simplclip.plan import actual
 from simplclip.plan.measure import predict
-from simplclip.plan.step import During, Step, TrainerStep, inputs
+from simplclip.plan.step import Observer, Step, TrainerStep, inputs
 from simplclip.train import config
 
 TEACHER_WIDTH = 768
@@ -60,8 +61,9 @@ class OpenClipStep:
             )
         self.modules, self.averages = [self.model, self.loss], list[Tensor]()
 
-    def place(self, device: torch.device, during: During) -> None:
-        self.device, self.during = device, during
+    def place(self, device: torch.device, observer: Observer | None) -> None:
+        self.device = device
+        self.during = observer.during if observer else lambda kind: nullcontext()
         card = device.type == "cuda"
         # torch's default on both devices
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, foreach=card)
@@ -76,9 +78,6 @@ class OpenClipStep:
                         self.batch_size, self.teacher_width, dtype=torch.float16
                     )
         return [batch]
-
-    def skip(self, tower: str, batch: dict[str, Tensor], first: dict[str, Tensor]) -> None:
-        """Nothing is cached."""
 
     def run(self, batches: list[dict[str, Tensor]]) -> None:
         (batch,) = batches

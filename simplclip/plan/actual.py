@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -62,7 +61,7 @@ def _place_and_fill(step: Step, device: torch.device) -> tuple[list[Tensor], Cal
     step = copy.copy(step)  # what `place` makes is of this run
     for module in step.modules:
         fill(module.to_empty(device=device))
-    step.place(device, lambda kind: nullcontext())
+    step.place(device, None)
     batches = step.batches(real=True)
     weights = [
         tensor for module in step.modules for tensor in (*module.parameters(), *module.buffers())

@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from simplclip import gradient_cache
 from simplclip.plan import fake
 from simplclip.plan.cards import Card
 from simplclip.plan.count import Counter, Usage
 from simplclip.plan.kernels import Kernel
-from simplclip.plan.step import Step, first_and_last
+from simplclip.plan.step import Step
 
 
 def predict(step: Step, device: torch.device, card: Card | None = None) -> Usage:
@@ -32,16 +30,11 @@ def predict(step: Step, device: torch.device, card: Card | None = None) -> Usage
     counter, mode = Counter(device), FakeTensorMode(allow_fallback_kernels=False)
     batches = tree_map_only(Tensor, fake.faker(mode, torch.device("cpu")), step.batches(real=False))
     engine = fake.Engine(lambda gradient: counter.hold(gradient, "gradients"))
-    shortened = mock.patch.object(
-        gradient_cache,
-        "backward",
-        first_and_last(gradient_cache.backward, counter.set_repeats, step.skip),
-    )
     with fake.fake_weights(step.modules, fake.faker(mode, device)):
         counter.hold(_weights(step), "parameters")
         counter.hold(batches, "batch")
-        with fake.fake_step(mode, device, card), engine.installed(), shortened, counter.counting():
-            step.place(device, counter.during)
+        with fake.fake_step(mode, device, card), engine.installed(), counter.counting():
+            step.place(device, counter)
             counter.hold(_weights(step), "parameters")
             counter.hold(step.averages, "averages")
             _make_state(step.optimizer, counter)

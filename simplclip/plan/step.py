@@ -10,12 +10,10 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
-from unittest import mock
 
 import torch
 from open_clip.utils import to_2tuple
 from torch import Tensor, nn
-from torch.amp import GradScaler
 
 from simplclip import data, models
 from simplclip.common.errors import UserError
@@ -26,11 +24,25 @@ from simplclip.models.trained import model_options
 from simplclip.train import setup
 from simplclip.train import step as steps
 from simplclip.train.config import Config
+from simplclip.train.objective import Objective
+from simplclip.train.prefix import Prefix
 
-# the context in which a step allocates memory of a kind
-During = Callable[[str], AbstractContextManager]
 Batch = dict[str, Any]
+Encode = Callable[[Batch], Tensor]
 CPU = torch.device("cpu")
+
+
+class Observer(Protocol):
+    """What counts the memory of a step, see count.Counter."""
+
+    def during(self, kind: str) -> AbstractContextManager:
+        """Returns a context in which allocations are of a kind."""
+
+    def hold(self, tensors: object, kind: str, instead_of: tuple[str, ...]) -> None:
+        """Makes tensors that are of one of the kinds `instead_of` of another kind."""
+
+    def set_repeats(self, times: int) -> None:
+        """Makes each kernel that starts from now on stand for `times` runs."""
 
 
 class Step(Protocol):
@@ -43,11 +55,11 @@ class Step(Protocol):
     averages: list[Tensor]  # copies of weights, made by `place`
     optimizer: torch.optim.Optimizer  # made by `place`
 
-    def place(self, device: torch.device, during: During) -> None:
+    def place(self, device: torch.device, observer: Observer | None) -> None:
         """Makes optimizer, averages and all else that `run` needs on `device`, as attributes.
 
-        The tensors of `modules` are there already. during: opens a context in which allocations
-        count as a kind; the step enters it for "activations" and "loss".
+        The tensors of `modules` are there already. observer: is told of "activations" and "loss",
+        and of micro-batches that stand for several; None: every micro-batch runs.
         """
 
     def batches(self, real: bool) -> list[Batch]:
@@ -55,12 +67,6 @@ class Step(Protocol):
 
         real: whether they have values, to run on a device; otherwise only shapes matter, and one
         may stand for several.
-        """
-
-    def skip(self, tower: str, batch: Batch, first: Batch) -> None:
-        """Keeps or drops what gradient caching would keep of a micro-batch that does not run.
-
-        tower: "image" or "text". batch: the micro-batch. first: the first one, which ran.
         """
 
     def run(self, batches: list[Batch]) -> object:
@@ -130,15 +136,15 @@ class TrainerStep:
                 )
         return {"name": "a teacher", "width": width, "logit_scale": 100.0}
 
-    def place(self, device: torch.device, during: During) -> None:
+    def place(self, device: torch.device, observer: Observer | None) -> None:
         """Makes the training state on `device`: loss, optimizer, averages and kept frozen outputs.
 
-        Sets `state`, `optimizer`, `modules` and `averages`; during: as in `Step.place`. The model's
-        texts are cropped to one length.
+        Sets `state`, `optimizer`, `modules` and `averages`; observer: as in `Step.place`. The
+        model's texts are cropped to one length.
         """
         prepared = self.prepared
         crop = self.prepared.crop
-        self.during = during
+        self.observer = observer
         if crop is not None:  # all texts have one length
             crop.undo()
             crop = TextCrop(prepared.model, 1, 1) if self.tokens else None
@@ -153,26 +159,21 @@ class TrainerStep:
         self.modules = [prepared.model, *prepared.folded.values(), self.state.objective.loss]
         self.averages = list(self.state.ema.averages.values()) if self.state.ema else []
         steps.keep_frozen(self.state, self.memory)
-
-    def skip(self, tower: str, batch: Batch, first: Batch) -> None:
-        """Keeps as much of the frozen beginning's output for a pair as `first` does.
-
-        tower: "image" or "text", whose frozen modules run first; without any it does nothing. In
-        the pass with autograd it drops what it kept of `batch`.
-        """
-        if (prefix := self.state.prefixes.get(tower)) is None:
-            return
-        if torch.is_grad_enabled():
-            del prefix.kept[id(batch)]
-            return
-        times = batch[tower].shape[0] // first[tower].shape[0]
-        with self.during("activations"):
-            prefix.kept[id(batch)] = [torch.cat([kept] * times) for kept in prefix.kept[id(first)]]
+        if observer:
+            self.state.objective = _Objective(self.state.objective, observer)
+            self.state.wrappers = {tower: _Tower(observer) for tower in ("image", "text")}
 
     def run(self, batches: list[Batch]) -> None:
         """Runs one step of the trainer on the state that `place` made; updates its weights."""
-        with _counted_by_kind(self.during):
-            steps.train_step(self.state, batches)
+        if self.observer:
+            self._skip_micro_batches(batches)
+        steps.train_step(self.state, batches)
+
+    def _skip_micro_batches(self, batches: list[Batch]) -> None:
+        """Leaves out the micro-batches between the first and the last in both towers."""
+        prefixes = self.state.prefixes
+        for tower in ("image", "text"):
+            prefixes[tower] = FewMicroBatches(tower, batches, prefixes.get(tower), self.observer)
 
     @property
     def tokens(self) -> int | None:
@@ -245,30 +246,6 @@ def shapes_of(config: Config) -> tuple[nn.Module, list[str]]:
     ).names
 
 
-def _counted_by_kind(during: During) -> AbstractContextManager:
-    """Context in which the trainer's functions allocate memory of their kind, by `during`.
-
-    The kinds are "loss" and "activations"; functions of simplclip.train.step are replaced until the
-    end.
-    """
-
-    def allocating(kind: str, function: Callable) -> Any:
-        """Returns `function` so that each call of it runs within `during(kind)`."""
-
-        def run(*args: Any) -> Any:
-            with during(kind):
-                return function(*args)
-
-        return run
-
-    return mock.patch.multiple(
-        steps,
-        compute_losses=allocating("loss", steps.compute_losses),
-        encode_image=allocating("activations", steps.encode_image),
-        encode_text=allocating("activations", steps.encode_text),
-    )
-
-
 def busiest_step(config: Config) -> int:
     """Returns the first step of a run, from 0, with the largest number of active loss terms.
 
@@ -286,66 +263,74 @@ def busiest_step(config: Config) -> int:
     return max(sorted(step for step in candidates if step < steps), key=active_terms)
 
 
-def first_and_last(
-    backward: Callable, repeat: Callable[[int], None], skip: Callable[[str, Batch, Batch], None]
-) -> Callable:
-    """Returns a function in place of `gradient_cache.backward` that encodes fewer micro-batches.
+class _Tower(nn.Module):
+    """An exchange of gradients in `State.wrappers` that observes the allocations of a tower."""
 
-    `backward` is called with a mapping of towers; of each tower only the first and the last
-    micro-batch are encoded. Those between them would take the same memory as the first one; their
-    features are empty tensors of the right shape. repeat: called before each encoding with the
-    number of micro-batches that it stands for. skip: called as Step.skip for each that is not
-    encoded.
+    def __init__(self, observer: Observer) -> None:
+        super().__init__()
+        self.observer = observer
+
+    def forward(self, encode: Encode, batch: Batch) -> Tensor:
+        """Returns encode(batch)."""
+        with self.observer.during("activations"):
+            return encode(batch)
+
+
+class _Objective(Objective):
+    """The objective of a run, observed."""
+
+    def __init__(self, objective: Objective, observer: Observer) -> None:
+        self.objective = objective
+        self.observer = observer
+
+    def __call__(self, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Computes the loss; args: those of Objective, made for it after the features."""
+        self.observer.hold(args[3:], "loss", ("temporaries",))
+        with self.observer.during("loss"):
+            return self.objective(*args)
+
+
+class FewMicroBatches(Prefix):
+    """A frozen beginning in `State.prefixes`, by which only the first and the last micro-batch of a
+    tower are encoded.
+
+    Those between them would take the same memory as the first one; their features are empty tensors
+    of the right shape.
     """
 
-    def run(
-        encode: dict[str, Callable],
-        micro_batches: dict[str, list[Batch]],
-        loss: Callable,
-        *,
-        model: nn.Module,
-        scaler: GradScaler,
-    ) -> Any:
-        """Calls `backward` with encoders that run only the first and last micro-batch of a tower.
+    def __init__(
+        self, tower: str, batches: list[Batch], prefix: Prefix | None, observer: Observer
+    ) -> None:
+        self.tower = tower
+        self.first, *self.skipped = batches[:-1] or batches
+        self.times = sum(len(batch[tower]) for batch in (self.first, *self.skipped))
+        self.times //= len(self.first[tower])
+        self.prefix = prefix
+        self.kept: dict[int, list[Tensor]] = prefix.kept if prefix else {}
+        self.observer = observer
+        self.layout: tuple[int, torch.dtype, torch.device]  # of the features
 
-        Arguments and result are those of `backward`; encode, micro_batches: by tower, "image" and
-        "text".
-        """
-        encoders = {
-            tower: _skipping_encoder(tower, encode[tower], micro_batches[tower], repeat, skip)
-            for tower in encode
-        }
-        return backward(encoders, micro_batches, loss, model=model, scaler=scaler)
-
-    return run
-
-
-def _skipping_encoder(
-    tower: str, encode: Callable, micro_batches: list[Batch], repeat: Callable, skip: Callable
-) -> Callable:
-    """Returns a function in place of `encode`, which maps a micro-batch of a tower to its features.
-
-    For micro-batches between the first and the last one it calls skip(tower, batch, first) and
-    returns empty features. It calls repeat(n) before each call, n being how many micro-batches of
-    the first one's size the call stands for.
-    """
-    layout: list[Any] = []  # width, dtype and device of the features
-    first, *skipped = micro_batches[:-1] or micro_batches
-    times = sum(len(batch[tower]) for batch in (first, *skipped)) // len(first[tower])
-
-    def run(batch: Batch) -> Tensor:
+    def encode(self, encode: Encode, batch: Batch) -> Tensor:
         """Returns the features [m, D] of a micro-batch, empty ones if it is not encoded."""
-        repeat(times if batch is first else 1)
-        if any(batch is other for other in skipped):
-            rows = batch[tower].shape[: 1 if tower == "image" else -1].numel()
-            width, dtype, device = layout
-            skip(tower, batch, first)
+        self.observer.set_repeats(self.times if batch is self.first else 1)
+        if any(batch is other for other in self.skipped):
+            if self.prefix:
+                self._keep(batch)
+            rows = batch[self.tower].shape[: 1 if self.tower == "image" else -1].numel()
+            width, dtype, device = self.layout
             return torch.empty(rows, width, dtype=dtype, device=device)
-        features = encode(batch)
-        layout[:] = features.shape[1], features.dtype, features.device
+        features = self.prefix.encode(encode, batch) if self.prefix else encode(batch)
+        self.layout = features.shape[1], features.dtype, features.device
         return features
 
-    return run
+    def _keep(self, batch: Batch) -> None:
+        """Keeps as much for a pair as of the first micro-batch; with autograd, drops it again."""
+        if torch.is_grad_enabled():
+            del self.kept[id(batch)]
+            return
+        times = batch[self.tower].shape[0] // self.first[self.tower].shape[0]
+        with self.observer.during("activations"):
+            self.kept[id(batch)] = [torch.cat([t] * times) for t in self.kept[id(self.first)]]
 
 
 def inputs(

@@ -9,7 +9,7 @@ from open_clip import add_model_config
 from simplclip import models
 from simplclip.plan import actual, fake, measure
 from simplclip.plan.count import UncountedOp
-from simplclip.plan.step import TrainerStep, busiest_step, shapes_of
+from simplclip.plan.step import FewMicroBatches, TrainerStep, busiest_step, shapes_of
 from simplclip.train import config, setup
 from simplclip.train.objective import Objective
 from support.devices import NATIVE_BF16
@@ -167,7 +167,7 @@ def test_micro_batches_that_do_not_run_change_nothing(tiny, monkeypatch):
 
     shortened = [peak(24), peak(12)]
     assert shortened[1] < shortened[0]
-    monkeypatch.setattr(measure, "first_and_last", lambda backward, repeat, skip: backward)
+    monkeypatch.setattr(TrainerStep, "_skip_micro_batches", lambda *_: None)
     batches = TrainerStep.batches
     monkeypatch.setattr(TrainerStep, "batches", lambda step, real: batches(step, real=True))
     assert [peak(24), peak(12)] == pytest.approx(shortened, rel=1e-3)
@@ -190,9 +190,9 @@ def test_outputs_that_gradient_caching_keeps(monkeypatch):
         return measure.predict(step, CPU).peak
 
     shortened = peak()
-    monkeypatch.setattr(TrainerStep, "skip", lambda *_: None)
+    monkeypatch.setattr(FewMicroBatches, "_keep", lambda *_: None)
     assert peak() < 0.999 * shortened
-    monkeypatch.setattr(measure, "first_and_last", lambda backward, repeat, skip: backward)
+    monkeypatch.setattr(TrainerStep, "_skip_micro_batches", lambda *_: None)
     batches = TrainerStep.batches
     monkeypatch.setattr(TrainerStep, "batches", lambda step, real: batches(step, real=True))
     assert peak() == pytest.approx(shortened, rel=1e-3)
