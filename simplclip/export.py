@@ -28,15 +28,9 @@ from simplclip import models
 from simplclip.common.files import HOUR, identity, read_csv, remove_leftovers, temporary_folder
 from simplclip.evaluation.results import Results
 from simplclip.evaluation.retrieval import KS
+from simplclip.models.file_names import CARD, EXPORT, EXPORTED_WEIGHTS
 from simplclip.models.registry import configuration
-from simplclip.models.sources import (
-    CARD,
-    EXPORT,
-    EXPORTED_WEIGHTS,
-    about_best,
-    check_export,
-    in_run,
-)
+from simplclip.models.source import Export, about_best, parse_checkpoint
 from simplclip.models.trained import load_model, model_options
 
 RANKS = tuple(f"R@{k}" for k in KS)
@@ -58,10 +52,10 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
     FileExistsError (`out` has an export or other files), OSError (the disk is full).
     """
     out = Path(out)
-    check_export(out, force)
-    file = in_run(checkpoint)
+    Export(str(out)).check_new(force)
+    file = str(parse_checkpoint(checkpoint))
     model, state = load_model(file)
-    if file != checkpoint:
+    if file != str(checkpoint):
         print(about_best(file, state["step"]))
     config = state["config"]
     name = config["model"]["name"]
@@ -71,7 +65,7 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
         "model": name,
         "options": options,
         "step": state["step"],
-        "checkpoint": str(file),
+        "checkpoint": file,
         "versions": {"simplclip": simplclip.__version__, "torch": torch.__version__},
     }
 
@@ -101,7 +95,7 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
                 os.fsync(file.fileno())
         out.mkdir(parents=True, exist_ok=True)
         (out / EXPORT).unlink(missing_ok=True)
-        order = (EXPORTED_WEIGHTS, EXPORT)  # the first and the last, see `check_export`
+        order = (EXPORTED_WEIGHTS, EXPORT)  # the first and the last, see `Export.check_new`
         names = {path.name for path in work.iterdir()}
         written = [order[0], *sorted(names.difference(order)), order[1]]
         for name in written:  # nothing is printed between, since a closed pipe would end it

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from simplclip.models import siclip_small, weights
+from simplclip.models import packaged
 
 IMAGE_SIZE = 96
 WIDTH = 256
@@ -31,7 +31,7 @@ GRIDS = (3, 4)
 IMAGE_FEATURES = 40 + 5 * 80 + 5 * 112 + 192 + 320 + 1280
 TEXT_FEATURES = 384
 
-tokenizer = siclip_small.minilm_tokenizer(64)  # texts -> int64 [B, 64]
+tokenizer = packaged.minilm_tokenizer(64)  # texts -> int64 [B, 64]
 
 
 def transform(image: Image.Image) -> Tensor:
@@ -77,13 +77,13 @@ class Networks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.net = timm.create_model("tf_efficientnet_lite0").to(memory_format=torch.channels_last)
-        self.net.load_state_dict(weights.efficientnet_lite0_state())
+        self.net.load_state_dict(packaged.efficientnet_lite0_state())
         self.bert = BertModel(
-            BertConfig.from_json_file(weights.minilm_folder() / "config.json"),
+            BertConfig.from_json_file(packaged.minilm_folder() / "config.json"),
             add_pooling_layer=False,
         )
         unused = ("pooler.", "embeddings.position_ids")  # no part of the sentence encoder
-        state = weights.minilm_state()
+        state = packaged.minilm_state()
         used = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
         self.bert.load_state_dict(used)
         self.eval().requires_grad_(False)

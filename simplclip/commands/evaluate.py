@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from simplclip.commands.options import Device, Last, Precision, Workers, check_data, named_splits
-from simplclip.commands.train import relocated
 from simplclip.common.errors import InputError, UserError
 
 
@@ -80,12 +79,12 @@ def evaluate(
     """Evaluate models by zero-shot retrieval and classification; write a table, JSON and pictures
     of the results.
     """
-    from simplclip.models.sources import check_source, in_run
+    from simplclip.models.source import parse_model
 
     if last:
-        models = [str(in_run(model, last)) for model in models]
+        models = [str(parse_model(model, last=True)) for model in models]
     for model in models:
-        check_source(model)
+        parse_model(model).check()
     splits = named_splits(data or []) or splits_of(models[0])
     for split in splits.values():
         check_data(split, "data")
@@ -165,7 +164,7 @@ def _config_of(model: str) -> Any:
     from simplclip.train import config
 
     try:
-        return relocated(config.load(file), file)
+        return config.relocated(config.load(file), file)
     except config.ConfigError as error:
         raise InputError(
             f"data: expected a config of this version in {file}, got {error}; name the data by "

@@ -21,11 +21,11 @@ def export(
     """Write a checkpoint as a folder with safetensors that open_clip loads, and print the lines
     that load it.
     """
-    from simplclip.models.sources import LAST, check_export, check_weights, in_run
+    from simplclip.models.source import Export, parse_checkpoint
 
-    check_export(out, force)
-    checkpoint = Path(in_run(checkpoint, last)) if last else checkpoint
-    check_weights(checkpoint, "checkpoint", (LAST,))
+    Export(str(out)).check_new(force)
+    parsed = parse_checkpoint(checkpoint, last=last)
+    parsed.check("checkpoint")
     from simplclip import export as exporter
 
-    exporter.run(checkpoint, out, force=force)
+    exporter.run(str(parsed) if last else checkpoint, out, force=force)

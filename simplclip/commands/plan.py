@@ -57,7 +57,7 @@ def plan(
     that fit.
     """
     from simplclip.common.errors import InputError
-    from simplclip.models.sources import check_name
+    from simplclip.models.model_names import check_name
     from simplclip.plan.cards import named, parse_memory
     from simplclip.train import config as configs
 
@@ -91,13 +91,13 @@ def _read_planned_config(source: str) -> dict[str, Any]:
     source: a YAML file, the name of a built-in config, or a model's name, whose training has
     defaults.
     """
+    from simplclip.models import presets
+    from simplclip.models.model_names import PLAIN
     from simplclip.train import config as configs
 
-    if not Path(source).is_file() and source not in configs.builtin():
-        from simplclip.models.sources import NAMES, PLAIN
-
-        if source in NAMES or source.startswith(PLAIN):
-            return {"model": {"name": source}, **REQUIRED}
+    is_config = Path(source).is_file() or source in presets.configs()
+    if not is_config and (source in presets.NAMES or source.startswith(PLAIN)):
+        return {"model": {"name": source}, **REQUIRED}
     values = configs.read(source)
     for section, required in REQUIRED.items():
         configured = values.get(section)

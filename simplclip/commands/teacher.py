@@ -50,10 +50,10 @@ def teacher(
     """Write a teacher's features of images and captions into sidecars of the shards, which training
     reads (data.sidecars).
     """
-    from simplclip.models.sources import check_source
+    from simplclip.models.source import parse_model
 
     check_data(source, "source")
-    check_source(teacher, checkpoint)
+    parse_model(teacher, checkpoint).check()
     from simplclip import teacher as teachers
     from simplclip.common import ranks
 

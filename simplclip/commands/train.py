@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import traceback
 from importlib.util import find_spec
@@ -59,7 +58,7 @@ def train(
     try:
         values = configs.load(config, set_ or ())
         if not any(item.partition("=")[0].strip() in ("run", "run.out") for item in set_ or ()):
-            old, values = values.run.out, relocated(values, Path(config))
+            old, values = values.run.out, configs.relocated(values, Path(config))
             if values.run.out != old and os.environ.get("RANK", "0") == "0":
                 typer.echo(
                     f"run        in {values.run.out}, where {config} lies; --set run.out={old} "
@@ -88,26 +87,6 @@ def train(
         fail(str(error), 1)
 
 
-def relocated(config: Any, file: Path) -> Any:
-    """Returns the config of a run that was moved, with its new folder as run.out.
-
-    config: a simplclip.train.config.Config, read from `file`. Paths of shards that the run packed
-    change too. Unless `file` is a config.yaml beside a last.pt, in another folder than run.out,
-    `config` is returned as it is. Nothing on the disk changes.
-    """
-    old, new = Path(config.run.out), file.parent
-    if file.name != "config.yaml" or not (new / "last.pt").exists():
-        return config
-    if old.resolve() == new.resolve():
-        return config
-    # beginnings of the paths of shards that it packed, as JSON writes them
-    old_shards = json.dumps(f"{old}/shards/")[:-1]
-    new_shards = json.dumps(f"{new}/shards/")[:-1]
-    data = json.dumps(config.to_dict()["data"]["train"])
-    train = json.loads(data.replace(old_shards, new_shards))
-    return config.replaced(data={"train": train}, run={"out": str(new)})
-
-
 def check(config: Any, resume: bool) -> None:
     """Raises InputError or OSError for a wrong name, folder or file; changes nothing.
 
@@ -115,17 +94,18 @@ def check(config: Any, resume: bool) -> None:
     missing tensorboard raises ModuleNotFoundError. Only a run.device of a GPU needs seconds of
     imports.
     """
-    from simplclip.models.sources import check_name, check_weights
+    from simplclip.models.model_names import check_name
+    from simplclip.models.source import parse_weights
     from simplclip.train.config import check_out
 
     check_name(config.model.name, "model.name")
     check_out(Path(config.run.out), resume)
     if not (resume and Path(config.run.out, "last.pt").exists()):
         if config.model.checkpoint is not None:
-            check_weights(config.model.checkpoint, "model.checkpoint")
+            parse_weights(config.model.checkpoint).check("model.checkpoint")
         sources = config.inherit.source or ()
         for source in [sources] if isinstance(sources, str) else sources:
-            check_weights(source, "inherit.source")
+            parse_weights(source).check("inherit.source")
     check_sources(config)
     if config.run.tensorboard and find_spec("tensorboard") is None:
         raise ModuleNotFoundError("No module named 'tensorboard'", name="tensorboard")

@@ -22,7 +22,7 @@ from simplclip.data.errors import BrokenSample
 from simplclip.data.samples import file_bytes
 from simplclip.evaluation.split import Towers
 from simplclip.models.crop import crop_texts
-from simplclip.models.sources import in_run
+from simplclip.models.source import parse_model
 from simplclip.models.trained import load_source
 
 # a path, a PIL image, or float [3, S, S], uint8 [3, H, W]
@@ -198,12 +198,11 @@ def load(
     Raises: InputError if the source is unknown, FileNotFoundError, CheckpointError if a file is not
     a checkpoint of that model.
     """
-    source = in_run(source)
     device = hardware.pick_device(str(device))
     precision, _ = hardware.pick_precision(precision, device)
     return Encoder(
         **load_source(source, checkpoint),
         device=device,
         precision=precision,
-        source=os.fspath(source),
+        source=str(parse_model(source, checkpoint)),
     )

@@ -42,7 +42,7 @@ from simplclip.evaluation.retrieval import recall_of
 from simplclip.evaluation.sheets import contact_sheet
 from simplclip.evaluation.split import BATCH_SIZE, Split, encode
 from simplclip.models.context_length import cut_in_words
-from simplclip.models.sources import about_best
+from simplclip.models.source import about_best
 from simplclip.version import __version__
 
 Models = str | os.PathLike | Sequence[str | os.PathLike]

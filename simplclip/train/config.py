@@ -6,6 +6,7 @@ sections.py has its keys; `describe()` prints them as a YAML file with comments.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from pydantic import ValidationError, model_validator
 
 from simplclip.common.errors import InputError
 from simplclip.common.nearest import nearest
+from simplclip.models import presets
 from simplclip.train.sections import (
     DEVICES,
     DataConfig,
@@ -177,11 +179,6 @@ def parse_yaml(text: str | bytes, source: str) -> Any:
         raise ConfigError(f"{source}: not valid YAML: {reason}") from None
 
 
-def builtin() -> dict[str, Path]:
-    """Returns the files of the built-in configs by name."""
-    return {file.stem: file for file in Path(__file__).with_name("configs").glob("*.yaml")}
-
-
 def load(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Returns a config, read from a file, changed and checked.
 
@@ -198,12 +195,11 @@ def read(source: str | Path) -> dict[str, Any]:
     source: path of the file, or name of the config. Raises ConfigError if there is neither, or for
     content that is no mapping.
     """
-    file: Path | None = Path(source)
-    if not file.is_file():
-        file = builtin().get(str(source))
-    if file is None:
+    path = Path(source)
+    text = path.read_bytes() if path.is_file() else presets.configs().get(str(source))
+    if text is None:
         raise _no_config(str(source))
-    values = parse_yaml(file.read_bytes(), str(source)) or {}
+    values = parse_yaml(text, str(source)) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: expected a mapping of sections, got {shown(values)}")
     return values
@@ -211,13 +207,15 @@ def read(source: str | Path) -> dict[str, Any]:
 
 def _no_config(source: str) -> ConfigError:
     """Returns the error for a source that is neither a file nor a built-in config."""
-    names = builtin()
+    names = presets.configs()
     files = [str(file) for file in Path(source).parent.glob("*.yaml")]
     advice = ""
-    if near := difflib.get_close_matches(source, [*names, *files], 1):
+    if source in presets.NAMES:
+        advice = f", a model; a file with model: {{name: {source}}} and its data can train it"
+    elif near := difflib.get_close_matches(source, [*names, *files], 1):
         advice = f"; did you mean {near[0]}?"
     return ConfigError(
-        f"config: expected a YAML file or one of the built-in {', '.join(sorted(names))}, got "
+        f"config: expected a YAML file or one of the built-in {', '.join(names)}, got "
         f"{source!r}{advice}"
     )
 
@@ -268,6 +266,26 @@ def from_dict(values: dict[str, Any]) -> Config:
     except ValidationError as error:
         lines = dict.fromkeys(line for detail in error.errors() for line in _lines(detail))
         raise ConfigError("\n".join(lines)) from None
+
+
+def relocated(config: Config, file: Path) -> Config:
+    """Returns the config of a run that was moved, with its new folder as run.out.
+
+    config: read from `file`. Paths of shards that the run packed
+    change too. Unless `file` is a config.yaml beside a last.pt, in another folder than run.out,
+    `config` is returned as it is. Nothing on the disk changes.
+    """
+    old, new = Path(config.run.out), file.parent
+    if file.name != "config.yaml" or not (new / "last.pt").exists():
+        return config
+    if old.resolve() == new.resolve():
+        return config
+    # beginnings of the paths of shards that it packed, as JSON writes them
+    old_shards = json.dumps(f"{old}/shards/")[:-1]
+    new_shards = json.dumps(f"{new}/shards/")[:-1]
+    data = json.dumps(config.to_dict()["data"]["train"])
+    train = json.loads(data.replace(old_shards, new_shards))
+    return config.replaced(data={"train": train}, run={"out": str(new)})
 
 
 def check_out(out: Path, resume: bool) -> None:

@@ -19,7 +19,7 @@ import simplclip
 from simplclip import evaluation
 from simplclip.commands import options
 from simplclip.commands.main import app
-from simplclip.models import sources
+from simplclip.models.model_names import NAMES
 from simplclip.models.trained import read_checkpoint
 from simplclip.train import config
 from support.data.pairs import png
@@ -217,11 +217,11 @@ def test_names_are_checked_without_torch_before_anything_is_written(tmp_path):
     (tmp_path / "t.csv").touch()
     train = "train config.yaml --set data.train=t.csv --set"
     folder = "expected a file of weights, or the folder of a run or an export"
-    no_run = "source: expected a checkpoint, the folder of a run or an export, mobileclip-s0, "
+    no_run = "source: expected a checkpoint, the folder of a run or an export, "
     no_file = "expected a file of weights, got no such file"
     no_checkpoint = f"{folder}, got begun: a run that has no checkpoint yet"
     lines = {
-        f"{train} model.name=ViT-B-32": f"model.name: expected one of {[*sources.NAMES]} or "
+        f"{train} model.name=ViT-B-32": f"model.name: expected one of {[*NAMES]} or "
         "open_clip:NAME, got 'ViT-B-32'; nearest: ['open_clip:ViT-B-32']",
         f"{train} model.checkpoint=gone.pt": f"model.checkpoint: {no_file}: gone.pt",
         f"{train} inherit.source=[minilm,RN51/openai]": f"inherit.source: {no_file}: RN51/openai; "
@@ -229,7 +229,7 @@ def test_names_are_checked_without_torch_before_anything_is_written(tmp_path):
         f"{train} run.device=cdua": "run.device: expected auto, cpu, cuda or "
         "cuda:N, got 'cdua' (str)",
         f"{train} run.out=begun": "run.out: expected a folder without a run, got begun; ",
-        "evaluate runs/gone": f"{no_run}siclip-s0, siclip2-s0, siclip-tiny, siclip-lite0 or "
+        "evaluate runs/gone": f"{no_run}{', '.join(NAMES)} or "
         "open_clip:NAME, each with /FILE, got 'runs/gone', no such file or folder",
         "evaluate begun --data data/train-0.tar": f"source: {no_checkpoint}",
         "export runs/gone --out out": f"checkpoint: {no_file}: runs/gone",

