@@ -169,7 +169,7 @@ def report(plan: Plan, out: Path) -> list[dict[str, Any]]:
             files = [base.folder / RESULT, variant.folder / RESULT]
             if all(file.exists() for file in files):
                 results.append(
-                    [ModelResult.from_json(json.loads(file.read_text())) for file in files]
+                    [ModelResult.model_validate(json.loads(file.read_text())) for file in files]
                 )
         if len(results) > 1:
             rows += rows_of(effect, results)

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 import simplclip
 from simplclip.common.errors import InputError
 from simplclip.data import HeldOut, held_out
-from simplclip.data.errors import Skipped
 from simplclip.data.transforms import finish_on_device
 from simplclip.models.simplify import count_parameters
 from simplclip.models.sites import attention_of, block_sites, build_block
@@ -48,7 +47,9 @@ def inputs_of(
     """
     text_tower = vars(getattr(encoder.model, "text", None) or encoder.model)
     argmax = text_tower.get("pool_type", text_tower.get("text_pool_type", "argmax")) == "argmax"
-    for images, _, rows in split.batches(encoder.preprocess, BATCH, Skipped()):
+    for images, rows, _ in split.batches(encoder.preprocess, BATCH):
+        if not rows:
+            continue
         if tower == "image":
             inputs = finish_on_device(encoder.preprocess, images[:samples], encoder.device)
             lengths = None

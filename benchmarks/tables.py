@@ -176,7 +176,7 @@ def demo() -> list[str]:
     result: dict[str, Any] = json.loads(path.read_text())
     head = ("held out", "find", "R@1", "R@5", "R@10", "chance of R@5")
     lines = []
-    for split, entry in Results.from_json(result).first.splits.items():
+    for split, entry in Results.model_validate(result).splits.items():
         for figures, find in (
             (entry.retrieval.image_to_text, f"an image's caption, among {entry.texts:,}"),
             (entry.retrieval.text_to_image, f"a caption's images, among {entry.images:,}"),

@@ -159,12 +159,12 @@ def _evaluated_figures(file: Path, step: int) -> list[str]:
     """Returns the rows of the card's table that `simplclip evaluate` found, one a direction.
 
     file: a checkpoint, or its folder, beside or in which evaluation.json lies. The list is empty if
-    its first result is of another step or checkpoint. Raises OSError, ValueError, LookupError,
-    TypeError or AttributeError if the file is missing or has another content.
+    its first result is of another step or checkpoint. Raises OSError or ValueError if the
+    file is missing or has another content.
     """
     folder = file if file.is_dir() else file.parent
     content = json.loads((folder / "evaluation.json").read_text("utf-8"))
-    result = Results.from_json(content).first
+    result = Results.model_validate(content)
     if result.step != step or not result.checkpoint.endswith((file.name, folder.name)):
         return []
     rows = []

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from simplclip.common import ranks
 from simplclip.common.errors import InputError
 from simplclip.data.errors import BrokenSample, EmptyDataError, Skipped
 from simplclip.data.find_sidecars import Folders
@@ -38,7 +37,7 @@ from simplclip.data.samples import (
     record_of,
 )
 from simplclip.data.stored_order import StoredOrder
-from simplclip.data.views import pixels_of, seeded
+from simplclip.data.views import Transform, pixels_of, seeded
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,25 @@ class Classes:
     names: list[str] | None = None
     folders: tuple[str, ...] = ()
     templates: list[str] | None = None
+
+
+class HeldOutRow(NamedTuple):
+    """A held-out sample without its image."""
+
+    position: int  # among the samples of the data, from 0, broken ones included
+    key: str
+    captions: list[str]
+    label: str | int | None  # name or number of the class
+    group: str | None  # the json's, see `Pair.group`
+
+
+class HeldOutBatch(NamedTuple):
+    """N images, and what was skipped; a batch at the end of each source has no image."""
+
+    # [N, 3, S, S], uint8 or float32; [0] without images
+    images: torch.Tensor
+    rows: list[HeldOutRow]  # N
+    skipped: Skipped
 
 
 @dataclass
@@ -105,28 +123,21 @@ class HeldOut:
 
     def batches(
         self,
-        transform: Callable,
+        transform: Transform,
         batch_size: int,
-        skipped: Skipped,
         workers: int = 0,
-        use: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ) -> Iterator[tuple[torch.Tensor, list[int], list[Pair]]]:
-        """Yields the batches in stored order, each as (images, positions, samples).
-
-        images are [N, 3, S, S] with N <= batch_size, uint8 or float32. positions count the samples
-        of the data from 0, broken ones included. The samples no longer have their images, and of
-        their json only "group". Broken samples are left out.
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[HeldOutBatch]:
+        """Yields the images in stored order, N <= batch_size at a time, without broken samples.
 
         transform: an ImageTransform, whose uint8 images still need its `finish`; or a function RGB
         -> float32 [3, S, S].
-        skipped: broken samples are added to it.
         workers: loader processes, which end with the iteration; 0 reads in this process.
-        use: function of the images whose result is yielded in their place, e.g. features. Ranks
-        then divide the batches, all have to iterate, and the first rank yields the results of all
-        ranks, the others nothing. None: each rank yields all batches.
+        rank, world_size: the batches of this rank, of so many ranks that divide them.
 
-        Raises ShardError for a shard that cannot be read, EmptyDataError if no sample is usable,
-        WorkerError if a loader process died.
+        Raises ShardError for a shard that cannot be read, WorkerError if a loader process died.
         """
         order = StoredOrder(
             self.sources,
@@ -134,38 +145,16 @@ class HeldOut:
             partial(self._prepare, transform=transform),
             batch_size,
             _collate,
+            rank,
+            world_size,
         )
-        if use is None:
-            results: Iterator[tuple[Any, ...]] = self._results(order, workers, None)
-        else:
-            order.rank, order.world_size = ranks.number(), ranks.count()
-            results = ranks.gather_to_first(self._results(order, workers, use))
-        any_usable = use is not None and not ranks.first()
-        for images, positions, pairs, new in results:
-            skipped.merge(new)
-            if pairs:
-                any_usable = True
-                yield images, positions, pairs
-        if not any_usable:
-            raise EmptyDataError(f"data: expected usable samples, got none in {self}; {skipped}")
-
-    def _results(
-        self, order: StoredOrder, workers: int, use: Callable[[torch.Tensor], torch.Tensor] | None
-    ) -> Iterator[tuple[Any, list[int], list[Pair], Skipped]]:
-        """Yields (images, positions, samples, damage) of each portion that this rank makes.
-
-        order: the data in portions. images, positions and samples are as in `batches`, but (None,
-        [], []) without a usable sample; damage is a Skipped. use: function of the images whose
-        result replaces them, or None.
-        """
         for portion in order.portions(workers):
-            if portion.batch is None:
-                yield None, [], [], portion.skipped
-                continue
-            images, pairs = portion.batch
-            if use is not None:
-                images = use(images)
-            yield images, portion.positions, pairs, portion.skipped
+            images, rows = portion.batch or (torch.empty(0), [])
+            yield HeldOutBatch(images, rows, portion.skipped)
+
+    def nothing_usable(self, skipped: Skipped) -> EmptyDataError:
+        """Returns the error for data without a usable sample; `skipped` has why."""
+        return EmptyDataError(f"data: expected usable samples, got none in {self}; {skipped}")
 
     def pictures(self, positions: Iterable[int]) -> dict[int, Image.Image]:
         """Returns {position: RGB image} of the samples at `positions`, which count as in `batches`.
@@ -197,17 +186,16 @@ class HeldOut:
             key = row.name.partition("/")[2]
             yield {"__key__": key, "__url__": source.url, "__shard__": source.name, "__row__": row}
 
-    def _prepare(self, sample: Sample, transform: Callable) -> tuple[torch.Tensor, Pair]:
-        """Returns (pixels [3, S, S], the parsed sample without its image, and of its json "group").
+    def _prepare(self, sample: Sample, transform: Transform) -> tuple[torch.Tensor, HeldOutRow]:
+        """Returns the pixels [3, S, S] of a sample, and its row; raises BrokenSample.
 
         What the transform draws depends on the sample's name only; global generators are restored.
-        Raises BrokenSample.
         """
         pair = self.open(sample)
         with seeded("eval", pair.name):
             image = pixels_of(transform, pair)
-        record = {} if pair.group is None else {"group": pair.group}
-        return image, replace(pair, encoded=b"", record=record)
+        position = sample["__position__"]
+        return image, HeldOutRow(position, pair.key, pair.captions, pair.label, pair.group)
 
 
 def held_out(source: Any, *, captions: int | None = None, name: str = "data") -> HeldOut:
@@ -300,10 +288,11 @@ def count_division(
     return Division(round(train), held_out, len(captions), int(repeated))
 
 
-def _collate(prepared: list[tuple[torch.Tensor, Pair]]) -> tuple[torch.Tensor, list[Pair]]:
-    """Stacks N results of `HeldOut._prepare`: (images [N, 3, S, S], list of the samples)."""
-    images, pairs = zip(*prepared)
-    return torch.stack(images), list(pairs)
+def _collate(
+    prepared: list[tuple[torch.Tensor, HeldOutRow]],
+) -> tuple[torch.Tensor, list[HeldOutRow]]:
+    images, rows = zip(*prepared)
+    return torch.stack(images), list(rows)
 
 
 def _clip_benchmark(folder: Path, captions: int | None, name: str) -> HeldOut | None:

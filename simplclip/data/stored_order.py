@@ -12,48 +12,50 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.find_sources import Address, Source
 from simplclip.data.samples import Sample, described
 from simplclip.data.workers import from_workers
 
+Prepared = TypeVar("Prepared")
+Collated = TypeVar("Collated")
 
-class Portion(NamedTuple):
+
+class Portion(NamedTuple, Generic[Collated]):
     """A batch of one source, or the end of a source."""
 
     source: int  # its index
-    # positions of the batch's usable samples among all samples that the worker reads
-    positions: list[int]
-    keys: list[str]  # of the same samples
+    keys: list[str]  # of the batch's usable samples
     # from `collate`; None at the end of a source, and if no sample of the batch is usable
-    batch: Any
+    batch: Collated | None
     skipped: Skipped  # damage in the batch; at the end of a source that of the tar itself
     end: bool = False  # whether the source ends here
 
 
 @dataclass
-class StoredOrder:
+class StoredOrder(Generic[Prepared, Collated]):
     """Samples in stored order. Batches do not go over the end of a source.
 
     read: yields the samples of a source and counts damage. prepare: function of a sample, in a
-    worker; it may raise BrokenSample. collate: function of a list of prepared samples, in a worker.
+    worker, which has its position among all samples that the worker reads under "__position__"; it
+    may raise BrokenSample. collate: function of a list of prepared samples, in a worker.
     rank, world_size: this rank makes every `world_size`-th portion.
     """
 
     sources: Sequence[Source]
     read: Callable[[Source, Skipped], Iterator[Sample]]
-    prepare: Callable[[Sample], Any]
+    prepare: Callable[[Sample], Prepared]
     batch_size: int
-    collate: Callable[[list[Any]], Any] = list
+    collate: Callable[[list[Prepared]], Collated]
     rank: int = 0
     world_size: int = 1
     # whether workers divide the sources, if there are enough; only the batches of each source are
     # then in order
     divide_sources: bool = False
 
-    def portions(self, workers: int = 0) -> Generator[Portion, None, None]:
+    def portions(self, workers: int = 0) -> Generator[Portion[Collated], None, None]:
         """Yields this rank's portions, made by `workers` processes; 0 makes them in this process.
 
         The processes start with the first portion, and end with the generator. If a source is a
@@ -63,7 +65,7 @@ class StoredOrder:
             workers = min(workers, 1)  # each worker would fetch a stream whole
         return from_workers(self._portions, workers)
 
-    def _portions(self, worker: int, workers: int) -> Iterator[Portion]:
+    def _portions(self, worker: int, workers: int) -> Iterator[Portion[Collated]]:
         """Yields the portions that process `worker` of `workers` makes for this rank."""
         turn, turns = worker * self.world_size + self.rank, workers * self.world_size
         sources = list(enumerate(self.sources))
@@ -81,25 +83,20 @@ class StoredOrder:
                 number += 1
                 start += len(rows)
             if number % turns == turn:
-                yield Portion(index, [], [], None, damage, end=True)
+                yield Portion(index, [], None, damage, end=True)
             number += 1
 
-    def _portion(self, source: int, start: int, rows: list[Sample]) -> Portion:
-        """Prepares the samples `rows` of a source and returns their portion.
-
-        source: its index. start: position of the first sample. Broken samples are left out, and
-        counted in the portion.
-        """
+    def _portion(self, source: int, start: int, samples: list[Sample]) -> Portion[Collated]:
+        """Returns the portion of some samples of a source, the first at the position `start`."""
         prepared = []
-        positions = []
         keys = []
         skipped = Skipped()
-        for position, sample in enumerate(rows, start):
+        for position, sample in enumerate(samples, start):
+            sample["__position__"] = position
             try:
                 prepared.append(self.prepare(sample))
-                positions.append(position)
                 keys.append(sample["__key__"])
             except BrokenSample as broken:
                 skipped.add(broken.reason, described(sample), broken.detail)
         batch = self.collate(prepared) if prepared else None
-        return Portion(source, positions, keys, batch, skipped)
+        return Portion(source, keys, batch, skipped)

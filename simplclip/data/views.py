@@ -11,11 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from simplclip.data.decode_images import decode_pil
 from simplclip.data.errors import BrokenSample, ShardError
 from simplclip.data.samples import Pair, stable_hash
 from simplclip.data.transforms import ImageTransform, View
+
+# an ImageTransform, or a function of an RGB image -> float32 [3, S, S]
+Transform = ImageTransform | Callable[[Image.Image], torch.Tensor]
 
 _NUMPY: Any = np.random  # Any, since numpy's types leave out the global bit generator
 _NUMPY_GENERATOR = np.random.MT19937(0)
@@ -46,9 +50,7 @@ def seeded(*parts: object) -> Iterator[None]:
         _NUMPY.set_bit_generator(numpy_generator)
 
 
-def pixels_of(
-    transform: ImageTransform | Callable, pair: Pair, view: View | None = None
-) -> torch.Tensor:
+def pixels_of(transform: Transform, pair: Pair, view: View | None = None) -> torch.Tensor:
     """Returns the transformed image of a sample, [3, S, S]: uint8 by an ImageTransform.
 
     transform: an ImageTransform; or a caller's function of an RGB image, whose result is returned

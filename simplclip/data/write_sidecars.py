@@ -220,4 +220,4 @@ def _write(
                 for key, files in zip(portion.keys, process(portion.batch), strict=True):
                     add(sidecar.tar, key, files)
                 sidecar.keys.extend(portion.keys)
-            advance(len(portion.positions) + portion.skipped.counts.total())
+            advance(len(portion.keys) + portion.skipped.counts.total())

@@ -2,9 +2,10 @@
 while a run trains.
 
 encoder.py          a trained model that encodes images and texts
-split.py            held-out data and its features
+split.py            held-out data as a model reads them, and its towers
+index.py            encoded held-out data: R@k, loss, pictures
 results.py          the results and evaluation.json
-retrieval.py        R@k, and search for the most similar candidates
+retrieval.py        search for the most similar candidates, R@k
 classification.py   zero-shot accuracies, names of classes, phrases
 figures.py          the results as a table
 sheets.py           pictures of queries and their answers
@@ -18,6 +19,7 @@ from simplclip.common.lazy import attribute as _attribute
 if _typing.TYPE_CHECKING:
     from simplclip.evaluation.classification import class_names, named, phrases, zero_shot
     from simplclip.evaluation.encoder import Encoder, load
+    from simplclip.evaluation.index import BATCH_SIZE, Index, encode
     from simplclip.evaluation.results import (
         Classification,
         Figure,
@@ -26,23 +28,17 @@ if _typing.TYPE_CHECKING:
         Retrieval,
         SplitResult,
     )
-    from simplclip.evaluation.retrieval import KS, loss_of, nearest, recall, recall_of
+    from simplclip.evaluation.retrieval import KS, nearest, recall
     from simplclip.evaluation.run import Settings, evaluate
     from simplclip.evaluation.sheets import contact_sheet
-    from simplclip.evaluation.split import (
-        BATCH_SIZE,
-        LEAST_SAMPLES,
-        Split,
-        Towers,
-        encode,
-        load_splits,
-    )
+    from simplclip.evaluation.split import LEAST_SAMPLES, Split, Towers, load_splits
 
 # Imported on first use, since training needs neither pictures nor classes. No function has the name
 # of a module.
 _MODULES = {
     "classification": ("class_names", "named", "phrases", "zero_shot"),
     "encoder": ("Encoder", "load"),
+    "index": ("BATCH_SIZE", "Index", "encode"),
     "results": (
         "Classification",
         "Figure",
@@ -51,16 +47,17 @@ _MODULES = {
         "Retrieval",
         "SplitResult",
     ),
-    "retrieval": ("KS", "nearest", "loss_of", "recall", "recall_of"),
+    "retrieval": ("KS", "nearest", "recall"),
     "run": ("Settings", "evaluate"),
     "sheets": ("contact_sheet",),
-    "split": ("BATCH_SIZE", "LEAST_SAMPLES", "Split", "Towers", "encode", "load_splits"),
+    "split": ("LEAST_SAMPLES", "Split", "Towers", "load_splits"),
 }
 __all__ = [
     "BATCH_SIZE",
     "Classification",
     "Encoder",
     "Figure",
+    "Index",
     "KS",
     "LEAST_SAMPLES",
     "ModelResult",
@@ -76,12 +73,10 @@ __all__ = [
     "evaluate",
     "load",
     "load_splits",
-    "loss_of",
     "named",
     "nearest",
     "phrases",
     "recall",
-    "recall_of",
     "zero_shot",
 ]
 

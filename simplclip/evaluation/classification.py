@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from simplclip.common.errors import InputError
 from simplclip.data import HeldOut
 from simplclip.data.samples import clean
+from simplclip.evaluation.index import Index
 from simplclip.evaluation.results import Classification, Figure
 from simplclip.evaluation.retrieval import nearest
-from simplclip.evaluation.split import Split, Towers
+from simplclip.evaluation.split import Tokenizer, Towers
 
 CLASSES_AT_A_TIME = 10  # whose texts are encoded together, as by open_clip
 TEMPLATES = {
@@ -116,27 +117,27 @@ def _lines(path: str | os.PathLike, expected: str) -> list[str]:
 
 
 @torch.no_grad()
-def zero_shot(towers: Towers, split: Split, templates: Sequence[str]) -> Classification | None:
-    """Returns zero-shot accuracies of an encoded split, by the labels of its images.
+def zero_shot(towers: Towers, index: Index, templates: Sequence[str]) -> Classification | None:
+    """Returns zero-shot accuracies of encoded images, by their labels.
 
-    None if the split has fewer than two classes or no label. Images without a label are skipped.
+    None with fewer than two classes or no label. Images without a label are skipped.
     Each class's weight is the mean of its features over `templates`, see `phrases` (open_clip's
     build_zero_shot_classifier). mean_per_class is the mean over the classes of the share of their
     images that are right.
-    towers: those that encoded the split; here they encode the names of the classes.
+    towers: those that encoded the images; here they encode the names of the classes.
 
     Raises: NamelessError for labels that are numbers if there are no names; InputError for a label
     that is not a known class, and if a feature of a name is not finite.
     """
     templates = phrases(templates)
-    classes, numbers = _classes(split)
+    classes, numbers = _classes(index)
     labels = torch.tensor(numbers)
     labelled = labels >= 0
     if len(classes) < 2 or not labelled.any():
         return None
-    features = split.image_features[labelled]
+    features = index.image_features[labelled]
     labels = labels[labelled]
-    weights = _weights(towers, split, classes, templates)
+    weights = _weights(towers, index.split.tokenizer, classes, templates)
     parts = nearest(features, weights.T, 5, towers.device)
     hits = torch.cat([rows.cpu() for _, _, rows in parts]) == labels[:, None]
     counts = labels.bincount(minlength=len(classes))
@@ -145,19 +146,21 @@ def zero_shot(towers: Towers, split: Split, templates: Sequence[str]) -> Classif
 
     def top(k: int) -> Figure:
         right = int(hits[:, :k].any(1).sum())
-        return Figure(right / len(labels), chance=min(1.0, k / len(classes)))
+        return Figure(value=right / len(labels), chance=min(1.0, k / len(classes)))
 
     return Classification(
-        classes,
+        classes=classes,
         images=len(labels),
         templates=templates,
         top1=top(1),
         top5=top(5),
-        mean_per_class=Figure(per_class, chance=1 / len(classes)),
+        mean_per_class=Figure(value=per_class, chance=1 / len(classes)),
     )
 
 
-def _weights(towers: Towers, split: Split, classes: list[str], templates: list[str]) -> Tensor:
+def _weights(
+    towers: Towers, tokenizer: Tokenizer, classes: list[str], templates: list[str]
+) -> Tensor:
     """Returns the features float32 [D, classes] of the class names, on the device of the towers.
 
     Each column is the normalised mean over `templates`, phrases with one {}. Raises InputError if a
@@ -167,32 +170,34 @@ def _weights(towers: Towers, split: Split, classes: list[str], templates: list[s
     for start in range(0, len(classes), CLASSES_AT_A_TIME):
         names = classes[start : start + CLASSES_AT_A_TIME]
         texts = [template.format(name) for name in names for template in templates]
-        features = towers.features("text", split.tokenizer(texts))
+        features = towers.features("text", tokenizer(texts))
         weights.append(features.unflatten(0, (len(names), len(templates))).mean(1))
     return nn.functional.normalize(torch.cat(weights), dim=-1).T
 
 
-def _classes(split: Split) -> tuple[list[str], list[int]]:
+def _classes(index: Index) -> tuple[list[str], list[int]]:
     """Returns the class names, and each sample's class number (-1: no label).
 
     The names are those of the data, or else the different labels that are texts, sorted. Where a
     label is a name, equal names are one class, else each number keeps a class of its own.
     Raises NamelessError for a number if there are no names, InputError for another unknown label.
     """
-    names = split.data.classes.names
+    data = index.split.data
+    names = data.classes.names
+    labels = [row.label for row in index.rows]
     if names is None:
-        names = sorted({label for label in split.labels if isinstance(label, str)})
+        names = sorted({label for label in labels if isinstance(label, str)})
     by_name = {name: number for number, name in enumerate(names)}
     numbers = []
-    for label in split.labels:
+    for label in labels:
         number = _class_number(label, by_name)
         if label is not None and not 0 <= number < len(names):
-            expected = f"classnames: expected a name for each label of {split.data}"
+            expected = f"classnames: expected a name for each label of {data}"
             if not names:
                 raise NamelessError(f"{expected}, got the number {label}, and no names")
             raise InputError(f"{expected}, got {label} of {len(names)} classes")
         numbers.append(number)
-    if by_name.keys().isdisjoint(split.labels):
+    if by_name.keys().isdisjoint(labels):
         return names, numbers
     merged = {name: number for number, name in enumerate(by_name)}
     return list(merged), [-1 if number < 0 else merged[names[number]] for number in numbers]

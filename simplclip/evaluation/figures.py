@@ -18,9 +18,9 @@ def table(results: Results) -> Table:
     """
     models = results.models
     several = len(models) > 1
-    title = results.first.model
-    if results.first.step is not None:
-        title += f", step {results.first.step}"
+    title = results.model
+    if results.step is not None:
+        title += f", step {results.step}"
     if several:
         title = f"{len(models)} models"
     shown = Table(
@@ -34,7 +34,7 @@ def table(results: Results) -> Table:
     shown.add_column("model" if several else "", overflow="fold")
     for k in KS:
         shown.add_column(f"@{k}", justify="right", no_wrap=True)
-    for split in results.first.splits:
+    for split in results.splits:
         heading = escape(split)
         rows = [_rows(model.splits[split]) for model in models]
         # by their places, since another model may have skipped another number of images
@@ -61,7 +61,7 @@ def _rows(result: SplitResult) -> dict[str, list[Figure]]:
     if retrieval := result.retrieval:
         rows[f"{result.texts} texts"] = list(retrieval.image_to_text.values())
         rows[f"{result.images} images"] = list(retrieval.text_to_image.values())
-    if classification := result.classification:
+    if classification := result.zero_shot:
         classes = f"{len(classification.classes)} classes"
         rows[classes] = [classification.top1, classification.top5]
         rows["mean per class"] = [classification.mean_per_class]

@@ -1,75 +1,17 @@
-"""Zero-shot retrieval of an encoded split, each figure with its chance."""
+"""The nearest candidates of queries, and R@k with its chance."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from simplclip import losses
-from simplclip.evaluation.results import Figure, Recall, Retrieval
-from simplclip.evaluation.split import Split
+from simplclip.evaluation.results import Figure, Recall
 
 KS = (1, 5, 10)
 _TILE_BYTES = 64 * 2**20  # of a tile of similarities
 _TILE_COLUMNS = 16384
-
-
-def recall_of(split: Split, device: torch.device | str = "cpu") -> Retrieval | None:
-    """Returns R@k of an encoded split in both directions; None for a split without captions.
-
-    R@k is defined as for COCO and Flickr30k: an image is right if any of its captions is among the
-    first k; each caption is a query. An image without a caption is a candidate, but no query.
-    device: where similarities are computed; the features of the split stay where they are.
-    """
-    x, y = split.image_features, split.text_features
-    if x is None or y is None:
-        return None
-    captioned = split.captioned()
-    return Retrieval(
-        image_to_text=recall(
-            x[captioned], y, split.groups[captioned], split.caption_groups, device
-        ),
-        text_to_image=recall(y, x, split.caption_groups, split.groups, device),
-    )
-
-
-def loss_of(
-    split: Split, batch_size: int, logit_scale: Tensor, logit_bias: Tensor | None = None
-) -> float | None:
-    """Returns the mean contrastive loss of an encoded split; None for one without captions.
-
-    It is the mean over batches of `batch_size` pairs, an image and the first caption of its group,
-    in a fixed random order. The pairs that fill no batch are left out; if there are fewer pairs
-    than `batch_size` they are one batch, whose loss is lower. Pairs of a group are no negatives.
-    logit_scale: factor [] of the similarities, not its logarithm. logit_bias: bias [] of the
-    sigmoid loss; None for the softmax loss.
-    """
-    if split.image_features is None or split.text_features is None:
-        return None
-    captions: dict[int, int] = {}  # of each group, the first
-    for row, group in enumerate(split.caption_groups.tolist()):
-        captions.setdefault(group, row)
-    rows = []
-    for row, group in enumerate(split.groups.tolist()):
-        if group in captions:
-            rows.append((row, captions[group]))
-    pairs = torch.tensor(rows)
-    size = min(batch_size, len(pairs))
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
-    loss: Any = losses.ClipLoss()
-    bias = {}
-    if logit_bias is not None:
-        loss = losses.SigLipLoss()
-        bias = {"logit_bias": logit_bias}
-    values = []
-    for batch in order[: len(pairs) // size * size].split(size):
-        images, texts = pairs[batch].unbind(1)
-        features = split.image_features[images], split.text_features[texts]
-        values.append(loss(*features, logit_scale, ids=split.groups[images], **bias))
-    return torch.stack(values).mean().item()
 
 
 def nearest(
@@ -127,5 +69,5 @@ def recall(
     for k, count in zip(KS, hits.tolist()):
         tries = torch.arange(min(k, m))
         miss = ((m - right_answers[:, None] - tries).clamp(min=0) / (m - tries)).prod(1)
-        figures[f"R@{k}"] = Figure(count / len(queries), chance=(1 - miss).mean().item())
+        figures[f"R@{k}"] = Figure(value=count / len(queries), chance=(1 - miss).mean().item())
     return figures

@@ -31,6 +31,7 @@ from simplclip.evaluation.classification import (
 )
 from simplclip.evaluation.encoder import Encoder, load
 from simplclip.evaluation.figures import in_words, table
+from simplclip.evaluation.index import BATCH_SIZE, Index, encode
 from simplclip.evaluation.results import (
     Classification,
     ModelResult,
@@ -38,9 +39,8 @@ from simplclip.evaluation.results import (
     Retrieval,
     SplitResult,
 )
-from simplclip.evaluation.retrieval import recall_of
 from simplclip.evaluation.sheets import contact_sheet
-from simplclip.evaluation.split import BATCH_SIZE, Split, encode
+from simplclip.evaluation.split import Split
 from simplclip.models.context_length import cut_in_words
 from simplclip.models.source import about_best
 from simplclip.version import __version__
@@ -84,7 +84,7 @@ def evaluate(
 
     Retrieval is evaluated where there are captions, classification where there are labels. Writes
     OUT/evaluation.json, and for each split with captions OUT/evaluation-SPLIT.png; returns the
-    results, whose `to_json` is the content of the JSON. There the figures of the first model are
+    results, whose `model_dump` is the content of the JSON. There the figures of the first model are
     under "splits", those of other models under "baselines" by model. The JSON replaces an earlier
     one, and is written after each split. Ranks divide the images and captions; the first rank
     compares, writes and prints.
@@ -125,27 +125,33 @@ def evaluate(
         )
         if encoder.source != source:
             say(about_best(encoder.source, encoder.step))
-        model = ModelResult(encoder.source, encoder.name, encoder.step, encoder.precision)
+        about = {
+            "checkpoint": encoder.source,
+            "model": encoder.name,
+            "step": encoder.step,
+            "precision": encoder.precision,
+        }
         ending = ""
+        model: Results | ModelResult
         if results is None:
             folder = _folder(out, source)
             ranks.on_first(check_writable, folder, "out")
             folder.mkdir(parents=True, exist_ok=True)
             config_templates = _templates_of(encoder.config)
             versions = {"simplclip": __version__, "torch": torch.__version__}
-            results = Results(model, versions)
+            model = results = Results(**about, versions=versions)
         else:
             ending = f"-{file_name(source)}"
-            results.baselines[source] = model
+            model = results.baselines[source] = ModelResult(**about)
         towers = replace(encoder.towers, source=source)
         for name, held in data.items():
             label = f"{name}, {source}" if sources[1:] else name
             split = Split(held, encoder.tokenizer, encoder.preprocess)
-            encode(towers, split, settings.batch_size, workers=workers, progress=label)
-            say(f"{label}: {split.report()}")
+            index = encode(towers, split, settings.batch_size, workers=workers, progress=label)
+            say(f"{label}: {index.report()}")
             picture = folder / f"evaluation-{file_name(name)}{ending}.png"
             texts = templates or phrases(held.classes.templates or config_templates)
-            result = ranks.on_first(partial(_evaluate_split, encoder, split, name, texts, picture))
+            result = ranks.on_first(partial(_evaluate_split, encoder, index, name, texts, picture))
             for line in result.left_out:
                 say(f"warning: {label}: {line}")
             model.splits[name] = result
@@ -208,9 +214,9 @@ def file_name(name: str) -> str:
 
 
 def _evaluate_split(
-    encoder: Encoder, split: Split, name: str, templates: list[str], picture: Path
+    encoder: Encoder, index: Index, name: str, templates: list[str], picture: Path
 ) -> SplitResult:
-    """Returns the figures of an encoded split, and writes its picture if it has captions.
+    """Returns the figures of a split, and writes its picture if it has captions.
 
     name: of the split. templates: phrases around the names of classes. picture: path of the PNG,
     which is replaced; it becomes the result's `contact_sheet`.
@@ -218,20 +224,20 @@ def _evaluate_split(
     label of an unknown class; NamelessError if it has no captions, and labels that are numbers
     without names.
     """
-    retrieval = recall_of(split, encoder.device)
+    retrieval = index.retrieval(encoder.device)
     classification = None
     left_out = []
     if not retrieval:
         left_out.append("no retrieval: no image has a caption")
-    elif not_captioned := len(split) - int(split.captioned().sum()):
+    elif not_captioned := len(index) - int(index.captioned().sum()):
         left_out.append(
             "no image-to-text retrieval of images without a caption: "
-            f"{not_captioned:,} of {len(split):,}"
+            f"{not_captioned:,} of {len(index):,}"
         )
-    if cut := cut_in_words(encoder.tokenizer, split.captions):
+    if cut := cut_in_words(encoder.tokenizer, index.captions):
         left_out.append(cut)
     try:
-        classification = zero_shot(encoder.towers, split, templates)
+        classification = zero_shot(encoder.towers, index, templates)
     except NamelessError as error:
         if not retrieval:
             raise
@@ -242,13 +248,19 @@ def _evaluate_split(
                 f"data: expected captions or labels of at least two classes in {name}, got neither"
             )
         if classification:
-            left_out += _left_out_of_classes(classification, len(split))
+            left_out += _left_out_of_classes(classification, len(index))
     sheet = None
     if retrieval:
         sheet = str(picture)
-        _draw(encoder, split, name, retrieval, picture)
-    texts = len(split.captions)
-    return SplitResult(len(split), texts, retrieval, classification, left_out, sheet)
+        _draw(encoder, index, name, retrieval, picture)
+    return SplitResult(
+        images=len(index),
+        texts=len(index.captions),
+        **(retrieval.directions if retrieval else {}),
+        zero_shot=classification,
+        left_out=left_out,
+        contact_sheet=sheet,
+    )
 
 
 def _left_out_of_classes(classification: Classification, images: int) -> list[str]:
@@ -270,8 +282,8 @@ def _left_out_of_classes(classification: Classification, images: int) -> list[st
     return lines
 
 
-def _draw(encoder: Encoder, split: Split, name: str, retrieval: Retrieval, picture: Path) -> None:
-    """Writes the contact sheet of an encoded split to the file `picture`, which is replaced.
+def _draw(encoder: Encoder, index: Index, name: str, retrieval: Retrieval, picture: Path) -> None:
+    """Writes the contact sheet of a split to the file `picture`, which is replaced.
 
     name: of the split, for the title, which also has the model's name and step.
     """
@@ -279,13 +291,13 @@ def _draw(encoder: Encoder, split: Split, name: str, retrieval: Retrieval, pictu
     if encoder.step is not None:
         title += f", step {encoder.step}"
     subtitles = [
-        in_words(retrieval.text_to_image, len(split)),
-        in_words(retrieval.image_to_text, len(split.captions)),
+        in_words(retrieval.text_to_image, len(index)),
+        in_words(retrieval.image_to_text, len(index.captions)),
     ]
-    contact_sheet(picture, split, f"{title}: {name}", subtitles)
+    contact_sheet(picture, index, f"{title}: {name}", subtitles)
 
 
 def _write(file: Path, results: Results) -> None:
     """Replaces `file` by the results as UTF-8 JSON, completely or not at all."""
-    text = json.dumps(results.to_json(), indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(results.model_dump(), indent=2, ensure_ascii=False) + "\n"
     write_atomically(file, text.encode("utf-8", "backslashreplace"))

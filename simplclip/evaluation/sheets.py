@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from simplclip.common.plotting import LINE, MARGIN, MUTED, WIDTH, Font, Sheet
+from simplclip.evaluation.index import Index
 from simplclip.evaluation.retrieval import nearest
-from simplclip.evaluation.split import Split
 
 TOP = 5  # answers of a query
 PARTS = {"Best": 3, "Middle": 6, "Worst": 3}  # queries of each kind
@@ -49,33 +49,33 @@ class Answers(NamedTuple):
 
 
 def contact_sheet(
-    path: str | Path, split: Split, title: str, subtitles: Sequence[str] = ("", "")
+    path: str | Path, index: Index, title: str, subtitles: Sequence[str] = ("", "")
 ) -> Path:
-    """Writes a PNG of queries of a split with their nearest answers to `path`; returns the path.
+    """Writes a PNG of queries with their nearest answers to `path`; returns the path.
 
     It shows captions with their TOP nearest images, and images with their nearest captions. A file
-    at `path` is replaced. split, title, subtitles: see `sheet_of`.
+    at `path` is replaced. index, title, subtitles: see `sheet_of`.
     """
-    return sheet_of(split, title, subtitles).write(path)
+    return sheet_of(index, title, subtitles).write(path)
 
 
-def sheet_of(split: Split, title: str, subtitles: Sequence[str] = ("", "")) -> Sheet:
+def sheet_of(index: Index, title: str, subtitles: Sequence[str] = ("", "")) -> Sheet:
     """Returns the drawing that `contact_sheet` writes; it writes nothing itself.
 
-    split: an encoded split with captions, whose images are read again. Of all queries it shows some
+    index: one with captions, whose images are read again. Of all queries it shows some
     of the best, of the middle and of the worst, by the rank of the right answer (same group), which
     is framed green and, where it is not among the nearest, comes last with its rank. subtitles: a
     line for each half, e.g. its metrics.
     """
-    texts = (split.text_features, split.caption_groups)
-    images = (split.image_features, split.groups)
+    texts = (index.text_features, index.caption_groups)
+    images = (index.image_features, index.groups)
     by_text = _chosen(*texts, *images)
     by_image = _chosen(*images, *texts)
     shown: list[int] = []
     for _, answers in by_text:
         shown += [*answers.rows, answers.right]
     shown += [answers.query for _, answers in by_image]
-    pictures = split.pictures(list(dict.fromkeys(shown)))
+    pictures = index.pictures(list(dict.fromkeys(shown)))
     sheet = Sheet()
     sheet.draw_line(title, Font(13, "bold"), 2)
     sheet.draw_line(LEGEND, Font(color=MUTED), 4)
@@ -91,26 +91,26 @@ def sheet_of(split: Split, title: str, subtitles: Sequence[str] = ("", "")) -> S
                 sheet.draw_line(part, Font(10.5, "bold", MUTED))
                 sheet.y += 0.04
             if queries is by_text:
-                _draw_images(sheet, split, pictures, answers)
+                _draw_images(sheet, index, pictures, answers)
             else:
-                _draw_captions(sheet, split, pictures, answers)
+                _draw_captions(sheet, index, pictures, answers)
     sheet.fit()
     return sheet
 
 
-def _draw_images(sheet: Sheet, split: Split, pictures: dict, answers: Answers) -> None:
+def _draw_images(sheet: Sheet, index: Index, pictures: dict, answers: Answers) -> None:
     """Draws a caption and the images that answer it in a row; moves `sheet.y` below them.
 
-    pictures: row of an image in the split -> the PIL image. answers: of a query that is a caption.
+    pictures: row of an image -> the PIL image. answers: of a query that is a caption.
     """
-    sheet.draw_line(split.captions[answers.query], Font(10.5), 2)
+    sheet.draw_line(index.captions[answers.query], Font(10.5), 2)
     sheet.y += 0.05
-    group = split.caption_groups[answers.query]
+    group = index.caption_groups[answers.query]
     for column, (image, label) in enumerate(answers.shown()):
         x = MARGIN + column * (SIDE + GAP)
         if column == TOP:  # the right answer, which was missed, stands apart
             x += GAP
-        right = bool(split.groups[image] == group)
+        right = bool(index.groups[image] == group)
         sheet.draw_tile(pictures[image], x, sheet.y, SIDE, right)
         sheet.draw_text(
             x + SIDE / 2, sheet.y + SIDE + 0.04, label, SIDE, LABEL_FONT, align="center"
@@ -118,10 +118,10 @@ def _draw_images(sheet: Sheet, split: Split, pictures: dict, answers: Answers) -
     sheet.y += SIDE + 0.04 + LINE * LABEL_FONT.size
 
 
-def _draw_captions(sheet: Sheet, split: Split, pictures: dict, answers: Answers) -> None:
+def _draw_captions(sheet: Sheet, index: Index, pictures: dict, answers: Answers) -> None:
     """Draws an image and, beside it, the captions that answer it; moves `sheet.y` below them.
 
-    pictures: row of an image in the split -> the PIL image. answers: of a query that is an image.
+    pictures: row of an image -> the PIL image. answers: of a query that is an image.
     """
     side = 1.1
     x = MARGIN + side + GAP
@@ -130,10 +130,10 @@ def _draw_captions(sheet: Sheet, split: Split, pictures: dict, answers: Answers)
     for line, (row, label) in enumerate(answers.shown()):
         y = sheet.y + line * step
         weight = "normal"
-        if split.caption_groups[row] == split.groups[answers.query]:
+        if index.caption_groups[row] == index.groups[answers.query]:
             weight = "bold"
             sheet.draw_box(x, y, WIDTH - MARGIN - x, step - 0.01)
-        caption = split.captions[row]
+        caption = index.captions[row]
         font = Font(9.5, weight)
         sheet.draw_text(x + 0.06, y + 0.015, caption, WIDTH - MARGIN - x - 1.05, font)
         sheet.draw_text(WIDTH - MARGIN - 0.06, y + 0.015, label, 0.9, LABEL_FONT, align="right")

@@ -92,16 +92,16 @@ def _evaluate(
     with state.ema.in_place() if state.ema else nullcontext():
         state.model.eval()
         for name, split in splits.items():
-            evaluation.encode(towers, split, workers=state.config.data.workers)
-            log.print_skipped(name, split)
-            retrieval, loss = ranks.on_first(_figures, state, split)
+            index = evaluation.encode(towers, split, workers=state.config.data.workers)
+            log.print_skipped(name, index)
+            retrieval, loss = ranks.on_first(_figures, state, index)
             if retrieval:
                 for direction, figures in retrieval.directions.items():
                     log.write_evaluation(name, direction, figures, loss)
                     recalls.append(figures["R@1"].value)
-            ranks.on_first(log.write_sheet, name, split)
+            ranks.on_first(log.write_sheet, name, index)
             if retrieval:
-                size = min(len(split), state.config.data.batch_size)
+                size = min(len(index), state.config.data.batch_size)
                 log.print(f"evaluation {name} loss: {loss:.3f}, in batches of {size}")
         if recalls:
             mean = sum(recalls) / len(recalls)
@@ -112,11 +112,11 @@ def _evaluate(
 
 
 def _figures(
-    state: State, split: evaluation.Split
+    state: State, index: evaluation.Index
 ) -> tuple[evaluation.Retrieval | None, float | None]:
-    """Returns R@k and the loss of an encoded split; (None, None) for one without captions."""
+    """Returns R@k and the loss of a split; (None, None) for one without captions."""
     scale, bias = state.model.logit_scale.detach().exp().cpu(), state.logit_bias
     if bias is not None:
         bias = bias.detach().cpu()
-    loss = evaluation.loss_of(split, state.config.data.batch_size, scale, bias)
-    return evaluation.recall_of(split, state.device), loss
+    loss = index.loss(state.config.data.batch_size, scale, bias)
+    return index.retrieval(state.device), loss

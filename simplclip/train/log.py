@@ -21,6 +21,7 @@ from simplclip.common.files import write_csv
 from simplclip.common.plotting import png
 from simplclip.common.progress import Pace, duration, print_lines
 from simplclip.data import Division
+from simplclip.evaluation.index import Index
 from simplclip.evaluation.results import Recall
 from simplclip.evaluation.sheets import sheet_of
 from simplclip.nn import SimplifiedBlock
@@ -127,13 +128,13 @@ class Log:
         ]
         return "  ".join(parts)
 
-    def print_skipped(self, name: str, split: Any) -> None:
-        """Prints how many samples of an encoded split were read and skipped, if some were skipped.
+    def print_skipped(self, name: str, index: Index) -> None:
+        """Prints how many samples of a split were read and skipped, if some were skipped.
 
         name: of the split. The same line is printed once in a run.
         """
-        line = f"evaluation {name}: {split.report()}"
-        if split.skipped.counts and line not in self._reports:
+        line = f"evaluation {name}: {index.report()}"
+        if index.skipped.counts and line not in self._reports:
             self._reports.add(line)
             self.print(line)
 
@@ -212,13 +213,13 @@ class Log:
             self._reports.add(text)
             self.print(f"warning    {text}")
 
-    def write_sheet(self, name: str, split: Any) -> None:
-        """Adds the evaluation sheet of an encoded split to TensorBoard, if run.tensorboard is set.
+    def write_sheet(self, name: str, index: Index) -> None:
+        """Adds the evaluation sheet of a split to TensorBoard, if run.tensorboard is set.
 
         name: of the split. A split without captions has none.
         """
-        if self.board and split.image_features is not None and split.text_features is not None:
-            figure = sheet_of(split, f"step {self.state.step}: {name}").figure
+        if self.board and index.captions:
+            figure = sheet_of(index, f"step {self.state.step}: {name}").figure
             pixels = np.asarray(Image.open(io.BytesIO(png(figure))).convert("RGB"))
             self.board.add_image(f"evaluation/{name}", pixels, self.state.step, dataformats="HWC")
             self.board.flush()

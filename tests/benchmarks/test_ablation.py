@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import ablation
 from benchmarks.results_file import read_csv
-from simplclip.evaluation import Figure, ModelResult, Retrieval, SplitResult
+from simplclip.evaluation import Figure, ModelResult, SplitResult
 from simplclip.train.config import ConfigError
 from support.train import tiny
 
@@ -37,11 +37,17 @@ def evaluated(recall):
     """
 
     def split(r):
-        retrieval = Retrieval({"R@1": Figure(r, 0.1)}, {"R@1": Figure(r + 0.2, 0.1)})
-        return SplitResult(10, 10, retrieval)
+        return SplitResult(
+            images=10,
+            texts=10,
+            image_to_text={"R@1": Figure(value=r, chance=0.1)},
+            text_to_image={"R@1": Figure(value=r + 0.2, chance=0.1)},
+        )
 
     splits = {"a": split(recall), "b": split(recall / 2)}
-    return ModelResult("run/last.pt", "siclip-tiny", 1, "fp32", splits)
+    return ModelResult(
+        checkpoint="run/last.pt", model="siclip-tiny", step=1, precision="fp32", splits=splits
+    )
 
 
 @pytest.fixture
@@ -54,7 +60,7 @@ def trained(monkeypatch):
     def train(run, source, threads):
         run.folder.mkdir(parents=True)
         names.append((run.settings[0], run.settings[-2]))
-        (run.folder / ablation.RESULT).write_text(json.dumps(evaluated(len(names) / 100).to_json()))
+        (run.folder / ablation.RESULT).write_text(evaluated(len(names) / 100).model_dump_json())
 
     monkeypatch.setattr(ablation, "train", train)
     return names

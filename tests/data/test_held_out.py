@@ -14,8 +14,8 @@ import torch
 from simplclip import data
 from simplclip.commands import options
 from simplclip.common.errors import InputError
-from simplclip.data.errors import Skipped
 from support.data.pairs import COUNT, SIZE, augment, png, resize, sample, table, write
+from support.evaluation import batches_of
 
 pytestmark = [
     pytest.mark.long,
@@ -32,13 +32,11 @@ def pattern(tmp_path_factory):
 
 
 def read(what, workers=0, batch_size=4, transform=augment, **options):
-    skipped = Skipped()
-    batches = list(data.held_out(what, **options).batches(transform, batch_size, skipped, workers))
-    return batches, skipped
+    return batches_of(data.held_out(what, **options), transform, batch_size, workers)
 
 
-def pairs(batches):
-    return [pair for _, _, of_batch in batches for pair in of_batch]
+def rows(batches):
+    return [row for batch in batches for row in batch.rows]
 
 
 @pytest.mark.parametrize("workers", [0, 3])
@@ -46,16 +44,15 @@ def test_the_whole_split_in_order_whatever_the_workers(pattern, workers):
     batches, skipped = read(pattern, workers)
     assert not skipped.counts
     # no batch goes over the end of a tar
-    assert [len(images) for images, _, _ in batches] == [4, 1, 4, 4, 4, 2, 4]
-    assert [position for _, positions, _ in batches for position in positions] == [*range(COUNT)]
-    assert [pair.key for pair in pairs(batches)] == [f"k{i:03d}" for i in range(COUNT)]
+    assert [len(batch.images) for batch in batches] == [4, 1, 4, 4, 4, 2, 4]
+    assert [row.position for row in rows(batches)] == [*range(COUNT)]
+    assert [row.key for row in rows(batches)] == [f"k{i:03d}" for i in range(COUNT)]
     # of a json's the first
-    assert all(pair.captions == [f"{pair.key[1:].lstrip('0') or 0} a"] for pair in pairs(batches))
-    assert all(pair.encoded == b"" for pair in pairs(batches))
-    images = torch.cat([images for images, _, _ in batches])
+    assert all(row.captions == [f"{row.key[1:].lstrip('0') or 0} a"] for row in rows(batches))
+    images = torch.cat([batch.images for batch in batches])
     assert images.shape == (COUNT, 3, SIZE, SIZE)
-    assert torch.equal(images, torch.cat([images for images, _, _ in read(pattern, 0)[0]]))
-    assert [len(pair.captions) for pair in pairs(read(pattern, captions=0)[0])] == [3] * COUNT
+    assert torch.equal(images, torch.cat([batch.images for batch in read(pattern, 0)[0]]))
+    assert [len(row.captions) for row in rows(read(pattern, captions=0)[0])] == [3] * COUNT
 
 
 @pytest.mark.parametrize("workers", [0, 3])
@@ -75,7 +72,7 @@ def test_broken_samples_are_counted_once_and_leave_the_order(tmp_path, workers):
         ("not an image", "missing image", "bad cls", "damaged tar"), 1
     )
     assert "a.tar/k003" in skipped.examples["not an image"]
-    assert [pair.key for pair in pairs(batches)] == [f"k{i:03d}" for i in (0, 1, 2, 5, 6, 8)] + [
+    assert [row.key for row in rows(batches)] == [f"k{i:03d}" for i in (0, 1, 2, 5, 6, 8)] + [
         "t0",
         "t1",
     ]
@@ -93,10 +90,10 @@ def test_classes_of_folders(tmp_path):
     assert found.classes.names == ["big dog", "cat"]
     for workers in (0, 2):
         batches, skipped = read(tmp_path / "in", workers)
-        assert [(pair.key, pair.label) for pair in pairs(batches)] == [
+        assert [(row.key, row.label) for row in rows(batches)] == [
             ("big_dog/more/0", 0), ("big_dog/more/1", 0), ("cat/more/0", 1)
         ]  # fmt: skip
-        assert not any(pair.captions for pair in pairs(batches))
+        assert not any(row.captions for row in rows(batches))
         assert skipped.counts == {"not an image": 1, "cannot be read": 2}
     (tmp_path / "empty").mkdir()
     with pytest.raises(
@@ -117,7 +114,7 @@ def test_classes_have_the_order_of_their_folders(tmp_path):
     held = data.held_out(tmp_path / "set#1")
     assert held.classes.folders == ("aTarget", "a_early", "b c", "b_c", "empty")
     assert held.classes.names == ["aTarget", "a early", "b c", "b c", "empty"]
-    assert [pair.label for pair in pairs(read(tmp_path / "set#1")[0])] == [0, 1, 2, 3]
+    assert [row.label for row in rows(read(tmp_path / "set#1")[0])] == [0, 1, 2, 3]
     options.check_data([str(tmp_path / "set#1")], "data")
 
 
@@ -131,26 +128,26 @@ def test_what_pack_takes_is_read_as_it_is(tmp_path, workers):
     ):
         (tmp_path / "texts" / name).write_text(texts)
         (tmp_path / "texts" / name).with_suffix(".png").write_bytes(png())
-    rows = [(f"texts/{name}.png", f"{name} {which}") for name in "ab" for which in (1, 2)]
-    table(tmp_path / "rows.csv", [*rows, ("texts/none.png", "x")])
+    lines = [(f"texts/{name}.png", f"{name} {which}") for name in "ab" for which in (1, 2)]
+    table(tmp_path / "rows.csv", [*lines, ("texts/none.png", "x")])
     batches, skipped = read(tmp_path / "texts", workers)
-    assert [(pair.captions, pair.label) for pair in pairs(batches)] == [
+    assert [(row.captions, row.label) for row in rows(batches)] == [
         (["one two"], None),
         (["first"], "cat"),
     ]
     batches, skipped = read(tmp_path / "rows.csv", workers, batch_size=2)
-    assert [(pair.key, pair.captions) for pair in pairs(batches)] == [
+    assert [(row.key, row.captions) for row in rows(batches)] == [
         ("000000000", ["a 1", "a 2"]),
         ("000000002", ["b 1", "b 2"]),
     ]
     assert skipped.examples["cannot be read"].startswith("rows.csv/000000004")
-    assert [len(pair.captions) for pair in pairs(read(tmp_path / "rows.csv", captions=1)[0])] == [
+    assert [len(row.captions) for row in rows(read(tmp_path / "rows.csv", captions=1)[0])] == [
         1,
         1,
     ]
     assert [*data.held_out(tmp_path / "rows.csv").pictures([1])] == [1]
     with pytest.raises(InputError, match="held: expected a table with a column"):
-        data.held_out(table(tmp_path / "other.csv", rows, ("x", "y")), name="held")
+        data.held_out(table(tmp_path / "other.csv", lines, ("x", "y")), name="held")
 
 
 def clip_benchmark(folder, **files):
@@ -170,10 +167,10 @@ def test_clip_benchmarks_layout(tmp_path, monkeypatch):
     for what in (tmp_path / "set", tmp_path / "set" / "test"):
         found = data.held_out(what)
         assert (found.classes.names, found.classes.templates) == (["a", "b"], ["a {c}"])
-        (pair,) = pairs(read(what)[0])
-        assert (pair.captions, pair.label) == (["one", "two"], 1)
+        (row,) = rows(read(what)[0])
+        assert (row.captions, row.label) == (["one", "two"], 1)
     assert "val/0.tar" in str(data.held_out(tmp_path / "set" / "val"))
-    assert pairs(read(tmp_path / "set" / "test" / "0.tar")[0])[0].captions == ["one two"]
+    assert rows(read(tmp_path / "set" / "test" / "0.tar")[0])[0].captions == ["one two"]
     for number, message in (
         ("2", "expected files, got '.*1.tar', which"),
         ("9" * 5000, "number of shards, got"),
@@ -181,13 +178,6 @@ def test_clip_benchmarks_layout(tmp_path, monkeypatch):
         Path(tmp_path, "set", "test", "nshards.txt").write_text(number)
         with pytest.raises(InputError, match=message):
             data.held_out(tmp_path / "set" / "test")
-
-
-def test_data_without_a_usable_sample(tmp_path):
-    with pytest.raises(
-        data.EmptyDataError, match=r"data: expected usable samples, got none.*1 missing image"
-    ):
-        read(write(tmp_path / "b.tar", [("d", {"txt": b"x"})]))
 
 
 @pytest.mark.slow
@@ -203,7 +193,7 @@ def test_the_garbage_collector_does_not_wait_for_processes(pattern, fails):
         return torch.zeros(3, 4, 4)
 
     def use():
-        batches = data.held_out(pattern).batches(transform, 4, Skipped(), 2)
+        batches = data.held_out(pattern).batches(transform, 4, 2)
         try:
             next(batches)
             raise ValueError
@@ -220,7 +210,7 @@ def test_the_garbage_collector_does_not_wait_for_processes(pattern, fails):
 def test_pictures_are_those_at_the_positions(pattern):
     shown = data.held_out(pattern).pictures([7, 2, 7, 21])
     assert [*shown] == [2, 7, 21]
-    pixels = torch.cat([images for images, _, _ in read(pattern, transform=resize)[0]])
+    pixels = torch.cat([batch.images for batch in read(pattern, transform=resize)[0]])
     for position, image in shown.items():
         assert torch.equal(resize(image), pixels[position])
 
@@ -229,5 +219,5 @@ def test_pictures_are_those_at_the_positions(pattern):
 def test_a_stream_is_fetched_once_whatever_the_workers(pattern, tmp_path, workers):
     shard = pattern.replace("*", "1")
     batches, _ = read(f"pipe:echo once >> {tmp_path / 'log'} && cat {shard}", workers)
-    assert [pair.key for pair in pairs(batches)] == [f"k{i:03d}" for i in range(5, 19)]
+    assert [row.key for row in rows(batches)] == [f"k{i:03d}" for i in range(5, 19)]
     assert (tmp_path / "log").read_text() == "once\n"

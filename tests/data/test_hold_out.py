@@ -9,9 +9,8 @@ from collections import Counter
 
 import pytest
 
-from simplclip import data, evaluation
+from simplclip import data
 from simplclip.data import pack, samples
-from simplclip.data.errors import Skipped
 from simplclip.data.overlap import overlap
 from support.data.pairs import (
     COUNT,
@@ -26,6 +25,7 @@ from support.data.pairs import (
     table,
     write,
 )
+from support.evaluation import batches_of, index_of
 from support.programs import call
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -49,13 +49,9 @@ def pattern(tmp_path_factory):
 
 
 def held_of(shards, share=SHARE, workers=0, **more):
-    skipped = Skipped()
     split = data.held_out({"shards": shards, "hold_out": share, **more})
-    return (
-        [pair.key for _, _, pairs in split.batches(resize, 4, skipped, workers) for pair in pairs],
-        skipped,
-        split,
-    )
+    batches, skipped = batches_of(split, resize, 4, workers)
+    return [row.key for batch in batches for row in batch.rows], skipped, split
 
 
 def one_pass(shards, share, workers=1, ranks=1):
@@ -368,6 +364,5 @@ def test_rows_of_an_image_that_are_no_neighbours_are_a_group(tmp_path):
     held = {int(key) for key in held_of(shards)[0]}
     assert 0 < len(held) < 40
     assert {(row + 20) % 40 for row in held} == held
-    split = evaluation.Split(data.held_out(path), None, resize)
-    assert sum(map(len, split.read(8))) == 40
-    assert split.groups.tolist() == split.caption_groups.tolist() == numbers
+    index = index_of(data.held_out(path))
+    assert index.groups.tolist() == index.caption_groups.tolist() == numbers

@@ -14,10 +14,10 @@ import pytest
 
 from simplclip import data
 from simplclip.data import read_tars
-from simplclip.data.errors import Skipped
 from support.data import archives as make
 from support.data.archives import END, PNG, header, member, npy_that_claims, pair, pax, record
 from support.data.pairs import npy, one_pass, resize, write
+from support.evaluation import batches_of
 
 DAMAGED = "damaged tar"
 LARGE = "file too large"
@@ -205,9 +205,8 @@ def test_training_and_evaluation_read_what_they_can_and_count_the_rest(tmp_path,
             assert found == ["k0", *sample_keys(used)]
             assert skipped.counts == counted
             assert all("bad.tar" in example for example in skipped.examples.values())
-            skipped = Skipped()
-            batches = data.held_out(shards).batches(resize, 4, skipped)
-            assert [entry.key for _, _, entries in batches for entry in entries] == found
+            batches, skipped = batches_of(data.held_out(shards), resize, 4)
+            assert [row.key for batch in batches for row in batch.rows] == found
             assert skipped.counts == counted
     assert {*tmp_path.iterdir(), *tmp_path.parent.iterdir()} == there
     assert not os.path.exists("/tmp/out.png")

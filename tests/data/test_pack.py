@@ -16,11 +16,11 @@ from open_clip.transform import PreprocessCfg
 from simplclip import data
 from simplclip.common.errors import InputError
 from simplclip.data import pack, read_tables
-from simplclip.data.errors import Skipped
 from simplclip.data.rows import Options
 from simplclip.data.transforms import ImageTransform
 from support.data.packs import packed, samples, skipped_of
 from support.data.pairs import digests, loader, meta, png, table
+from support.evaluation import batches_of
 
 ROWS = [("img/a.png", "one"), ("img/a.png", "two"), ("img/sub/b.png", "three")]
 TWO = [("000000000", ["one", "two"]), ("000000002", ["three"])]
@@ -140,8 +140,8 @@ def test_every_form(folder, tmp_path, monkeypatch, kind):
 def test_evaluation_reads_them_too(folder, kind):
     held_out = data.held_out(str(folder / kind))
     transform = ImageTransform(PreprocessCfg(size=8))
-    ((images, _, pairs),) = held_out.batches(transform, 9, Skipped())
-    assert [(pair.key, pair.captions) for pair in pairs] == TWO
+    ((images, rows, _),), _ = batches_of(held_out, transform)
+    assert [(row.key, row.captions) for row in rows] == TWO
     expected = [transform((folder / path).read_bytes()) for path, _ in IMAGES]
     assert torch.equal(images, torch.stack(expected))
 
@@ -333,9 +333,8 @@ def test_images_of_other_formats_are_read_or_counted(tmp_path, captioned):
     assert "photos/red/f: not read; ImageMagick converts it, e.g. mogrify" in str(skipped_of(out))
     transform = ImageTransform(PreprocessCfg(size=8))
     for source in (str(out / "*.tar"), str(tmp_path / "photos")):
-        held_out = data.held_out(source)
-        ((images, _, _),) = held_out.batches(transform, 9, left_out := Skipped())
-        assert len(images) == 5
+        (batch,), left_out = batches_of(data.held_out(source), transform)
+        assert len(batch.images) == 5
     assert left_out.counts == skipped
     batch = next(iter(loader(str(out / "*.tar"), batch_size=5, transform=transform)))
     assert len({*batch["key"]}) == 5

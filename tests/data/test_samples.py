@@ -18,6 +18,7 @@ from simplclip.data.errors import Skipped
 from simplclip.data.read_tars import read_tar
 from support.data.pairs import loader, one_pass, png, resize, sample, text_of, write
 from support.data.photos import png_that_claims
+from support.evaluation import batches_of
 
 
 def one(tmp_path, files, **options):
@@ -119,8 +120,8 @@ def test_a_missing_group_or_label_is_none(tmp_path, missing):
     batch = next(iter(loader(shard, batch_size=4)))
     assert len({*batch["group"].tolist()}) == 4
     assert 0 < data.count_division(shard, 0.5).held_out < 4
-    _, _, pairs = next(data.held_out(shard).batches(resize, 4, Skipped()))
-    assert [(pair.group, pair.label) for pair in pairs] == [(None, None)] * 4
+    (batch,), _ = batches_of(data.held_out(shard))
+    assert [(row.group, row.label) for row in batch.rows] == [(None, None)] * 4
 
 
 def test_broken_samples_are_skipped_and_counted(tmp_path):

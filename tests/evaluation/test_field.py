@@ -65,7 +65,7 @@ def ours(trained, folder):
     """Returns the figures of evaluate."""
     splits = {name: str(folder / name) for name in ("retrieval", "classes")}
     settings = evaluation.Settings(device="cpu", batch_size=16)
-    return evaluation.evaluate(trained, splits, settings, out=folder / "out").first.splits
+    return evaluation.evaluate(trained, splits, settings, out=folder / "out").splits
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_retrieval_with_several_captions_is_that_of_clip_benchmark(folder, encod
         assert to_image.value == pytest.approx(expected[f"image_retrieval_recall@{k}"], abs=1e-6)
         assert all(figure.value > 1.5 * figure.chance for figure in (to_text, to_image))
     assert ours["retrieval"].texts == 2 * ours["retrieval"].images
-    assert ours["retrieval"].classification is None
+    assert ours["retrieval"].zero_shot is None
 
 
 def test_classification_is_that_of_clip_benchmark_and_of_open_clip(folder, encoder, ours):
@@ -105,7 +105,7 @@ def test_classification_is_that_of_clip_benchmark_and_of_open_clip(folder, encod
     from open_clip_train.zero_shot import accuracy
 
     loader, data = of_clip_benchmark(folder / "classes", encoder)
-    figures, tokenizer = ours["classes"].classification, encoder.tokenizer
+    figures, tokenizer = ours["classes"].zero_shot, encoder.tokenizer
     names = encoder.model, loader, tokenizer, data.classes, data.templates
     expected = zeroshot_classification.evaluate(*names, "cpu", amp=False)
     assert figures.classes == data.classes

@@ -5,6 +5,7 @@ table and the picture.
 import io
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import open_clip
@@ -17,20 +18,10 @@ from simplclip import data, evaluation
 from simplclip.evaluation import Figure, classification, figures, retrieval
 from simplclip.models.trained import image_transform, load_model, tokenizer
 from support.data.pairs import png, write
+from support.evaluation import blank, index_of, index_of_features
 from support.train import tiny
 
 CPU = torch.device("cpu")
-
-
-def blank(image):
-    return torch.zeros(3, 2, 2)
-
-
-def split_of(data, tokenizer=None, transform=blank):
-    split = evaluation.Split(data, tokenizer, transform)
-    for _ in split.read(10):
-        pass
-    return split
 
 
 def features(n, m, groups):
@@ -74,21 +65,17 @@ def test_chance_counts_all_right_answers():
 
 
 def test_an_image_without_a_caption_is_a_candidate_and_no_query():
-    split = evaluation.Split(None, None, None)
-    split.image_features, split.text_features = torch.eye(4), torch.eye(4)[:2]
-    split.groups, split.caption_groups = torch.arange(4), torch.arange(2)
-    split.image_features[2:] = torch.eye(4)[0]  # as near to the first caption as its own image is
-    got = evaluation.recall_of(split)
-    assert got.image_to_text["R@1"] == Figure(1.0, 0.5)
-    assert got.text_to_image["R@5"] == Figure(1.0, 1.0)
+    x = torch.eye(4)
+    x[2:] = torch.eye(4)[0]  # as near to the first caption as its own image is
+    got = index_of_features(x, torch.eye(4)[:2]).retrieval()
+    assert got.image_to_text["R@1"] == Figure(value=1.0, chance=0.5)
+    assert got.text_to_image["R@5"] == Figure(value=1.0, chance=1.0)
     assert got.text_to_image["R@1"].chance == pytest.approx(0.25)
 
 
 def test_the_loss_is_that_of_batches_in_a_fixed_order():
     x, y, _, _ = features(10, 10, 10)
-    split = evaluation.Split(None, None, None)
-    split.image_features, split.text_features = x, y
-    split.groups = split.caption_groups = torch.arange(10)
+    index = index_of_features(x, y)
     scale = torch.tensor(7.0)
 
     def plain(rows, bias=None):
@@ -104,16 +91,14 @@ def test_the_loss_is_that_of_batches_in_a_fixed_order():
     order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
     for size, parts in ((10, [order]), (4, [order[:4], order[4:8]]), (64, [order])):
         expected = sum(plain(part).item() for part in parts) / len(parts)
-        assert evaluation.loss_of(split, size, scale) == pytest.approx(expected, rel=1e-5)
+        assert index.loss(size, scale) == pytest.approx(expected, rel=1e-5)
     bias = torch.tensor(-2.0)
-    assert evaluation.loss_of(split, 64, scale, bias) == pytest.approx(
-        plain(order, bias).item(), rel=1e-5
-    )
+    assert index.loss(64, scale, bias) == pytest.approx(plain(order, bias).item(), rel=1e-5)
     # no pair has a negative
-    split.groups = split.caption_groups = torch.zeros(10, dtype=torch.int64)
-    assert evaluation.loss_of(split, 64, scale) == pytest.approx(0, abs=1e-6)
-    split.text_features = None
-    assert evaluation.loss_of(split, 64, scale) is None
+    together = torch.zeros(10, dtype=torch.int64)
+    index = replace(index, groups=together, caption_groups=together)
+    assert index.loss(64, scale) == pytest.approx(0, abs=1e-6)
+    assert index_of_features(x, y[:0]).loss(64, scale) is None
 
 
 def test_identical_captions_of_a_group_are_one_and_those_of_an_image_are_not(tmp_path):
@@ -131,13 +116,11 @@ def test_identical_captions_of_a_group_are_one_and_those_of_an_image_are_not(tmp
         tmp_path / "s.tar",
         [(key, {"png": png(), "json": record(group, *texts)}) for key, group, texts in rows],
     )
-    split = evaluation.Split(data.held_out(shard, captions=0), None, blank)
-    for _ in range(2):  # a second reading changes nothing
-        assert sum(map(len, split.read(2))) == 5
-        assert split.groups.tolist() == [0, 0, 1, 2, 3]
-        assert [*zip(split.captions, split.caption_groups.tolist())] == [
-            ("x", 0), ("y", 0), ("x", 1), ("x", 2), ("x", 2), ("x", 3)
-        ]  # fmt: skip
+    index = index_of(data.held_out(shard, captions=0))
+    assert index.groups.tolist() == [0, 0, 1, 2, 3]
+    assert [*zip(index.captions, index.caption_groups.tolist())] == [
+        ("x", 0), ("y", 0), ("x", 1), ("x", 2), ("x", 2), ("x", 3)
+    ]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -150,8 +133,8 @@ def test_features_do_not_depend_on_batches_and_workers(trained, tmp_path):
     results = []
     for size, workers in ((5, 0), (24, 0), (5, 2)):
         towers = evaluation.Towers(model, CPU, "fp32")
-        evaluation.encode(towers, split, size, workers=workers)
-        results.append((split.image_features, split.text_features))
+        index = evaluation.encode(towers, split, size, workers=workers)
+        results.append((index.image_features, index.text_features))
     torch.testing.assert_close(results[0], results[1])
     assert all(torch.equal(a, b) for a, b in zip(results[0], results[2]))
     torch.testing.assert_close(results[0][1].norm(dim=1), torch.ones(24))
@@ -171,33 +154,37 @@ def test_zero_shot_counts_and_leaves_out_what_has_no_label(tmp_path, seed):
         (f"k{i:02}", {"png": png(), "json": json.dumps({"label": names[i % 5]}).encode()})
         for i in range(22)
     ]
-    split = split_of(data.held_out(write(tmp_path / "s.tar", rows)))
-    split.data = evaluation.named(split.data, names, None)  # of the sixth there is no image
-    split.labels[0] = None
-    split.tokenizer = lambda texts: torch.tensor(
-        [names.index(text.removeprefix("a ")) for text in texts]
+    held_out = data.held_out(write(tmp_path / "s.tar", rows))
+    index = index_of(
+        evaluation.named(held_out, names, None),  # of the sixth there is no image
+        lambda texts: torch.tensor([names.index(text.removeprefix("a ")) for text in texts]),
+        torch.randn(22, 6, generator=torch.Generator().manual_seed(seed)),
     )
-    split.image_features = torch.randn(22, 6, generator=torch.Generator().manual_seed(seed))
+    index.rows[0] = index.rows[0]._replace(label=None)
     truth = [i % 5 for i in range(22)]
-    order = split.image_features.argsort(1, descending=True).tolist()
+    order = index.image_features.argsort(1, descending=True).tolist()
     right = {k: [truth[i] in order[i][:k] for i in range(1, 22)] for k in (1, 5)}
     per_class = [
         np.mean([hit for hit, number in zip(right[1], truth[1:]) if number == c]) for c in range(5)
     ]
 
     def zero_shot(templates):
-        return evaluation.zero_shot(evaluation.Towers(OneHot(), CPU, "fp32"), split, templates)
+        return evaluation.zero_shot(evaluation.Towers(OneHot(), CPU, "fp32"), index, templates)
 
     got = zero_shot(["a {}", "{}"])
     assert (got.classes, got.images, got.templates) == (names, 21, ["a {}", "{}"])
-    assert got.top1 == Figure(pytest.approx(np.mean(right[1])), 1 / 6)
-    assert got.top5 == Figure(pytest.approx(np.mean(right[5])), 5 / 6)
-    assert got.mean_per_class == Figure(pytest.approx(np.mean(per_class)), 1 / 6)
+    for figure, value, chance in (
+        (got.top1, np.mean(right[1]), 1 / 6),
+        (got.top5, np.mean(right[5]), 5 / 6),
+        (got.mean_per_class, np.mean(per_class), 1 / 6),
+    ):
+        assert figure.value == pytest.approx(value)
+        assert figure.chance == chance
     with pytest.raises(
         ValueError, match="template: expected a phrase with one {} for the label, .* got 'an emoji'"
     ):
         zero_shot(["{}", "an emoji"])
-    split.labels = [None] * 22
+    index.rows[:] = [row._replace(label=None) for row in index.rows]
     assert zero_shot(["{}"]) is None
 
 
@@ -211,17 +198,19 @@ class Halves(torch.nn.Module):
 def test_weights_of_classes_are_finite_and_of_length_one(tmp_path):
     """Rounded lengths would prefer some classes, and NaN is nearest to every image."""
     rows = [(f"k{i}", {"png": png(i), "cls": str(i).encode()}) for i in range(12)]
-    split = split_of(data.held_out(write(tmp_path / "s.tar", rows)))
+    held_out = data.held_out(write(tmp_path / "s.tar", rows))
     names = list(map(str, range(12)))
-    split.tokenizer = lambda texts: torch.tensor([float(text) for text in texts])
-    weights = classification._weights(
-        evaluation.Towers(Halves(), CPU, "bf16"), split, names, ["{}", "0{}"]
-    )
+    towers = evaluation.Towers(Halves(), CPU, "bf16")
+
+    def tokenizer(texts):
+        return torch.tensor([float(text) for text in texts])
+
+    weights = classification._weights(towers, tokenizer, names, ["{}", "0{}"])
     torch.testing.assert_close(weights.norm(dim=0), torch.ones(12), atol=1e-6, rtol=0)
-    split.data = evaluation.named(split.data, [*names[:-1], "nan"], None)
-    split.image_features = torch.eye(12, 6)
+    held_out = evaluation.named(held_out, [*names[:-1], "nan"], None)
+    index = index_of(held_out, tokenizer, torch.eye(12, 6))
     with pytest.raises(ValueError, match="finite features, got text features that are not finite"):
-        evaluation.zero_shot(evaluation.Towers(Halves(), CPU, "bf16"), split, ["{}"])
+        evaluation.zero_shot(towers, index, ["{}"])
 
 
 def test_equal_names_are_one_class_of_labels_that_are_names(tmp_path):
@@ -230,33 +219,40 @@ def test_equal_names_are_one_class_of_labels_that_are_names(tmp_path):
         (f"k{i}", {"png": png(i), "json": json.dumps({"label": label}).encode()})
         for i, label in enumerate(labels)
     ]
-    split = split_of(data.held_out(write(tmp_path / "s.tar", rows)))
-    split.data = evaluation.named(split.data, names, None)
-    split.tokenizer = lambda texts: torch.tensor([names.index(text) for text in texts])
-    split.image_features = F.one_hot(torch.tensor([0, 0, 2, 0]), 6).float()
+    index = index_of(
+        evaluation.named(data.held_out(write(tmp_path / "s.tar", rows)), names, None),
+        lambda texts: torch.tensor([names.index(text) for text in texts]),
+        F.one_hot(torch.tensor([0, 0, 2, 0]), 6).float(),
+    )
+
+    def relabelled(labels):
+        rows = [row._replace(label=label) for row, label in zip(index.rows, labels)]
+        return replace(index, rows=rows)
+
     towers = evaluation.Towers(OneHot(), CPU, "fp32")
+    half_better = Figure(value=0.75, chance=0.5)
     # a number beside labels that are names is the class of its name
-    for split.labels in (labels, ["crane", 0, 2, "dog"]):
-        got = evaluation.zero_shot(towers, split, ["{}"])
+    for changed in (labels, ["crane", 0, 2, "dog"]):
+        got = evaluation.zero_shot(towers, relabelled(changed), ["{}"])
         assert got.classes == ["crane", "dog"]
-        assert (got.top1, got.top5) == (Figure(0.75, 0.5), Figure(1.0, 1.0))
-        assert got.mean_per_class == Figure(0.75, 0.5)
-    split.labels = [0, 1, 2, 2]
-    numbered = evaluation.zero_shot(towers, split, ["{}"])
+        assert (got.top1, got.top5) == (half_better, Figure(value=1.0, chance=1.0))
+        assert got.mean_per_class == half_better
+    numbered = evaluation.zero_shot(towers, relabelled([0, 1, 2, 2]), ["{}"])
     assert numbered.classes == names
-    assert numbered.top1 == Figure(0.5, 1 / 3)  # one of the two images of a crane is wrong
+    assert numbered.top1 == Figure(
+        value=0.5, chance=1 / 3
+    )  # one of the two images of a crane is wrong
 
 
 def test_labels_need_names(tmp_path):
     rows = [(f"k{i}", {"png": png(i), "cls": str(i).encode()}) for i in range(3)]
-    split = split_of(data.held_out(write(tmp_path / "s.tar", rows)))
-    split.image_features = torch.eye(3)
+    held_out = data.held_out(write(tmp_path / "s.tar", rows))
     for names, message in ((None, "the number 0, and no names"), (["a", "b"], "2 of 2 classes")):
-        split.data = evaluation.named(split.data, names, None)
+        index = index_of(evaluation.named(held_out, names, None), image_features=torch.eye(3))
         with pytest.raises(
             ValueError, match=f"classnames: expected a name for each label of .*{message}"
         ):
-            evaluation.zero_shot(evaluation.Towers(None, CPU, "fp32"), split, ["{}"])
+            evaluation.zero_shot(evaluation.Towers(None, CPU, "fp32"), index, ["{}"])
 
 
 SYNSETS = ("n02123045", "n01440764", "n02099601")  # tabby, tench, golden retriever
@@ -314,27 +310,46 @@ def test_phrases_around_names(tmp_path):
         evaluation.phrases(["gone.txt"])
 
 
-def test_a_terminal_of_80_columns_is_enough():
-    shares = {f"R@{k}": Figure(k / 10, k / 25010) for k in (1, 5, 10)}
-    classes = [str(number) for number in range(1000)]
-    classification = evaluation.Classification(
-        classes, 5000, ["{}"], shares["R@10"], shares["R@5"], shares["R@1"]
+def results_of(splits_of_models):
+    about = {"model": "m", "step": 3, "precision": "fp32"}
+    first, *others = splits_of_models
+    return evaluation.Results(
+        checkpoint=first,
+        **about,
+        versions={},
+        splits=splits_of_models[first],
+        baselines={
+            name: evaluation.ModelResult(checkpoint=name, **about, splits=splits_of_models[name])
+            for name in others
+        },
     )
+
+
+def test_a_terminal_of_80_columns_is_enough():
+    shares = {f"R@{k}": Figure(value=k / 10, chance=k / 25010) for k in (1, 5, 10)}
     result = evaluation.SplitResult(
-        5000, 25010, evaluation.Retrieval(shares, shares), classification
+        images=5000,
+        texts=25010,
+        image_to_text=shares,
+        text_to_image=shares,
+        zero_shot=evaluation.Classification(
+            classes=[str(number) for number in range(1000)],
+            images=5000,
+            templates=["{}"],
+            top1=shares["R@10"],
+            top5=shares["R@5"],
+            mean_per_class=shares["R@1"],
+        ),
     )
     names = [
         "runs/a-run-with-a-long-name/last.pt",
         "open_clip:ViT-B-32/laion2b_s34b_b79k",
         "runs/b",
     ]
-    models = [
-        evaluation.ModelResult(name, "m", 3, "fp32", {"a name of three words": result})
-        for name in names
-    ]
-    for several in (models[:1], models):
+    splits = {"a name of three words": result}
+    for several in (names[:1], names):
         text = io.StringIO()
-        results = evaluation.Results(several[0], {}, dict(zip(names[1:], several[1:])))
+        results = results_of({name: splits for name in several})
         Console(file=text, width=80).print(figures.table(results))
         lines = text.getvalue().splitlines()
         assert max(map(len, lines)) <= 80
@@ -352,15 +367,12 @@ def test_a_terminal_of_80_columns_is_enough():
 
 def test_the_table_takes_models_that_skipped_other_images():
     """The transform of one of them may refuse an image."""
-    recall = {f"R@{k}": Figure(0.5, 0.1) for k in evaluation.KS}
-    retrieval_of_all = evaluation.Retrieval(recall, recall)
-    first, second = (
-        evaluation.ModelResult(
-            name, name, None, "fp32", {"s": evaluation.SplitResult(n, n, retrieval_of_all)}
-        )
-        for name, n in (("a", 10), ("b", 9))
+    recall = {f"R@{k}": Figure(value=0.5, chance=0.1) for k in evaluation.KS}
+    ten, nine = (
+        evaluation.SplitResult(images=n, texts=n, image_to_text=recall, text_to_image=recall)
+        for n in (10, 9)
     )
-    table = figures.table(evaluation.Results(first, {}, {"b": second}))
+    table = figures.table(results_of({"a": {"s": ten}, "b": {"s": nine}}))
     assert [*table.columns[2].cells] == ["a", "b", "", "a", "b", ""]
 
 
@@ -374,3 +386,12 @@ def test_small_shares_keep_a_digit():
         0.0: "0.0%",
     }
     assert {share: figures.percent(share) for share in shown} == shown
+
+
+def test_data_without_a_usable_sample(tmp_path):
+    held_out = data.held_out(write(tmp_path / "b.tar", [("d", {"txt": b"x"})]))
+    towers = evaluation.Towers(OneHot(), CPU, "fp32")
+    with pytest.raises(
+        data.EmptyDataError, match=r"data: expected usable samples, got none.*1 missing image"
+    ):
+        evaluation.encode(towers, evaluation.Split(held_out, None, blank))

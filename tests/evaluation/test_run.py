@@ -67,15 +67,15 @@ def test_one_model(trained, evaluate, tmp_path):
         trained, splits=("one", "two"), templates=["a {} shape"], batch_size=16
     )
     content = json.loads((tmp_path / "evaluation.json").read_text())
-    assert content == results.to_json()
-    assert evaluation.Results.from_json(content) == results
-    model = results.first
+    assert content == results.model_dump()
+    assert evaluation.Results.model_validate(content) == results
+    model = results
     assert list(model.splits) == ["one", "two"]
     assert (model.model, model.step, model.precision) == ("siclip-tiny", 30, "fp32")
     figure = model.splits["one"].retrieval.image_to_text["R@5"]
     assert figure.value > 2.5 * figure.chance, "it was trained on these very pictures"
     assert (model.splits["two"].images, model.splits["two"].texts) == (48, 24)
-    assert model.splits["two"].classification.templates == ["a {} shape"]
+    assert model.splits["two"].zero_shot.templates == ["a {} shape"]
     for name in ("one", "two"):
         assert min(Image.open(model.splits[name].contact_sheet).size) > 700
     for words in (
@@ -92,14 +92,14 @@ def test_one_model(trained, evaluate, tmp_path):
 def test_several_models_side_by_side(trained, folder, evaluate, tmp_path, monkeypatch):
     models = [str(trained), str(folder / "other.pt"), f"open_clip:tiny/{folder / 'tiny.bin'}"]
     results, text = evaluate(*models)
-    assert results.first.checkpoint == models[0]
+    assert results.checkpoint == models[0]
     assert list(results.baselines) == models[1:]
     parts = [part.splits["one"] for part in results.models]
     monkeypatch.setattr(running, "_draw", lambda *_: None)  # takes longer than the figures
     for number, (model, part) in enumerate(zip(models, parts)):
-        alone = evaluate(model, out=tmp_path / str(number))[0].first.splits["one"]
+        alone = evaluate(model, out=tmp_path / str(number))[0].splits["one"]
         assert part.retrieval == alone.retrieval
-        assert part.classification == alone.classification
+        assert part.zero_shot == alone.zero_shot
         assert Image.open(part.contact_sheet)
     figures = [part.retrieval.image_to_text["R@5"].value for part in parts]
     assert len({*figures}) > 1
@@ -121,8 +121,8 @@ def test_what_gives_no_figures_is_said(trained, evaluate, tmp_path):
         )
     }
     results, text = evaluate(trained, splits=numbered)
-    assert results.first.splits["a"].retrieval.image_to_text["R@5"].value > 0
-    assert results.first.splits["a"].classification is None
+    assert results.splits["a"].retrieval.image_to_text["R@5"].value > 0
+    assert results.splits["a"].zero_shot is None
     assert "a: no classification: classnames: expected a name for each label of " in text
     assert "got the number 0, and no names" in text
     with pytest.raises(ValueError, match="classnames: expected a name for each label"):
@@ -132,7 +132,7 @@ def test_what_gives_no_figures_is_said(trained, evaluate, tmp_path):
     assert "a: no classification of images without a label: 1 of 5" in text
     assert "b: no retrieval: no image has a caption" in text
     assert "without a caption:" not in text
-    assert results.first.splits["b"].contact_sheet is None
+    assert results.splits["b"].contact_sheet is None
     assert "equal names" not in text
     one = {"c": write(tmp_path / "one.tar", [("k", {"png": image, "json": b'{"label": "x"}'})])}
     with pytest.raises(
@@ -153,7 +153,7 @@ def test_equal_names_and_missing_captions_are_said(trained, evaluate, tmp_path):
         splits={"d": write(tmp_path / "d.tar", rows)},
         classnames=tmp_path / "names.txt",
     )
-    split = results.first.splits["d"]
+    split = results.splits["d"]
     assert split.left_out == [
         "no image-to-text retrieval of images without a caption: 2 of 4",
         "no distinction of classes with equal names, which count as different: 2 of 3, such as "
@@ -169,7 +169,7 @@ def test_templates_are_those_of_the_checkpoint_if_they_are_phrases(trained, fold
     state["config"]["eval"]["templates"] = ["one {}", "{}"]
     torch.save(state, folder / "phrases.pt")
     results, _ = evaluate(folder / "phrases.pt")
-    assert results.first.splits["one"].classification.templates == ["one {}", "{}"]
+    assert results.splits["one"].zero_shot.templates == ["one {}", "{}"]
     for odd in (
         {"templates": [3]},
         {"templates": []},

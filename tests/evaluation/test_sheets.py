@@ -5,6 +5,7 @@ pixels.
 import csv
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import open_clip
@@ -20,6 +21,7 @@ from simplclip.evaluation import sheets, split
 from simplclip.train import curves
 from support import drawings
 from support.data.pairs import png, write
+from support.evaluation import blank, index_of
 from support.programs import load_example
 from support.train import tiny
 
@@ -32,11 +34,7 @@ LONG = (
 HARD = ("漢字だけの長い説明文" * 6, "x" * 300, "$a$ and $b$", "العربية", "🙂 smile", " ", LONG)
 
 
-def blank(image):
-    return torch.zeros(3, 2, 2)
-
-
-def split_of(path, captions, groups=None):
+def index_at(path, captions, features=None, groups=None):
     records = [
         {"captions": [text], **({"group": groups[i]} if groups else {})}
         for i, text in enumerate(captions)
@@ -46,10 +44,8 @@ def split_of(path, captions, groups=None):
         (f"k{i:03}", {"png": png(i, shapes[i % 3]), "json": json.dumps(record).encode()})
         for i, record in enumerate(records)
     ]
-    encoded = evaluation.Split(data.held_out(write(path, rows)), None, blank)
-    for _ in encoded.read(10):
-        pass
-    return encoded
+    x, y = features or (None, None)
+    return index_of(data.held_out(write(path, rows)), None, x, y)
 
 
 def features(ranks, seed=0):
@@ -73,9 +69,7 @@ def sheet_of(encoded, path, **titles):
 
 def test_best_middle_and_worst_queries_with_the_rank_of_the_right_answer(tmp_path):
     captions = [f"caption {i}" for i in range(30)]
-    encoded = split_of(tmp_path / "a.tar", captions)
-    ranks = [*range(1, 31)]
-    encoded.image_features, encoded.text_features = features(ranks)
+    encoded = index_at(tmp_path / "a.tar", captions, features([*range(1, 31)]))
     figure = sheet_of(encoded, tmp_path / "s.png", subtitles=("R@1 of captions", "R@1 of pictures"))
     texts = drawings.check_layout(figure)
     start = texts.index("Caption → nearest pictures")
@@ -111,15 +105,14 @@ def green(figure):
 
 
 def test_right_answers_are_framed_also_those_of_a_group(tmp_path):
-    encoded = split_of(tmp_path / "a.tar", [f"c {i}" for i in range(8)])
-    encoded.image_features = encoded.text_features = torch.eye(8)
+    captions, eye = [f"c {i}" for i in range(8)], torch.eye(8)
+    encoded = index_at(tmp_path / "a.tar", captions, (eye, eye))
     assert green(sheet_of(encoded, tmp_path / "s.png")) == 16, "one of each query"
-    encoded.text_features = -torch.eye(8)  # all other answers are nearer
-    figure = sheet_of(encoded, tmp_path / "s.png")
+    # all other answers are nearer
+    figure = sheet_of(replace(encoded, text_features=-eye), tmp_path / "s.png")
     assert green(figure) == 16
     assert sum(text.startswith("#8: -1.00") for text in drawings.check_layout(figure)) == 16
-    several = split_of(tmp_path / "b.tar", [f"c {i}" for i in range(8)], ["g"] * 8)
-    several.image_features = several.text_features = torch.eye(8)
+    several = index_at(tmp_path / "b.tar", captions, (eye, eye), ["g"] * 8)
     figure = sheet_of(several, tmp_path / "s.png")
     assert green(figure) == 16 * 5, "all of a group are right"
     assert not any(text.startswith("#") for text in drawings.check_layout(figure))
@@ -132,11 +125,8 @@ def test_any_captions_and_numbers_of_pictures_fit(tmp_path, count):
     captions = [
         HARD[i % len(HARD)] if HARD[i % len(HARD)].strip() else f"{LONG} {i}" for i in range(count)
     ]
-    encoded = split_of(tmp_path / "a.tar", captions)
-    encoded.image_features = F.normalize(
-        torch.randn(count, 4, generator=torch.Generator().manual_seed(1)), dim=1
-    )
-    encoded.text_features = encoded.image_features.flip(0)
+    x = F.normalize(torch.randn(count, 4, generator=torch.Generator().manual_seed(1)), dim=1)
+    encoded = index_at(tmp_path / "a.tar", captions, (x, x.flip(0)))
     figure = sheet_of(encoded, tmp_path / "s.png", title=LONG, subtitles=(LONG, LONG))
     drawings.check_layout(figure)
     assert figure.get_size_inches()[0] == plotting.WIDTH
@@ -310,14 +300,9 @@ def test_tiny_pictures_of_a_run(tmp_path):
     """Of the whole: an encoded split of a real shard, whose pictures are cropped by the model's
     transform.
     """
-    encoded = evaluation.Split(
-        data.held_out(tiny.write_shard(tmp_path / "s.tar")),
-        None,
-        ImageTransform(PreprocessCfg(size=(16, 16))),
-    )
-    for _ in encoded.read(10):
-        pass
-    encoded.image_features = encoded.text_features = torch.eye(24)
+    held_out = data.held_out(tiny.write_shard(tmp_path / "s.tar"))
+    transform = ImageTransform(PreprocessCfg(size=(16, 16)))
+    encoded = index_of(held_out, None, torch.eye(24), torch.eye(24), transform)
     figure = sheet_of(encoded, tmp_path / "s.png")
     drawings.check_layout(figure)
     assert len(figure.axes[0].images) == 12 * 5 + 12

@@ -22,7 +22,7 @@ from torch import nn
 
 import simplclip
 from simplclip import export, models
-from simplclip.evaluation import Figure, ModelResult, Results, Retrieval, SplitResult
+from simplclip.evaluation import Figure, Results, SplitResult
 from simplclip.integrations.open_clip import register_models
 from simplclip.models.trained import CheckpointError, read_checkpoint
 from support.data.pairs import digests, table
@@ -129,12 +129,20 @@ def test_the_model_card_has_counts_figures_and_the_lines_that_load_it(tiny, tmp_
     run = tmp_path / "run"
     run.mkdir()
     torch.save(state, run / "best.pt")
-    shares = {f"R@{k}": Figure(k / 16, k / 1000) for k in (1, 5, 10)}
-    splits = {"held": SplitResult(9, 9, Retrieval(shares, shares)), "classes": SplitResult(3, 0)}
+    shares = {f"R@{k}": Figure(value=k / 16, chance=k / 1000) for k in (1, 5, 10)}
+    held = SplitResult(images=9, texts=9, image_to_text=shares, text_to_image=shares)
+    splits = {"held": held, "classes": SplitResult(images=3, texts=0)}
 
     def write_results(checkpoint, step):
-        model = ModelResult(str(run / checkpoint), "siclip-tiny", step, "fp32", splits)
-        (run / "evaluation.json").write_text(json.dumps(Results(model, {}).to_json()))
+        results = Results(
+            checkpoint=str(run / checkpoint),
+            model="siclip-tiny",
+            step=step,
+            precision="fp32",
+            versions={},
+            splits=splits,
+        )
+        (run / "evaluation.json").write_text(results.model_dump_json())
 
     write_results("best.pt", step=7)
     out = tmp_path / "out"

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from open_clip.tokenizer import SimpleTokenizer
 
 from simplclip import data, evaluation
@@ -17,6 +16,7 @@ from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.find_sources import Address
 from simplclip.data.read_tars import read_tar
 from support.data.pairs import png, write
+from support.evaluation import batches_of, index_of
 
 
 def read(source) -> list[str]:
@@ -49,11 +49,8 @@ def test_a_file_is_a_file_whatever_it_is_called(tmp_path, name):
     ]
     write(tmp_path / "here" / name, samples)
     assert read("*.tar") == read(name) == read(Path(name)) == read([name]) == ["k", key]
-    skipped = Skipped()
-    ((_, positions, pairs),) = data.held_out("*.tar").batches(
-        lambda image: torch.zeros(1), 4, skipped
-    )
-    assert ([pair.captions for pair in pairs], positions) == ([["x"]], [0])
+    ((_, (row,), _),), skipped = batches_of(data.held_out("*.tar"))
+    assert (row.captions, row.position) == (["x"], 0)
     assert not {"\x1b", "\x07"} & {*str(skipped)}
 
 
@@ -64,7 +61,7 @@ def test_a_folder_whose_name_begins_as_a_command(tmp_path):
     write(folder / "0.tar", [("k", {"png": png(), "txt": b"x", "cls": b"0"})])
     (folder / "nshards.txt").write_text("1")
     found = data.held_out("pipe:touch canary;")
-    assert len(list(found.batches(lambda image: torch.zeros(1), 4, Skipped()))) == 1
+    assert len(batches_of(found)[0]) == 1
     for number in ("2", "99999999", "9" * 5000):
         (folder / "nshards.txt").write_text(number)
         with pytest.raises(InputError, match="1.tar', which does not exist|number of shards"):
@@ -163,12 +160,9 @@ def test_captions_are_used_or_counted(content, expected):
         except BrokenSample as broken:
             skipped.add(broken.reason, "a.tar/k", broken.args[1])
     assert (captions, dict(skipped.counts)) == expected
-    split = evaluation.Split(data.held_out("a.tar"), tokenizer, lambda image: torch.zeros(3, 2, 2))
-    try:
-        list(split.read(4))
-    except data.EmptyDataError as error:
-        str(error).encode()
-    assert (split.captions, dict(split.skipped.counts)) == expected
+    index = index_of(data.held_out("a.tar"), tokenizer)
+    str(index.split.data.nothing_usable(index.skipped)).encode()
+    assert (index.captions, dict(index.skipped.counts)) == expected
     assert captions == [] or tokenizer(captions).shape == (1, 8)
     assert len(str(skipped)) < 1000
     for caption in captions:

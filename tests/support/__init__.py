@@ -4,6 +4,7 @@ paths                where the repository is, and what other processes need on t
 devices              backends, dtypes, marks for what a machine lacks
 programs             runs commands, scripts of examples/ and blocks of docs/; kills processes
 losses               inputs of loss modules, losses of rows
+evaluation           indices of held-out data with chosen features
 drawings             checks what a picture draws: texts and boxes that do not overlap
 ops/calls            a call of an op as data, with inputs in float64; calls of several tiles
 ops/small_calls      a small call of each op and loss module

@@ -106,7 +106,7 @@ def test_what_is_held_out_stays_so_and_is_evaluated(tmp_path):
 def test_a_held_out_loss_that_rises_is_told_once(tmp_path, monkeypatch):
     """Also by a run that continues; a damaged file costs the picture alone."""
     losses = iter([9.0, 3.0, 3.5, 3.1, 3.4, 3.6, 4.0, 5.0])
-    monkeypatch.setattr(evaluation, "loss_of", lambda *_: next(losses))
+    monkeypatch.setattr(evaluation.Index, "loss", lambda *_: next(losses))
 
     def run(steps, **options):
         changes = ("eval.hold_out=0.4", "eval.every=1", f"run.steps={steps}")
