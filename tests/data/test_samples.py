@@ -16,7 +16,7 @@ from simplclip import data
 from simplclip.data import read_tars, samples
 from simplclip.data.errors import Skipped
 from simplclip.data.read_tars import read_tar
-from support.data.pairs import loader, one_pass, png, resize, sample, text_of, write
+from support.data.pairs import loader, one_pass, png, sample, text_of, write
 from support.data.photos import png_that_claims
 from support.evaluation import batches_of
 
