@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from simplclip.common.errors import InputError
+from simplclip.data.readers import METADATA, files_in_words
+
 app = typer.Typer(
     no_args_is_help=True, short_help="Make shards of pairs.", help="Make shards of pairs."
 )
@@ -17,15 +20,13 @@ def _group() -> None:
     """Keeps `pack` a command of its own: typer would make it the group itself."""
 
 
-@app.command(epilog="Example: simplclip data pack pairs.csv --out shards")
+@app.command(epilog="Example: simplclip data pack photos --out shards")
 def pack(
     source: Annotated[
         str,
         typer.Argument(
-            help="A table (.csv, .tsv, .parquet, .jsonl) of image paths and captions, or with the "
-            "images in a parquet; a JSON file of Karpathy's or COCO's kind, FILE.json#SPLIT; or a "
-            "folder of images, with KEY.txt or KEY.json beside KEY.jpg, with metadata.jsonl or "
-            "metadata.csv, or with a folder for each class."
+            help=f"One of: {files_in_words()}; a folder of images, with KEY.txt or KEY.json beside "
+            f"KEY.jpg, with {' or '.join(METADATA)}, or with a folder for each class."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
@@ -39,14 +40,7 @@ def pack(
     images: Annotated[
         str | None, typer.Option(help="Folder of the images. Default: that of the table.")
     ] = None,
-    hold_out: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            max=0.99,
-            help="Share of the samples that gets shards held-*.tar beside train-*.tar.",
-        ),
-    ] = 0.0,
+    hold_out: Annotated[str | None, typer.Option(hidden=True)] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Number of processes. Default: one for each core.")
     ] = None,
@@ -55,9 +49,13 @@ def pack(
 
     Repeat it to continue after a stop.
     """
+    if hold_out is not None:
+        raise InputError(
+            f"--hold-out: expected none, got {hold_out}; use eval.hold_out={hold_out} in the config"
+        )
     from simplclip.data import pack as packing
     from simplclip.data.rows import Options
 
     options = Options(image_key=image_key, caption_key=caption_key, images=images)
-    packed = packing.pack(source, out, options, hold_out=hold_out, workers=workers)
+    packed = packing.pack(source, out, options, workers=workers)
     typer.echo(packing.summary(packed))

@@ -114,7 +114,7 @@ def _with_images(splits: dict[str, Any], images: str) -> dict[str, Any]:
 
     Raises InputError if none of them is such a file.
     """
-    from simplclip.data.read_tables import is_table
+    from simplclip.data.readers import is_table
 
     tables = {name: split for name, split in splits.items() if is_table(split)}
     if not tables:

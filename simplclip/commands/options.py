@@ -93,7 +93,7 @@ def check_data(source: Any, name: str) -> None:
     {"shards": one of them, ...}. Opens no file, and needs no seconds of imports.
     """
     from simplclip.data.find_sources import sources_of
-    from simplclip.data.read_tables import is_source, split_of
+    from simplclip.data.readers import is_source, split_of
 
     if isinstance(source, list) and source:
         for part in source:
@@ -113,7 +113,7 @@ def named_splits(items: list[str]) -> dict[str, Any]:
     anything without the characters of paths and patterns: / \ * ? [ ] { } # and =; pipe: begins
     DATA. Raises InputError for an empty item, or for a name that comes twice.
     """
-    from simplclip.data.read_tables import split_of
+    from simplclip.data.readers import ENDINGS, split_of
 
     splits: dict[str, Any] = {}
     for item in items:
@@ -123,7 +123,8 @@ def named_splits(items: list[str]) -> dict[str, Any]:
         name = match[1]
         if not name:
             file, split = split_of(match[2])
-            ending = r"[-_.]?[*?\[{]|(?:[-_.]\d+)?\.tar|\.(?:json|csv|tsv|parquet|txt)"
+            endings = "|".join(map(re.escape, (*ENDINGS, ".txt")))
+            ending = rf"[-_.]?[*?\[{{]|(?:[-_.]\d+)?\.tar|{endings}"
             name = re.split(ending, Path(file).name)[0] or "data"
             if split:
                 name += f"-{split}"

@@ -201,6 +201,12 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def size_and_time(path: str | os.PathLike) -> dict[str, int]:
+    """Returns {"bytes", "mtime_ns"} of a file, which tell in a meta.json whether it has changed."""
+    about = os.stat(path)
+    return {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns}
+
+
 def identity(path: str | Path) -> dict[str, Any]:
     """Returns {"bytes": size, "sha256": hexadecimal digits} of a file.
 

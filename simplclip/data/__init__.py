@@ -1,8 +1,8 @@
 """Image-text pairs, from the tars that a user names to batches.
 
 find       find_sources.py: the tars; find_sidecars.py: further files of their samples
-read       read_tars.py: samples of tars; read_tables.py: rows of other forms, by read_json.py,
-           read_parquet.py and read_folders.py; read_meta.py: meta.json beside tars
+read       read_tars.py: samples of tars; readers.py: rows of other forms, each by its read_*.py;
+           read_meta.py: meta.json beside tars
 parse      samples.py: the image, captions, json and a teacher's features of a sample;
            captions.py: what some captions are like
 decode     decode_images.py: image files, by Pillow

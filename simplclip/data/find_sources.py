@@ -14,12 +14,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from simplclip.common.errors import InputError
-from simplclip.data.read_tables import JSON, TABLES
+from simplclip.data.readers import ENDINGS
 
 _EXPECTED = (
     "a path, an http(s) URL, pipe:COMMAND, a mapping with shards and weight, or a list of them"
 )
-_NO_TAR = (*TABLES, JSON, ".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
+_NO_TAR = (*ENDINGS, ".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 _MAX_NAMES = 1_000_000  # of a pattern, which may come with a run from elsewhere
 _MAX_BRACES = 20  # pairs of braces in a pattern
 _PAIR = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})(?:\.\.(\d{1,18}))?|([^{}]*,[^{}]*))\}")

@@ -21,8 +21,8 @@ from simplclip.data.find_sidecars import Folders
 from simplclip.data.find_sources import Source, in_words, sources_of
 from simplclip.data.pack import files_of
 from simplclip.data.read_folders import label_of_folder
-from simplclip.data.read_tables import is_source, open_source
 from simplclip.data.read_tars import read_tar
+from simplclip.data.readers import is_source, open_source
 from simplclip.data.rows import OPTION_NAMES, Options, Row
 from simplclip.data.samples import (
     HoldOutBy,

@@ -5,8 +5,6 @@
     OUT/meta.json             the source, and the samples and bytes of each shard and what was left
                               out of it
 
-If a share is held out, the shards are OUT/train-000000.tar ... and OUT/held-000000.tar ...
-
 A shard has the samples of SAMPLES rows of the source. It gets its name when it is complete, so the
 same command continues after a stop. The rows are read as a stream, and processes on every core read
 the images and write the shards.
@@ -38,7 +36,7 @@ from simplclip.common.progress import Progress, print_lines
 from simplclip.data.captions import SomeCaptions
 from simplclip.data.decode_images import open_image, remarks_on
 from simplclip.data.errors import BrokenSample, Skipped
-from simplclip.data.read_tables import is_source, open_source, split_of
+from simplclip.data.readers import is_source, open_source, split_of
 from simplclip.data.rows import OPTION_NAMES, Options, Row, RowSource, is_address
 from simplclip.data.samples import (
     MAX_BYTES,
@@ -46,7 +44,6 @@ from simplclip.data.samples import (
     captions_of,
     file_bytes,
     group_of,
-    is_held_out,
     record_of,
 )
 from simplclip.data.write_tars import TarFolder, add, entry_of, new_tar, skipped_in
@@ -64,7 +61,6 @@ def pack(
     out: str | os.PathLike,
     options: Options = Options(),  # noqa: B008 (it is frozen)
     *,
-    hold_out: float = 0.0,
     workers: int | None = None,
     progress: bool = True,
 ) -> list[str]:
@@ -76,14 +72,10 @@ def pack(
     texts in it.
 
     Args:
-        source: a table (.csv, .tsv, .parquet, .jsonl), a JSON file, FILE.json#SPLIT, a folder of
-            images with captions beside them or in its metadata.jsonl or metadata.csv, or one with a
-            folder for each class.
+        source: a file that one of `readers.READERS` reads, FILE.json#SPLIT, or a folder of images:
+            with captions beside them, with a table that names them, or with a folder for each
+            class.
         options: of tables and JSON files.
-        hold_out: share of the samples that gets shards held-*.tar, beside train-*.tar; by the hash
-            of the json's group (in a table the image's path as it is written there), else of the
-            image's path in the source, so that more images change no sample's side, and copies of
-            the source have equal sides. 0: all samples are in NAME-*.tar, NAME from the source.
         workers: processes, by default one for each core; a table that holds the image files is
             packed by one.
         progress: print lines.
@@ -94,16 +86,14 @@ def pack(
     """
     rows = open_source(source, options)
     about = {"name": rows.name, **rows.state()}
-    if hold_out:
-        about["hold_out"] = hold_out
     folder = TarFolder(Path(os.path.expanduser(out)), {"format": FORMAT, "source": about})
     with folder.claimed():
         earlier = folder.complete and all(map(folder.is_whole, folder.entries))
         if not earlier:
-            _write_missing_shards(rows, folder, hold_out, workers or _cores(), progress)
+            _write_missing_shards(rows, folder, workers or _cores(), progress)
         shards = _shards_in(folder)
     if progress:
-        _print_result(folder, rows.name, earlier, hold_out)
+        _print_result(folder, rows.name, earlier)
     return shards
 
 
@@ -113,22 +103,14 @@ def _shards_in(folder: TarFolder) -> list[str]:
     return [str(folder.out / name) for name in names]
 
 
-def _print_result(folder: TarFolder, source: str, earlier: bool, hold_out: float) -> None:
-    """Prints how many samples and shards the folder holds, what was left out, and remarks.
-
-    source: its name. earlier: whether an earlier run has packed it. hold_out: if not 0, the
-    held-out samples are named too.
-    """
-    samples = {name: entry["samples"] for name, entry in folder.entries.items()}
+def _print_result(folder: TarFolder, source: str, earlier: bool) -> None:
+    """Prints how many samples and shards the folder holds, what was left out, and remarks."""
+    samples = sum(entry["samples"] for entry in folder.entries.values())
     shards = _shards_in(folder)
     shard_word = "shard" if len(shards) == 1 else "shards"
     result = (
-        f"{sum(samples.values()):,} samples of {source} in {len(shards)} {shard_word}, "
-        f"{folder.out / '*.tar'}"
+        f"{samples:,} samples of {source} in {len(shards)} {shard_word}, {folder.out / '*.tar'}"
     )
-    if hold_out:
-        held = sum(count for name, count in samples.items() if name.startswith("held-"))
-        result += f", of which {held:,} are held out in {folder.out / 'held-*.tar'}"
     skipped = skipped_in(folder.entries.values())
     if earlier:
         print_lines(f"kept {result}, which an earlier run packed")
@@ -257,12 +239,11 @@ def _spread(numbers: list[int]) -> str:
 
 
 def _write_missing_shards(
-    source: RowSource, folder: TarFolder, hold_out: float, workers: int, progress: bool
+    source: RowSource, folder: TarFolder, workers: int, progress: bool
 ) -> None:
     """Writes the shards that the folder does not have; saves its entries after each.
 
     Entries of tars that are no longer there are dropped, and `folder.complete` is set at the end.
-    hold_out: share of the samples in held-*.tar; 0 for none. workers: processes. progress: show it.
     If no row is usable, it removes meta.json and the empty folder and raises InputError.
     """
     folder.complete = False
@@ -270,10 +251,10 @@ def _write_missing_shards(
         name: entry for name, entry in folder.entries.items() if folder.is_whole(name)
     }
     done = sum(entry.get("rows", 0) for entry in folder.entries.values())
-    stems = ("train", "held") if hold_out else (_stem(source.path),)
+    stem = _stem(source.path)
 
-    def tasks() -> Iterator[tuple[list[Path], int, Iterable[Row], float]]:
-        """Yields the arguments of `_write_shard` for each SAMPLES rows whose tars are missing."""
+    def tasks() -> Iterator[tuple[Path, int, Iterable[Row]]]:
+        """Yields the arguments of `_write_shard` for each SAMPLES rows whose tar is missing."""
         rows = source.rows()
         for first in itertools.count(step=SAMPLES):
             first_row = next(rows, None)
@@ -284,18 +265,18 @@ def _write_missing_shards(
             )
             if not source.embedded:
                 shard_rows = list(shard_rows)
-            names = [f"{stem}-{first // SAMPLES:06d}.tar" for stem in stems]
-            if not folder.entries.keys() >= {*names}:
-                yield [folder.out / name for name in names], first, shard_rows, hold_out
+            name = f"{stem}-{first // SAMPLES:06d}.tar"
+            if name not in folder.entries:
+                yield folder.out / name, first, shard_rows
             deque(shard_rows, maxlen=0)  # those that were not written
 
     if source.embedded:  # other processes would get the images by way of memory
         workers = 1
     with Progress("pack", source.total, done, unit="rows", shown=progress) as bar:
-        for _, entries in _mapped(_write_shard, tasks(), workers):
-            folder.entries |= entries
+        for (path, *_), entry in _mapped(_write_shard, tasks(), workers):
+            folder.entries[path.name] = entry
             folder.save()
-            bar.update(next(iter(entries.values()))["rows"])
+            bar.update(entry["rows"])
         if not any(entry["samples"] for entry in folder.entries.values()):
             (folder.out / "meta.json").unlink()
             with contextlib.suppress(OSError):  # it holds something else, such as .gitkeep
@@ -309,39 +290,27 @@ def _write_missing_shards(
     folder.save()
 
 
-def _write_shard(
-    paths: list[Path], first: int, rows: Iterable[Row], hold_out: float
-) -> dict[str, dict[str, Any]]:
-    """Writes the tar of some rows, replacing it; returns {file name: its entry of meta.json}.
+def _write_shard(path: Path, first: int, rows: Iterable[Row]) -> dict[str, Any]:
+    """Writes the tar of some rows, at least one, replacing it; returns its entry of meta.json.
 
-    rows: at least one. paths: the tar; or two, of which the second gets the share `hold_out` of the
-    samples. A tar without samples is not left on disk. Keys are the numbers of rows, of which
-    `first` is the first.
+    A tar without samples is not left on disk. Keys are the numbers of rows, of which `first` is the
+    first.
     """
     skipped = Skipped()
     remarks = Skipped()
-    samples = [0] * len(paths)
-    with contextlib.ExitStack() as stack:
-        shards = [stack.enter_context(new_tar(path)) for path in paths]
+    samples = 0
+    with new_tar(path) as tar:
         for number, row in enumerate(rows, first):
             try:
                 files = files_of(row, remarks)
             except BrokenSample as broken:
                 skipped.add(broken.reason, row.name, broken.detail)
                 continue
-            sample = files | {"__shard__": "", "__key__": row.name}
-            side = is_held_out(sample, hold_out, by="picture")
-            add(shards[side], f"{number:09d}", files)
-            samples[side] += 1
-    for path, count in zip(paths, samples):
-        if not count:
-            path.unlink()
-    # the first of two shards counts the rows of both
-    entries = {paths[0].name: entry_of(paths[0], samples[0], skipped, remarks)}
-    entries[paths[0].name]["rows"] = number - first + 1
-    for path, count in zip(paths[1:], samples[1:]):
-        entries[path.name] = entry_of(path, count, Skipped())
-    return entries
+            add(tar, f"{number:09d}", files)
+            samples += 1
+    if not samples:
+        path.unlink()
+    return entry_of(path, samples, skipped, remarks) | {"rows": number - first + 1}
 
 
 def files_of(row: Row, remarks: Skipped | None = None) -> dict[str, bytes]:

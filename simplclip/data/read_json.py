@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from simplclip.common.errors import InputError
+from simplclip.data.parse_json import json_of
 from simplclip.data.rows import (
     LINE_BYTES,
     Options,
+    Reader,
     Row,
     RowSource,
     columns_of,
@@ -20,38 +22,41 @@ from simplclip.data.rows import (
     table_row,
     texts_of,
 )
-from simplclip.data.samples import json_of
 
 _EXPECTED = "images with captions, as in Karpathy's or COCO's JSON"
 
 
-def json_lines(path: str, options: Options) -> RowSource:
-    """Returns the rows of a file with a JSON object on each line, whose names are columns.
+class JsonLinesReader(Reader):
+    """A table with a JSON object on each line, whose names are columns."""
 
-    The first object says which columns there are. Raises InputError if the first line is none, or
-    the columns that `options` names, or the usual ones, are missing.
-    """
-    with open(path, "rb") as file:
-        first = next(_objects(file), None)
-        if not isinstance(first, dict):
-            got = f"{path!r}: {first}" if first else f"{path!r}, which has no line"
-            raise InputError(f"source: expected a JSON object on each line, got {got}")
-        file.seek(0)
-        total = line_count(file)
-    image, caption = columns_of([*first], path, options)
+    endings = (".jsonl",)
+    about = "an object on each line"
+    metadata = "metadata.jsonl"
 
-    def rows() -> Iterator[Row]:
-        """Yields a row for each line, with `problem` for a bad one."""
+    @classmethod
+    def read(cls, path: str, options: Options) -> RowSource:
+        """Returns the rows of a file, whose first object says which columns there are."""
         with open(path, "rb") as file:
-            for number, record in enumerate(_objects(file)):
-                name = f"{os.path.basename(path)}/{number:09d}"
-                if isinstance(record, str):
-                    yield Row(name, problem=("bad row", record))
-                else:
-                    texts = texts_of(record.get(caption))
-                    yield table_row(name, record.get(image), texts, path, options)
+            first = next(_objects(file), None)
+            if not isinstance(first, dict):
+                got = f"{path!r}: {first}" if first else f"{path!r}, which has no line"
+                raise InputError(f"source: expected a JSON object on each line, got {got}")
+            file.seek(0)
+            total = line_count(file)
+        image, caption = columns_of([*first], path, options)
 
-    return file_source(path, options, max(1, total), lambda: merged_by_image(rows()))
+        def rows() -> Iterator[Row]:
+            """Yields a row for each line, with `problem` for a bad one."""
+            with open(path, "rb") as file:
+                for number, record in enumerate(_objects(file)):
+                    name = f"{os.path.basename(path)}/{number:09d}"
+                    if isinstance(record, str):
+                        yield Row(name, problem=("bad row", record))
+                    else:
+                        texts = texts_of(record.get(caption))
+                        yield table_row(name, record.get(image), texts, path, options)
+
+        return file_source(path, options, max(1, total), lambda: merged_by_image(rows()))
 
 
 def _objects(file: BinaryIO) -> Iterator[dict[str, Any] | str]:
@@ -67,31 +72,38 @@ def _objects(file: BinaryIO) -> Iterator[dict[str, Any] | str]:
         yield record if isinstance(record, dict) else f"a {type(record).__name__}"
 
 
-def json_rows(path: str, options: Options) -> RowSource:
-    """Returns the rows of a JSON file, one for each image with all its captions; it is parsed now.
+class JsonReader(Reader):
+    """A JSON file in Karpathy's or COCO's format."""
 
-    Raises InputError for another format and if no image, or none of the split in `options`, is in
-    it.
-    """
-    captions: dict[str, list[Any]] = {}
-    try:
-        for image, texts in _entries(_parsed(path), path, options):
-            captions.setdefault(image, []).extend(texts)
-    except KeyError as error:
-        got = f"{path!r} with an entry without {error}"
-        raise InputError(f"source: expected {_EXPECTED}, got {got}") from None
-    except (TypeError, AttributeError) as error:
-        got = f"{path!r} with an entry of another form: {error}"
-        raise InputError(f"source: expected {_EXPECTED}, got {got}") from None
-    if not captions:
-        split = f" of the split {options.split!r}" if options.split else ""
-        raise InputError(f"source: expected images with captions, got none{split} in {path!r}")
-    name = os.path.basename(path)
-    rows = [
-        Row(f"{name}/{image}", options.image(path, image), texts)
-        for image, texts in captions.items()
-    ]
-    return file_source(path, options, len(rows), lambda: iter(rows))
+    endings = (".json",)
+    about = "a JSON file of Karpathy's or COCO's kind, FILE.json#SPLIT"
+    options = ("images", "split")
+
+    @classmethod
+    def read(cls, path: str, options: Options) -> RowSource:
+        """Returns a row for each image, with all its captions; the file is parsed now.
+
+        Raises InputError also if no image, or none of the split in `options`, is in it.
+        """
+        captions: dict[str, list[Any]] = {}
+        try:
+            for image, texts in _entries(_parsed(path), path, options):
+                captions.setdefault(image, []).extend(texts)
+        except KeyError as error:
+            got = f"{path!r} with an entry without {error}"
+            raise InputError(f"source: expected {_EXPECTED}, got {got}") from None
+        except (TypeError, AttributeError) as error:
+            got = f"{path!r} with an entry of another form: {error}"
+            raise InputError(f"source: expected {_EXPECTED}, got {got}") from None
+        if not captions:
+            split = f" of the split {options.split!r}" if options.split else ""
+            raise InputError(f"source: expected images with captions, got none{split} in {path!r}")
+        name = os.path.basename(path)
+        rows = [
+            Row(f"{name}/{image}", options.image(path, image), texts)
+            for image, texts in captions.items()
+        ]
+        return file_source(path, options, len(rows), lambda: iter(rows))
 
 
 def _parsed(path: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from simplclip.common.errors import InputError
 from simplclip.data.rows import (
     IMAGE_NAMES,
     Options,
+    Reader,
     Row,
     RowSource,
     columns_of,
@@ -25,69 +26,76 @@ _BATCH = 4096  # rows that are read at a time
 _EMBEDDED_BATCH = 16  # of image files
 
 
-def parquet_rows(path: str, options: Options) -> RowSource:
-    """Returns the rows of a parquet file, of which only the schema is read now.
+class ParquetReader(Reader):
+    """A table of paths of images, or of image files, and captions."""
 
-    A column with image files comes before one with paths. Neighbouring rows of one image are
-    joined. Raises InputError for another file or missing columns.
-    """
-    import pyarrow
-    import pyarrow.parquet
+    endings = (".parquet",)
+    about = "a table of image paths or image files"
 
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise InputError(f"source: expected a parquet file, got {path!r}: {error}") from None
-    schema = file.schema_arrow
-    with_files = [field.name for field in schema if _holds_files(field.type)]
-    given = options
-    if options.image_key is None:
-        own = next((name for name in IMAGE_NAMES if name in with_files), None)
-        given = replace(options, image_key=own)
-    columns = columns_of(schema.names, path, given)
-    embedded = columns[0] in with_files
-    batch_size = _EMBEDDED_BATCH if embedded else _BATCH
+    @classmethod
+    def read(cls, path: str, options: Options) -> RowSource:
+        """Returns the rows of a parquet file, of which only the schema is read now.
 
-    def pairs() -> Iterator[tuple[Any, ...]]:
-        """Yields (image, captions) of each row as pyarrow scalars. Raises InputError for damage."""
-        try:
-            for batch in file.iter_batches(batch_size, columns=columns):
-                yield from zip(*(batch.column(name) for name in columns))
-        except (pyarrow.ArrowException, OSError) as error:
-            raise InputError(
-                f"source: expected a parquet file, got {path!r}, which is damaged: {error}"
-            ) from None
-
-    def value(scalar: Any) -> Any:
-        """Returns the Python value of a pyarrow scalar, None if it has none, as a far date.
-
-        Raises UnicodeDecodeError.
+        A column with image files comes before one with paths. Neighbouring rows of one image are
+        joined. Raises InputError for another file or missing columns.
         """
+        import pyarrow
+        import pyarrow.parquet
+
         try:
-            return scalar.as_py()
-        except UnicodeDecodeError:
-            raise
-        except (ValueError, OverflowError, pyarrow.ArrowException):
-            return None
+            file = pyarrow.parquet.ParquetFile(path)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise InputError(f"source: expected a parquet file, got {path!r}: {error}") from None
+        schema = file.schema_arrow
+        with_files = [field.name for field in schema if _holds_files(field.type)]
+        given = options
+        if options.image_key is None:
+            own = next((name for name in IMAGE_NAMES if name in with_files), None)
+            given = replace(options, image_key=own)
+        columns = columns_of(schema.names, path, given)
+        embedded = columns[0] in with_files
+        batch_size = _EMBEDDED_BATCH if embedded else _BATCH
 
-    def rows() -> Iterator[Row]:
-        """Yields a `Row` for each row, with `problem` for one whose texts are not UTF-8."""
-        for number, (image, captions) in enumerate(pairs()):
-            name = f"{os.path.basename(path)}/{number:09d}"
+        def pairs() -> Iterator[tuple[Any, ...]]:
+            """Yields (image, captions) of each row as pyarrow scalars."""
             try:
-                texts = texts_of(value(captions))
-            except UnicodeDecodeError:
-                yield Row(name, problem=("caption not UTF-8", ""))
-                continue
-            try:
-                image_or_path = _image(value(image))
-            except UnicodeDecodeError:
-                yield Row(name, problem=("missing image", "expected a path, got other bytes"))
-                continue
-            yield table_row(name, image_or_path, texts, path, options)
+                for batch in file.iter_batches(batch_size, columns=columns):
+                    yield from zip(*(batch.column(name) for name in columns))
+            except (pyarrow.ArrowException, OSError) as error:
+                raise InputError(
+                    f"source: expected a parquet file, got {path!r}, which is damaged: {error}"
+                ) from None
 
-    total = file.metadata.num_rows
-    return file_source(path, options, total, lambda: merged_by_image(rows()), embedded=embedded)
+        def value(scalar: Any) -> Any:
+            """Returns the Python value of a pyarrow scalar, None if it has none, as a far date.
+
+            Raises UnicodeDecodeError.
+            """
+            try:
+                return scalar.as_py()
+            except UnicodeDecodeError:
+                raise
+            except (ValueError, OverflowError, pyarrow.ArrowException):
+                return None
+
+        def rows() -> Iterator[Row]:
+            """Yields a `Row` for each row, with `problem` for one whose texts are not UTF-8."""
+            for number, (image, captions) in enumerate(pairs()):
+                name = f"{os.path.basename(path)}/{number:09d}"
+                try:
+                    texts = texts_of(value(captions))
+                except UnicodeDecodeError:
+                    yield Row(name, problem=("caption not UTF-8", ""))
+                    continue
+                try:
+                    image_or_path = _image(value(image))
+                except UnicodeDecodeError:
+                    yield Row(name, problem=("missing image", "expected a path, got other bytes"))
+                    continue
+                yield table_row(name, image_or_path, texts, path, options)
+
+        total = file.metadata.num_rows
+        return file_source(path, options, total, lambda: merged_by_image(rows()), embedded=embedded)
 
 
 def _holds_files(kind: Any) -> bool:

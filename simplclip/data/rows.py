@@ -9,10 +9,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 from simplclip.common.errors import InputError
-from simplclip.data.samples import state_of
+from simplclip.common.files import size_and_time
 
 # Columns of tables, in order of preference: the first of these names that a table has.
 IMAGE_NAMES: tuple[str, ...] = (
@@ -94,6 +94,21 @@ class Options:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
+class Reader:
+    """A kind of file that has rows; a subclass in a file of its own stands in `readers.READERS`."""
+
+    endings: ClassVar[tuple[str, ...]]  # of its files' names, in lower case
+    about: ClassVar[str]  # what such a file is, for the help
+    options: ClassVar[tuple[str, ...]] = ("images", "image_key", "caption_key")  # that it takes
+    # name of a file that names the images of a folder, as in Hugging Face's imagefolder
+    metadata: ClassVar[str | None] = None
+
+    @classmethod
+    def read(cls, path: str, options: Options) -> RowSource:
+        """Returns the rows of a file. Raises InputError for other content and missing columns."""
+        raise NotImplementedError
+
+
 OPTION_NAMES = tuple(Options.__dataclass_fields__)
 
 
@@ -115,7 +130,7 @@ def file_source(
     """
 
     def state() -> dict[str, Any]:
-        return {**state_of(path), **options.given()}
+        return {**size_and_time(path), **options.given()}
 
     return RowSource(path, total, state, rows, embedded=embedded)
 

@@ -24,6 +24,7 @@ from PIL import Image
 
 from simplclip.data.decode_images import IMAGE_SUFFIXES, decode_pil, opaque
 from simplclip.data.errors import BrokenSample, ShardError, StaleFeatures
+from simplclip.data.parse_json import json_of
 
 # a teacher's features [V + C, D]: of the image or its V views, then of its C captions in order
 TEACHER = "teacher.npy"
@@ -39,8 +40,6 @@ LONGEST = 8192
 # characters of a word that are used: open_clip's tokenizer is quadratic in them, and its 77 tokens
 # have at most 24 each
 LONGEST_WORD = 2048
-# lists and objects within each other in a json; at about 500 Python can read but not pickle it
-DEEPEST = 100
 # what a hold-out goes by for samples without a group, see `is_held_out`
 HoldOutBy = Literal["picture", "shard"]
 _NO_CHARACTER = re.compile("[\ud800-\udfff\0]")
@@ -360,34 +359,6 @@ def clean(text: str) -> str:
     return _NO_CHARACTER.sub("\ufffd", text)
 
 
-def json_of(data: str | bytes) -> Any:
-    """Returns the value that a JSON text stands for; NaN, as pandas has missing values, is None.
-
-    Raises ValueError for any error in it, also for more than DEEPEST levels of lists and objects.
-    """
-    try:
-        content = json.loads(data, parse_constant=_number_of)
-        _check_depth([content], DEEPEST)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    return content
-
-
-def _number_of(constant: str) -> float | None:
-    """Returns the value of NaN, None, or of Infinity or -Infinity in a JSON text."""
-    return None if constant == "NaN" else float(constant)
-
-
-def _check_depth(content: dict | list, levels: int) -> None:
-    """Raises RecursionError for more than `levels` levels of lists and objects in `content`."""
-    if levels < 0:
-        raise RecursionError
-    values = content.values() if isinstance(content, dict) else content
-    for value in values:
-        if isinstance(value, (dict, list)):
-            _check_depth(value, levels - 1)
-
-
 def file_bytes(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:
     """Returns the bytes of a file.
 
@@ -401,9 +372,3 @@ def file_bytes(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:
         raise BrokenSample("file too large", detail)
     with open(path, "rb") as file:
         return file.read(limit)
-
-
-def state_of(path: str | os.PathLike) -> dict[str, int]:
-    """Returns {"bytes", "mtime_ns"} of a file, which tell in a meta.json whether it has changed."""
-    about = os.stat(path)
-    return {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns}

@@ -23,13 +23,14 @@ from typing import Any, NamedTuple
 
 from simplclip.common import ranks
 from simplclip.common.errors import InputError, check_count
+from simplclip.common.files import size_and_time
 from simplclip.common.progress import Progress, print_lines
 from simplclip.data.errors import Skipped
 from simplclip.data.find_sidecars import Folders, by_sidecar_name, check_sidecars, sidecars_of
 from simplclip.data.find_sources import Address, Source, sources_of
 from simplclip.data.read_meta import dataset_size
 from simplclip.data.read_tars import read_tar
-from simplclip.data.samples import MAX_BYTES, Pair, Sample, parse, state_of
+from simplclip.data.samples import MAX_BYTES, Pair, Sample, parse
 from simplclip.data.stored_order import Portion, StoredOrder
 from simplclip.data.write_tars import TarFolder, add, entry_of, new_tar, skipped_in
 
@@ -182,10 +183,10 @@ def _origin(source: Source, sidecars: Folders) -> dict[str, Any]:
     {"source": size and time of the shard, {} of a stream, "sidecars": [size and time of the shard's
     sidecar in each of these folders]}. Raises ShardError if one is missing.
     """
-    source_state = {} if isinstance(source.url, Address) else state_of(source.url)
+    source_state = {} if isinstance(source.url, Address) else size_and_time(source.url)
     return {
         "source": source_state,
-        "sidecars": [state_of(path) for path in sidecars_of(source.url, sidecars)],
+        "sidecars": [size_and_time(path) for path in sidecars_of(source.url, sidecars)],
     }
 
 

@@ -14,11 +14,9 @@ from simplclip.data import pack, samples
 from simplclip.data.overlap import overlap
 from support.data.pairs import (
     COUNT,
-    digests,
     keys,
     loader,
     members,
-    meta,
     png,
     resize,
     sample,
@@ -26,7 +24,7 @@ from support.data.pairs import (
     write,
 )
 from support.evaluation import batches_of, index_of
-from support.programs import call
+from support.programs import call, one_line
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -197,10 +195,6 @@ def test_copies_of_a_collection_hold_out_the_same_pictures(tmp_path):
         assert held_of(shards)[0] != keys_held
         counted = data.count_division(shards, SHARE, by="picture")
         assert (counted.held_out, counted.train) == (len(keys_held), len(records) - len(keys_held))
-        pack.pack(tmp_path / name, tmp_path / "two" / name, hold_out=SHARE, workers=1)
-        assert sources(tmp_path / "two" / name, "held") - {f"{name}/2018/new"} == {
-            f"{name}/{picture}" for picture in held[name]
-        }
     assert held["photos"] == held["on_white"]
     assert 5 <= len(held["photos"]) <= 20
 
@@ -274,95 +268,32 @@ def folder_of(path, names):
         (path / f"{name}.txt").write_text(f"caption {number}")
 
 
-def sources(out, kind):
-    return {
-        json.loads(content)["source"]
-        for shard in sorted(out.glob(f"{kind}-*.tar"))
-        for name, content in members(shard).items()
-        if name.endswith(".json")
-    }
-
-
-def test_packing_divides_into_two_kinds_of_shards(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pack, "SAMPLES", 7)
-    names = [f"{year}/IMG_{number:04}" for year in (2019, 2020) for number in range(20)]
-    folder_of(tmp_path / "photos", names)
-    (tmp_path / "photos/2019/broken.jpg").write_bytes(b"x")
-    (tmp_path / "photos/2019/broken.txt").write_text("x")
-    out = tmp_path / "out"
-    result = call(
-        "data", "pack", tmp_path / "photos", "--out", out, "--hold-out", SHARE, "--workers", 1
+def test_what_replaces_the_option_of_packing(tmp_path):
+    message = one_line("data", "pack", tmp_path, "--out", tmp_path / "out", "--hold-out", 0.1)
+    assert message == (
+        "simplclip: --hold-out: expected none, got 0.1; use eval.hold_out=0.1 in the config"
     )
-    assert result.exit_code == 0, result.output
-    train, held = sources(out, "train"), sources(out, "held")
-    assert train | held == {f"photos/{name}" for name in names}
-    assert not train & held
-    assert 4 <= len(held) <= 20
-    assert f"packed 40 samples of photos in {len([*out.glob('*.tar')])} shards" in result.output
-    assert (
-        f", of which {len(held)} are held out in {out}/held-*.tar; 1 skipped: 1 not an image"
-        in result.output
-    )
-    entries = meta(out)["splits"]["data"]["shards"]
-    assert sum(entry.get("rows", 0) for entry in entries.values()) == 41
-    assert data.dataset_size(str(out / "train-*.tar")) == len(train)
-    before = digests(out)
-    (out / sorted(path.name for path in out.glob("held-*"))[0]).unlink()
-    assert (
-        "packed 40 samples"
-        in call(
-            "data", "pack", tmp_path / "photos", "--out", out, "--hold-out", SHARE, "--workers", 1
-        ).output
-    )
-    assert digests(out) == before
-    other = call("data", "pack", tmp_path / "photos", "--out", out, "--hold-out", 0.2)
-    assert "source.hold_out was 0.3, now 0.2" in other.output
-
-    folder_of(tmp_path / "photos", ["2018/new", "2021/new"])  # no picture changes its side
-    call(
-        "data",
-        "pack",
-        tmp_path / "photos",
-        "--out",
-        tmp_path / "more",
-        "--hold-out",
-        SHARE,
-        "--workers",
-        1,
-    )
-    assert held <= sources(tmp_path / "more", "held")
-    assert train <= sources(tmp_path / "more", "train")
-
-
-def test_packing_a_table_leaves_all_rows_of_an_image_on_one_side(tmp_path):
-    """Also if they are no neighbours; an image in front changes no other image's side."""
-    images = [png(number) for number in range(21)]
-    for number, content in enumerate(images):
-        (tmp_path / f"{number}.png").write_bytes(content)
-    numbers = [*range(20), *range(20)]
-    held = []
-    for name, rows in (("t", numbers), ("more", [20, *numbers])):
-        path = table(
-            tmp_path / f"{name}.csv", [(f"{n}.png", f"row {i}") for i, n in enumerate(rows)]
-        )
-        pack.pack(path, tmp_path / name, hold_out=SHARE, workers=1, progress=False)
-        sides = [members(tmp_path / name / f"{side}-000000.tar") for side in ("train", "held")]
-        train_images, held_images = ({*side.values()} & {*images} for side in sides)
-        assert not train_images & held_images
-        assert len(train_images | held_images) == len({*rows})
-        held.append(held_images - {images[20]})
-    assert held[0] == held[1]
+    assert "hold-out" not in call("data", "pack", "--help").output
 
 
 def test_rows_of_an_image_that_are_no_neighbours_are_a_group(tmp_path):
-    """They stay together in a run's hold-out, and each has the right captions of the other."""
-    for number in range(20):
+    """They stay together in a run's hold-out, and each has the right captions of the other. An
+    image in front changes no other image's side.
+    """
+    for number in range(21):
         (tmp_path / f"{number}.png").write_bytes(png(number))
     numbers = [*range(20), *range(20)]
-    path = table(tmp_path / "t.csv", [(f"{n}.png", f"row {i}") for i, n in enumerate(numbers)])
-    shards = pack.pack(path, tmp_path / "t", workers=1, progress=False)
-    held = {int(key) for key in held_of(shards)[0]}
-    assert 0 < len(held) < 40
-    assert {(row + 20) % 40 for row in held} == held
-    index = index_of(data.held_out(path))
-    assert index.groups.tolist() == index.caption_groups.tolist() == numbers
+    held = []
+    for name, images in (("t", numbers), ("more", [20, *numbers])):
+        lines = [(f"{n}.png", f"row {i}") for i, n in enumerate(images)]
+        path = table(tmp_path / f"{name}.csv", lines)
+        shards = pack.pack(path, tmp_path / name, workers=1, progress=False)
+        rows = {int(key) for key in held_of(shards)[0]}
+        pictures = {images[row] for row in rows}
+        assert rows == {row for row, image in enumerate(images) if image in pictures}
+        held.append(pictures - {20})
+        index = index_of(data.held_out(path))
+        groups = [[*dict.fromkeys(images)].index(image) for image in images]
+        assert index.groups.tolist() == index.caption_groups.tolist() == groups
+    assert held[0] == held[1]
+    assert 0 < len(held[0]) < 20

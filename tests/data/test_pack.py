@@ -15,7 +15,7 @@ from open_clip.transform import PreprocessCfg
 
 from simplclip import data
 from simplclip.common.errors import InputError
-from simplclip.data import pack, read_tables
+from simplclip.data import pack, read_csv, readers
 from simplclip.data.rows import Options
 from simplclip.data.transforms import ImageTransform
 from support.data.packs import packed, samples, skipped_of
@@ -136,6 +136,16 @@ def test_every_form(folder, tmp_path, monkeypatch, kind):
     assert {*folder.rglob("*")} == before
 
 
+def test_every_reader_is_in_the_table_and_has_a_form():
+    text = "".join(path.read_text() for path in Path(readers.__file__).parent.glob("read_*.py"))
+    assert {*re.findall(r"class (\w+)\(Reader\)", text)} == {
+        reader.__name__ for reader in readers.READERS
+    }
+    files = [kind.partition("#")[0] for kind in KINDS]
+    for ending in readers.ENDINGS:
+        assert any(file.endswith(ending) for file in files), f"no file {ending} in KINDS"
+
+
 @pytest.mark.parametrize("kind", ["rows.jsonl", "files.parquet", "bytes.parquet", "imagefolder"])
 def test_evaluation_reads_them_too(folder, kind):
     held_out = data.held_out(str(folder / kind))
@@ -222,7 +232,7 @@ def test_rows_of_every_kind(tmp_path):
 
 def test_separators_and_wrong_tables(tmp_path):
     (tmp_path / "a.png").write_bytes(png())
-    for separator in read_tables.SEPARATORS:
+    for separator in read_csv.SEPARATORS:
         path = table(tmp_path / "t.csv", [["a.png", "one"]], separator=separator)
         assert packed(path, tmp_path / f"out{ord(separator)}")[0] == [("000000000", ["one"])]
     for name, content, options, message in (
@@ -305,7 +315,7 @@ def test_no_large_table_is_held(tmp_path, kind):
         )
     del columns
     tracemalloc.start()
-    source = read_tables.open_source(path, Options())
+    source = readers.open_source(path, Options())
     assert source.total == count
     (last,) = deque(source.rows(), maxlen=1)
     _, peak = tracemalloc.get_traced_memory()

@@ -14,7 +14,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from simplclip.common.errors import InputError
-from simplclip.data import pack, read_tables, write_tars
+from simplclip.data import pack, readers, write_tars
 from simplclip.data.rows import Options
 from support.data.packs import packed
 from support.data.pairs import members, meta, png, table
@@ -37,7 +37,7 @@ def test_a_subfolder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     with pytest.raises(
         InputError, match=r"folders that can be read, got '.*/dog': Permission denied"
     ):
-        read_tables.open_source(str(tmp_path), Options())
+        readers.open_source(str(tmp_path), Options())
 
 
 # a field of fewer and of more characters than csv's limit
@@ -47,7 +47,7 @@ def test_a_quote_that_is_never_closed_costs_its_row(tmp_path, rows):
         tmp_path / "t.csv", [[f"{number}.png", f"{number} {'x' * 100}"] for number in range(rows)]
     )
     Path(path).write_text(Path(path).read_text().replace("7.png,7 x", '7.png,"7 x', 1))
-    found = list(read_tables.open_source(path, Options()).rows())
+    found = list(readers.open_source(path, Options()).rows())
     assert [row.name for row in found if row.problem] == ["t.csv/000000007"]
     assert [row.captions[0].split()[0] for row in found if not row.problem] == [
         str(n) for n in range(rows) if n != 7
@@ -59,7 +59,7 @@ def test_a_quote_that_is_not_closed_does_not_end_at_a_quote_below(tmp_path, belo
     """The rows between would be part of its caption."""
     lines = ["filepath,title", 'a.png,"not closed', "b.png,between", f"c.png,{below}", "d.png,last"]
     (tmp_path / "t.csv").write_text("\n".join(lines))
-    rows = list(read_tables.open_source(tmp_path / "t.csv", Options()).rows())
+    rows = list(readers.open_source(tmp_path / "t.csv", Options()).rows())
     assert [bool(row.problem) for row in rows] == [True, False, False, False]
     caption = {'"quoted, whole"': "quoted, whole", '"text" behind': "text behind"}.get(below, below)
     assert [row.captions[0].strip() for row in rows[1:]] == ["between", caption, "last"]
@@ -226,7 +226,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
         file[draw.randrange(len(file))] = draw.randrange(256)
         (tmp_path / "t.parquet").write_bytes(file)
         try:
-            deque(read_tables.open_source(tmp_path / "t.parquet", Options()).rows())
+            deque(readers.open_source(tmp_path / "t.parquet", Options()).rows())
         except InputError as error:
             damaged.append(str(error))
     assert damaged
@@ -255,7 +255,7 @@ def test_captions_of_a_parquet_file_are_texts_or_numbers(tmp_path, captions, tex
         "title": [*captions, captions[0], captions[0]],
     }
     parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
-    rows = list(read_tables.open_source(tmp_path / "t.parquet", Options()).rows())
+    rows = list(readers.open_source(tmp_path / "t.parquet", Options()).rows())
     assert [row.problem and row.problem[0] for row in rows] == [
         None,
         reason if reason == "caption not UTF-8" else None,
@@ -275,7 +275,7 @@ def test_a_caption_that_python_cannot_hold_costs_its_row(tmp_path):
     parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     times = pyarrow.array([10**17], pyarrow.duration("s"))
     parquet.write_table(pyarrow.table({"path": ["a.png"], "text": times}), tmp_path / "t.parquet")
-    (row,) = read_tables.open_source(tmp_path / "t.parquet", Options()).rows()
+    (row,) = readers.open_source(tmp_path / "t.parquet", Options()).rows()
     assert row.captions == []
 
 
