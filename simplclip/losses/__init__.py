@@ -33,36 +33,6 @@ Label smoothing, several positives and decoupled losses: a few lines each with R
 docs/recipes.md.
 """
 
-import typing as _typing
+import lazy_loader as _lazy
 
-from simplclip.common.lazy import attribute as _attribute
-from simplclip.losses.base import PLANES
-from simplclip.losses.clip import ClipPMLoss
-from simplclip.losses.matryoshka import MatryoshkaLoss
-from simplclip.losses.rowwise import RowwiseLoss
-from simplclip.losses.wikd import WIKDLoss
-
-if _typing.TYPE_CHECKING:
-    from simplclip.losses.drop_in import ClipLoss, CoCaLoss, SigLipLoss
-
-__all__ = [
-    "PLANES",
-    "ClipLoss",
-    "ClipPMLoss",
-    "CoCaLoss",
-    "MatryoshkaLoss",
-    "RowwiseLoss",
-    "SigLipLoss",
-    "WIKDLoss",
-]
-
-if not _typing.TYPE_CHECKING:  # a type checker would take any name for known
-
-    def __getattr__(name: str) -> _typing.Any:
-        """Imports open_clip's subclasses at their first use: importing open_clip takes seconds."""
-        return _attribute(__name__, {"drop_in": ("ClipLoss", "CoCaLoss", "SigLipLoss")}, name)
-
-
-def __dir__() -> list[str]:
-    """Returns the sorted names of this package, also those that are imported at their first use."""
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)

@@ -18,16 +18,6 @@ log.py          lines, metrics.csv, evaluation.csv
 curves.py       curves.png, and held-out losses that rise
 """
 
-import typing as _typing
+import lazy_loader as _lazy
 
-from simplclip.common.lazy import attribute as _attribute
-
-if _typing.TYPE_CHECKING:
-    from simplclip.train.loop import Interrupted, TrainingError, run
-
-__all__ = ["Interrupted", "TrainingError", "run"]
-
-if not _typing.TYPE_CHECKING:  # a type checker would take any name for known
-    # imported late, so that a config is checked before torch is imported
-    def __getattr__(name: str) -> _typing.Any:
-        return _attribute(__name__, {"loop": tuple(__all__)}, name)
+__getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)

@@ -90,7 +90,7 @@ def test_source_distribution_has_all_that_is_built_and_no_tests(tmp_path):
     kinds = {
         "csrc": ("h", "cuh", "cpp", "cu", "py"),
         "simplclip/kernels": ("py",),
-        "simplclip": ("py", "typed"),
+        "simplclip": ("py", "pyi", "typed"),
     }
     wanted = {
         str(path.relative_to(ROOT))
