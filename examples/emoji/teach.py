@@ -28,16 +28,18 @@ import torch
 import torch.nn.functional as F
 import webdataset
 from PIL import Image
+from rich.console import Console
+from rich.progress import track
 from safetensors.torch import load_file, save
 from teacher import WIDTH, Head, Heads, Networks, tokenizer, transform
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
-from tqdm import tqdm
 
 from simplclip.common import hardware
 from simplclip.data.samples import TEACHER, TEACHER_JSON, digest_of
 from simplclip.losses import ClipPMLoss
 
+STDERR = Console(stderr=True)
 STEPS = 200
 BATCH = 512
 LEARNING_RATE = 2e-3
@@ -108,13 +110,13 @@ def features_of(
     captions = sorted(captions, key=lambda text: (len(text), text))
     images, texts = [], []
     with hardware.autocast(precision, device):
-        for start in tqdm(range(0, len(pairs), 64), "images", unit="batch"):
+        for start in track(range(0, len(pairs), 64), "images", console=STDERR):
             pixels = torch.stack([pixels_of(pair) for pair in pairs[start : start + 64]])
             forms = [pixels]
             forms += [augmented(pixels) for _ in range(views)]
             features = [networks.image_features(form.to(device)).float().cpu() for form in forms]
             images.append(torch.stack(features))
-        for start in tqdm(range(0, len(captions), 256), "captions", unit="batch"):
+        for start in track(range(0, len(captions), 256), "captions", console=STDERR):
             tokens = tokenizer(captions[start : start + 256])
             texts.append(networks.text_features(tokens.to(device)).float().cpu())
     rows = {text: row for row, text in enumerate(captions)}
@@ -151,7 +153,7 @@ def fit(heads: Heads, features: Features, rng: random.Random, device: torch.devi
     )
     contrastive = ClipPMLoss(pm_weight=0)
     order: list[int] = []
-    for _ in tqdm(range(STEPS), "heads", unit="step"):
+    for _ in track(range(STEPS), "heads", console=STDERR):
         if len(order) < min(BATCH, len(groups)):
             order += rng.sample(range(len(groups)), len(groups))
         batch = order[:BATCH]

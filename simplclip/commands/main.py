@@ -37,8 +37,7 @@ EXTRAS = {
     "export": "safetensors onnx onnxscript onnxruntime",
     "data": "pyarrow",
     "tensorboard": "tensorboard",
-    "train": "open_clip timm torchvision webdataset pydantic yaml numpy matplotlib PIL simplejpeg "
-    "tqdm",
+    "train": "open_clip timm torchvision webdataset pydantic yaml numpy matplotlib PIL simplejpeg",
 }
 
 

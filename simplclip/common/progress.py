@@ -4,26 +4,33 @@ time and at the end, as logs need it.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import time
 
+from rich import progress
 from rich.console import Console
 from rich.text import Text
-from tqdm import tqdm
 
 from simplclip.common.errors import visible
 
 WARNING = re.compile(r"warning\b|.* skipped: ")  # begins such a line
 FIRST, LATER = 10.0, 60.0  # seconds between two lines, at the start and later
+REDRAWN = 0.1  # seconds between two drawings of a bar
 
 
 def duration(seconds: float) -> str:
     """Returns seconds as text: "7 s", "3:10" (minutes and seconds) or "1:03:10" (with hours)."""
     if seconds < 60:
         return f"{seconds:.0f} s"
-    return tqdm.format_interval(seconds).lstrip("0")
+    return _clock(seconds).removeprefix("0")
+
+
+def _clock(seconds: float) -> str:
+    """Returns seconds as "03:10", or with hours "1:03:10"."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
 
 
 def print_lines(text: str, console: Console | None = None) -> None:
@@ -36,18 +43,6 @@ def print_lines(text: str, console: Console | None = None) -> None:
     for line in text.split("\n"):
         style = "yellow" if WARNING.match(line) else ""
         console.print(Text(visible(line), style), soft_wrap=True)
-
-
-def _has_terminal() -> bool:
-    """Whether stderr is a terminal with columns; containers have terminals without columns, which
-    would show no bar.
-    """
-    if not sys.stderr.isatty():
-        return False
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
-    except OSError:
-        return True
 
 
 def _first_rank() -> bool:
@@ -110,39 +105,48 @@ class Progress:
         self.total = total
         self.done = done
         self.unit = unit
-        shown = shown and _first_rank()
-        terminal = _has_terminal()
-        self._lines = shown and not terminal
+        self._shown = shown and _first_rank()
         self._earlier = done
-        self._pace = Pace()
-        hidden = not (shown and terminal)
-        self._bar = tqdm(
-            total=total,
-            initial=done,
-            desc=title,
-            unit=f" {unit}",
-            disable=hidden,
-            dynamic_ncols=True,
+        console = Console(stderr=True)
+        self._has_bar = self._shown and sys.stderr.isatty() and not console.is_dumb_terminal
+        self._pace = Pace(REDRAWN if self._has_bar else LATER)
+        # Drawn by `update` alone: a thread would be at work while workers fork.
+        self._bar = progress.Progress(
+            progress.BarColumn(),
+            progress.TextColumn("{task.description}", markup=False),
+            console=console,
+            auto_refresh=False,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            disable=not self._has_bar,
         )
+        self._task = self._bar.add_task(self._line(), total=total)
 
     def __enter__(self) -> Progress:
+        self._bar.start()
+        self._draw()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self._bar.close()
-        if self._lines and kind is None and self._pace.seconds >= 1:
-            print(
-                f"{self.title}: {self.done:,} {self.unit} in {duration(self._pace.seconds)}",
-                file=sys.stderr,
-                flush=True,
-            )
+        self._draw()
+        self._bar.stop()
+        if self._has_bar or not self._shown or kind is not None or self._pace.seconds < 1:
+            return
+        taken = duration(self._pace.seconds)
+        print(f"{self.title}: {self.done:,} {self.unit} in {taken}", file=sys.stderr, flush=True)
 
     def update(self, count: int) -> None:
         """Adds `count` units to those done, and redraws the bar or prints a line if one is due."""
         self.done += count
-        self._bar.update(count)
-        if self._lines and self._pace.due():
+        if not (self._shown and self._pace.due()):
+            return
+        if self._has_bar:
+            self._draw()
+        else:
             print(self._line(), file=sys.stderr, flush=True)
+
+    def _draw(self) -> None:
+        self._bar.update(self._task, completed=self.done, description=self._line(), refresh=True)
 
     def _line(self) -> str:
         """Returns a line for a log: units done, of how many, the speed and the time left."""
@@ -152,7 +156,7 @@ class Progress:
         if self.total is None:
             return f"{self.title}: {self.done:,} {self.unit}, {speed}"
         share = self.done / self.total if self.total else 1.0
-        left = tqdm.format_interval(max(0, self.total - self.done) / rate) if rate else "?"
+        left = _clock(max(0, self.total - self.done) / rate) if rate else "?"
         return (
             f"{self.title}: {self.done:,} of {self.total:,} {self.unit} ({share:.0%}), {speed}, "
             f"{left} left"

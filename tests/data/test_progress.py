@@ -1,7 +1,6 @@
 """Progress of long commands: lines in a log, a bar on a terminal."""
 
 import io
-import os
 import sys
 
 import pytest
@@ -51,20 +50,27 @@ def test_lines_without_a_terminal(clock, capsys):
     assert capsys.readouterr().err == ""  # unfinished work prints no last line
 
 
-def test_a_bar_on_a_terminal_and_lines_on_one_without_columns(clock, monkeypatch, capsys):
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_a_bar_on_a_terminal_and_lines_on_one_that_cannot_draw(clock, monkeypatch, capsys, term):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with monkeypatch.context() as patch:
-        patch.setattr(sys.stderr, "fileno", lambda: 2)
-        patch.setattr(os, "get_terminal_size", lambda descriptor: os.terminal_size((0, 0)))
-        with Progress("x", None) as bar:
-            clock.now += 10
-            bar.update(5)
-    assert capsys.readouterr().err == "x: 5 samples, 0.50 samples/s\nx: 5 samples in 10 s\n"
-    with Progress("heads", 3, unit="steps") as bar:
-        bar.update(3)
+    monkeypatch.setenv("TERM", term)
+    with Progress("[heads]", 30, unit="steps") as bar:
+        bar.update(10)
+        clock.now += 10
+        bar.update(10)
+        clock.now += 0.05
+        bar.update(10)
     shown = capsys.readouterr().err
-    assert "heads: 100%" in shown
-    assert "3/3" in shown
+    if term == "dumb":
+        assert shown == (
+            "[heads]: 20 of 30 steps (67%), 2.00 steps/s, 00:05 left\n[heads]: 30 steps in 10 s\n"
+        )
+        return
+    lines = [line for line in shown.split("\r") if "\x1b[2K" in line]  # each replaces the former
+    assert [line.count("\n") for line in lines] == [0] * (len(lines) - 1) + [1]
+    assert "0 of 30" in lines[0]
+    assert "20 of 30 steps (67%), 2.00 steps/s" in shown
+    assert "[heads]: 30 of 30 steps (100%), 2.99 steps/s, 00:00 left" in lines[-1]
 
 
 @pytest.mark.parametrize(
