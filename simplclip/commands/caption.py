@@ -7,9 +7,14 @@ from typing import Annotated
 
 import typer
 
+from simplclip.commands.app import app
 from simplclip.commands.options import Device, Pairs, Precision, Sidecars, check_data
 
 
+@app.command(
+    short_help="Add synthetic captions to shards.",
+    epilog="Example: simplclip caption 'shards/*.tar' --out captioned --checkpoint coca.pt --n 3",
+)
 def caption(
     source: Pairs,
     out: Annotated[

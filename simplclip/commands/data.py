@@ -7,20 +7,22 @@ from typing import Annotated
 
 import typer
 
+from simplclip.commands.app import app
 from simplclip.common.errors import InputError
 from simplclip.data.readers import METADATA, files_in_words
 
-app = typer.Typer(
+data = typer.Typer(
     no_args_is_help=True, short_help="Make shards of pairs.", help="Make shards of pairs."
 )
+app.add_typer(data, name="data")
 
 
-@app.callback()
+@data.callback()
 def _group() -> None:
     """Keeps `pack` a command of its own: typer would make it the group itself."""
 
 
-@app.command(epilog="Example: simplclip data pack photos --out shards")
+@data.command(epilog="Example: simplclip data pack photos --out shards")
 def pack(
     source: Annotated[
         str,

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from simplclip.commands.app import app
+
 FIRST_HOUR = (  # docs/first-hour.md
     "simplclip doctor --why        lists the backend of each op, and why no other runs",
     "simplclip selftest            compares each op on each backend of this machine with float64",
@@ -14,6 +16,10 @@ FIRST_HOUR = (  # docs/first-hour.md
 )
 
 
+@app.command(
+    short_help="Show which backend runs each op on this machine.",
+    epilog="Example: simplclip doctor --why",
+)
 def doctor(
     why: Annotated[
         bool, typer.Option("--why", help="List the backend of each op, and why no other runs it.")

@@ -10,10 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
+from simplclip.commands.app import app
 from simplclip.commands.options import Device, Last, Precision, Workers, check_data, named_splits
 from simplclip.common.errors import InputError, UserError
 
 
+@app.command(
+    short_help="Evaluate models by retrieval and classification.",
+    epilog="Example: simplclip evaluate runs/NAME open_clip:ViT-B-32/laion.pt "
+    "--data test='shards/test-*.tar'",
+)
 def evaluate(
     models: Annotated[
         list[str],

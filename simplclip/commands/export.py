@@ -7,9 +7,14 @@ from typing import Annotated
 
 import typer
 
+from simplclip.commands.app import app
 from simplclip.commands.options import Last
 
 
+@app.command(
+    short_help="Write a folder that open_clip loads.",
+    epilog="Example: simplclip export runs/NAME --out export",
+)
 def export(
     checkpoint: Annotated[
         Path, typer.Argument(help="Checkpoint, or the folder of a run (its best.pt, else last.pt).")

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from simplclip.commands.app import app
 from simplclip.commands.options import Overrides
 
 # Required keys, which a config or a model that is only planned may lack.
@@ -14,6 +15,10 @@ REQUIRED = {"data": {"train": "planned/*.tar"}, "run": {"out": "runs/planned"}}
 UNITS = {"k": 1e3, "m": 1e6, "b": 1e9}  # of a number of pairs
 
 
+@app.command(
+    short_help="Predict the memory of a training step.",
+    epilog="Example: simplclip plan siclip-s0 --card 3090",
+)
 def plan(
     config: Annotated[
         str,

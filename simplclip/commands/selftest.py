@@ -11,10 +11,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from simplclip.commands.app import app
 from simplclip.common.errors import InputError, visible
 from simplclip.common.files import write_atomically
 
 
+@app.command(
+    short_help="Check each op on each backend of this machine.",
+    epilog="Example: simplclip selftest --json selftest.json",
+)
 def selftest(
     device: Annotated[
         Literal["auto", "cuda", "cpu"], typer.Option(help="auto: a GPU if there is one.")

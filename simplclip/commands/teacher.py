@@ -7,9 +7,15 @@ from typing import Annotated
 
 import typer
 
+from simplclip.commands.app import app
 from simplclip.commands.options import Device, Pairs, Precision, Sidecars, check_data
 
 
+@app.command(
+    short_help="Write a teacher's features beside shards.",
+    epilog="Example: simplclip teacher 'shards/*.tar' --out taught "
+    "--teacher open_clip:ViT-B-32 --checkpoint vit.pt",
+)
 def teacher(
     source: Pairs,
     out: Annotated[

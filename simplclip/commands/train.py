@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from simplclip.commands.app import app
 from simplclip.commands.options import Overrides, check_data, fail
 from simplclip.common.errors import InputError, UserError
 
@@ -25,6 +26,10 @@ def _config_help(wanted: bool) -> None:
         raise typer.Exit
 
 
+@app.command(
+    short_help="Train a model.",
+    epilog="Example: simplclip train siclip-s0 --set data.train='shards/*.tar' --resume",
+)
 def train(
     config: Annotated[
         str, typer.Argument(help="YAML file, or the name of a built-in config such as siclip-s0.")

@@ -1,10 +1,12 @@
 """The command line: help without extras, errors in one line, and a whole workflow by subprocess."""
 
+import ast
 import ctypes
 import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,10 +16,12 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from typer.main import get_command
 
 import simplclip
 from simplclip import evaluation
 from simplclip.commands import options
+from simplclip.commands.app import extra_of
 from simplclip.commands.main import app
 from simplclip.models.model_names import NAMES
 from simplclip.models.trained import read_checkpoint
@@ -108,6 +112,34 @@ def test_the_module_and_the_script_are_the_command():
     run, result = process("-m", "simplclip", "train", "missing.yaml"), call("train", "missing.yaml")
     assert (run.returncode, run.stdout, run.stderr) == (2, result.stdout, result.stderr)
     assert call("--version").stdout == f"simplclip {simplclip.__version__}\n"
+
+
+def test_each_file_of_a_command_is_one():
+    """Its line in commands/main.py is not forgotten, and its example can be parsed."""
+    files = {path.stem for path in (ROOT / "simplclip/commands").glob("*.py")}
+    commands = get_command(app).commands
+    assert files - {"__init__", "app", "main", "options"} == set(commands)
+    group = commands.pop("data")
+    for name, command in (commands | group.commands).items():
+        program, *words = shlex.split(command.epilog.removeprefix("Example: "))
+        assert program == "simplclip"
+        assert name in words[:2]
+        command.make_context(name, words[words.index(name) + 1 :])
+
+
+def test_an_extra_installs_each_module_that_is_imported():
+    imported = set()
+    for path in (ROOT / "simplclip").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module)
+    modules = {name.partition(".")[0] for name in imported} - sys.stdlib_module_names
+    assert len(modules) > 20
+    modules -= {"simplclip", "torch", "typer", "rich", "lazy_loader"}
+    modules -= {"typing_extensions", "xformers"}  # with torch; what no command needs
+    assert [name for name in modules if extra_of(name) is None] == []
 
 
 def test_help_config_prints_every_key():
@@ -330,7 +362,9 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
 def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, monkeypatch):
     """torch raises ImportError if it is imported again after that."""
     attempts = mock.Mock(side_effect=[KeyboardInterrupt, ImportError("only once per process")])
-    monkeypatch.setattr("simplclip.train._attribute", attempts)
+    for name in simplclip.train.__all__:
+        monkeypatch.delitem(vars(simplclip.train), name, raising=False)
+    monkeypatch.setattr(simplclip.train, "__getattr__", attempts)
     result = call("train", tiny.write_config(tmp_path))
     assert (result.exit_code, result.output.strip()) == (130, "simplclip: interrupted")
 

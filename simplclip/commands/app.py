@@ -1,0 +1,123 @@
+"""The command line that the commands add themselves to, and the end of a command with an error."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+from importlib import metadata
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from simplclip.commands.options import fail, unknown_option
+from simplclip.common.errors import InputError, UserError
+
+# On few cores, spinning OpenMP threads of two processes slow both processes down several times.
+# OpenMP reads the variable when torch is loaded, which a command does when it runs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# modules whose packages have other names, or come with another package
+PACKAGES = {
+    "PIL": "pillow",
+    "open_clip": "open_clip_torch",
+    "timm": "open_clip_torch",
+    "torchvision": "open_clip_torch",
+    "yaml": "pyyaml",
+}
+
+
+def extra_of(module: str) -> str | None:
+    """Returns the first extra of this package that installs a module; None if there is none, or the
+    package is not installed.
+    """
+    package = PACKAGES.get(module, module).replace("_", "-").lower()
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        for requirement in metadata.requires("simplclip") or ():
+            match = re.match(r"""([\w.-]+).* extra == ["'](\w+)["']""", requirement)
+            if match and match[1].replace("_", "-").lower() == package:
+                return match[2]
+    return None
+
+
+class Commands(TyperGroup):
+    """The group of commands.
+
+    A UserError or OSError ends a command with one line and exit code 2; others keep a traceback.
+    """
+
+    def invoke(self, ctx):
+        """Runs a command; turns errors that a user can fix into one line and an exit code.
+
+        The code is 130 for Ctrl-C, 1 if the reader of the output has ended, else 2. With
+        SIMPLCLIP_DEBUG a UserError or OSError keeps its traceback, as other errors do.
+        """
+        try:
+            return self._invoke(ctx)
+        except KeyboardInterrupt:
+            fail("interrupted", 130)
+        except ModuleNotFoundError as error:
+            extra = extra_of((error.name or "").partition(".")[0])
+            if extra is None:
+                raise
+            # for `simplclip[train]` pip takes the simplclip that is installed
+            install = f"pip install 'simplclip[{extra}]'"
+            fail(f"this command needs the package {error.name}: {install}", 2)
+        # the reader of the output, such as `head`, has ended; Python would write again at exit
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise typer.Exit(1) from None
+        except (UserError, OSError) as error:
+            if os.environ.get("SIMPLCLIP_DEBUG"):
+                raise
+            fail(str(error), 2)
+
+    def _invoke(self, ctx):
+        """Runs a command; raises InputError for an option that it does not have."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            # click's class, of which newer versions of typer have their own
+            if type(error).__name__ != "NoSuchOption":
+                raise
+            raise InputError(unknown_option(error.option_name, error.ctx)) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train simplified CLIP models (SiCLIP, arXiv 2411.14789) on one GPU or a CPU.",
+)
+
+
+def _version(wanted: bool) -> None:
+    """Prints the version and ends the command, if `wanted`."""
+    if wanted:
+        import simplclip
+
+        typer.echo(f"simplclip {simplclip.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Lets stdout and stderr write escapes for characters that they lack; runs before commands.
+
+    One that the process has not (`2>&-`) writes to nowhere: the next file would get its number.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        # an output that has no such characters shows escapes
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
