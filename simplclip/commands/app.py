@@ -7,7 +7,6 @@ import io
 import os
 import re
 import sys
-from importlib import metadata
 from typing import Annotated
 
 import typer
@@ -34,6 +33,8 @@ def extra_of(module: str) -> str | None:
     """Returns the first extra of this package that installs a module; None if there is none, or the
     package is not installed.
     """
+    from importlib import metadata  # takes as long as half of typer
+
     package = PACKAGES.get(module, module).replace("_", "-").lower()
     with contextlib.suppress(metadata.PackageNotFoundError):
         for requirement in metadata.requires("simplclip") or ():

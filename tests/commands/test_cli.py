@@ -193,45 +193,15 @@ def test_wrong_input_ends_in_one_line(tmp_path, monkeypatch, arguments, message)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "data"]
 
 
-def test_data_that_are_not_there_are_named_without_torch(tmp_path):
-    """In a process of its own: a wrong path is answered before seconds of imports."""
-    (tmp_path / "a.tar").touch()
-    (tmp_path / "t.csv").touch()
-    program = """if True:
-        import sys
-        from simplclip.commands.train import check_sources
-        from simplclip.train import config
-        there = ["a.tar", {"shards": "t.csv", "weight": 2}, "pipe:cat x", "."]
-        check_sources(config.from_dict({"data": {"train": there}, "run": {"out": "run"}}))
-        gone = {"every": 1, "splits": {"held": "gone.tar"}}
-        for changes in ({"data": {"train": "gone/*.tar"}},
-                        {"data": {"train": ["a.tar", "gone.csv"]}},
-                        {"data": {"train": "a.tar", "sidecars": ["gone"]}},
-                        {"data": {"train": "a.tar"}, "eval": gone}):
-            try:
-                check_sources(config.from_dict(changes | {"run": {"out": "run"}}))
-            except ValueError as error:
-                print(error)
-        assert "torch" not in sys.modules
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    names = [line.partition(":")[0] for line in done.stdout.splitlines()]
-    assert names == ["data.train", "data.train", "data.sidecars", "eval.splits.held"]
-    assert done.stdout.count("gone") == 4
-
-
 WITHOUT_TORCH = """if True:
     import json
     import sys
     from typer.testing import CliRunner
     from simplclip.commands.main import app
+    from simplclip.commands.train import check_sources
+    from simplclip.train import config
+    there = ["data/train-0.tar", {"shards": "t.csv", "weight": 2}, "pipe:cat x", "."]
+    check_sources(config.from_dict({"data": {"train": there}, "run": {"out": "run"}}))
     for command in json.load(sys.stdin):
         result = CliRunner().invoke(app, command.split())
         assert result.exit_code == 2, (command, result.output)
@@ -253,6 +223,10 @@ def test_names_are_checked_without_torch_before_anything_is_written(tmp_path):
     no_file = "expected a file of weights, got no such file"
     no_checkpoint = f"{folder}, got begun: a run that has no checkpoint yet"
     lines = {
+        f"{train} data.train=gone/*.tar": "data.train: expected files, got 'gone/*.tar', which ",
+        f"{train} data.train=[t.csv,gone.csv]": "data.train: expected a file, got 'gone.csv', ",
+        f"{train} data.sidecars=[gone]": "data.sidecars: expected a folder, got 'gone', which ",
+        f"{train} eval.every=1 --set eval.splits.held=gone.tar": "eval.splits.held: expected ",
         f"{train} model.name=ViT-B-32": f"model.name: expected one of {[*NAMES]} or "
         "open_clip:NAME, got 'ViT-B-32'; nearest: ['open_clip:ViT-B-32']",
         f"{train} model.checkpoint=gone.pt": f"model.checkpoint: {no_file}: gone.pt",
@@ -404,16 +378,15 @@ def test_outputs_that_end_early_or_lack_characters(tmp_path):
     words = f"{sys.executable} -m simplclip data pack in --out"
     for command, expected in (
         (f"{words} a | true", ""),
-        (f"PYTHONIOENCODING=latin-1 {words} b", r"in/1: \U0001f642"),
-        (f"{words} c 2>&-", "packed 1 samples of in"),
-        (f"{words} d >&-", ""),
+        (f"PYTHONIOENCODING=latin-1 {words} b 2>&-", r"in/1: \U0001f642"),
+        (f"{words} c >&-", ""),
     ):
         done = subprocess.run(
             command, shell=True, env=ENVIRONMENT, capture_output=True, text=True, cwd=tmp_path
         )
         assert expected in done.stdout
         assert not done.stderr
-    assert len([*tmp_path.glob("?/in-000000.tar")]) == 4
+    assert len([*tmp_path.glob("?/in-000000.tar")]) == 3
 
 
 def test_doctor():
@@ -469,9 +442,3 @@ def test_a_run_that_is_ended_saves_its_state_and_goes_on(tmp_path, end):
     assert f"continuing from step {step}" in resumed.output
     assert f"done       step {step + 2}" in resumed.output
     assert len((out / "metrics.csv").read_text().splitlines()) == step + 3
-
-    held = tiny.write_shard(tmp_path / "held-0.tar")
-    result = call("evaluate", out, "--data", held, "--device", "cpu")
-    assert result.exit_code == 0, result.output
-    assert json.loads((out / "evaluation.json").read_text())["splits"]["held"]["images"] == 24
-    assert (out / "evaluation-held.png").exists()
