@@ -80,16 +80,21 @@ def train(
     # outside of the try: after a Ctrl-C that stops this import, `except` would begin it again
     from simplclip.train import Interrupted, TrainingError, run
 
-    if values.data.micro_batch == "auto":
-        values = _resolve_micro_batch(values)
     try:
-        run(values, resume=resume)
+        run(values, resume=resume, largest_micro_batch=_largest_micro_batch)
     except Interrupted as stop:
         fail(str(stop), 130)
     except TrainingError as error:
         if error.__cause__ and not isinstance(error.__cause__, (UserError, OSError)):
             traceback.print_exception(error.__cause__)
         fail(str(error), 1)
+
+
+def _largest_micro_batch(config: Any, device: Any, ranks: int) -> int | None:
+    """As plan's function of this name; it is imported only for data.micro_batch=auto."""
+    from simplclip.plan.search import largest_micro_batch
+
+    return largest_micro_batch(config, device, ranks)
 
 
 def check(config: Any, resume: bool) -> None:
@@ -145,18 +150,3 @@ def check_sources(config: Any) -> None:
             raise InputError(
                 f"data.sidecars: expected a folder, got {folder!r}, which does not exist"
             )
-
-
-def _resolve_micro_batch(config: Any) -> Any:
-    """Returns `config` with the largest data.micro_batch that fits in place of "auto".
-
-    Predicts its memory on fake tensors, and prints the choice on the first rank.
-    """
-    from simplclip.common.hardware import pick_device
-    from simplclip.plan.search import largest_micro_batch
-
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    micro_batch = largest_micro_batch(config, pick_device(config.run.device), ranks)
-    if os.environ.get("RANK", "0") == "0":
-        typer.echo(f"memory     data.micro_batch = {micro_batch or 'null'} fits, by simplclip plan")
-    return config.replaced(data={"micro_batch": micro_batch})

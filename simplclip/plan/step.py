@@ -23,11 +23,11 @@ from simplclip.models.packaged import STATES
 from simplclip.models.trained import model_options
 from simplclip.train import setup
 from simplclip.train import step as steps
+from simplclip.train.beginning import Beginning
 from simplclip.train.config import Config
 from simplclip.train.objective import Objective
-from simplclip.train.prefix import Prefix
 
-Batch = dict[str, Any]
+Batch = dict[Any, Any]
 Encode = Callable[[Batch], Tensor]
 CPU = torch.device("cpu")
 
@@ -171,9 +171,10 @@ class TrainerStep:
 
     def _skip_micro_batches(self, batches: list[Batch]) -> None:
         """Leaves out the micro-batches between the first and the last in both towers."""
-        prefixes = self.state.prefixes
+        beginnings = self.state.beginnings
         for tower in ("image", "text"):
-            prefixes[tower] = FewMicroBatches(tower, batches, prefixes.get(tower), self.observer)
+            found = beginnings.get(tower)
+            beginnings[tower] = FewMicroBatches(tower, batches, found, self.observer)
 
     @property
     def tokens(self) -> int | None:
@@ -290,47 +291,46 @@ class _Objective(Objective):
             return self.objective(*args)
 
 
-class FewMicroBatches(Prefix):
-    """A frozen beginning in `State.prefixes`, by which only the first and the last micro-batch of a
-    tower are encoded.
+class FewMicroBatches(Beginning):
+    """A frozen beginning in `State.beginnings`, by which only the first and the last micro-batch of
+    a tower are encoded.
 
     Those between them would take the same memory as the first one; their features are empty tensors
     of the right shape.
     """
 
     def __init__(
-        self, tower: str, batches: list[Batch], prefix: Prefix | None, observer: Observer
+        self, tower: str, batches: list[Batch], beginning: Beginning | None, observer: Observer
     ) -> None:
         self.tower = tower
         self.first, *self.skipped = batches[:-1] or batches
         self.times = sum(len(batch[tower]) for batch in (self.first, *self.skipped))
         self.times //= len(self.first[tower])
-        self.prefix = prefix
-        self.kept: dict[int, list[Tensor]] = prefix.kept if prefix else {}
+        self.beginning = beginning
         self.observer = observer
         self.layout: tuple[int, torch.dtype, torch.device]  # of the features
 
-    def encode(self, encode: Encode, batch: Batch) -> Tensor:
+    def encode(self, function: Encode, batch: Batch) -> Tensor:
         """Returns the features [m, D] of a micro-batch, empty ones if it is not encoded."""
         self.observer.set_repeats(self.times if batch is self.first else 1)
         if any(batch is other for other in self.skipped):
-            if self.prefix:
-                self._keep(batch)
+            if self.beginning:
+                self._keep(self.beginning, batch)
             rows = batch[self.tower].shape[: 1 if self.tower == "image" else -1].numel()
             width, dtype, device = self.layout
             return torch.empty(rows, width, dtype=dtype, device=device)
-        features = self.prefix.encode(encode, batch) if self.prefix else encode(batch)
+        features = self.beginning.encode(function, batch) if self.beginning else function(batch)
         self.layout = features.shape[1], features.dtype, features.device
         return features
 
-    def _keep(self, batch: Batch) -> None:
+    def _keep(self, beginning: Beginning, batch: Batch) -> None:
         """Keeps as much for a pair as of the first micro-batch; with autograd, drops it again."""
         if torch.is_grad_enabled():
-            del self.kept[id(batch)]
+            del batch[beginning]
             return
         times = batch[self.tower].shape[0] // self.first[self.tower].shape[0]
         with self.observer.during("activations"):
-            self.kept[id(batch)] = [torch.cat([t] * times) for t in self.kept[id(self.first)]]
+            batch[beginning] = [torch.cat([t] * times) for t in self.first[beginning]]
 
 
 def inputs(

@@ -2,11 +2,12 @@
 
 sections.py     the sections of a config, with every key
 config.py       a config: read, changed by --set, described
-setup.py        model, weights, optimizer: the state of a run
-pairs.py        the training pairs, packed and counted before the run begins
+resolve.py      what a config leaves open: shards, steps, a micro-batch that fits
+setup.py        model and weights: the state of a run
+optimizer.py    AdamW, the learning rate, averages of the weights
 objective.py    the loss, with weights by step
 step.py         one step: forward, loss, backward, update
-prefix.py       the frozen beginning of a tower, which runs once in a step
+beginning.py    the frozen beginning of a tower, which runs once in a step
 compilation.py  compiled towers, after the first steps
 loop.py         the steps of a run
 evaluate.py     the evaluations of a run

@@ -293,10 +293,10 @@ class Snapshot:
             return
         state = self.state
         write_atomically(self.out / "config.yaml", state.config.to_yaml())
-        parts = {name: part.state_dict() for name, part in state.parts().items()}
-        parts["model"] |= {name: copy for name, (_, copy) in self._buffers.items()}
-        settings = {"frozen": state.frozen, "config": state.config.to_dict()}
-        save(self.out, parts | self.progress | settings)
+        states = {name: item.state_dict() for name, item in state.stateful().items()}
+        states["model"] |= {name: copy for name, (_, copy) in self._buffers.items()}
+        settings = {"frozen": state.prepared.frozen, "config": state.config.to_dict()}
+        save(self.out, states | self.progress | settings)
         self.saved, self._written = self.progress["step"], progress
         self.saved_at = time.monotonic()
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from simplclip.common import generators, ranks
 from simplclip.train.checkpoint import Snapshot
 from simplclip.train.log import Log
-from simplclip.train.setup import State, compile_towers, compiled_parts
+from simplclip.train.setup import State, compile_towers, compiled_modules
 from simplclip.train.step import TrainingError
 
 EAGER_STEPS = 10  # before the decision
@@ -73,11 +73,12 @@ class Compilation:
         Returns the figures of the step. A failure undoes the compilation for good, and sets
         run.compile to False; a TrainingError, and an error within the update, are raised.
         """
-        state, crop = self.state, self.state.crop
+        state = self.state
+        crop = state.prepared.crop
         states = generators.states()
         sizes = (crop.multiple, crop.groups) if crop else (0, 0)
         self.log.print("compile    the towers, by torch.compile: the next steps take longer")
-        compile_towers(state)
+        compile_towers(state.prepared)
         try:
             return train()
         except Exception as error:  # of any type, from compilers
@@ -85,8 +86,8 @@ class Compilation:
                 raise
             reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         self.log.print(f"warning    compilation failed, the towers run as before: {reason}")
-        for part in compiled_parts(state):
-            part._compiled_call_impl = None
+        for module in compiled_modules(state.prepared):
+            module._compiled_call_impl = None
         if crop:
             crop.multiple, crop.groups = sizes
         generators.restore(states)

@@ -29,7 +29,7 @@ from simplclip.ops import backends
 from simplclip.train.config import Config
 from simplclip.train.curves import NAMES, read_figures, rise, write_curves
 from simplclip.train.objective import terms_of
-from simplclip.train.pairs import Pairs
+from simplclip.train.resolve import Resolved
 from simplclip.train.setup import State
 
 
@@ -225,7 +225,7 @@ class Log:
             self.board.flush()
 
 
-def first_lines(state: State, why_precision: str, pairs: Pairs) -> Iterator[str]:
+def first_lines(state: State, why_precision: str, resolved: Resolved) -> Iterator[str]:
     """Yields a run's lines before its first step, each with its topic.
 
     why_precision: the reason for state.precision.
@@ -235,8 +235,8 @@ def first_lines(state: State, why_precision: str, pairs: Pairs) -> Iterator[str]
     total = sum(p.numel() for p in state.model.parameters())
     yield f"model      {config.model.name}: {total:,} parameters, of which {trained:,} train"
     yield from state.lines
-    yield from _data_lines(config, pairs.samples, pairs.division)
-    yield from pairs.lines
+    yield from _data_lines(config, resolved.samples, resolved.division)
+    yield from resolved.lines
     yield f"loss       {_loss(state)}"
     yield f"ops        {_backends(state)}"
     processes = f"CPU threads: {torch.get_num_threads()}; loader processes: {config.data.workers}"

@@ -27,7 +27,12 @@ from simplclip.train.distributed import wrap
 from simplclip.train.evaluate import evaluate, is_due, load_splits
 from simplclip.train.log import Log, first_lines
 from simplclip.train.nodes import check_configs, check_data, check_frozen
-from simplclip.train.pairs import Pairs, pack_and_count
+from simplclip.train.resolve import (
+    LargestMicroBatch,
+    Resolved,
+    resolve,
+    resolve_micro_batch,
+)
 from simplclip.train.setup import State, make_state
 from simplclip.train.signals import Interrupted, StopSignals
 from simplclip.train.step import Batch, TrainingError, keep_frozen, train_step
@@ -35,13 +40,21 @@ from simplclip.train.step import Batch, TrainingError, keep_frozen, train_step
 SAVE_MINUTES = 10.0  # the longest time between two writes of last.pt
 
 
-def run(config: Config, *, resume: bool = False, console: Console | None = None) -> Path:
+def run(
+    config: Config,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    largest_micro_batch: LargestMicroBatch | None = None,
+) -> Path:
     """Trains as `config` says, and returns the path of the last checkpoint.
 
-    config: data.micro_batch must be a number or null.
+    What the config leaves open is resolved first, see resolve.py.
+
     resume: continue from last.pt in the folder, on the CPU bit for bit as if there had been no
     stop. Without a last.pt the run prints a note and starts at step 0 (as open_clip's `--resume
     latest`), so that one command starts and resumes.
+    largest_micro_batch: the function of simplclip.plan.search that data.micro_batch=auto needs.
 
     Raises:
         ConfigError: the folder already holds a run, or the checkpoint has other settings.
@@ -55,18 +68,13 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         InputError: a rank has another config, or other data or frozen weights, than the first one.
         RankError: before a step is done, another rank has ended or does not answer.
     """
-    if config.data.micro_batch == "auto":
-        raise ConfigError(
-            "data.micro_batch: expected a number, got auto, which `simplclip train` replaces by a "
-            "number"
-        )
     out, began = Path(config.run.out), time.monotonic()
+    console = console or Console()
+    config = resolve_micro_batch(config, console, largest_micro_batch)
     with ranks.join(config.run.timeout_minutes), ExitStack() as stack:
         is_first = ranks.first()
         if not is_first:
             console = Console(quiet=True)
-        console = console or Console()
-
         check_configs(config)
         ranks.on_first(check_writable, out, "run.out")
         ranks.on_first(stack.enter_context, locked(out, "run.out"))
@@ -77,7 +85,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         timed = config.run.cudnn_benchmark and device.type == "cuda"
         stack.enter_context(hardware.timed_algorithms(timed))
         torch.manual_seed(config.run.seed)
-        state, splits, pairs = _start(config, former, device, precision)
+        state, splits, resolved = _start(config, former, device, precision)
         config = state.config
         if former:
             generators.restore(former["rng"])
@@ -89,11 +97,11 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         if former:
             state.lines += ranks.on_first(checkpoint.set_aside, out, former)
 
-        snapshot, log = Snapshot(state, former, pairs.samples), Log(state, console)
+        snapshot, log = Snapshot(state, former, resolved.samples), Log(state, console)
         stop = stack.enter_context(StopSignals(console))
         try:
             with log.status:
-                for line in first_lines(state, why_precision, pairs):
+                for line in first_lines(state, why_precision, resolved):
                     log.print(line)
                 _train(state, loader, splits, snapshot, stop, log)
             ranks.on_first(log.write_curves)
@@ -114,13 +122,11 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
 
 def _start(
     config: Config, former: dict[str, Any] | None, device: torch.device, precision: str
-) -> tuple[State, dict[str, evaluation.Split], Pairs]:
-    """Makes the state of a run, packs its data and loads its held-out data.
+) -> tuple[State, dict[str, evaluation.Split], Resolved]:
+    """Makes the state of a run, resolves its config and loads its held-out data, by name.
 
     A run that begins makes its state first, since packing may take an hour. A run that continues,
     from the checkpoint `former`, has packed; its settings are checked first.
-
-    Returns the state, the held-out data by name, and the training pairs.
     """
     state: Any = None
     with ranks.fail_together():
@@ -128,8 +134,8 @@ def _start(
         if not former:
             state = make_state(config, device, precision)
         splits = load_splits(config, config.eval.splits)
-    pairs: Pairs = ranks.on_first(pack_and_count, config, former)
-    config = pairs.config
+    resolved: Resolved = ranks.on_first(resolve, config, former)
+    config = resolved.config
     with ranks.fail_together():
         data.sources_of(config.data.train, "data.train")  # which a node may lack
         splits |= load_splits(config, config.held_out)
@@ -139,7 +145,7 @@ def _start(
     keep_frozen(state)
     check_frozen(state.model)
     state.wrappers = wrap(state.model)
-    return state, splits, pairs
+    return state, splits, resolved
 
 
 def _train(

@@ -7,15 +7,13 @@ make_state      all that a step needs: objective, optimizer, averages
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.nn.parallel import DistributedDataParallel
 
 from simplclip import data, models
 from simplclip.common import hardware
@@ -32,10 +30,11 @@ from simplclip.models.trained import (
 )
 from simplclip.models.weights import load_error
 from simplclip.nn import SimplifiedBlock
+from simplclip.train.beginning import Beginning
 from simplclip.train.config import Config, ConfigError
 from simplclip.train.distributed import share_norms
 from simplclip.train.objective import Objective
-from simplclip.train.prefix import Prefix
+from simplclip.train.optimizer import Average, check_moments, make_optimizer
 
 
 @dataclass
@@ -51,16 +50,17 @@ class PreparedModel:
 
 
 @dataclass
-class PreparedRun(PreparedModel):
-    """What a run keeps from its start to its end. A step changes only the values of tensors in it.
+class State:
+    """A run and how far it is. Between two steps it is the state after a whole step.
 
-    The config is replaced twice before the end: when the data is packed, and when `Compilation`
-    decides.
+    A step changes tensors, `step` and `updating` alone. The config is replaced twice before the
+    end, see resolve.py.
     """
 
     config: Config
     device: torch.device
     precision: str
+    prepared: PreparedModel
     transform: Any  # of images
     channels_last: bool  # the layout of images
     # name, width and logit_scale of the teacher whose features the samples have
@@ -69,20 +69,19 @@ class PreparedRun(PreparedModel):
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: Average | None
-    # by tower: frozen beginnings whose outputs gradient caching keeps
-    prefixes: dict[str, Prefix] = field(default_factory=dict)
+    lines: list[str]  # for the log
+    # by tower: the frozen beginnings whose outputs gradient caching keeps
+    beginnings: dict[str, Beginning] = field(default_factory=dict)
     # by tower: what exchanges gradients between ranks
-    wrappers: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class State(PreparedRun):
-    """A run and how far it is. Between two steps it is the state after a whole step."""
-
+    wrappers: dict[str, DistributedDataParallel] = field(default_factory=dict)
     step: int = 0  # steps that are done
     # the loaders' states of all ranks after the step's last batch
     data: list[dict[str, Any]] | None = None
     updating: bool = False  # while a step changes the weights, which cannot be undone
+
+    @property
+    def model(self) -> Any:
+        return self.prepared.model
 
     @property
     def logit_bias(self) -> Tensor | None:
@@ -91,20 +90,18 @@ class State(PreparedRun):
             return None
         return getattr(self.model, "logit_bias", None)
 
-    def parts(self) -> dict[str, Any]:
+    def stateful(self) -> dict[str, Any]:
         """Returns the objects whose state_dict a checkpoint holds, by its keys.
 
         The keys are "model", "loss", "optimizer", "scaler" and, if the run has averages, "ema".
         """
-        parts = {
+        items = {
             "model": self.model,
             "loss": self.objective.loss,
             "optimizer": self.optimizer,
             "scaler": self.scaler,
         }
-        if self.ema:
-            parts["ema"] = self.ema
-        return parts
+        return items | ({"ema": self.ema} if self.ema else {})
 
 
 def load_model(
@@ -214,7 +211,7 @@ def runs_channels_last(model: Any, config: Config, device: torch.device) -> bool
     return device.type == "cuda" and len(convolutions) > 1 and not grouped
 
 
-def compiled_parts(prepared: PreparedModel) -> list[Any]:
+def compiled_modules(prepared: PreparedModel) -> list[Any]:
     """Returns the modules that `compile_towers` compiles: towers' trunks and folded copies.
 
     The token embedding is not, since its compiled gradient adds in an order that changes.
@@ -232,8 +229,8 @@ def compile_towers(prepared: PreparedModel) -> None:
     """
     if prepared.crop is not None:
         prepared.crop.multiple, prepared.crop.groups = 16, 1
-    for part in compiled_parts(prepared):
-        part.compile(dynamic=False)
+    for module in compiled_modules(prepared):
+        module.compile(dynamic=False)
 
 
 def make_state(
@@ -268,10 +265,10 @@ def make_state(
     with device:
         objective = Objective(config.loss, config.run.steps or 1, width_of(config), teacher)
     state = State(
-        **vars(prepared),
         config=config,
         device=device,
         precision=precision,
+        prepared=prepared,
         transform=transform,
         channels_last=_has_channels_last(prepared),
         teacher=teacher,
@@ -279,6 +276,7 @@ def make_state(
         optimizer=make_optimizer(model, objective.loss, config),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         ema=Average(model, config.optim.ema) if config.optim.ema is not None else None,
+        lines=[*prepared.lines],
     )
     if checkpoint:
         _continue_from(checkpoint, state)
@@ -295,14 +293,10 @@ def _has_channels_last(prepared: PreparedModel) -> bool:
 
 
 def _continue_from(checkpoint: Mapping[str, Any], state: State) -> None:
-    """Loads a checkpoint into `state`: all but the model's weights, which it has already.
-
-    Overwrites objective, optimizer, scaler, averages and the position of the run, and appends a
-    line to `state.lines`.
-    """
-    for name, part in state.parts().items():
+    """Loads a checkpoint into `state`: all but the model's weights, which it has already."""
+    for name, item in state.stateful().items():
         if name != "model":
-            _load(part, checkpoint.get(name))
+            _load(item, checkpoint.get(name))
     state.step, state.data = checkpoint["step"], checkpoint["data"]
     line = f"resume     continuing from step {state.step}"
     before, now = checkpoint["config"]["run"]["steps"], state.config.run.steps
@@ -311,31 +305,15 @@ def _continue_from(checkpoint: Mapping[str, Any], state: State) -> None:
     state.lines.append(line)
 
 
-def _load(part: Any, saved: Any) -> None:
-    """Loads a state dict into an object; raises CheckpointError if it does not fit.
-
-    part: a module, optimizer, scaler or Average. saved: its state dict, or anything in its place.
-    """
+def _load(item: Any, saved: Any) -> None:
+    """Loads a state dict into an object; raises CheckpointError if it does not fit."""
     try:
-        part.load_state_dict(saved)
-        if isinstance(part, torch.optim.Optimizer):
-            _check_moments(part)
+        item.load_state_dict(saved)
+        if isinstance(item, torch.optim.Optimizer):
+            check_moments(item)
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        expected = f"the state of this model's {type(part).__name__}"
+        expected = f"the state of this model's {type(item).__name__}"
         raise CheckpointError(f"checkpoint: expected {expected}, got {load_error(error)}") from None
-
-
-def _check_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError for moments of another shape than that of their weight.
-
-    Optimizers check no shapes, and fused updates would read beyond the ends.
-    """
-    for weight, moments in optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq", *(moments.keys() & {"max_exp_avg_sq"})):
-            if moments[name].shape != weight.shape:
-                raise ValueError(
-                    f"{name} of shape {list(moments[name].shape)} for {list(weight.shape)}"
-                )
 
 
 def _check_views(config: Config, transform: Any, teacher: Mapping[str, Any] | None) -> None:
@@ -354,94 +332,3 @@ def width_of(config: Config) -> int:
     """Returns D, the width of the model's features."""
     width = config.model.options.get("embed_dim")
     return width or models.spec_of(config.model.name).config["embed_dim"]
-
-
-class Average:
-    """The exponential moving average of a run's weights, for evaluation and export.
-
-    v = decay v + (1 - decay) w after each step, for every parameter w that trains. Memory: one copy
-    of these parameters. Buffers are not averaged: a model with the averages has the buffers of the
-    last step.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        """Copies the weights of `model` that train, at which the averages start."""
-        self.averages = {
-            weight: weight.detach().clone() for weight in model.parameters() if weight.requires_grad
-        }
-        # a weight that blocks share has several
-        names = model.named_parameters(remove_duplicate=False)
-        self.names = {name: weight for name, weight in names if weight.requires_grad}
-        self._average = get_ema_multi_avg_fn(decay)
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Moves the averages towards the present weights; to be called after each step."""
-        self._average(list(self.averages.values()), list(self.averages), 0)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Context in which the model has the averages as its parameters.
-
-        Afterwards it has its own again. Nothing is copied.
-        """
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    def _swap(self) -> None:
-        """Exchanges the weights of the model and the averages, without copying them."""
-        for weight, average in self.averages.items():
-            weight.data, self.averages[weight] = average, weight.data
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns the averages by the names of the model's state dict."""
-        return {name: self.averages[weight] for name, weight in self.names.items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Overwrites the averages by those of a state dict; KeyError if one is missing."""
-        for name, weight in self.names.items():
-            self.averages[weight].copy_(state[name])
-
-
-def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.optim.AdamW:
-    """Returns an AdamW of the parameters of `model` and `loss` that train; only matrices decay.
-
-    Norms, biases, gains, scales, class tokens and parameters of the loss have no decay. Raises
-    ConfigError for optim.options that AdamW does not take.
-    """
-    options = config.optim.options
-    decayed: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        # A matrix has two dimensions above 1; a layer scale [C, 1, 1] is a gain.
-        if sum(size > 1 for size in parameter.shape) >= 2:
-            decayed.append(parameter)
-        else:
-            rest.append(parameter)
-    rest += [parameter for parameter in loss.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": decayed, "weight_decay": config.optim.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-    try:
-        return torch.optim.AdamW(
-            groups, lr=config.optim.lr, weight_decay=0.0, fused=True, **options
-        )
-    except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise ConfigError(
-            f"optim.options: expected arguments of torch.optim.AdamW, got {options}: {error}"
-        ) from None
-
-
-def learning_rate(config: Config, step: int) -> float:
-    """Returns the learning rate of `step` (from 0): linear warm-up, then a cosine down to 0."""
-    lr, warmup = config.optim.lr, config.optim.warmup
-    if step < warmup:
-        return lr * (step + 1) / warmup
-    done = (step - warmup) / (config.run.steps - warmup)
-    return lr * 0.5 * (1 + math.cos(math.pi * done))

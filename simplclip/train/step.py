@@ -16,9 +16,10 @@ from simplclip import gradient_cache
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, UserError
 from simplclip.data.transforms import finish_on_device
-from simplclip.train import prefix as prefixes
+from simplclip.train.beginning import find_beginning
 from simplclip.train.distributed import average_gradient
-from simplclip.train.setup import State, learning_rate
+from simplclip.train.optimizer import learning_rate
+from simplclip.train.setup import State
 
 KEPT_SHARE = 10  # of the memory, one part may hold outputs that are kept
 MAX_LOGIT_SCALE = math.log(100)  # as in open_clip
@@ -88,9 +89,8 @@ def accumulate_gradients(state: State, batches: list[Batch]) -> dict[str, Tensor
         state.scaler.scale(loss).backward()
         return {"loss": loss.detach(), **terms}
     texts, rows = text_batches(state, batches)
-    for tower, prefix in state.prefixes.items():
-        prefix.kept.clear()  # of a step that failed
-        encode[tower] = partial(prefix.encode, encode[tower])
+    for tower, beginning in state.beginnings.items():
+        encode[tower] = partial(beginning.encode, encode[tower])
 
     def losses_in_order(text: Tensor, image: Tensor) -> Any:
         """Computes the loss of texts, which may be sorted by length, in the order of the images."""
@@ -178,7 +178,7 @@ def encode_text(state: State, batch: Batch) -> Tensor:
     These are [N k, D] of token ids [N, k, L], k captions of each image, or [n, D] of [n, L].
     """
     text = batch["text"].flatten(0, -2)
-    if state.crop is None:  # otherwise TextCrop needs the text on the CPU, and moves it
+    if state.prepared.crop is None:  # otherwise TextCrop needs the text on the CPU, and moves it
         text = text.to(state.device, non_blocking=True)
     with hardware.autocast(state.precision, state.device):
         return state.model.encode_text(text, normalize=True)
@@ -187,7 +187,7 @@ def encode_text(state: State, batch: Batch) -> Tensor:
 def keep_frozen(state: State, memory: int | None = None) -> None:
     """Finds the frozen beginnings of the towers, whose outputs gradient caching then keeps.
 
-    They are added to `state.prefixes`, with a line in `state.lines`, where there is room: all
+    They are added to `state.beginnings`, with a line in `state.lines`, where there is room: all
     outputs may take a tenth of the memory. Nothing happens without micro-batches or
     run.keep_frozen.
 
@@ -204,21 +204,21 @@ def keep_frozen(state: State, memory: int | None = None) -> None:
     counts = {"image": images, "text": images * config.data.captions_per_image}
     room = (memory or hardware.total_memory(state.device)) // KEPT_SHARE
     for tower, encode in (("image", encode_image), ("text", encode_text)):
-        beginning = prefixes.find(
+        found = find_beginning(
             state.model,
             partial(encode, state),
             _trial_batch(state.model, tower),
             config.run.compile is not False,
         )
-        if beginning is None:
+        if found is None:
             continue
-        prefix, size = beginning
+        beginning, size = found
         size *= counts[tower]
         if size > room:
-            prefix.remove()
+            beginning.remove()
             continue
         room -= size
-        state.prefixes[tower] = prefix
+        state.beginnings[tower] = beginning
         state.lines.append(
             f"frozen     the {tower} tower's beginning runs once a step; its output takes "
             f"{math.ceil(size / 2**20)} MiB"
@@ -245,10 +245,10 @@ def text_batches(state: State, batches: list[Batch]) -> tuple[list[Batch], Tenso
     of texts of full length. Ranks may have different numbers of micro-batches, since they exchange
     nothing between two of them.
     """
-    if state.crop is None or len(batches) == 1:
+    if state.prepared.crop is None or len(batches) == 1:
         return batches, None
     texts = torch.cat([batch["text"].flatten(0, -2) for batch in batches])
-    parts = state.crop.split(texts, len(texts) // len(batches) * texts.shape[1])
+    parts = state.prepared.crop.split(texts, len(texts) // len(batches) * texts.shape[1])
     rows = torch.cat(parts).argsort().to(state.device)
     return [{"text": texts[part]} for part in parts], rows
 

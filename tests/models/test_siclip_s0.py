@@ -65,7 +65,7 @@ def test_a_training_step_of_the_config(name, tmp_path):
     data += ["data.batch_size=4", "data.micro_batch=2"]
     changes = [*data, f"inherit.source={tmp_path / 'source.pt'}", "run.precision=fp32"]
     state = make_state(config.load(name, changes), torch.device("cpu"), "fp32")
-    assert len(state.frozen) > 8
+    assert len(state.prepared.frozen) > 8
     state.step = 20_000
     before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
     loader = iter(loop.make_loader(state))

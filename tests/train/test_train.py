@@ -17,8 +17,9 @@ from simplclip.models.trained import CheckpointError, read_checkpoint
 from simplclip.train import checkpoint, log, loop
 from simplclip.train.config import ConfigError
 from simplclip.train.log import Log
-from simplclip.train.pairs import pack_and_count
-from simplclip.train.setup import learning_rate, make_state
+from simplclip.train.optimizer import learning_rate
+from simplclip.train.resolve import resolve
+from simplclip.train.setup import make_state
 from simplclip.train.step import train_step
 from support.data.pairs import digests, table
 from support.train import tiny
@@ -223,6 +224,13 @@ def test_a_checkpoint_that_this_version_cannot_take_says_why(tmp_path):
         go(longer, resume=True)
 
 
+def test_a_micro_batch_that_fits_takes_the_place_of_auto(tmp_path):
+    config = tiny.settings(tmp_path, "data.micro_batch=auto", "run.steps=1")
+    text = go(config, largest_micro_batch=lambda config, device, ranks: 2 * ranks)
+    assert text.startswith("memory     data.micro_batch = 2 fits")
+    assert state_of(tmp_path / "run")["config"]["data"]["micro_batch"] == 2
+
+
 @pytest.mark.slow
 def test_epochs_and_tables(tmp_path, capsys):
     """A table is packed into the run's folder, whose meta.json counts it, and read from there
@@ -263,9 +271,7 @@ def test_epochs_and_tables(tmp_path, capsys):
             f"data.train={out}/shards/t/*.tar",
         ]
         changes += [f"data.samples={samples or 'null'}"]
-        assert pack_and_count(tiny.settings(tmp_path, *changes), None)[0].run.steps == expected, (
-            changes
-        )
+        assert resolve(tiny.settings(tmp_path, *changes), None)[0].run.steps == expected, changes
     torch.save({"x": torch.zeros(1)}, tmp_path / "no-clip.pt")
     for change in (
         "optim.options.beta=1",

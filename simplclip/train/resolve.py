@@ -1,30 +1,69 @@
-"""The training pairs of a run before it begins: packed, counted and divided."""
+"""What a config leaves open, resolved before the first step of its run.
+
+data.micro_batch    auto: the largest that fits, by simplclip.plan, which the caller passes
+data.train          tables and folders: the shards that the run packs
+eval.hold_out_by    null: what the checkpoint has, else "picture"
+run.epochs          becomes run.steps, by the number of samples
+run.compile         auto: what the checkpoint has. Else the time of the first steps decides, see
+                    compilation.py
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from rich.console import Console
+
 from simplclip import data, evaluation
 from simplclip.common.files import remove_leftovers
+from simplclip.common.hardware import pick_device
+from simplclip.common.progress import print_lines
 from simplclip.models.context_length import cut_in_words
 from simplclip.models.trained import tokenizer
 from simplclip.train import checkpoint
 from simplclip.train.config import Config, ConfigError, check_new_run
 
+LargestMicroBatch = Callable[[Config, torch.device, int], int | None]
 
-class Pairs(NamedTuple):
-    """The training pairs of a run."""
 
-    config: Config  # with shards in place of tables and folders, and with steps in place of epochs
+class Resolved(NamedTuple):
+    """A config in which only run.compile may be open, and what was counted of its data."""
+
+    config: Config
     samples: int | None  # images of an epoch; None if they are not counted
     division: data.Division | None  # what eval.hold_out makes of the data; None if it is 0
     lines: list[str]  # for the log: examples of captions, and what is wrong with them
 
 
-def pack_and_count(config: Config, former: dict[str, Any] | None) -> Pairs:
-    """Packs tables and folders, counts the data, looks at captions, and sets the number of steps.
+def resolve_micro_batch(
+    config: Config, console: Console, largest: LargestMicroBatch | None
+) -> Config:
+    """Returns `config` with a number or null as data.micro_batch; prints what replaces "auto".
+
+    To be called before ranks join. largest: `simplclip.plan.search.largest_micro_batch`; raises
+    ConfigError without it for "auto".
+    """
+    if config.data.micro_batch != "auto":
+        return config
+    if largest is None:
+        raise ConfigError(
+            "data.micro_batch: expected a number, got auto, which needs "
+            "run(config, largest_micro_batch=simplclip.plan.search.largest_micro_batch)"
+        )
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    size = largest(config, pick_device(config.run.device), count)
+    if os.environ.get("RANK", "0") == "0":
+        line = f"memory     data.micro_batch = {size or 'null'} fits, by simplclip plan"
+        print_lines(line, console)
+    return config.replaced(data={"micro_batch": size})
+
+
+def resolve(config: Config, former: dict[str, Any] | None) -> Resolved:
+    """Packs tables and folders, counts the data, looks at captions, and resolves the rest.
 
     The shards are written to RUN/shards; leftovers of killed processes in the run's folder are
     removed.
@@ -59,7 +98,7 @@ def pack_and_count(config: Config, former: dict[str, Any] | None) -> Pairs:
         config = config.replaced(run={"steps": number, "epochs": None})
     if former:
         checkpoint.check_settings(former, config)
-    return Pairs(config, samples, division, list(_lines_on_captions(config)))
+    return Resolved(config, samples, division, list(_lines_on_captions(config)))
 
 
 def _lines_on_captions(config: Config) -> Iterator[str]:

@@ -21,23 +21,16 @@ from simplclip.common import generators
 from simplclip.models.inherit import frozen_modules
 from simplclip.ops import modes
 
-Batch = dict[str, Any]
+Batch = dict[Any, Any]
 Encode = Callable[[Batch], Tensor]
 
 
-class _Output(NamedTuple):
-    """An output that may be kept, and its version, which an operation in place would change."""
+class Beginning:
+    """Frozen modules that run one after the other; outputs of the last one are kept.
 
-    tensor: Tensor
-    version: int
-
-
-class Prefix:
-    """Frozen modules that run one after the other, and the kept outputs of the last one.
-
-    A micro-batch whose texts are cropped to several lengths runs the modules several times. kept:
-    by the id of a micro-batch, the modules' outputs in the order of their calls; those of other
-    modules than the last are on the meta device.
+    They are kept in the micro-batch itself, a list whose key is this object: the modules' outputs
+    in the order of their calls, those of other modules than the last on the meta device. The
+    modules run several times for texts that are cropped to several lengths.
     """
 
     def __init__(self, modules: list[nn.Module], compiled: bool = False) -> None:
@@ -49,8 +42,8 @@ class Prefix:
         self.modules = modules
         # forwards that were set on a module itself before
         self._forwards = [vars(module).get("forward") for module in modules]
-        self.kept: dict[int, list[Tensor]] = {}
-        self._recorded: list[_Output] | None = None
+        # outputs with their versions, which an operation in place changes
+        self._recorded: list[tuple[Tensor, int]] | None = None
         self._replayed: list[Tensor] | None = None
         for module in modules:
             last = module is modules[-1]
@@ -59,20 +52,21 @@ class Prefix:
     def encode(self, function: Encode, batch: Batch) -> Tensor:
         """Returns function(batch), the features of a micro-batch, which keeps or uses outputs.
 
-        Without autograd, the first time, outputs of the last module are kept for this object
-        `batch`, unless something has changed them in place. With autograd, the second time, they
-        are used in place of running the modules, and forgotten; if none are kept the modules run.
+        Without autograd, the first time, outputs of the last module are kept in `batch`, unless
+        something has changed them in place. With autograd, the second time, they are used in place
+        of running the modules, and forgotten; if none are kept the modules run.
         """
+        # none are kept of the last micro-batch, which is encoded once
+        kept = batch.pop(self, None)
         if torch.is_grad_enabled():
-            # none are kept of the last micro-batch, which is encoded once
-            self._replayed = self.kept.pop(id(batch), None)
+            self._replayed = kept
         else:
             self._recorded = []
         try:
             features = function(batch)
-            outputs = self._recorded
-            if outputs is not None and all(t._version == version for t, version in outputs):
-                self.kept[id(batch)] = [output.tensor for output in outputs]
+            recorded = self._recorded
+            if recorded is not None and all(t._version == version for t, version in recorded):
+                batch[self] = [output for output, _ in recorded]
             return features
         finally:
             self._recorded = self._replayed = None
@@ -83,27 +77,25 @@ class Prefix:
             if forward is None:
                 del module.forward
             else:
-                module.forward = forward
+                module.forward = forward  # type: ignore[method-assign]
 
 
-def _forward(prefix: Prefix, last: bool, forward: Callable, *args: Any, **options: Any) -> Any:
-    """Runs as `forward` of a module in `prefix`, and keeps or uses outputs, see `Prefix.encode`.
-
-    last: whether it is the last module. forward: the module's own, called with `args` and
-    `options`. Of other modules' outputs only the layout is kept.
-    """
-    if prefix._replayed is not None:
-        return prefix._replayed.pop(0)
+def _forward(
+    beginning: Beginning, last: bool, forward: Callable, *args: Any, **options: Any
+) -> Tensor:
+    """Runs as `forward` of a module in `beginning`, and keeps or uses outputs, see its `encode`."""
+    if beginning._replayed is not None:
+        return beginning._replayed.pop(0)
     output = forward(*args, **options)
-    if prefix._recorded is not None:
-        kept = output if last else _on_meta(output)
-        prefix._recorded.append(_Output(kept, kept._version))
+    if beginning._recorded is not None:
+        # of other modules' outputs only the layout is kept
+        kept = output
+        if not last:
+            kept = torch.empty_strided(
+                output.shape, output.stride(), dtype=output.dtype, device="meta"
+            )
+        beginning._recorded.append((kept, kept._version))
     return output
-
-
-def _on_meta(tensor: Tensor) -> Tensor:
-    """Returns a tensor on the meta device with the shape, strides and dtype of another."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 class _Call(NamedTuple):
@@ -114,12 +106,12 @@ class _Call(NamedTuple):
     output: Any
 
 
-def find(
+def find_beginning(
     model: nn.Module, encode: Encode, batch: Batch, compiled: bool = False
-) -> tuple[Prefix, int] | None:
+) -> tuple[Beginning, int] | None:
     """Finds the frozen beginning of a tower by encoding `batch`, of one text or image.
 
-    encode: batch -> features of the tower. compiled: see `Prefix`.
+    encode: batch -> features of the tower. compiled: see `Beginning`.
 
     Returns the beginning and the bytes of its output for `batch`; its modules already have another
     `forward`, until `remove`. Returns None, with the modules as before, if there is none with
@@ -138,22 +130,22 @@ def find(
         generators.restore(states)
     if not chain:
         return None
-    prefix = Prefix([call.module for call in chain], compiled)
+    beginning = Beginning([call.module for call in chain], compiled)
+    batch = dict(batch)  # in which the outputs are kept
     try:
         with torch.no_grad():
-            prefix.encode(encode, batch)
+            beginning.encode(encode, batch)
         generators.restore(states)
-        works = id(batch) in prefix.kept
+        works = beginning in batch
         with torch.enable_grad(), _nothing_saved():
-            works = works and _equal(prefix.encode(encode, batch), features)
+            works = works and _equal(beginning.encode(encode, batch), features)
     except (RuntimeError, TypeError, ValueError):
         works = False
-    prefix.kept.clear()
     generators.restore(states)
     if not works:
-        prefix.remove()
+        beginning.remove()
         return None
-    return prefix, chain[-1].output.nbytes
+    return beginning, chain[-1].output.nbytes
 
 
 def _equal(features: Tensor, expected: Tensor) -> bool:
@@ -168,11 +160,7 @@ def _equal(features: Tensor, expected: Tensor) -> bool:
 
 
 def _trial(modules: list[nn.Module], encode: Encode, batch: Batch) -> tuple[Tensor, list[_Call]]:
-    """Encodes a batch; returns its features and the calls that make the frozen beginning.
-
-    modules: the frozen modules, whose calls are noted by hooks that are removed again. There are no
-    calls if there is no beginning, see `_chain`.
-    """
+    """Encodes a batch; returns its features, and the calls of `modules` that `_chain` leaves."""
     calls: list[_Call] = []
 
     def note(module: nn.Module, args: tuple, output: Any) -> None:
@@ -189,18 +177,14 @@ def _trial(modules: list[nn.Module], encode: Encode, batch: Batch) -> tuple[Tens
 
 
 def _nothing_saved() -> saved_tensors_hooks:
-    """Context in which graphs keep no tensors.
-
-    A plan's graphs would keep those of a graph without a backward pass.
-    """
+    """Context in which graphs keep no tensors: in a plan, those without a backward pass would."""
     return saved_tensors_hooks(lambda tensor: None, lambda nothing: None)
 
 
 def _chain(calls: list[_Call]) -> list[_Call]:
-    """Returns the calls that make the frozen beginning; none if keeping its output gains nothing.
+    """Returns the calls that make the frozen beginning; none without matrices, which gain nothing.
 
-    calls: of frozen modules, in their order. It gains nothing without matrices. Modules that are
-    called twice make no beginning.
+    calls: of frozen modules, in their order. Modules that are called twice make no beginning.
     """
     calls = [
         call for call in calls if isinstance(call.output, Tensor) and not call.output.requires_grad

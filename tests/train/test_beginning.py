@@ -15,7 +15,9 @@ from simplclip.models.crop import crop_texts
 from simplclip.models.inherit import freeze
 from simplclip.plan import actual
 from simplclip.plan.step import TrainerStep
-from simplclip.train import config, prefix, setup
+from simplclip.train import config, setup
+from simplclip.train import step as steps
+from simplclip.train.beginning import find_beginning
 
 CPU = torch.device("cpu")
 # forms of a tower -> how many of its two frozen layers are a beginning
@@ -75,6 +77,7 @@ def gradients(tower, encode):
     gradient_cache.backward(
         {"image": encode}, {"image": batches}, lambda image: (image @ image.T).square().mean()
     )
+    assert all(list(batch) == ["image"] for batch in batches)  # all kept outputs are used
     return torch.cat([p.grad.flatten() for p in tower.last.parameters()])
 
 
@@ -87,12 +90,11 @@ def test_frozen_layers_run_once():
     plain = gradients(tower, tower)
     assert tower.first.calls == 7
     state = torch.get_rng_state()
-    beginning, size = prefix.find(tower, tower, images)
+    beginning, size = find_beginning(tower, tower, images)
     assert torch.equal(torch.get_rng_state(), state)
     assert (beginning.modules, size) == ([tower.first, tower.second], 4 * 3 * 64)
     assert torch.equal(gradients(tower, partial(beginning.encode, tower)), plain)
     assert tower.first.calls == 4
-    assert not beginning.kept
 
 
 @pytest.mark.parametrize(("form", "layers"), FORMS.items())
@@ -100,7 +102,7 @@ def test_outputs_that_are_used_elsewhere(form, layers):
     """Only the modules from which a tower can go on are a beginning."""
     tower = Tower(form)
     plain = gradients(tower, tower)
-    result = prefix.find(tower, tower, example())
+    result = find_beginning(tower, tower, example())
     if layers:
         beginning, _ = result
         assert beginning.modules == [tower.first, tower.second][-layers:]
@@ -115,7 +117,7 @@ def test_an_output_that_is_changed_later():
     changing = Tower("changed")
     plain = gradients(changing, changing)
     tower = Tower()
-    beginning, _ = prefix.find(tower, tower, example())
+    beginning, _ = find_beginning(tower, tower, example())
     tower.form = "changed"
     assert torch.equal(gradients(tower, partial(beginning.encode, tower)), plain)
 
@@ -124,7 +126,7 @@ def test_a_tower_without_frozen_layers():
     tower = Tower()
     tower.first.requires_grad_(True)
     # the second layer's output needs a gradient
-    assert prefix.find(tower, tower, example()) is None
+    assert find_beginning(tower, tower, example()) is None
 
 
 @pytest.mark.slow
@@ -154,11 +156,11 @@ def test_texts_of_several_lengths():
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     plain = step(encode)
-    beginning, _ = prefix.find(model, encode, {"text": (torch.arange(texts.shape[1]) % 2)[None]})
+    beginning, _ = find_beginning(model, encode, {"text": (torch.arange(texts.shape[1]) % 2)[None]})
     outputs = []
     with torch.no_grad():
         beginning.encode(encode, batches[0])
-        outputs = beginning.kept.pop(id(batches[0]))
+        outputs = batches[0].pop(beginning)
     assert len(outputs) > 1
     assert torch.equal(step(partial(beginning.encode, encode)), plain)
 
@@ -208,7 +210,7 @@ def test_where_outputs_are_kept(changes, memory, towers):
     for module in step.modules:
         actual.fill(module.to_empty(device=CPU))
     step.place(CPU, lambda kind: nullcontext())
-    assert list(step.state.prefixes) == towers
+    assert list(step.state.beginnings) == towers
     assert sum("runs once a step" in line for line in step.state.lines) == len(towers)
 
 
@@ -217,7 +219,7 @@ def test_compiled_towers_keep_outputs_too(monkeypatch):
     """The folded copy and the trained layers are compiled; what is replayed is decided outside."""
     compiler = mock.Mock(side_effect=partial(torch.compile, backend="eager"))
     monkeypatch.setattr(torch, "compile", compiler)
-    weights, find = [], prefix.find
+    weights = []
     for compiled in (False, True):
         step = trainer_step()
         for module in step.modules:
@@ -226,11 +228,13 @@ def test_compiled_towers_keep_outputs_too(monkeypatch):
         for module in step.modules:
             actual.fill(module)
         monkeypatch.setattr(
-            prefix, "find", lambda *args, find=find, compiled=compiled: find(*args[:3], compiled)
+            steps,
+            "find_beginning",
+            lambda *args, compiled=compiled: find_beginning(*args[:3], compiled),
         )
         step.place(CPU, lambda kind: nullcontext())
         if compiled:
-            setup.compile_towers(step.state)
+            setup.compile_towers(step.state.prepared)
         (folded,) = step.prepared.folded.values()
         calls = []
         folded.register_forward_hook(lambda *_, calls=calls: calls.append(1))
