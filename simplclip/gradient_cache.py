@@ -102,21 +102,21 @@ def backward(
     """
     if not torch.is_grad_enabled():
         raise InputError("backward: expected autograd, got a call under no_grad or inference_mode")
-    towers = _towers(encode, micro_batches)
+    encoders = _encoders(encode, micro_batches)
     checks.check_instance("scaler", scaler, GradScaler | None, "a torch.amp.GradScaler or None")
     if model is not None:
         check(model)
-    ranks = _Ranks(model, towers)
+    exchange = _Exchange(model, encoders)
     leaves: Named = {}
-    for tower in towers:
-        tower.encode_once(ranks)
-        for name, leaf in tower.leaves().items():
+    for encoder in encoders:
+        encoder.encode_once(exchange)
+        for name, leaf in encoder.leaves().items():
             if name in leaves:
                 raise ValueError(
-                    f"{tower.label}: expected outputs that no other tower has, got {name!r}"
+                    f"{encoder.label}: expected outputs that no other tower has, got {name!r}"
                 )
             # of frozen towers and of teachers the loss need not compute gradients
-            leaves[name] = leaf.requires_grad_(tower.needs_gradient[name])
+            leaves[name] = leaf.requires_grad_(encoder.needs_gradient[name])
 
     result = loss(*leaves.values()) if 0 in leaves else loss(**leaves)
     total, terms = _loss_and_terms(result)
@@ -129,18 +129,13 @@ def backward(
         total.backward()
     end = generators.states()
     gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-    ranks.encode_again(gradients)
+    exchange.encode_again(gradients)
     generators.restore(end)
     return {name: term.detach() for name, term in terms.items()}
 
 
 def _loss_and_terms(result: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """Returns the loss [] and its terms by name, from what the user's `loss` returned.
-
-    result: a tensor [], which becomes the term "loss"; a mapping of them, whose sum is the loss; or
-    (loss, mapping). Raises TypeError for anything else, before a backward pass changes any
-    gradient.
-    """
+    """Returns the loss [] and its terms by name, from what the user's `loss` returned."""
     match result:
         case (total, Mapping() as terms):
             summands = [total]
@@ -158,18 +153,11 @@ def _loss_and_terms(result: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
     return sum(summands), terms
 
 
-class _Tower:
-    """An encoder, its micro-batches, and the state that step 1 keeps for step 3.
-
-    key: None if there is only one tower.
-    """
+class _Encoder:
+    """The encoder of a tower, its micro-batches, and the state that step 1 keeps for step 3."""
 
     def __init__(self, key: str | None, encode: Encode, micro_batches: Any) -> None:
-        """Stores an encoder and its micro-batches; nothing is encoded yet.
-
-        key: the tower's name, None if it is the only one. Raises TypeError unless micro_batches is
-        a sequence, ValueError if it is empty.
-        """
+        """Encodes nothing yet; key: the tower's name, None if it is the only one."""
         self.key = key
         self.encode = encode
         suffix = "" if key is None else f"[{key!r}]"
@@ -186,24 +174,19 @@ class _Tower:
         # micro-batches that are encoded again in step 3, all but the last
         self.recomputed = self.count - 1
         self.states: list[generators.States] = []
-        self.parts: list[Named] = []
+        self.outputs: list[Named] = []
         self.rows: list[dict[Any, int]] = []  # of the features of each micro-batch
         self.last_outputs: Named = {}
         self.needs_gradient: dict[Any, bool] = {}  # by output, in the last micro-batch
 
-    def encode_once(self, ranks: _Ranks) -> None:
-        """Encodes each micro-batch, all but the last without autograd (step 1).
-
-        Stores the outputs, detached, the states of the random generators before each micro-batch,
-        and the last one's outputs with their graph. Raises ValueError if names or shapes of the
-        outputs, but for the first dimension of features, differ between micro-batches.
-        """
+    def encode_once(self, exchange: _Exchange) -> None:
+        """Encodes each micro-batch, all but the last without autograd (step 1)."""
         first: dict[Any, list] = {}
         for index in range(self.count):
             self.states.append(generators.states())
             with (
                 torch.set_grad_enabled(index == self.recomputed),
-                ranks.no_sync(self in ranks.recomputing),
+                exchange.no_sync(self in exchange.recomputing),
             ):
                 outputs = self._outputs(self.micro_batches[index])
             shapes: dict[Any, list] = {name: [] for name in outputs}
@@ -219,72 +202,61 @@ class _Tower:
             if index == self.recomputed:
                 self.last_outputs = outputs
                 self.needs_gradient = {name: t.requires_grad for name, t in outputs.items()}
-            self.parts.append({name: output.detach() for name, output in outputs.items()})
+            self.outputs.append({name: output.detach() for name, output in outputs.items()})
             rows = {name: len(output) for name, output in outputs.items() if output.dim() > 1}
             self.rows.append(rows)
 
     def leaves(self) -> Named:
-        """Returns the outputs of all micro-batches by name as new tensors, and forgets the parts.
+        """Returns all micro-batches' outputs by name, and forgets them.
 
         Features are concatenated [sum of m, ...]; of scalars it is that of the last micro-batch.
         """
-        parts = self.parts
-        self.parts = []
-        leaves = dict(parts[-1])
+        outputs = self.outputs
+        self.outputs = []
+        leaves = dict(outputs[-1])
         for name in self.rows[0]:
-            leaves[name] = torch.cat([part[name] for part in parts])
+            leaves[name] = torch.cat([named[name] for named in outputs])
         return leaves
 
-    def encode_again(self, ranks: _Ranks, gradients: Named) -> None:
+    def encode_again(self, exchange: _Exchange, gradients: Named) -> None:
         """Backpropagates all micro-batches but the one that `last` returns (step 3).
 
-        gradients: of `leaves`, by name. Adds to `.grad` of the parameters, without an exchange
-        between ranks, and sets the generators of random numbers.
+        gradients: of `leaves`, by name. Ranks exchange nothing.
         """
         self.gradients: list[Named] = [{} for _ in self.rows]
         for name in self.names:
             if name in gradients and name in self.rows[0]:
-                parts = gradients[name].split([rows[name] for rows in self.rows])
-                for named, part in zip(self.gradients, parts):
-                    named[name] = part
+                rows = [rows[name] for rows in self.rows]
+                for named, gradient in zip(self.gradients, gradients[name].split(rows)):
+                    named[name] = gradient
             elif name in gradients:
                 # The micro-batch that `last` returns, which is at -1 if none is encoded again.
                 self.gradients[self.recomputed - 1][name] = gradients[name]
-        with ranks.no_sync(True):
+        with exchange.no_sync(True):
             if self.recomputed:
                 _backpropagate([self._take_last_outputs()])
             for index in range(self.recomputed - 1):
                 _backpropagate([self._encoded_again(index)])
 
     def last(self) -> tuple[Named, Named]:
-        """Returns outputs and gradients, by name, of the last micro-batch of step 3.
-
-        It is encoded for this; if none is encoded again, they are those of the only micro-batch,
-        from step 1. Call it once, after `encode_again`.
-        """
+        """Returns outputs and gradients of the last micro-batch of step 3, after `encode_again`."""
         if not self.recomputed:
             return self._take_last_outputs()
         return self._encoded_again(self.recomputed - 1)
 
     def _take_last_outputs(self) -> tuple[Named, Named]:
-        """Returns the last micro-batch's outputs of step 1, with graph, and their gradients.
-
-        Both are dicts by name. The outputs are forgotten: a second call returns none.
-        """
+        """Returns the last micro-batch's outputs of step 1, with graph, and their gradients."""
         outputs = self.last_outputs
         self.last_outputs = {}  # so that its graph does not outlive its backward pass
         return outputs, self.gradients[-1]
 
     def _encoded_again(self, index: int) -> tuple[Named, Named]:
-        """Encodes a micro-batch with step 1's random numbers; returns outputs and gradients.
-
-        Both are dicts by the outputs' names. Raises InputError for an output whose gradient would
-        be lost: features beside constants of the last micro-batch, one element beside any constant.
-        """
+        """Encodes a micro-batch with step 1's random numbers; returns outputs and gradients."""
         generators.restore(self.states[index])
         outputs = self._outputs(self.micro_batches[index])
         for name, output in outputs.items():
             needed = output.requires_grad
+            # the gradient would be lost
             if needed != self.needs_gradient[name] and (needed or output.dim() < 2):
                 constant = self.recomputed if needed else index
                 raise InputError(
@@ -294,12 +266,7 @@ class _Tower:
         return outputs, self.gradients[index]
 
     def _outputs(self, batch: Any) -> Named:
-        """Encodes a micro-batch and returns the outputs by name or, of a sequence, by position.
-
-        A single tensor is named by the tower's key, or 0. Raises TypeError or ValueError for
-        outputs that are not floating tensors with one element or two or more dimensions. Stores the
-        names.
-        """
+        """Returns the outputs of a micro-batch by name or, of a sequence, by position from 0."""
         outputs: Any = self.encode(batch)
         kinds: Any = Mapping
         several = "a mapping"
@@ -327,14 +294,10 @@ class _Tower:
         return dict(outputs)
 
 
-def _towers(encode: Any, micro_batches: Any) -> list[_Tower]:
-    """Returns the towers, one for each item of a mapping `encode`, or the only one of a function.
-
-    Arguments as in `backward`. Raises TypeError or ValueError if they do not fit each other;
-    nothing is encoded.
-    """
+def _encoders(encode: Any, micro_batches: Any) -> list[_Encoder]:
+    """Returns an encoder for each item of a mapping `encode`, or the only one of a function."""
     if callable(encode):
-        return [_Tower(None, encode, micro_batches)]
+        return [_Encoder(None, encode, micro_batches)]
     if not isinstance(encode, Mapping) or not encode:
         raise TypeError(
             f"encode: expected a function, or a mapping of them, got {type(encode).__name__}"
@@ -346,7 +309,7 @@ def _towers(encode: Any, micro_batches: Any) -> list[_Tower]:
         raise ValueError(
             f"micro_batches: expected one for each tower in a mapping, {list(encode)}, got {got}"
         )
-    return [_Tower(key, function, micro_batches[key]) for key, function in encode.items()]
+    return [_Encoder(key, function, micro_batches[key]) for key, function in encode.items()]
 
 
 def check(model: nn.Module) -> None:
@@ -371,29 +334,23 @@ def check(model: nn.Module) -> None:
             )
 
 
-class _Ranks:
+class _Exchange:
     """The choice of backward passes in which ranks exchange gradients.
 
     DistributedDataParallel makes it in forward passes.
-
-    recomputing: the towers that exchange for a micro-batch of step 3, not for the one whose graph
-    step 1 keeps.
     """
 
-    def __init__(self, model: nn.Module | None, towers: list[_Tower]) -> None:
-        """Finds the DistributedDataParallel wrappers in a model; None means that there are none.
-
-        Raises InputError for a wrapper that several towers share and that has
-        find_unused_parameters=True.
-        """
+    def __init__(self, model: nn.Module | None, encoders: list[_Encoder]) -> None:
+        """Finds the DistributedDataParallel wrappers in a model; None means that there are none."""
         self.wrappers: list[DistributedDataParallel] = []
         if model is not None:
             self.wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
-        self.towers = towers
-        self.recomputing = [tower for tower in towers if tower.recomputed]
-        self.together = len(self.wrappers) == 1 and len(towers) > 1  # towers that share a wrapper
+        self.encoders = encoders
+        # that exchange for a micro-batch of step 3, not for the one whose graph step 1 keeps
+        self.recomputing = [e for e in encoders if e.recomputed]
+        self.together = len(self.wrappers) == 1 and len(encoders) > 1  # towers that share a wrapper
         if self.together and self.recomputing:
-            self.recomputing = towers
+            self.recomputing = encoders
         if self.together and self.wrappers[0].find_unused_parameters:
             # DDP would count one tower's parameters as finished in the other's forward pass.
             raise InputError(
@@ -402,10 +359,7 @@ class _Ranks:
             )
 
     def no_sync(self, enabled: bool) -> ExitStack:
-        """Returns a context in which backward exchanges no gradients; an empty one if not enabled.
-
-        It is entered already: leave it by `with`.
-        """
+        """Returns an entered context in which backward exchanges no gradients, if enabled."""
         stack = ExitStack()
         if enabled:
             for wrapper in self.wrappers:
@@ -413,29 +367,20 @@ class _Ranks:
         return stack
 
     def encode_again(self, gradients: Named) -> None:
-        """Backpropagates every micro-batch of all towers; the last pass exchanges gradients.
-
-        gradients: of all outputs, by name. Adds to `.grad` of the parameters. The last
-        micro-batches of towers that share a wrapper are backpropagated in one pass, else tower by
-        tower.
-        """
-        for tower in self.towers:
-            tower.encode_again(self, gradients)
+        """Backpropagates every micro-batch of all towers; the last pass exchanges gradients."""
+        for encoder in self.encoders:
+            encoder.encode_again(self, gradients)
             if not self.together:
-                _backpropagate([tower.last()])
+                _backpropagate([encoder.last()])
         if self.together:
-            _backpropagate([tower.last() for tower in self.towers])
+            _backpropagate([encoder.last() for encoder in self.encoders])
 
 
-def _backpropagate(parts: list[tuple[Named, Named]]) -> None:
-    """Backpropagates outputs from their gradients in one pass, which adds to `.grad`.
-
-    parts: (outputs, gradients) of each micro-batch, dicts by name; every name of the gradients is
-    one of the outputs. Outputs without a graph are left out.
-    """
+def _backpropagate(micro_batches: list[tuple[Named, Named]]) -> None:
+    """Backpropagates (outputs, gradients) of micro-batches in one pass; constants are left out."""
     outputs: list[Tensor] = []
     gradients: list[Tensor] = []
-    for named_outputs, named_gradients in parts:
+    for named_outputs, named_gradients in micro_batches:
         for name, gradient in named_gradients.items():
             if named_outputs[name].requires_grad:
                 outputs.append(named_outputs[name])

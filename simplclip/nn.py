@@ -262,22 +262,22 @@ def neighbour_groups(count: int, size: int = 2) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A part of a block, by the names of attributes."""
+class _Sharing:
+    """What blocks of a group share, by the names of attributes."""
 
     matrices: tuple[str, ...]  # that a group shares
     gains: tuple[str, ...]
     equal: tuple[str, ...]  # must be equal in a group
 
 
-_ATTENTION = _Part(
+_ATTENTION = _Sharing(
     matrices=("qk", "value", "output"),
     gains=("alpha", "beta", "gamma", "attention_gain"),
     equal=("width", "heads", "causal"),
 )
-_MLP = _Part(matrices=("fc1", "fc2"), gains=("mlp_gain",), equal=("width", "hidden", "act"))
-_PARTS = {"attention": (_ATTENTION,), "mlp": (_MLP,), "all": (_ATTENTION, _MLP)}
-SHARED_PARTS = tuple(_PARTS)
+_MLP = _Sharing(matrices=("fc1", "fc2"), gains=("mlp_gain",), equal=("width", "hidden", "act"))
+_SHARINGS = {"attention": (_ATTENTION,), "mlp": (_MLP,), "all": (_ATTENTION, _MLP)}
+SHARED_PARTS = tuple(_SHARINGS)
 
 
 def share_weights(
@@ -316,11 +316,11 @@ def share_weights(
     every = [index for group in groups for index in group]
     names: list[str] = []
     equal: list[str] = []
-    for part in _PARTS[what]:
-        names += part.matrices
-        equal += part.equal
+    for sharing in _SHARINGS[what]:
+        names += sharing.matrices
+        equal += sharing.equal
         if norms_and_gains:
-            names += part.gains
+            names += sharing.gains
     if norms_and_gains and what == "all":
         names.append("norm")
         equal.append("norm_name")

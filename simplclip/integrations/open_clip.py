@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import open_clip
+import torch
 from open_clip.transform import merge_preprocess_dict
 from torch import nn
 
@@ -128,11 +129,7 @@ def register_models() -> list[str]:
 
 
 def _replace(function: str, ours: Callable[..., Any]) -> None:
-    """Replaces a function of open_clip's factory in all loaded modules, for this process.
-
-    function: its name. ours: gets the original and the arguments of a call, an
-    inspect.BoundArguments.
-    """
+    """Replaces a function of open_clip's factory in all loaded modules: ours(original, call)."""
     original = getattr(open_clip.factory, function)
     signature = inspect.signature(original)
 
@@ -145,13 +142,7 @@ def _replace(function: str, ours: Callable[..., Any]) -> None:
 
 
 def _part_of(name: str) -> dict[str, Any] | None:
-    """Returns the part "simplclip" of the configuration of a registered model or of an export.
-
-    name: as open_clip takes it; local-dir: and hf-hub: stand for exports, whose configuration is
-    read, and fetched from the hub. The part has "model", a name, and options of `models.create`,
-    either of which may be missing. None means that there is no part. Raises InputError for a part
-    of another form, or for options that `check_options` refuses.
-    """
+    """Returns "simplclip" of the configuration of a registered model or of an export, if any."""
     if name not in _registered and not name.startswith((FOLDER, HUB)):
         return None
     config = open_clip.get_model_config(name)
@@ -172,13 +163,7 @@ def _part_of(name: str) -> dict[str, Any] | None:
 
 
 def _create_model(original: Callable[..., nn.Module], call: inspect.BoundArguments) -> nn.Module:
-    """Calls open_clip's create_model, with this library's model in it, and returns the model.
-
-    original: open_clip's function, which sets precision, loads weights and so on. call: its
-    arguments. A name of another model is passed on as it is. During the call global names of
-    open_clip's factory are replaced. Raises CheckpointError if a folder's weights are not those of
-    its export.json, and as `_part_of`.
-    """
+    """Calls open_clip's create_model, with this library's model in it, and returns the model."""
     model_name = call.arguments["model_name"]
     if model_name.startswith(FOLDER):
         check_digest(Path(model_name.removeprefix(FOLDER), EXPORTED_WEIGHTS))
@@ -195,7 +180,7 @@ def _create_model(original: Callable[..., nn.Module], call: inspect.BoundArgumen
     def convert_published(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
         return convert(model, from_published(model, state))
 
-    replaced = {
+    replaced: dict[str, Any] = {
         kind: _builder(getattr(factory, kind)) for kind in ("CLIP", "CustomTextCLIP", "CoCa")
     }
     replaced["convert_state_dict"] = convert_published
@@ -204,17 +189,10 @@ def _create_model(original: Callable[..., nn.Module], call: inspect.BoundArgumen
 
 
 def _builder(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """Returns a function that takes the place of open_clip's class `kind` of models.
+    """Returns what takes the place of open_clip's class `kind` of models."""
 
-    It is called with a configuration and makes the model by `models.create`: that of the name in
-    the part "simplclip", or else a simplified `kind`.
-    """
-
-    def build(cast_dtype: Any = None, **config: Any) -> nn.Module:
-        """Makes the model of a configuration of open_clip with its part "simplclip".
-
-        cast_dtype: passed to open_clip's class only.
-        """
+    def build(cast_dtype: torch.dtype | None = None, **config: Any) -> nn.Module:
+        """Makes the model of a configuration of open_clip with its part "simplclip"."""
         options = {**config.pop(OURS, {}), **config}
         # A simplified model of open_clip has no name in this library, but all of its configuration.
         unnamed = Spec(build=functools.partial(kind, cast_dtype=cast_dtype))
@@ -224,12 +202,7 @@ def _builder(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 
 def _get_tokenizer(original: Callable[..., Any], call: inspect.BoundArguments) -> Any:
-    """Returns open_clip's tokenizer, or the one of a model of this library.
-
-    original: open_clip's get_tokenizer, for other names. call: its arguments; the name may also be
-    local-dir: or hf-hub: and an export. A context_length of None or 0 means the model's. Further
-    arguments count for open_clip's tokenizers only.
-    """
+    """Returns open_clip's tokenizer, or the one of a model of this library or of an export."""
     model_name = call.arguments.get("model_name", "")
     name = (_part_of(model_name) or {}).get("model")
     if name is None:
@@ -240,11 +213,8 @@ def _get_tokenizer(original: Callable[..., Any], call: inspect.BoundArguments) -
     return models.tokenizer(name, context_length)
 
 
-def _names_of(item: Any) -> Iterator[tuple[ModuleType, str]]:
-    """Yields each module and global name, of all loaded modules, that stands for `item`.
-
-    item: a class or function, compared by identity.
-    """
+def _names_of(item: object) -> Iterator[tuple[ModuleType, str]]:
+    """Yields each module and global name, of all loaded modules, that stands for `item`."""
     for module in list(sys.modules.values()):
         if not isinstance(module, ModuleType):
             continue

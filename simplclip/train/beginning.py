@@ -178,7 +178,11 @@ def _trial(modules: list[nn.Module], encode: Encode, batch: Batch) -> tuple[Tens
 
 def _nothing_saved() -> saved_tensors_hooks:
     """Context in which graphs keep no tensors: in a plan, those without a backward pass would."""
-    return saved_tensors_hooks(lambda tensor: None, lambda nothing: None)
+
+    def drop(_: Any) -> Any:
+        return None
+
+    return saved_tensors_hooks(drop, drop)
 
 
 def _chain(calls: list[_Call]) -> list[_Call]:

@@ -54,8 +54,9 @@ class Compilation:
             self.began = time.monotonic()
         if self.undecided and self.steps == EAGER_STEPS:
             self.undecided = False
-            steps = self.state.config.run.steps - self.state.step
-            seconds = steps * (time.monotonic() - self.began) / (EAGER_STEPS - 1)
+            steps = self.state.config.run.steps or 0
+            left = steps - self.state.step
+            seconds = left * (time.monotonic() - self.began) / (EAGER_STEPS - 1)
             worth = seconds > WORTH_SECONDS
             self._decide(worth)
             if worth:
@@ -68,11 +69,7 @@ class Compilation:
         self.state.config = self.state.config.replaced(run={"compile": compiled})
 
     def _first_compiled(self, train: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Compiles the towers, and runs a step; if it fails, runs it without compilation.
-
-        Returns the figures of the step. A failure undoes the compilation for good, and sets
-        run.compile to False; a TrainingError, and an error within the update, are raised.
-        """
+        """Compiles the towers and returns a step; undoes that for good if a compiler fails."""
         state = self.state
         crop = state.prepared.crop
         states = generators.states()

@@ -113,10 +113,7 @@ def _recalls(split: str, rows: list[dict[str, str]]) -> Panel:
 
 
 def _best_step(evaluated: list[dict[str, str]]) -> int | None:
-    """Returns the first step of the highest mean R@1; None for no rows.
-
-    evaluated: rows of evaluation.csv, whose R@1 is averaged over splits and directions.
-    """
+    """Returns the first step of the highest R@1, averaged over the rows of a step."""
     recalls: dict[int, list[float]] = {}
     for row in evaluated:
         recalls.setdefault(int(row["step"]), []).append(float(row["R@1"]))
@@ -127,11 +124,7 @@ def _best_step(evaluated: list[dict[str, str]]) -> int | None:
 def _series(
     rows: list[dict[str, str]], columns: list[str]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns a line of each column, its steps and values, by the label of the column.
-
-    rows: of a CSV file, by column. An empty value becomes NaN. The label is the name in words, of a
-    term without "_loss".
-    """
+    """Returns steps and values of each column, by its label; an empty value becomes NaN."""
     steps = np.array([int(row["step"]) for row in rows])
     terms = terms_of(columns)
     lines = {}

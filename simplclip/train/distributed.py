@@ -8,7 +8,7 @@ does it for logit scale and bias, which a step may not use.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from simplclip.common import ranks
 from simplclip.ops import distributed
 from simplclip.train.config import ConfigError
+
+Scale = TypeVar("Scale", Tensor, Tensor | None)
 
 
 def share_norms(model: nn.Module, device: torch.device) -> None:
@@ -45,7 +47,7 @@ def share_norms(model: nn.Module, device: torch.device) -> None:
         model.set_submodule(name, convert_sync_batchnorm(module))
 
 
-class _Tower(nn.Module):
+class _Weights(nn.Module):
     """A tower's parameters as one module; its forward calls the function that it is given."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
@@ -69,25 +71,31 @@ def wrap(model: nn.Module) -> dict[str, DistributedDataParallel]:
     towers: dict[str, list[nn.Parameter]] = {"image": [], "text": []}
     for name, parameter in model.named_parameters():
         if name in ("logit_scale", "logit_bias"):
-            distributed.from_first_rank([parameter], dist.group.WORLD)
+            distributed.from_first_rank([parameter], _everyone())
         elif parameter.requires_grad:
             towers["image" if name.startswith("visual.") else "text"].append(parameter)
-    trained = {name: _Tower(parameters) for name, parameters in towers.items() if parameters}
+    trained = {name: _Weights(parameters) for name, parameters in towers.items() if parameters}
     # A tower may have parameters that no feature depends on, for which torch searches.
     # `gradient_cache` takes a single wrapper for one of both towers, in which it allows no such
     # parameters.
     search = len(trained) > 1
     return {
-        name: DistributedDataParallel(tower, find_unused_parameters=search)
-        for name, tower in trained.items()
+        name: DistributedDataParallel(weights, find_unused_parameters=search)
+        for name, weights in trained.items()
     }
 
 
-def average_gradient(scale: Tensor | None) -> Tensor | None:
+def _everyone() -> dist.ProcessGroup:
+    """Returns the group of all ranks, which have joined."""
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+def average_gradient(scale: Scale) -> Scale:
     """Returns logit scale or bias; backward averages its gradient over the ranks. None for None.
 
     All ranks have to run backward. With one rank, or if it does not train, it is returned as it is.
     """
     if ranks.count() == 1 or scale is None or not scale.requires_grad:
         return scale
-    return distributed.average_gradients_over_ranks([scale], dist.group.WORLD)[0]
+    return distributed.average_gradients_over_ranks([scale], _everyone())[0]

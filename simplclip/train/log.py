@@ -181,11 +181,7 @@ class Log:
             self.board.flush()  # before a checkpoint of this step is written
 
     def _begin_csv(self, path: Path, row: Mapping[str, float | str]) -> list[str]:
-        """Removes rows of later steps from a CSV file, or begins it; returns its columns.
-
-        The file is rewritten. `row`, which is to be written next, is not: it has the columns of a
-        new file. Raises InputError as `read_figures`.
-        """
+        """Removes rows of later steps from a CSV file, or begins one; returns its columns."""
         former = read_figures(path)
         first = min(self.start + 1, int(row["step"]))  # step that this run writes
         rows = [old for old in former if int(old["step"]) < first]
@@ -251,11 +247,7 @@ def first_lines(state: State, why_precision: str, resolved: Resolved) -> Iterato
 
 
 def _data_lines(config: Config, samples: int | None, division: Division | None) -> Iterator[str]:
-    """Yields the lines about the data: its size, and what is held out.
-
-    samples: images of an epoch; None if they are not counted. division: what eval.hold_out makes of
-    the data; None if it holds nothing out.
-    """
+    """Yields the lines about the data: its size, and what is held out."""
     size = config.data.batch_size
     steps = config.run.steps or 0
     captions = config.data.captions_per_image

@@ -219,19 +219,14 @@ def load_micro_batches(state: State, loader: data.Loader, log: Log) -> Iterator[
 
 
 def _copied(batch: Batch) -> Batch:
-    """Returns the tensors of a batch, copied unless they are pinned.
-
-    A tensor from a loader process holds a file descriptor, and a step may have thousands.
-    """
+    """Returns the tensors of a batch, copied unless they are pinned."""
+    # a tensor from a loader process holds a file descriptor, and a step may have thousands
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     return {name: t if t.is_pinned() else t.clone() for name, t in tensors.items()}
 
 
 def _micro_batch_size_and_count(config: Config) -> tuple[int, int]:
-    """Returns the images of a rank's micro-batch, and the number of micro-batches of its step.
-
-    Raises ConfigError if the ranks cannot divide data.batch_size so.
-    """
+    """Returns the images of a rank's micro-batch, and their number; raises ConfigError."""
     rows, rest = divmod(config.data.batch_size, ranks.count())
     size = min(config.data.images_at_a_time, max(1, rows))
     if rest or rows % size:
@@ -283,11 +278,7 @@ def make_loader(state: State) -> data.Loader:
 
 
 def _save_and_raise(error: Exception, snapshot: Snapshot) -> None:
-    """Saves the last whole step, and raises a TrainingError in place of `error`.
-
-    Returns if no step has been done, unless memory ran out or `error` is a TrainingError itself.
-    Other ranks than the first end, see `_end_rank`.
-    """
+    """Saves the last whole step, and raises a TrainingError that says so, unless there is none."""
     step = snapshot.progress["step"]
     if not ranks.first():
         _end_rank(error, step)
@@ -308,11 +299,8 @@ def _save_and_raise(error: Exception, snapshot: Snapshot) -> None:
 
 
 def _end_rank(error: Exception, step: int) -> Never:
-    """Ends a rank that is not the first one, by SystemExit or a TrainingError; never returns.
-
-    The first rank reports a TrainingError, and one rank of each node a RankError; other errors
-    become a TrainingError that names the step after `step`, the last whole one.
-    """
+    """Ends a rank that is not the first one, which reports a TrainingError itself."""
+    # one rank of each node reports
     if isinstance(error, ranks.RankError) and os.environ.get("LOCAL_RANK") != "0":
         raise SystemExit(1)
     if isinstance(error, TrainingError):

@@ -11,7 +11,7 @@ import os
 import zlib
 from collections.abc import Iterable, Mapping
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -53,7 +53,7 @@ def check_configs(config: Config) -> None:
                 )
 
 
-def _cut(value: Any) -> str:
+def _cut(value: object) -> str:
     """Returns a value as text, cut to 200 characters."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:197]}..."

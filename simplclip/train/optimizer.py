@@ -110,8 +110,9 @@ def check_moments(optimizer: torch.optim.Optimizer) -> None:
 
 def learning_rate(config: Config, step: int) -> float:
     """Returns the learning rate of `step` (from 0): linear warm-up, then a cosine down to 0."""
-    lr, warmup = config.optim.lr, config.optim.warmup
+    lr, warmup, steps = config.optim.lr, config.optim.warmup, config.run.steps
+    assert steps is not None  # see resolve.py
     if step < warmup:
         return lr * (step + 1) / warmup
-    done = (step - warmup) / (config.run.steps - warmup)
+    done = (step - warmup) / (steps - warmup)
     return lr * 0.5 * (1 + math.cos(math.pi * done))

@@ -318,8 +318,10 @@ def _load(item: Any, saved: Any) -> None:
 
 def _check_views(config: Config, transform: Any, teacher: Mapping[str, Any] | None) -> None:
     """Raises ConfigError if data.augment is not the augmentation of the teacher's views."""
-    views = teacher.get("views") if teacher else None
-    if not views or config.data.augment is None:
+    if teacher is None or config.data.augment is None:
+        return
+    views = teacher.get("views")
+    if not views:
         return
     if augmentation(transform) != views["augment"]:
         raise ConfigError(

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -44,7 +45,7 @@ class StopSignals:
         self.console.on_broken_pipe = self._redirect_to_null  # type: ignore[method-assign]
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         del self.console.on_broken_pipe
         for number, handler in self._former.items():
             signal.signal(number, handler)
@@ -67,12 +68,8 @@ class StopSignals:
         if self.reason is not None:
             raise ranks.Stopped
 
-    def _handle(self, number: int, frame: Any) -> None:
-        """Notes a signal in `reason` and, on the first rank, says so on the standard error.
-
-        With one rank, SIGINT after another signal raises KeyboardInterrupt. In a forked process,
-        e.g. of the loader, nothing happens. frame: as Python passes it, unused.
-        """
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Notes a signal in `reason` and, on the first rank, says so on the standard error."""
         if os.getpid() != self._process:  # a loader process, which the last step needs
             return
         several = ranks.count() > 1  # torchrun repeats the signals that it gets
@@ -93,10 +90,7 @@ class StopSignals:
             os.write(2, f"{message}\n".encode())
 
     def _redirect_to_null(self) -> None:
-        """Sends all further output of the console to /dev/null, and sets `reason` if there is none.
-
-        rich calls this instead of raising BrokenPipeError.
-        """
+        """Drops all further output, in place of a BrokenPipeError that rich would raise."""
         self.reason = self.reason or "closed pipe"
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), self.console.file.fileno())

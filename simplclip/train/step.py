@@ -142,11 +142,7 @@ def compute_losses(
 
 
 def _teacher_features(state: State, batches: list[Batch]) -> list[Tensor]:
-    """Returns the teacher's stored features of a step: of images [N, D̂] and of texts [N k, D̂].
-
-    They come from the batches and are moved to the device. D̂ is the teacher's width, k the
-    captions of each image. Raises InputError for features of another width.
-    """
+    """Returns the teacher's features: of images [N, D̂] and of texts [N k, D̂]."""
     features = []
     for name in ("teacher_image", "teacher_text"):
         rows = torch.cat([batch[name] for batch in batches]).flatten(0, -2)
@@ -254,12 +250,10 @@ def text_batches(state: State, batches: list[Batch]) -> tuple[list[Batch], Tenso
 
 
 def _groups(state: State, batches: list[Batch]) -> Tensor | None:
-    """Returns the groups of a step, int64 [N] on the device; None if all are known to differ.
-
-    With several ranks they are not known.
-    """
+    """Returns the groups, int64 [N] on the device; None if all are known to differ."""
     # on the CPU, where reading them waits for nothing
     groups = torch.cat([batch["group"] for batch in batches])
+    # those of other ranks are not known
     if ranks.count() == 1 and len(set(groups.tolist())) == len(groups):
         return None
     return groups.to(state.device, non_blocking=True)
