@@ -28,16 +28,16 @@ def test_every_op_is_checked():
 @pytest.mark.parametrize("op", selftest.CALLS)
 def test_each_backend_that_serves_is_checked(op):
     served = {(row.backend, row.dtype) for row in selftest.check_ops(CPU, [op])}
-    expected = {("reference", dtype) for dtype in selftest.EPS} | {
+    expected = {("reference", dtype) for dtype in selftest.DTYPES} | {
         (selftest.COMPILED, torch.float32)
     }
     rows = [selftest.Row(op, name, torch.float32) for name in backends.NAMES]
     for name in (
         row.backend
         for row in rows
-        if row.parts and any(row.serves(call, CPU) for call, _ in selftest.CALLS[op])
+        if row.parts and any(row.serves(make(), CPU) for make in selftest.CALLS[op])
     ):
-        expected |= {(name, dtype) for dtype in selftest.EPS}
+        expected |= {(name, dtype) for dtype in selftest.DTYPES}
     assert served == expected
 
 
@@ -83,7 +83,7 @@ def test_a_flipped_sign_is_found_and_named(spoil, tmp_path):
         # on the backend that comes first, or is forced
         row = selftest.Row("shaped_attention", "", torch.float16)
         with simplclip.backend(**forced):
-            selftest.check(row, *selftest.CALLS["shaped_attention"][0], CPU)
+            selftest.check(row, selftest.CALLS["shaped_attention"][0](), CPU)
         assert (not row.failures) == right
 
 

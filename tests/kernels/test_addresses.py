@@ -31,8 +31,8 @@ from ptx.parse import parse
 from simplclip.plan.cards import CARDS
 from simplclip.plan.kernels import Kernel, Stand
 from simplclip.plan.kernels import Launch as Started
+from simplclip.selftest.calls import Call, attention_call, mlp_call, similarity_call
 from support.ops import layouts
-from support.ops.calls import Call, attention_call, mlp_call, similarity_call
 from support.ops.predicted_calls import forward_and_backward, trace
 
 pytestmark = pytest.mark.long

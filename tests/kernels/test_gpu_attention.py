@@ -9,9 +9,10 @@ import torch
 
 import simplclip
 from simplclip.ops import backends, shaped_attention
+from simplclip.selftest.calls import attention_call, of_lengths
+from simplclip.selftest.compare import run
 from support.devices import DTYPES
-from support.ops.calls import attention_call, of_lengths
-from support.ops.compare import Case, assert_within, run
+from support.ops.compare import Case, assert_within
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,7 +8,8 @@ from collections import Counter, defaultdict
 import pytest
 import torch
 
-from support.ops.calls import TERMS, Call, mlp_call, similarity_call
+from simplclip.calls.similarity import TERMS
+from simplclip.selftest.calls import Call, mlp_call, similarity_call
 from support.ops.compare import Case
 
 pytest.importorskip("triton", reason="the package triton is not installed")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from support.ops.calls import Call, attention_call, block_call, of_lengths
+from simplclip.selftest.calls import Call, attention_call, block_call, of_lengths
 from support.ops.compare import Case, check_padding
 from support.paths import ROOT
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import simplclip
-from simplclip.calls.similarity import RowStat
+from simplclip.calls.similarity import TERMS, RowStat
+from simplclip.selftest.calls import mlp_call, similarity_call
+from simplclip.selftest.compare import run as run_call
 from support.devices import DTYPES, needs_triton
 from support.kernels.calls import ACTIVATIONS, CALLS, KINDS, case_of, kernels_alone
 from support.ops import random_calls
-from support.ops.calls import TERMS, mlp_call, similarity_call
 from support.ops.compare import PLAIN, check, check_padding, function_of
-from support.ops.compare import run as run_call
 from support.ops.small_calls import check_registration
 
 pytestmark = pytest.mark.long

@@ -10,9 +10,9 @@ import torch
 
 from simplclip import ops
 from simplclip.ops import checks
+from simplclip.selftest.calls import attention_call, block_call, mlp_call
 from support.devices import needs_cpu_kernels
 from support.ops import layouts
-from support.ops.calls import attention_call, block_call, mlp_call
 
 GOOD = torch.randn(4, 8)
 zeros = torch.zeros

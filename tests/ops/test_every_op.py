@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import simplclip
+from simplclip.selftest.compare import run
 from support.devices import DTYPES, needs_cpu_kernels
 from support.ops.calls import LARGE
-from support.ops.compare import check, function_of, run
+from support.ops.compare import check, function_of
 from support.ops.small_calls import SMALL, check_registration
 
 
@@ -21,7 +22,7 @@ def kernels_and_reference():
     for name in LARGE:
         marks = [
             needs_cpu_kernels,
-            *([pytest.mark.instruction_set] if name.startswith("attention") else []),
+            *([pytest.mark.instruction_set] if name.startswith("shaped_attention") else []),
         ]
         yield from (pytest.param(name, dtype, "cpu", marks=marks) for dtype in DTYPES)
         yield name, torch.float32, "reference"
@@ -59,7 +60,7 @@ def test_the_same_bits_each_time(name):
         assert all(
             torch.equal(value, again) for value, again in zip((first, *others[1::2]), others[::2])
         )
-        if name.startswith(("attention", "feature")):
+        if name.startswith(("shaped_attention", "feature")):
             assert all(torch.equal(first, other) for other in others)
 
 

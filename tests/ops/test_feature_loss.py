@@ -8,8 +8,9 @@ import torch
 
 import simplclip
 from simplclip.ops import feature_loss
-from support.ops.calls import feature_call
-from support.ops.compare import check, function_of, run
+from simplclip.selftest.calls import feature_call
+from simplclip.selftest.compare import run
+from support.ops.compare import check, function_of
 
 # any backend but the reference means the op, in chunks; the reference is its definition
 CASES = ["cpu", "reference"]

@@ -9,9 +9,10 @@ import torch
 
 from simplclip.ops import simplified_block
 from simplclip.plan.actual import cpu_peak_bytes
+from simplclip.selftest.calls import Call, attention_call, block_call, feature_call, mlp_call
+from simplclip.selftest.compare import outputs_of
 from support.devices import needs_cpu_kernels
-from support.ops.calls import Call, attention_call, block_call, feature_call, mlp_call
-from support.ops.compare import function_of, outputs_of
+from support.ops.compare import function_of
 
 MIB = 1 << 20
 

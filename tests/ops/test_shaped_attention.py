@@ -13,9 +13,9 @@ import torch
 import simplclip
 from simplclip.ops import backends, shaped_attention
 from simplclip.ops.attention import sdpa
+from simplclip.selftest.calls import attention_call, block_call, of_lengths
 from support.devices import BACKENDS, DTYPES
 from support.ops import plain, torch_attention
-from support.ops.calls import attention_call, block_call, of_lengths
 from support.ops.compare import check, check_padding
 
 

@@ -11,11 +11,14 @@ import torch
 import torch.nn.functional as F
 
 import simplclip
+from simplclip.calls.similarity import TERMS
 from simplclip.ops import similarity_loss
+from simplclip.selftest.calls import similarity_call
+from simplclip.selftest.compare import outputs_of, run
 from support.devices import BACKENDS, DTYPES, needs_cpu_kernels
 from support.ops import plain
-from support.ops.calls import TERMS, recorded_calls, similarity_call
-from support.ops.compare import PLAIN, check, function_of, outputs_of, run
+from support.ops.calls import recorded_calls
+from support.ops.compare import PLAIN, check, function_of
 
 
 def of_ones(call, backend):

@@ -11,8 +11,8 @@ import simplclip
 from simplclip.ops import backends
 from simplclip.plan.actual import cpu_peak_bytes
 from simplclip.plan.count import WORKSPACE
+from simplclip.selftest.calls import Call, block_call
 from support.devices import needs_cpu_kernels, needs_triton
-from support.ops.calls import Call, block_call
 from support.ops.predicted_calls import (
     attention_call,
     forward_and_backward,

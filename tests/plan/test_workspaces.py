@@ -18,8 +18,8 @@ from simplclip.calls.mlp import HiddenGradient
 from simplclip.ops import backends, registry
 from simplclip.plan.actual import cpu_peak_bytes
 from simplclip.plan.count import UncountedOp, workspace_bytes
+from simplclip.selftest.calls import MLP, block_call
 from support.devices import DTYPES, NATIVE_BF16, NATIVE_FP16, UNCOPIED_DTYPES, needs_cpu_kernels
-from support.ops.calls import MLP, block_call
 from support.ops.predicted_calls import (
     SIMILARITY,
     attention_call,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simplclip.losses import RowwiseLoss
-from support.ops.calls import TEACHER, similarity_call
+from simplclip.selftest.calls import TEACHER, similarity_call
 
 N, D = 150, 16  # three chunks of 50 rows, see `chunked`
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from packaging.version import Version
 
+from simplclip.calls.similarity import TERMS
 from simplclip.ops.attention import with_library_attention
-from support.ops.calls import (
-    TERMS,
+from simplclip.selftest.calls import (
     Call,
     attention_call,
     block_call,

@@ -23,15 +23,12 @@ from torch import Tensor
 
 from ptx import gpus
 from simplclip.calls.attention import AttentionCall, AttentionInto
+from simplclip.calls.similarity import TERMS
 from simplclip.kernels.runtime import architecture_and_processors
 from simplclip.ops import backends, registry
 from simplclip.ops.attention import sdpa
-from support.kernels.calls import kernels_alone
-from support.kernels.cuda_attention import TYPES, code_of_entry
-from support.ops import layouts, torch_attention
-from support.ops.calls import (
+from simplclip.selftest.calls import (
     ATTENTION,
-    TERMS,
     Call,
     attention_call,
     block_call,
@@ -39,6 +36,9 @@ from support.ops.calls import (
     of_lengths,
     similarity_call,
 )
+from support.kernels.calls import kernels_alone
+from support.kernels.cuda_attention import TYPES, code_of_entry
+from support.ops import layouts, torch_attention
 from support.ops.compare import Case
 
 Device = torch.device

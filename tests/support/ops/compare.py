@@ -1,16 +1,9 @@
-"""Comparison of a call's results and gradients with its definition in float64, plain.py's.
-
-The rule: |kernel - float64| <= |plain torch in the same dtype - float64| + eps, with eps relative
-to the largest value of the float64 result. The first term lets a kernel round as plain torch
-rounds; the second is what reordering a sum may cost in that dtype. (The rule of ml-cross-entropy's
-tests.)
-"""
+"""Comparison of results and gradients with the definition in plain.py, by selftest's rule."""
 
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,22 +12,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import simplclip
-from simplclip import ops
+from simplclip import ops, selftest
+from simplclip.selftest.calls import Call, attention_call, of_lengths
+from simplclip.selftest.compare import Incoming, Kind, Results, errors_of, run
 from support.ops import layouts, plain
-from support.ops.calls import Call, attention_call, of_lengths
 from support.ops.plain import ProductsInTF32
-
-EPS: dict[Any, float] = {
-    torch.float64: 1e-10,
-    torch.float32: 5e-4,
-    "tf32": 2e-3,
-    torch.float16: 1e-3,
-    torch.bfloat16: 1e-2,
-}
-# A loss's incoming gradient, like a GradScaler's, so that half types can hold outgoing gradients.
-LOSS_SCALE = 64.0
-# So many times the effect of rounding the inputs is allowed too, for results that nearly cancel.
-ROUNDINGS = 8
 
 
 def _plain_similarity(
@@ -62,141 +44,32 @@ PLAIN: dict[str, Callable] = {
 }
 
 
-def forced(backend: str | dict[str, str]) -> contextlib.AbstractContextManager:
-    """Context that forces a backend, or backends of single ops; "" forces none, so that the first
-    backend that can run a call runs it.
-    """
-    if isinstance(backend, dict):
-        return simplclip.backend(**backend)
-    return simplclip.backend(backend) if backend else contextlib.nullcontext()
-
-
 def function_of(call: Call) -> Callable:
     return getattr(ops, call.op)
 
 
-def outputs_of(function: Callable, call: Call, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    out = function(**call.arguments(tensors))
-    return out if isinstance(out, dict) else {"out": out}
-
-
-def run(
-    function: Callable,
-    call: Call,
-    tensors: dict[str, Tensor],
-    need: Iterable[str],
-    incoming: Callable[[str, Tensor], Tensor],
-) -> dict[str, Tensor]:
-    """Returns results, and gradients of `need` as d_NAME. incoming(name, result): the gradient that
-    enters a result.
-    """
-    need = list(need)
-    leaves = {name: t.detach().requires_grad_(name in need) for name, t in tensors.items()}
-    outputs = outputs_of(function, call, leaves)
-    gradients = {name: torch.zeros_like(tensors[name]) for name in need}
-    entering = {name: incoming(name, t) for name, t in outputs.items() if t.requires_grad}
-    if entering:
-        sources = [outputs[name] for name in entering]
-        inputs = [leaves[name] for name in need]
-        computed = torch.autograd.grad(
-            sources, inputs, list(entering.values()), allow_unused=True, materialize_grads=True
-        )
-        gradients = dict(zip(need, computed))
-    results = {name: t.detach() for name, t in outputs.items()}
-    return results | {f"d_{name}": gradients[name] for name in need}
-
-
-def _least(call: Call, gradient: bool) -> float:
-    """Returns the least size that a result is assumed to have, since a smaller result is a
-    cancellation of larger terms.
-
-    This size is a few hundredths of the terms: logits, or scale / N for gradients.
-    """
-    if call.op == "feature_loss":
-        return min(1e-2, LOSS_SCALE / call.tensors["teacher"].numel()) if gradient else 1e-2
-    if call.op == "simplified_block":  # its results are sums over tokens and widths
-        return 0.3
-    if call.op != "similarity_loss":
-        return 0.1
-    arguments = call.tensors | call.options
-    scale = max(abs(float(arguments.get(name, 1))) for name in ("logit_scale", "teacher_scale"))
-    if gradient:
-        return max(scale, 1) * (0.05 * LOSS_SCALE / call.tensors["image"].shape[0])
-    return max(scale, 1) * 0.01
-
-
-def error_of(result: Tensor, exact: Tensor) -> float:
-    """Returns the largest error; infinity for a NaN or another shape."""
-    if result.shape != exact.shape:
-        return math.inf
-    error = (result.cpu().double() - exact).abs().max().item()
-    return math.inf if math.isnan(error) else error
-
-
 def assert_within(
-    results: dict[str, Tensor],
-    plain_results: dict[str, Tensor],
-    exact: dict[str, Tensor],
-    dtype: Any,
+    results: Results,
+    plain_results: Results,
+    exact: Results,
+    kind: Kind,
     subject: object = "",
-    least: float | Callable[[str], float] = 0.0,
-    rounded: Callable[[], list[dict[str, Tensor]]] | None = None,
-) -> dict[str, float]:
-    """Checks results by the rule above. Returns each result's error, in parts of what is allowed.
-
-    plain_results: of plain torch in `dtype`, a key of EPS. exact: float64's. subject: named in the
-    error. least: the least size that a result is assumed to have, also as a function of its name,
-    for results that are 0 by cancellation. rounded: returns results for rounded inputs, whose
-    errors are allowed too.
-    """
-    assert results.keys() == plain_results.keys() == exact.keys()
-    rounded_results, shares = None, {}
-    for name, value in exact.items():
-        least_size = least(name) if callable(least) else least
-        size = max(value.abs().max().item(), least_size)
-        error = error_of(results[name], value)
-        plain_error = error_of(plain_results[name], value)
-        allowed = EPS[dtype] * size + 1e-30
-        if plain_error < math.inf:  # plain sums overflow in float16
-            allowed = plain_error + EPS[dtype] * size + 1e-30
-        if rounded is not None and error > allowed:
-            if rounded_results is None:
-                rounded_results = rounded()
-            rounding_error = max(error_of(other[name], value) for other in rounded_results)
-            allowed = max(allowed, ROUNDINGS * rounding_error)
-        assert error <= allowed, (
-            f"{subject} {name}: error {error:.3e}, allowed {allowed:.3e} (plain torch "
-            f"{plain_error:.3e})"
-        )
-        shares[name] = error / allowed
-    return shares
+    least: Callable[[str], float] = lambda name: 0.0,
+) -> None:
+    """Checks results by selftest's rule; see `errors_of`. subject: named in the error."""
+    for error in errors_of(results, plain_results, exact, kind, least):
+        assert error.right, f"{subject} {error} (plain torch {error.plain:.3e})"
 
 
 @dataclass
-class Case:
-    """A call in a dtype on a backend.
+class Case(selftest.Case):
+    """A call in a dtype on a backend, whose definition is in plain.py.
 
-    size: scale of the incoming gradients of losses. layouts: memory layouts of tensors, and of
-    incoming gradients as "grad NAME", by their names in layouts.py.
+    layouts: memory layouts of tensors, and of incoming gradients as "grad NAME", by their names in
+    layouts.py. Plain torch's products are in TF32 if the op's are.
     """
 
-    call: Call
-    dtype: torch.dtype
-    backend: str | dict[str, str]
-    need: list[str]
-    seed: int = 0
-    size: float = LOSS_SCALE
-    device: str = "cpu"
-    tf32: bool = False  # whether products of float32 are in TF32, so that plain torch's are too
     layouts: dict[str, str] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(init=False)  # inputs of the op
-    grads: dict[str, Tensor] = field(init=False, default_factory=dict)  # incoming gradients
-
-    def __post_init__(self) -> None:
-        self.tensors = {
-            name: self.lay_out(name, t.to(self.device))
-            for name, t in self.call.typed(self.dtype).items()
-        }
 
     def __str__(self) -> str:
         backend = self.backend or "the first backend"
@@ -211,42 +84,12 @@ class Case:
         view = layouts.ALL[self.layouts[name]](t)
         return t if view is None else view
 
-    def incoming(self, name: str, result: Tensor) -> Tensor:
-        if name not in self.grads:
-            grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(self.seed))
-            grad = grad.to(self.device, self.dtype)
-            if result.dim() == 0:
-                grad = grad * self.size
-            self.grads[name] = self.lay_out(f"grad {name}", grad.to(result.dtype))
-        return self.grads[name]
-
-    def run(self) -> dict[str, Tensor]:
-        with forced(self.backend):
-            return run(function_of(self.call), self.call, self.tensors, self.need, self.incoming)
-
-    def by_definition(self, change: Callable[[Tensor], Tensor] = lambda t: t) -> dict[str, Tensor]:
-        """Returns plain torch's results, with inputs and incoming gradients changed by `change`."""
-
-        def changed(t: Tensor) -> Tensor:  # on the CPU, contiguous and without negative bits
-            t = t.detach().cpu().resolve_neg().contiguous()
-            return change(t) if t.is_floating_point() else t
-
-        tensors = {name: changed(t) for name, t in self.tensors.items()}
-        incoming = lambda name, result: changed(self.grads[name]).to(result.dtype)  # noqa: E731
-        return run(PLAIN[self.call.op], self.call, tensors, self.need, incoming)
-
-    def rounded_otherwise(self, seed: int) -> dict[str, Tensor]:
-        """Returns float64's results after a rounding error of the dtype in every number of inputs
-        and gradients.
-        """
-        g = torch.Generator().manual_seed(seed)
-        rounding = 2.0**-11 if self.tf32 else torch.finfo(self.dtype).eps / 2
-
-        def rounded(t: Tensor) -> Tensor:
-            sign = 2 * torch.randint(0, 2, t.shape, generator=g) - 1
-            return t.double() * (1 + rounding * sign)
-
-        return self.by_definition(rounded)
+    def defined(self, tensors: dict[str, Tensor], incoming: Incoming) -> Results:
+        context: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self.tf32:
+            context = ProductsInTF32()
+        with context:
+            return run(PLAIN[self.call.op], self.call, tensors, self.need, incoming)
 
     def check(self, *, roundings: bool = False, twice: bool = False) -> dict[str, float]:
         """Checks that results and gradients are within the tolerance. Returns the errors, in parts
@@ -260,29 +103,10 @@ class Case:
             for name, value in self.run().items():
                 message = f"{name}: a second run gave other values, or NaN"
                 assert torch.equal(value, results[name]), message
-        kind: Any = self.dtype
-        context: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if self.tf32:
-            kind, context = "tf32", ProductsInTF32()
-        with context:
-            plain_results = self.by_definition()
-        exact = self.by_definition(Tensor.double)
-
-        def least(name: str) -> float:
-            return _least(self.call, name.startswith("d_"))
-
-        def rounded() -> list[dict[str, Tensor]]:
-            return [self.rounded_otherwise(seed) for seed in range(4)]
-
-        return assert_within(
-            results,
-            plain_results,
-            exact,
-            kind,
-            subject=self.call.options,
-            least=least,
-            rounded=rounded if roundings else None,
-        )
+        errors = self.errors(results, roundings=roundings)
+        for error in errors:
+            assert error.right, f"{self.call.options} {error} (plain torch {error.plain:.3e})"
+        return {error.name: error.share for error in errors}
 
 
 def check(
@@ -314,7 +138,10 @@ def check_padding(
 
         tensors = {name: t.to(device) for name, t in call.typed(dtype).items()}
         tensors |= {name: filled(tensors[name]) for name in "qkv"}
-        incoming = lambda name, t: filled(torch.ones_like(t))  # noqa: E731
+
+        def incoming(name: str, result: Tensor) -> Tensor:
+            return filled(torch.ones_like(result))
+
         return run(function_of(call), call, tensors, call.needed(), incoming)
 
     with simplclip.backend(backend):

@@ -9,13 +9,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from simplclip.calls.similarity import TERMS
 from simplclip.plan import count, fake
 from simplclip.plan.cards import CARDS
 from simplclip.plan.kernels import Kernel
 from simplclip.plan.measure import on_card
+from simplclip.selftest.calls import Call
+from simplclip.selftest.compare import outputs_of
 from support.ops import calls
-from support.ops.calls import TERMS, Call
-from support.ops.compare import function_of, outputs_of
+from support.ops.compare import function_of
 
 SIMILARITY = {
     "contrastive": {"terms": ("contrastive",)},

@@ -17,8 +17,7 @@ from simplclip.ops import backends
 from simplclip.ops.checks import FLOATS
 from simplclip.ops.feature.op import DISTANCES
 from simplclip.ops.mlp.reference import ACTIVATIONS
-from support.ops import layouts, plain
-from support.ops.calls import (
+from simplclip.selftest.calls import (
     Call,
     attention_call,
     block_call,
@@ -27,7 +26,9 @@ from support.ops.calls import (
     of_lengths,
     similarity_call,
 )
-from support.ops.compare import PLAIN, Case, forced, function_of, outputs_of
+from simplclip.selftest.compare import forced, outputs_of
+from support.ops import layouts, plain
+from support.ops.compare import PLAIN, Case, function_of
 
 # primes, and on and off the tiles
 SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 23, 31, 33, 47, 64, 65)

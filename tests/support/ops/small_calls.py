@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simplclip import losses, ops
+from simplclip.calls.similarity import TERMS
 from simplclip.nn import SimplifiedBlock
-from support.ops.calls import ATTENTION, TERMS
-from support.ops.compare import forced
+from simplclip.selftest.calls import ATTENTION
+from simplclip.selftest.compare import forced
 
 
 def _random(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
