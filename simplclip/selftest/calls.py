@@ -187,9 +187,9 @@ def block_call(
     return Call("simplified_block", tensors, options)
 
 
-def feature_call(n: int, d: int, **options: Any) -> Call:
+def feature_call(n: int, d: int, seed: int = 0, **options: Any) -> Call:
     """Returns a call of features [n, d]."""
-    draw = drawing(0)
+    draw = drawing(seed)
     teacher = draw(n, d, size=3)
     return Call("feature_loss", {"student": teacher + draw(n, d), "teacher": teacher}, options)
 

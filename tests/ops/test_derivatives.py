@@ -120,10 +120,10 @@ def test_vmap_over_leaves_has_the_gradients_of_a_loop(name, backend):
 def test_meta_tensors_give_meta_results_and_gradients(name, backend, monkeypatch):
     monkeypatch.setattr(simplclip.ops.backends, "_forced", backend)
     make, function = SMALL[name]
+    tensors = [
+        t.detach().to("meta").requires_grad_(t.requires_grad) for t in make(4, torch.float32)
+    ]
     with torch.device("meta"):
-        tensors = [
-            t.detach().to("meta").requires_grad_(t.requires_grad) for t in make(4, torch.float32)
-        ]
         out = function(*tensors)
         assert out.device.type == "meta"
         out.backward()

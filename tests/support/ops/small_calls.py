@@ -2,133 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simplclip import losses, ops
 from simplclip.calls.similarity import TERMS
 from simplclip.nn import SimplifiedBlock
-from simplclip.selftest.calls import ATTENTION
+from simplclip.selftest.calls import (
+    Call,
+    attention_call,
+    block_call,
+    feature_call,
+    mlp_call,
+    number,
+    similarity_call,
+)
 from simplclip.selftest.compare import forced
+from support.losses import loss_inputs
+
+Tensors = Callable[[int, torch.dtype], list[Tensor]]  # of a number of rows
+Function = Callable[..., Tensor]  # of these tensors, whose result is a number
 
 
-def _random(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
-    return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
-
-
-def _features(n: int, dtype: torch.dtype) -> list[Tensor]:
-    """Returns image, text, logit_scale, the teacher's image, text, scale.
-
-    The student's tensors require gradients.
-    """
-    rows = [F.normalize(torch.randn(n, 24, dtype=torch.float64), dim=1).to(dtype) for _ in range(4)]
-    wide = torch.promote_types(dtype, torch.float32)
-    scale, teacher_scale = torch.tensor(10.0, dtype=wide), torch.tensor(15.0, dtype=wide)
-    student = [t.requires_grad_() for t in (*rows[:2], scale)]
-    return [*student, *rows[2:], teacher_scale]
-
-
-def similarity(**options: Any) -> tuple[Callable, Callable]:
-    def function(
-        image: Tensor,
-        text: Tensor,
-        scale: Tensor,
-        teacher_image: Tensor,
-        teacher_text: Tensor,
-        teacher_scale: Tensor,
-    ) -> Tensor:
-        ids = torch.arange(image.shape[0]) // 2
-        call = {"terms": TERMS, "plane": (scale, -2.0), "ids": ids, **options}
-        teacher = {
-            "teacher_image": teacher_image,
-            "teacher_text": teacher_text,
-            "teacher_scale": teacher_scale,
-        }
-        out = ops.similarity_loss(image, text, scale, **call, **teacher)
+def _number(out: Tensor | dict[str, Tensor]) -> Tensor:
+    """Returns a number that depends on every element, or the sum of losses."""
+    if isinstance(out, dict):
         return out["loss"] if "loss" in out else sum(out.values())
-
-    return _features, function
-
-
-def _hadamard(image: Tensor, text: Tensor, scale: Tensor, *_: Tensor) -> Tensor:
-    plane = (scale.expand(image.shape[1]), -2.0)
-    out = ops.similarity_loss(image, text, scale, terms=("pair_matching",), plane=plane)
-    return out["pair_matching"]
-
-
-def _features_loss(
-    image: Tensor, text: Tensor, _: Tensor, teacher: Tensor, *rest: Tensor
-) -> Tensor:
-    return ops.feature_loss(image, teacher)
-
-
-def _projected(image: Tensor, text: Tensor, _: Tensor, teacher: Tensor, *rest: Tensor) -> Tensor:
-    return ops.feature_loss(image, teacher, distance="smooth_l1", projection=text.T @ text)
-
-
-def _number(out: Tensor) -> Tensor:
-    """Returns a number that depends on every element."""
+    if out.dim() == 0:
+        return out
     return out.to(torch.promote_types(out.dtype, torch.float32)).square().mean()
 
 
-def _attention_tensors(n: int, dtype: torch.dtype) -> list[Tensor]:
-    return _random([(n, 5, 2, 8)] * 3 + [(2,)] * 3, dtype)
+def small(
+    make: Callable[..., Call], integers: Callable[[Tensor], dict[str, Tensor]] = lambda first: {}
+) -> tuple[Tensors, Function]:
+    """Returns the float tensors of a call and a function of them.
 
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, *gains: Tensor) -> Tensor:
-    return _number(ops.shaped_attention(q, k, v, *gains, causal=True))
-
-
-def _attention_of_lengths(q: Tensor, *rest: Tensor) -> Tensor:
-    lengths = torch.full((q.shape[0],), 3, device=q.device)
-    return _number(ops.shaped_attention(q, *rest, lengths=lengths))
-
-
-def _mlp_tensors(n: int, dtype: torch.dtype) -> list[Tensor]:
-    return _random(((n, 8), (12, 8), (12,), (8, 12), (8,)), dtype)
-
-
-def _mlp(*args: Tensor) -> Tensor:
-    return _number(ops.parallel_mlp(*args))
-
-
-def _block(recompute: bool = False) -> tuple[Callable, Callable]:
-    def function(x: Tensor, norm_weight: Tensor, *rest: Tensor) -> Tensor:
-        options = dict(zip(ATTENTION[3:], rest[5:]), norm_weight=norm_weight, recompute=recompute)
-        return _number(ops.simplified_block(x, *rest[:5], **options))
+    make: returns the call of a number of rows and a seed. integers: returns the call's other
+    tensors, from its first one.
+    """
+    one = make(2, seed=0)
 
     def tensors(n: int, dtype: torch.dtype) -> list[Tensor]:
-        shapes = ((n, 5, 8), (8,), (16, 8), (12, 8), (12,), (8, 12), (8,), (2,), (2,), (2,))
-        return _random(shapes, dtype)
+        call = make(n, seed=int(torch.randint(1 << 30, ())))
+        needed = call.needed()
+        return [t.requires_grad_(name in needed) for name, t in call.typed(dtype).items()]
+
+    def function(*tensors: Tensor) -> Tensor:
+        named = dict(zip(one.tensors, tensors)) | integers(tensors[0])
+        return _number(getattr(ops, one.op)(**one.arguments(named)))
 
     return tensors, function
 
 
-def _tokens(n: int, dtype: torch.dtype) -> list[Tensor]:
-    return _random([(n, 5, 16)], dtype)
+def _similarity(n: int, seed: int, **options: Any) -> Call:
+    options = {"terms": TERMS} | options
+    return similarity_call(n, n, width=24, scale=10.0, seed=seed, **options)
 
 
+def _attention(n: int, seed: int, **options: Any) -> Call:
+    return attention_call(n, 5, 2, 8, seed=seed, **options)
+
+
+def _block(n: int, seed: int, **options: Any) -> Call:
+    return block_call(n, 5, 8, 2, 12, projections=False, seed=seed, **options)
+
+
+def _projected(n: int, seed: int) -> Call:
+    call = feature_call(n, 24, seed=seed, distance="smooth_l1")
+    call.tensors["projection"] = torch.eye(24).double() + number(0.1)
+    return call
+
+
+def _ids(first: Tensor) -> dict[str, Tensor]:
+    return {"ids": torch.arange(first.shape[0], device=first.device) // 2}
+
+
+def _lengths(first: Tensor) -> dict[str, Tensor]:
+    return {"lengths": torch.full((first.shape[0],), 3, device=first.device)}
+
+
+SIGMOIDS = {"sigmoid": 1.0, "pair_matching": 0.5}
 # A small call of each op: its float tensors, and a function of them that returns a number.
 SMALL = {
-    "similarity_loss": similarity(),
-    "similarity_loss sigmoid": similarity(
-        terms=("sigmoid", "pair_matching"), weights={"sigmoid": 1.0, "pair_matching": 0.5}
+    "similarity_loss": small(_similarity, _ids),
+    "similarity_loss sigmoid": small(
+        partial(_similarity, terms=tuple(SIGMOIDS), weights=SIGMOIDS, bias=-2.0), _ids
     ),
-    "similarity_loss hadamard": (_features, _hadamard),
-    "feature_loss": (_features, _features_loss),
-    "feature_loss projection": (_features, _projected),
-    "shaped_attention": (_attention_tensors, _attention),
-    "shaped_attention lengths": (_attention_tensors, _attention_of_lengths),
-    "parallel_mlp": (_mlp_tensors, _mlp),
-    "simplified_block": _block(),
-    "simplified_block recompute": _block(recompute=True),
+    "similarity_loss hadamard": small(
+        partial(_similarity, terms=("pair_matching",), plane="hadamard")
+    ),
+    "feature_loss": small(partial(feature_call, d=24)),
+    "feature_loss projection": small(_projected),
+    "shaped_attention": small(partial(_attention, causal=True)),
+    "shaped_attention lengths": small(_attention, _lengths),
+    "parallel_mlp": small(lambda n, seed: mlp_call(n, 8, 12, 8, seed)),
+    "simplified_block": small(_block),
+    "simplified_block recompute": small(partial(_block, recompute=True)),
 }
+
+
+def _tokens(n: int, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.randn(n, 5, 16, dtype=torch.float64).to(dtype).requires_grad_()]
+
+
+def _features(n: int, dtype: torch.dtype) -> list[Tensor]:
+    """Returns image, text and logit_scale, then the teacher's."""
+    student, teacher = loss_inputs(n, 24, dtype=dtype)
+    return [*student[:3], *teacher]
+
+
 WEIGHTS = {"interactive_weight": 1, "feature_weight": 1, "pm_weight": 1}
 # name -> tensors, the module, and how many of the tensors the module takes.
 MODULES = {
@@ -139,7 +127,7 @@ MODULES = {
 }
 
 
-def module_call(name: str, dtype: torch.dtype = torch.float32) -> tuple[Callable, Callable]:
+def module_call(name: str, dtype: torch.dtype = torch.float32) -> tuple[Tensors, Function]:
     """Returns tensors, and a function of them by the module: a block in `dtype`, a loss in
     float32.
     """
@@ -150,9 +138,7 @@ def module_call(name: str, dtype: torch.dtype = torch.float32) -> tuple[Callable
 
     def function(*args: Tensor) -> Tensor:
         out = module(*args[:count])
-        if isinstance(out, tuple):
-            return sum(out)
-        return out if out.dim() == 0 else _number(out)
+        return sum(out) if isinstance(out, tuple) else _number(out)
 
     return tensors, function
 
@@ -184,10 +170,10 @@ def check_registration(name: str, backend: str, device: str = "cpu") -> None:
     first_backend = ""
     if backend == "sdpa":
         first_backend = backend
+    tensors = [
+        t.detach().to(device).requires_grad_(t.requires_grad) for t in make(4, torch.float32)
+    ]
     with forced(first_backend), Dispatched() as mode, torch.device(device):
-        tensors = [
-            t.detach().to(device).requires_grad_(t.requires_grad) for t in make(4, torch.float32)
-        ]
         function(*tensors).backward()
         with torch.no_grad():
             function(*tensors)
