@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from simplclip import data, models
 from simplclip.common import hardware
@@ -73,7 +72,7 @@ class State:
     # by tower: the frozen beginnings whose outputs gradient caching keeps
     beginnings: dict[str, Beginning] = field(default_factory=dict)
     # by tower: what exchanges gradients between ranks
-    wrappers: dict[str, DistributedDataParallel] = field(default_factory=dict)
+    wrappers: dict[str, nn.Module] = field(default_factory=dict)
     step: int = 0  # steps that are done
     # the loaders' states of all ranks after the step's last batch
     data: list[dict[str, Any]] | None = None
