@@ -1,19 +1,11 @@
-"""The table op -> backend -> function.
+"""Backends: the ways to compute an op, and which one runs a call.
 
-Each function has a predicate, which returns why the function cannot run a call.
+A backend is a class in a file of its own, with a static method for each op that it has. An op's
+op.py lists its backends in the order in which they are tried: the first that supports a call runs
+the call. docs/architecture.md says what each is.
 
-A backend is one of
-
-    cuda       hand-written CUDA C++
-    triton     Triton kernels
-    cpu        C++ for the CPU
-    sdpa       shaped attention around torch's scaled_dot_product_attention
-    xformers   shaped attention around memory_efficient_attention of the package xformers
-    reference  plain torch for any device and dtype
-
-The first backend in this order that supports a call runs the call. `with simplclip.backend("cpu"):`
-and the environment variable SIMPLCLIP_BACKEND=cpu force a backend for all ops;
-`simplclip.backend(shaped_attention="sdpa")` and
+`with simplclip.backend("cpu"):` and the environment variable SIMPLCLIP_BACKEND=cpu force a backend
+for all ops; `simplclip.backend(shaped_attention="sdpa")` and
 SIMPLCLIP_BACKEND=shaped_attention=sdpa,parallel_mlp=reference force backends of single ops. A
 forced backend that does not support a call raises an error.
 """
@@ -22,19 +14,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
+import graphlib
 import importlib.util
+import itertools
 import os
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import fields
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 
+from simplclip.calls.fields import schema_of
 from simplclip.ops.extension import load
 
-NAMES = ("cuda", "triton", "cpu", "sdpa", "xformers", "reference")
+library = torch.library.Library("simplclip", "DEF")
+
+# simplclip.plan makes results of C++'s functions by it: op -> `empty`, see `native`.
+NATIVE_FAKES: dict[str, Callable] = {}
 
 extension, extension_error = load("_C")
 # A constant, so that torch.compile can trace code that depends on it.
@@ -60,15 +58,22 @@ class Facts(NamedTuple):
 NO_FACTS = Facts()
 
 
-@dataclass(frozen=True)
-class Implementation:
-    """A backend's function for an op, and its predicate.
+class Backend:
+    """A way to compute some ops: a static method for each, which is named after the op.
 
-    `why_not(device, dtype, facts)` is None if the function can run a call with these `Facts`.
+    The method takes the op's call, or the call that the op's `run` makes of it, see
+    registry.define, and returns what the reference's method returns.
     """
 
-    function: Callable
-    why_not: Callable[..., str | None]
+    name: str
+
+    @staticmethod
+    def why_not(device: torch.device, dtype: torch.dtype, facts: Facts) -> str | None:
+        """Returns why the backend cannot run a call with these `Facts`; None if it can.
+
+        device, dtype: of the call's tensors.
+        """
+        raise NotImplementedError
 
 
 def why_not_kernels(serves: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -83,18 +88,6 @@ def why_not_kernels(serves: str, device: torch.device, dtype: torch.dtype) -> st
     return None
 
 
-def _anywhere(device: torch.device, dtype: torch.dtype, facts: Facts) -> str | None:
-    """Returns None: the reference runs every call. The predicate of "reference"."""
-    return None
-
-
-def _extension_on_cpu(device: torch.device, dtype: torch.dtype, facts: Facts) -> str | None:
-    """Returns why the C++ extension for the CPU cannot run a call, or None; ignores `facts`."""
-    if extension is None:
-        return extension_error
-    return why_not_kernels("cpu", device, dtype)
-
-
 @functools.cache
 def installed(package: str) -> bool:
     """Whether a package can be found; it is not imported. Cached."""
@@ -105,21 +98,6 @@ def installed(package: str) -> bool:
 def capability(device: torch.device) -> tuple[int, int] | None:
     """Returns a GPU's compute capability (major, minor), or None on a machine without. Cached."""
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
-
-
-def triton_on_cuda(device: torch.device, dtype: torch.dtype, facts: Facts = NO_FACTS) -> str | None:
-    """Returns why Triton cannot run a call of any op, or None if it can; ignores `facts`."""
-    if not installed("triton"):
-        return "the package triton is not installed"
-    if reason := why_not_kernels("cuda", device, dtype):
-        return reason
-    card = capability(device)
-    if card is not None and (card < (8, 0) or card[0] == 10):
-        return (
-            "is compiled for compute capabilities 8.x, 9.x and 12.x; the device has "
-            f"{card[0]}.{card[1]}"
-        )
-    return None
 
 
 @functools.cache
@@ -147,65 +125,86 @@ def extension_on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
     )
 
 
-def _native(name: str, fields: tuple[str, ...]) -> Callable:
-    """Returns a function that runs C++'s op simplclip::<name> on the `fields` of a call.
+class Reference(Backend):
+    """Plain torch, for every device and dtype."""
 
-    The op is looked up at the first call: the extension may be missing.
-    """
-    values = attrgetter(*fields)
-    overloads: list[Callable] = []
+    name = "reference"
 
-    def run(call):
-        if not overloads:
-            overloads.append(getattr(torch.ops.simplclip, name).default)
-        return overloads[0](*values(call))
-
-    return run
+    @staticmethod
+    def why_not(device: torch.device, dtype: torch.dtype, facts: Facts) -> None:
+        """Returns None: the reference runs every call."""
 
 
-def kernel(module: str, name: str) -> Callable:
-    """Returns a function that calls launcher `name` of simplclip.kernels.<module>.
-
-    The module is imported at the first call: importing Triton takes time, and some platforms lack
-    it.
+class Triton(Backend):
+    """Triton kernels, whose methods import their launchers from simplclip.kernels when called:
+    importing Triton takes time, and some platforms lack it.
     """
 
-    def run(*arguments: Any) -> Any:
-        launcher = getattr(importlib.import_module(f"simplclip.kernels.{module}"), name)
-        return launcher(*arguments)
+    name = "triton"
 
-    return run
+    @staticmethod
+    def why_not(device: torch.device, dtype: torch.dtype, facts: Facts = NO_FACTS) -> str | None:
+        """Returns why Triton cannot run a call of any op; None if it can."""
+        if not installed("triton"):
+            return "the package triton is not installed"
+        if reason := why_not_kernels("cuda", device, dtype):
+            return reason
+        card = capability(device)
+        if card is not None and (card < (8, 0) or card[0] == 10):
+            return (
+                "is compiled for compute capabilities 8.x, 9.x and 12.x; the device has "
+                f"{card[0]}.{card[1]}"
+            )
+        return None
 
 
-def row(
-    reference: Callable,
-    call: Any,
-    *,
-    module: str = "",
-    cuda: Callable | None = None,
-    cpu: bool = True,
-) -> dict[str, Implementation]:
-    """Returns the backends of an op by name; their functions are named after `reference`.
+class Cpu(Backend):
+    """C++ for the CPU, whose methods are `native`."""
 
-    reference: the function in plain torch. call: the dataclass of the functions' argument. module:
-    the module of simplclip.kernels with the op's launcher, or "" if Triton lacks the op. cuda: the
-    predicate of CUDA C++, or None if CUDA C++ lacks the op. cpu: whether C++ for the CPU has the
-    op.
+    name = "cpu"
+
+    @staticmethod
+    def why_not(device: torch.device, dtype: torch.dtype, facts: Facts) -> str | None:
+        """Returns why the extension for the CPU cannot run a call of any op; None if it can."""
+        if extension is None:
+            return extension_error
+        return why_not_kernels("cpu", device, dtype)
+
+
+def native(name: str, call_type: type, returns: str, empty: Callable) -> Any:
+    """Registers the op `simplclip::name`, which C++ implements; returns a backend's method for it.
+
+    name: the method's, and the backend's after an underscore. call_type: the dataclass of its call,
+    whose fields are the arguments. returns: the result types in the schema. empty(call): makes its
+    results for fake tensors, uninitialised. Also registers `simplclip::name_workspace`, which
+    returns the bytes that the op allocates besides its results, for meta tensors.
     """
-    name = reference.__name__
-    fields = call.__match_args__
-    backends = {}
-    if cuda is not None:
-        backends["cuda"] = Implementation(_native(f"{name}_cuda", fields), cuda)
-    if module:
-        backends["triton"] = Implementation(kernel(module, name), triton_on_cuda)
-    if cpu:
-        backends["cpu"] = Implementation(_native(f"{name}_cpu", fields), _extension_on_cpu)
-    return backends | {"reference": Implementation(reference, _anywhere)}
+    # C++ runs with numbers, never traced
+    arguments = schema_of(call_type).replace("SymInt", "int")
+    unwritten = re.sub(r"\(\w!\)", "", arguments)
+    library.define(f"{name}({arguments}) -> {returns}")
+    library.define(f"{name}_workspace({unwritten}) -> int")
+    torch.library.register_fake(
+        f"simplclip::{name}", lambda *fields: empty(call_type(*fields)), lib=library
+    )
+    NATIVE_FAKES[name.rpartition("_")[0]] = empty
+    overload = getattr(torch.ops.simplclip, name).default
+    values = attrgetter(*(field.name for field in fields(call_type)))
+    return staticmethod(lambda call: overload(*values(call)))
 
 
-# op -> backend -> function; simplclip.ops.registry.define fills it.
-TABLE: dict[str, dict[str, Implementation]] = {}
+# op -> name -> backend, in the order in which they are tried; simplclip.ops.registry.define adds an
+# op's row.
+TABLE: dict[str, dict[str, type[Backend]]] = {}
+
+
+def names() -> tuple[str, ...]:
+    """Returns the names of all backends, in an order that is the one of each op."""
+    before: dict[str, list[str]] = {}
+    for row in TABLE.values():
+        for first, second in itertools.pairwise(row):
+            before.setdefault(second, []).append(first)
+    return tuple(graphlib.TopologicalSorter(before).static_order())
 
 
 def public_name(op: str) -> str:
@@ -227,8 +226,8 @@ def _parse(spec: str) -> dict[str, str]:
         ops = {public_name(op) for op in TABLE}
         if op and op not in ops:
             raise ValueError(f"backend: expected an op among {', '.join(sorted(ops))}, got {op!r}")
-        if name not in NAMES:
-            raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
+        if name not in names():
+            raise ValueError(f"backend: expected one of {', '.join(names())}, got {name!r}")
         by_op[op] = name
     return by_op
 
@@ -304,8 +303,8 @@ def select(
     facts: Facts = NO_FACTS,
     *,
     part: bool = False,
-) -> tuple[str, Callable]:
-    """Returns the name and the function of the forced backend, or of the first that can run.
+) -> type[Backend]:
+    """Returns the backend that is forced, or the first that can run a call.
 
     op: a key of TABLE. spec: the forced backends, see `forced`. facts: see `Facts`. part:
     whether `op` is a part of another op: a backend that is forced for all ops is ignored if the
@@ -318,8 +317,8 @@ def select(
     if name:
         if reason := why_not(op, name, device, dtype, facts):
             raise RuntimeError(f"backend {name!r} was forced but cannot serve {op}: {reason}")
-        return name, TABLE[op][name].function
-    for candidate in NAMES:
-        if why_not(op, candidate, device, dtype, facts) is None:
-            return candidate, TABLE[op][candidate].function
+        return TABLE[op][name]
+    for backend in TABLE[op].values():
+        if backend.why_not(device, dtype, facts) is None:
+            return backend
     raise RuntimeError(f"no backend serves {op} on {device.type} with {dtype}")

@@ -7,9 +7,9 @@ which has the same forward and backward.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -27,14 +27,10 @@ from simplclip.ops.modes import (
     no_autocast,
 )
 
-library = torch.library.Library("simplclip", "DEF")
-
-# simplclip.plan runs ops through the next two to measure their allocations.
+# simplclip.plan runs ops through the next one to measure their allocations.
 # An op's full name -> the function that runs a call, whose argument `through` may wrap the
 # backend's function.
 DISPATCH: dict[str, Callable] = {}
-# An op's short name -> a function that makes the results of a backend's function for fake tensors.
-NATIVE_FAKES: dict[str, Callable] = {}
 # True while simplclip.plan runs ops with fake tensors, to count the memory that they take
 counted = False
 
@@ -44,28 +40,30 @@ _selected: dict[tuple, Callable] = {}  # the backends' functions that earlier ca
 
 def _select(
     op: str,
+    facts: backends.Facts = backends.NO_FACTS,
+    *,
     first: Tensor,
     spec: str,
     part: bool,
-    facts: backends.Facts,
-    through: Callable | None = None,
+    through: Callable | None,
 ) -> Callable:
     """Returns the function of the backend that runs an op's call, or what `through` makes of it.
 
-    op: its short name. first: a tensor with the call's device and dtype. spec: the forced backends,
-    see backends.forced. part: whether the op is a part of a composed one. facts: of the call, for
-    the backends' predicates. through: see Op.dispatch. The choice is cached for each kind of call,
-    except with `through`. Warns once per process if CUDA attention is missing; raises RuntimeError
-    if no backend can run.
+    op: its short name. facts: of the call, by default those of one without attention. first: a
+    tensor with the call's device and dtype. spec: the forced backends, see backends.forced. part:
+    whether the op is a part of a composed one. through: see Op.dispatch. The choice is cached for
+    each kind of call, except with `through`. Warns once per process if CUDA attention is missing;
+    raises RuntimeError if no backend can run.
     """
-    # the predicate of CUDA attention reads it
+    # CUDA attention's why_not() reads it
     tf32 = first.is_cuda and torch.backends.cuda.matmul.fp32_precision
     key = op, spec, part, first.device, first.dtype, tf32, facts
     selected = _selected.get(key)
     if selected is None or through:
-        name, selected = backends.select(op, first.device, first.dtype, spec, facts, part=part)
+        backend = backends.select(op, first.device, first.dtype, spec, facts, part=part)
+        selected = getattr(backend, op)
         if through:
-            return through(op, name, selected)
+            return through(op, backend.name, selected)
         _selected[key] = selected
         if first.is_cuda and op.startswith("shaped_attention"):
             _warn_without_cuda()
@@ -82,34 +80,40 @@ class Op:
     """An op of the library; see `define`."""
 
     def __init__(
-        self, name: str, call_type: Any, run: Callable, facts: Callable | None, composed: bool
+        self,
+        name: str,
+        call_type: type,
+        run: Callable,
+        facts: Callable[..., backends.Facts] | None,
+        *,
+        composed: bool,
+        differentiable: int,
     ):
         """Takes an op apart as `define` does, which also registers it; this constructor does not.
 
-        name: without "simplclip::". call_type: the dataclass of a call. run, facts: see `define`.
-        composed: whether `run` gets a `pick` of several functions, see `picker`, not a backend's
-        function.
+        name: without "simplclip::". composed: whether `run` gets `pick`, not a backend's
+        function. The others: see `define`.
         """
         self.name = name
-        self.call_type = call_type
+        self.call_type: Callable = call_type
         self.run = run
         self.facts = facts
         self.composed = composed
-        self.values = attrgetter(*call_type.__match_args__)
+        self.differentiable = differentiable
+        self.names = [field.name for field in fields(call_type)]
+        self.values = attrgetter(*self.names)
         # a tensor in every call: its device and dtype are the call's
-        self.first = call_type.__match_args__[0]
+        self.first = self.names[0]
         self.tensors = len(tensors_of(call_type))
-        self.names = call_type.__match_args__[: self.tensors]
         # position of a tensor among the fields, and whether only its rows are contiguous
         self.layouts: list[tuple[int, bool]] = []
         for position, field in enumerate(fields(call_type)):
             kind = str(field.type)
             if kind.startswith(("Tensor", "Strided")):
                 self.layouts.append((position, kind.startswith("Strided")))
-        self.backward: Any = None  # set by `register_gradient`, before which the op has none
-        self.differentiable = 1
-        self.saved_results = 1
-        self.saves_tensors = True
+        # set by `register_gradient`, before which the op has none
+        self.save: Callable = lambda tensors, results: ()
+        self.backward: Callable | None = None
 
     @property
     def overload(self) -> torch._ops.OpOverload:
@@ -123,11 +127,10 @@ class Op:
         backends.forced. `through(op, backend, function)` may return another function to call.
         """
         first = getattr(call, self.first)
-        if self.composed:
-            function = self.picker(first, spec, through)
-        else:
-            facts = self.facts(call) if self.facts else backends.NO_FACTS
-            function = _select(self.name, first, spec, False, facts, through)
+        pick = partial(_select, first=first, spec=spec, part=self.composed, through=through)
+        function: Callable = pick
+        if not self.composed:
+            function = pick(self.name, self.facts(call) if self.facts else backends.NO_FACTS)
         if not autocasts(first.device):
             return self.run(function, call)
         with no_autocast(first.device):
@@ -149,16 +152,6 @@ class Op:
                 values[position] = t.contiguous()
         return self.call_type(*values)
 
-    def picker(self, first: Tensor, spec: str, through: Callable | None) -> Callable:
-        """Returns the function pick(op, facts) of ops that are composed of others, as the block.
-
-        pick returns the backend's function that serves the op of that name. facts: see
-        backends.Facts, by default those of a call without attention. first: a tensor with the
-        call's device and dtype. spec: the forced backends, as in SIMPLCLIP_BACKEND. through: None,
-        or a function (op, backend, function) that returns another function to call.
-        """
-        return lambda op, facts=backends.NO_FACTS: _select(op, first, spec, True, facts, through)
-
     def dispatch_through(self, *args: Any, through: Callable | None = None) -> Any:
         """Runs a call from the dispatcher's arguments: its fields in their order, and `spec`.
 
@@ -166,24 +159,16 @@ class Op:
         """
         return self.dispatch(self.laid_out(args[:-1]), args[-1], through)
 
-    def save(
-        self,
-        ctx: Any,
-        tensors: Sequence[Tensor | None],
-        options: Sequence,
-        spec: str,
-        results: Sequence[Tensor],
-    ) -> None:
-        """Saves in ctx what `gradients` reads: tensors, options, spec, results from saved_results.
+    def keep(self, ctx: Any, values: Sequence, spec: str, results: Sequence[Tensor]) -> None:
+        """Keeps in ctx what `gradients` reads: what the op's `save` returns, options and spec.
 
-        tensors, options: the fields of the call that are tensors, and the others. spec: the forced
-        backends. Results after the first `differentiable` are marked as not differentiable.
+        values: of the call's fields. Results after the first `differentiable` are marked as not
+        differentiable.
         """
         ctx.mark_non_differentiable(*results[self.differentiable :])
         ctx.set_materialize_grads(False)
-        inputs = tensors if self.saves_tensors else ()
-        ctx.save_for_backward(*inputs, *results[self.saved_results :])
-        ctx.options = options
+        ctx.save_for_backward(*self.save(values[: self.tensors], results))
+        ctx.options = values[self.tensors :]
         ctx.spec = spec
 
     def gradients(
@@ -191,22 +176,16 @@ class Op:
     ) -> tuple[Tensor | None, ...]:
         """Returns the gradients of the call's tensors, in their order, None where not needed.
 
-        ctx: filled by `save`. grads: of the results, None for a result that is not used. needed:
+        ctx: filled by `keep`. grads: of the results, None for a result that is not used. needed:
         for each tensor. Differentiating the gradients again raises an error instead of giving zero.
-        For this the differentiable inputs, or a differentiable result, must be among the saved
-        tensors.
         """
         grads = grads[: self.differentiable]
-        if grads[0] is None and grads[-1] is None:
+        if self.backward is None or (grads[0] is None and grads[-1] is None):
             return (None,) * self.tensors
         # read only once: under torch.utils.checkpoint, every access runs the forward again
         saved = ctx.saved_tensors
-        tensors, results = (None,) * self.tensors, saved
-        if self.saves_tensors:
-            tensors, results = saved[: self.tensors], saved[self.tensors :]
-        call = self.call_type(*tensors, *ctx.options)
         with torch.no_grad():
-            by_name = self.backward(call, results, grads, needed, ctx.spec)
+            by_name = self.backward(saved, ctx.options, grads, needed, ctx.spec)
         gradients = []
         for name, need in zip(self.names, needed):
             gradients.append(by_name.get(name) if need else None)
@@ -219,19 +198,17 @@ class _Eager(torch.autograd.Function):
     """A call of an op on plain tensors that is differentiated."""
 
     @staticmethod
-    def forward(
-        ctx: Any, op: Op, spec: str, call: Any, options: Sequence, *tensors: Tensor | None
-    ) -> Any:
-        """Returns the op's results; tensors and options are the fields of the call, see Op.save."""
+    def forward(ctx: Any, op: Op, spec: str, call: Any, *tensors: Tensor | None) -> Any:
+        """Returns the op's results. tensors: those of the call, which autograd must see."""
         results = op.dispatch(call, spec)
         ctx.op = op
-        op.save(ctx, tensors, options, spec, results)
+        op.keep(ctx, op.values(call), spec, results)
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        """Returns gradients of the call's tensors, and None for the four arguments before them."""
-        return None, None, None, None, *ctx.op.gradients(ctx, grads, ctx.needs_input_grad[4:])
+        """Returns gradients of the call's tensors, and None for the three arguments before them."""
+        return None, None, None, *ctx.op.gradients(ctx, grads, ctx.needs_input_grad[3:])
 
 
 def call(op: Op, arguments: Any, spec: str | None = None) -> Any:
@@ -265,7 +242,7 @@ def call(op: Op, arguments: Any, spec: str | None = None) -> Any:
         arguments = op.laid_out(values)
     if op.backward is None or not requires_grad or not torch.is_grad_enabled():
         return op.dispatch(arguments, spec)
-    return _Eager.apply(op, spec, arguments, values[op.tensors :], *values[: op.tensors])
+    return _Eager.apply(op, spec, arguments, *values[: op.tensors])
 
 
 def define(
@@ -273,84 +250,68 @@ def define(
     call_type: type,
     returns: str,
     run: Callable,
-    fake: Callable,
+    empty: Callable,
     *,
-    row: dict[str, backends.Implementation] | None = None,
-    native: tuple[type, str] | None = None,
-    native_fake: Callable | None = None,
+    served_by: Sequence[type[backends.Backend]] = (),
     facts: Callable[..., backends.Facts] | None = None,
+    differentiable: int = 1,
 ) -> Op:
-    """Registers the op `simplclip::name`, and the schemas that C++ implements; returns the Op.
+    """Registers the op `simplclip::name`; returns the Op.
 
-    Also fills backends.TABLE, DISPATCH and NATIVE_FAKES. The last argument of the op is spec: the
-    backends that are forced, see backends.forced. call_type: the dataclass of a call, from whose
-    fields the schema is generated. returns: the result types in the schema, e.g. "(Tensor,
-    Tensor)".
+    Also adds its row to backends.TABLE. The last argument of the op is spec: the backends that are
+    forced, see backends.forced. call_type: the dataclass of a call, from whose fields the schema is
+    generated. returns: the result types in the schema, e.g. "(Tensor, Tensor)".
 
-    run(function, call): runs a backend's function, whose argument is a call too; a function of C++
-    gets the call's fields. fake(call, spec): makes the op's results for fake tensors.
+    run(function, call): runs a backend's method, whose argument is a call too. empty(call, spec):
+    makes the op's results for fake tensors, uninitialised.
 
-    row: the op's backends by name, see backends.row. None: the op is composed of other ops, and its
-    `run` gets `pick(op, facts)`, which returns the function of such an op.
-
-    native: the dataclass and the result types of the backends' functions, None if they are the
-    op's; `native_fake(call)` makes their results for fake tensors.
+    served_by: the backends, in the order in which they are tried; one that has no method of the
+    op's name is left out. Without any, the op is composed of other ops, and its `run` gets
+    `pick(op, facts)`, which returns the function of such an op.
 
     facts(call): returns the facts of a call, besides device and dtype, that the backends'
-    predicates need; None: there are none.
+    why_not() needs; None: there are none. differentiable: so many results, the first ones, have
+    gradients; the others are for backward.
     """
+    row = {backend.name: backend for backend in served_by if hasattr(backend, name)}
     if row:
         backends.TABLE[name] = row
-        NATIVE_FAKES[name] = native_fake or (lambda call: fake(call, ""))
-    library.define(f"{name}({schema_of(call_type)}, str backend) -> {returns}")
-    native_type, results = native or (call_type, returns)
-    # C++ runs with numbers, never traced
-    arguments = schema_of(native_type).replace("SymInt", "int")
-    unwritten = re.sub(r"\(\w!\)", "", arguments)
-    for backend in {"cpu", "cuda"} & set(row or ()):
-        library.define(f"{name}_{backend}({arguments}) -> {results}")
-        # Returns the bytes that the op above allocates besides its results; called with meta
-        # tensors.
-        library.define(f"{name}_{backend}_workspace({unwritten}) -> int")
-    op = Op(name, call_type, run, facts, composed=row is None)
-    library.impl(name, op.dispatch_through, "CompositeExplicitAutograd")
+    backends.library.define(f"{name}({schema_of(call_type)}, str backend) -> {returns}")
+    op = Op(name, call_type, run, facts, composed=not row, differentiable=differentiable)
+    backends.library.impl(name, op.dispatch_through, "CompositeExplicitAutograd")
     torch.library.register_fake(
-        f"simplclip::{name}", lambda *args: fake(call_type(*args[:-1]), args[-1]), lib=library
+        f"simplclip::{name}",
+        lambda *args: empty(call_type(*args[:-1]), args[-1]),
+        lib=backends.library,
     )
     DISPATCH[f"simplclip::{name}"] = op.dispatch_through
     return op
 
 
-def register_gradient(
-    op: Op,
-    backward: Callable,
-    *,
-    differentiable: int = 1,
-    saved_results: int = 1,
-    saves_tensors: bool = True,
-) -> None:
-    """Registers gradients of the op's first `differentiable` results with torch and in `op`.
+def register_gradient(op: Op, save: Callable, backward: Callable) -> None:
+    """Registers gradients of the op's differentiable results with torch and in `op`.
 
-    The other results are for backward: no gradients.
+    save(tensors, results): returns the tensors that backward needs, of the call's and the results.
+    Those that are differentiable, or a differentiable result, must be among them, see
+    first_order_only.
 
-    backward(call, results, grads, needed, spec) returns gradients of the call's tensors by the
-    names of its fields. `results`: those from `saved_results` on. `grads`: of the differentiable
-    results, None for one that was not used. `needed`: for each tensor whether its gradient is
-    needed; others may be returned too. `spec`: the backends that were forced in forward, see
-    backends.forced. The call has its tensors unless `saves_tensors` is False; then the
-    differentiable results must be saved instead (see Op.gradients).
+    backward(saved, options, grads, needed, spec) returns gradients of the call's tensors by the
+    names of its fields. saved: what `save` returned. options: the fields of the call that are no
+    tensors. grads: of the differentiable results, None for one that was not used. needed: for each
+    tensor whether its gradient is needed; others may be returned too. spec: the backends that were
+    forced in forward, see backends.forced.
     """
+    op.save = save
     op.backward = backward
-    op.differentiable = differentiable
-    op.saved_results = saved_results
-    op.saves_tensors = saves_tensors
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        op.save(ctx, inputs[: op.tensors], inputs[op.tensors : -1], inputs[-1], output)
+        op.keep(ctx, inputs[:-1], inputs[-1], output)
 
     def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         of_tensors = op.gradients(ctx, grads, ctx.needs_input_grad[: op.tensors])
-        options = len(fields(op.call_type)) - op.tensors
+        options = len(op.names) - op.tensors
         return *of_tensors, *[None] * (options + 1)  # and of the backends that are forced
 
-    torch.library.register_autograd(f"simplclip::{op.name}", gradients, setup_context=setup_context)
+    torch.library.register_autograd(
+        f"simplclip::{op.name}", gradients, setup_context=setup_context, lib=backends.library
+    )

@@ -129,12 +129,12 @@ def _backend(
     """
     selected = problem = None
     try:
-        selected, _ = backends.select(op, device, dtype, backends.forced(), facts)
+        selected = backends.select(op, device, dtype, backends.forced(), facts).name
     except (RuntimeError, ValueError) as error:
         problem = str(error)
     reasons = {}
     free = "can run; another is forced"
-    for name in backends.NAMES:
+    for name in backends.names():
         if name == selected:  # the backends after it could run, but come later
             free = f"can run; {selected} comes first"
             continue

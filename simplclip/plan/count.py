@@ -298,7 +298,7 @@ class Counter(TorchDispatchMode):
 
         def fake(*args: Any) -> Any:
             """Returns fake results of a C++ or CUDA function; counts its workspace and a kernel."""
-            out = registry.NATIVE_FAKES[op](*args)
+            out = backends.NATIVE_FAKES[op](*args)
             self.count_workspace(workspace_bytes(op, backend, *args))
             fields, results = tree_map_only(Tensor, self.stand, (vars(args[0]).copy(), out))
             stands = [v for v in tree_leaves((fields, results)) if isinstance(v, Stand)]
@@ -318,7 +318,7 @@ class Counter(TorchDispatchMode):
             return out
 
         if backend == "xformers":  # its kernels need the same memory as torch's SDPA
-            function = backends.TABLE[op]["sdpa"].function
+            function = getattr(backends.TABLE[op]["sdpa"], op)
         functions = {"reference": function, "triton": launch, "sdpa": launch, "xformers": launch}
         return functions.get(backend, fake)
 

@@ -106,7 +106,7 @@ def check_ops(device: torch.device, names: Iterable[str] | None = None) -> Itera
     """
     for op in CALLS if names is None else names:
         every = [make() for make in CALLS[op]]
-        for backend, dtype in itertools.product((*backends.NAMES, COMPILED), DTYPES):
+        for backend, dtype in itertools.product((*backends.names(), COMPILED), DTYPES):
             row = Row(op, backend, dtype)
             calls = [call for call in every if row.serves(call, device)]
             if backend == COMPILED:  # which takes seconds: one call

@@ -292,7 +292,7 @@ def _backends(state: State) -> str:
     dtype = hardware.DTYPES[state.precision] or torch.float32
     forced = backends.forced()
     names = {
-        op: backends.select(op, state.device, dtype, forced, facts)[0]
+        op: backends.select(op, state.device, dtype, forced, facts).name
         for op, facts in calls.items()
     }
     return ", ".join(f"{op} by {backend}" for op, backend in names.items())

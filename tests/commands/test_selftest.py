@@ -31,7 +31,7 @@ def test_each_backend_that_serves_is_checked(op):
     expected = {("reference", dtype) for dtype in selftest.DTYPES} | {
         (selftest.COMPILED, torch.float32)
     }
-    rows = [selftest.Row(op, name, torch.float32) for name in backends.NAMES]
+    rows = [selftest.Row(op, name, torch.float32) for name in backends.names()]
     for name in (
         row.backend
         for row in rows
@@ -50,9 +50,9 @@ def spoil(monkeypatch):
     monkeypatch.setattr(registry, "_selected", {})
 
     def replace(op, backend, wrong):
-        right = backends.TABLE[op][backend]
-        spoiled = backends.Implementation(lambda call: wrong(right.function, call), right.why_not)
-        monkeypatch.setitem(backends.TABLE[op], backend, spoiled)
+        served = backends.TABLE[op][backend]
+        right = getattr(served, op)
+        monkeypatch.setattr(served, op, staticmethod(lambda call: wrong(right, call)))
 
     return replace
 

@@ -32,7 +32,7 @@ WHOLE = {
 
 def cases():
     """Yields two calls of each op on each backend that serves them on a GPU, in each dtype."""
-    for op, backend, dtype in itertools.product(selftest.CALLS, backends.NAMES, DTYPES):
+    for op, backend, dtype in itertools.product(selftest.CALLS, backends.names(), DTYPES):
         calls = [make() for make in selftest.CALLS[op][:2]]
         row = selftest.Row(op, backend, dtype)
         if backend != "reference" and all(row.serves(call, torch.device("cuda")) for call in calls):

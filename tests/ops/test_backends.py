@@ -27,18 +27,18 @@ def loss(x=FEATURES):
 def test_forcing_is_scoped_and_named():
     with simplclip.backend("reference"):
         assert (
-            backends.select("similarity_loss_fwd", CPU, torch.float32, backends.forced())[0]
+            backends.select("similarity_loss_fwd", CPU, torch.float32, backends.forced()).name
             == "reference"
         )
         loss()
         with simplclip.backend(similarity_loss="cpu"):
             assert backends.forced() == "reference,similarity_loss=cpu"
             assert (
-                backends.select("parallel_mlp_fwd", CPU, torch.float32, backends.forced())[0]
+                backends.select("parallel_mlp_fwd", CPU, torch.float32, backends.forced()).name
                 == "reference"
             )
             assert (
-                backends.select("similarity_sigmoid", CPU, torch.float32, backends.forced())[0]
+                backends.select("similarity_sigmoid", CPU, torch.float32, backends.forced()).name
                 == "cpu"
             )
     assert backends.forced() == ""
@@ -62,7 +62,7 @@ def test_a_backend_forced_for_all_ops_spares_parts_that_lack_it():
     facts = backends.Facts(length=4, width=64)
     for spec, part, expected in (("triton", True, "cpu"), ("reference", True, "reference")):
         assert (
-            backends.select("shaped_attention_fwd", CPU, torch.float32, spec, facts, part=part)[0]
+            backends.select("shaped_attention_fwd", CPU, torch.float32, spec, facts, part=part).name
             == expected
         )
     with pytest.raises(
@@ -87,9 +87,8 @@ def test_backward_keeps_the_backend_of_forward(monkeypatch):
     selected, select = [], backends.select
 
     def recorded(op, *args, **options):
-        name, function = select(op, *args, **options)
-        selected.append((op, name))
-        return name, function
+        selected.append((op, select(op, *args, **options).name))
+        return select(op, *args, **options)
 
     monkeypatch.setattr(backends, "select", recorded)
     monkeypatch.setattr(registry, "_selected", {})
@@ -179,7 +178,7 @@ def test_report_is_json_and_names_a_backend_for_every_op():
         for entry in devices.values():
             assert entry["backend"] in backends.TABLE[name.removesuffix(", long")]
             assert all(entry["others"].values())
-            assert set(entry["others"]) == set(backends.NAMES) - {entry["backend"]}
+            assert set(entry["others"]) == set(backends.names()) - {entry["backend"]}
     text = render(report, why=True)
     assert all(f"{op}, {device}: " in text for op in report["ops"] for device in ("cpu", "cuda"))
     few = render(report)
@@ -244,10 +243,10 @@ def test_a_device_without_a_binary_gets_the_next_backend(monkeypatch):
         monkeypatch.setattr(
             backends, "_has_binary", lambda index, has_binary=has_binary: has_binary
         )
-        chosen, _ = backends.select(
+        chosen = backends.select(
             "shaped_attention_fwd", CUDA, torch.bfloat16, facts=backends.Facts(length=77, width=64)
         )
-        assert (chosen == "cuda") == has_binary
+        assert (chosen.name == "cuda") == has_binary
     reason = backends.why_not("shaped_attention_bwd", "cuda", CUDA, torch.bfloat16)
     assert (
         reason == "was built for 8.6, the device has compute capability 9.0: rebuild with "
@@ -264,5 +263,5 @@ def test_triton_asks_for_a_capability_that_the_kernels_were_compiled_for(
 ):
     monkeypatch.setattr(backends, "capability", lambda device: capability)
     monkeypatch.setattr(backends, "installed", lambda package: True)
-    chosen, _ = backends.select("similarity_loss_fwd", CUDA, torch.bfloat16)
-    assert chosen == ("triton" if serves else "reference")
+    chosen = backends.select("similarity_loss_fwd", CUDA, torch.bfloat16)
+    assert chosen.name == ("triton" if serves else "reference")

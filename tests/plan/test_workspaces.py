@@ -16,6 +16,7 @@ from simplclip.calls.attention import AttentionCall, AttentionInto
 from simplclip.calls.fields import flat, schema_of
 from simplclip.calls.mlp import HiddenGradient
 from simplclip.ops import backends, registry
+from simplclip.ops.mlp.cpu import CpuMlp
 from simplclip.plan.actual import cpu_peak_bytes
 from simplclip.plan.count import UncountedOp, workspace_bytes
 from simplclip.selftest.calls import MLP, block_call
@@ -67,10 +68,8 @@ def compared(dtype):
         stack.enter_context(mock.patch.dict(registry._selected, clear=True))
         for name, row in backends.TABLE.items():
             if "cpu" in row:
-                patched = backends.Implementation(
-                    partial(compare, name, row["cpu"].function), row["cpu"].why_not
-                )
-                stack.enter_context(mock.patch.dict(row, cpu=patched))
+                patched = staticmethod(partial(compare, name, getattr(row["cpu"], name)))
+                stack.enter_context(mock.patch.object(row["cpu"], name, patched))
         yield called
 
 
@@ -114,7 +113,7 @@ def test_other_ops_on_cpu(dtype):
         for call, frozen in calls:
             forward_and_backward(call, call.typed(dtype), frozen)
         nothing = [torch.empty(shape, dtype=dtype) for shape in ((0, 24), (0, 256), (24, 256))]
-        backends.TABLE["parallel_mlp_bwd"]["cpu"].function(HiddenGradient(*nothing, "gelu", True))
+        CpuMlp.parallel_mlp_bwd(HiddenGradient(*nothing, "gelu", True))
     # A block runs the functions of shaped_attention and, adding to the result, those of
     # parallel_mlp.
     count = Bag(called)

@@ -1,5 +1,4 @@
-"""Forward and backward of torch's scaled_dot_product_attention, as an attention for
-with_library_attention.py.
+"""Forward and backward of torch's scaled_dot_product_attention, as a library's.
 
 On a GPU the kernels behind it are called: FlashAttention for half types, else the memory-efficient
 kernel. Both get sequences of several lengths as segments of one sequence: the valid tokens of each,
@@ -15,6 +14,8 @@ from torch import Tensor
 
 from simplclip.calls.attention import AttentionCall, AttentionInto
 from simplclip.ops import backends
+from simplclip.ops.attention.library import LibraryAttention
+from simplclip.ops.backends import Facts
 
 aten = torch.ops.aten
 ROW_BYTES = 16  # heads begin at multiples of 16 bytes, and their width is a multiple of 16 bytes
@@ -31,24 +32,6 @@ def kernel(q: Tensor) -> str:
     if before_ampere or q.itemsize != 2 or q.shape[3] > 256:
         return "efficient"
     return "flash"
-
-
-def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Returns A v [B, L, H, K], A = softmax(q kᵀ scale), and log-sum-exps [B, H, L] of q kᵀ scale.
-
-    It honours the call's `causal` and `lengths`; both results are arbitrary at padded tokens. The
-    call's `gains` are not used.
-    """
-    return _FORWARD[kernel(call.q)](call)
-
-
-def attention_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients dq, dk and dv = Aᵀ grad of ordinary attention A v, [B, L, H, K] each.
-
-    A = softmax(q kᵀ scale). The gains are not used, call.av is needed, and the call's dq, dk and dv
-    are not written. Values at padded tokens are arbitrary.
-    """
-    return _BACKWARD[kernel(call.q)](call)
 
 
 def aligned(*tensors: Tensor) -> list[Tensor]:
@@ -84,7 +67,7 @@ def _segments(call: AttentionCall) -> Tensor:  # [2 B + 1] int32
 def _flash(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Returns A v [B, L, H, K], A = softmax(q kᵀ scale), and its log-sum-exps [B, H, L].
 
-    By FlashAttention, see `attention`.
+    By FlashAttention, see LibraryAttention.
     """
     batch, length, heads, width = call.q.shape
     tensors = aligned(call.q, call.k, call.v)
@@ -105,7 +88,7 @@ def _flash_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
     """Returns new dq, dk and dv = Aᵀ grad of ordinary attention A v, [B, L, H, K] each.
 
     A = softmax(q kᵀ scale), within the call's `causal` and `lengths`; from forward's `lse` and
-    `av`. By FlashAttention, see `attention_backward`.
+    `av`. By FlashAttention, see LibraryAttention.
     """
     length = call.q.shape[1]
     width = call.q.shape[3]
@@ -129,7 +112,7 @@ def _flash_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
 def _efficient(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Returns A v [B, L, H, K], A = softmax(q kᵀ scale), and its log-sum-exps [B, H, L].
 
-    By the memory-efficient kernel, see `attention`.
+    By the memory-efficient kernel, see LibraryAttention.
     """
     length = call.q.shape[1]
     width = call.q.shape[3]
@@ -154,7 +137,7 @@ def _efficient_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
     """Returns new dq, dk and dv = Aᵀ grad of ordinary attention A v, [B, L, H, K] each.
 
     A = softmax(q kᵀ scale), within the call's `causal` and `lengths`; from forward's `lse` and
-    `av`. By the memory-efficient kernel, see `attention_backward`.
+    `av`. By the memory-efficient kernel, see LibraryAttention.
     """
     length = call.q.shape[1]
     width = call.q.shape[3]
@@ -183,7 +166,7 @@ def _efficient_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
 def _on_cpu(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Returns A v [B, L, H, K], A = softmax(q kᵀ scale), and its log-sum-exps [B, H, L].
 
-    By torch's kernel for the CPU, see `attention`.
+    By torch's kernel for the CPU, see LibraryAttention.
     """
     tensors, mask = _heads_and_mask(call, call.q, call.k, call.v)
     av, lse = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -196,7 +179,7 @@ def _on_cpu_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
     """Returns new dq, dk and dv = Aᵀ grad of ordinary attention A v, [B, L, H, K] each.
 
     A = softmax(q kᵀ scale), within the call's `causal` and `lengths`; from forward's `lse` and
-    `av`. By torch's kernel for the CPU, see `attention_backward`.
+    `av`. By torch's kernel for the CPU, see LibraryAttention.
     """
     tensors, mask = _heads_and_mask(call, call.grad, call.q, call.k, call.v, call.av)
     gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -224,3 +207,26 @@ def _heads_and_mask(call: AttentionCall, *tensors: Tensor) -> tuple[list[Tensor]
 
 _FORWARD = {"cpu": _on_cpu, "flash": _flash, "efficient": _efficient}
 _BACKWARD = {"cpu": _on_cpu_backward, "flash": _flash_backward, "efficient": _efficient_backward}
+
+
+class SdpaAttention(LibraryAttention):
+    """Backend "sdpa"."""
+
+    name = "sdpa"
+
+    @staticmethod
+    def why_not(device: torch.device, dtype: torch.dtype, facts: Facts) -> str | None:
+        """Returns why torch's kernels cannot run a call; None if they can."""
+        if device.type not in ("cuda", "cpu"):
+            return f"serves cuda and cpu tensors, not {device.type}"
+        return backends.why_not_kernels(device.type, device, dtype)
+
+    @staticmethod
+    def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """Returns A v and the log-sum-exps, see LibraryAttention."""
+        return _FORWARD[kernel(call.q)](call)
+
+    @staticmethod
+    def attention_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns dq, dk and dv of ordinary attention, see LibraryAttention."""
+        return _BACKWARD[kernel(call.q)](call)

@@ -1,44 +1,57 @@
-"""memory_efficient_attention of the package xformers as an attention for
-with_library_attention.py; xformers picks its kernel itself."""
+"""memory_efficient_attention of the package xformers, which picks its kernel itself."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from simplclip.calls.attention import AttentionCall, AttentionInto
+from simplclip.ops import backends
+from simplclip.ops.attention.library import LibraryAttention
 from simplclip.ops.attention.sdpa import aligned
+from simplclip.ops.backends import Facts
 
 
-def _options(call: AttentionCall) -> dict:
+def _options(call: AttentionCall) -> dict[str, Any]:
     """Returns xformers' keyword arguments: attn_bias (a causal mask or None) and scale."""
     from xformers.ops import LowerTriangularMask
 
     return {"attn_bias": LowerTriangularMask() if call.causal else None, "scale": call.scale}
 
 
-def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Returns A v [B, L, H, K] and the log-sum-exps [B, H, L] of A = softmax(q kᵀ scale).
+class XformersAttention(LibraryAttention):
+    """Backend "xformers"."""
 
-    It honours `causal`; the call must have no `lengths`. The gains are not used. Imports xformers.
-    """
-    from xformers.ops import fmha
+    name = "xformers"
 
-    q, k, v = aligned(call.q, call.k, call.v)
-    av, lse = fmha.memory_efficient_attention_forward_requires_grad(q, k, v, **_options(call))
-    length, width = call.q.shape[1::2]
-    return av[..., :width], lse[:, :, :length].contiguous()  # some kernels pad the log-sum-exps
+    @staticmethod
+    def why_not(device: torch.device, dtype: torch.dtype, facts: Facts) -> str | None:
+        """Returns why xformers cannot run a call; None if it can."""
+        if not backends.installed("xformers"):
+            return "the package xformers is not installed"
+        if facts.lengths:
+            return "takes lengths only as a list on the host"
+        return backends.why_not_kernels("cuda", device, dtype)
 
+    @staticmethod
+    def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """Returns A v and the log-sum-exps, see LibraryAttention; the call has no `lengths`."""
+        from xformers.ops import fmha
 
-def attention_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients dq, dk and dv = Aᵀ grad of ordinary attention A v, [B, L, H, K] each.
+        q, k, v = aligned(call.q, call.k, call.v)
+        av, lse = fmha.memory_efficient_attention_forward_requires_grad(q, k, v, **_options(call))
+        length, width = call.q.shape[1::2]
+        return av[..., :width], lse[:, :, :length].contiguous()  # some kernels pad the log-sum-exps
 
-    A = softmax(q kᵀ scale). The gains are not used, call.av is needed, and the call's dq, dk and dv
-    are not written. Imports xformers.
-    """
-    from xformers.ops import fmha
+    @staticmethod
+    def attention_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns dq, dk and dv of ordinary attention, see LibraryAttention."""
+        from xformers.ops import fmha
 
-    grad, av, *inputs = aligned(call.grad, call.av, call.q, call.k, call.v)
-    gradients = fmha.memory_efficient_attention_backward(
-        grad, av, call.lse, *inputs, **_options(call)
-    )
-    return tuple(t[..., : call.q.shape[3]] for t in gradients)
+        grad, av, *inputs = aligned(call.grad, call.av, call.q, call.k, call.v)
+        gradients = fmha.memory_efficient_attention_backward(
+            grad, av, call.lse, *inputs, **_options(call)
+        )
+        return tuple(t[..., : call.q.shape[3]] for t in gradients)

@@ -6,7 +6,6 @@ A standard block saves 16C.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +117,7 @@ def _add_mlp(function: Callable, call: BlockCall, n: Tensor, out: Tensor) -> Ten
     return h
 
 
-def _fwd_fake(call: BlockCall, spec: str) -> tuple[Tensor, ...]:
+def _fwd_empty(call: BlockCall, spec: str) -> tuple[Tensor, ...]:
     """Returns uninitialised results of the op: out, [q|k], h, the log-sum-exps and A v.
 
     Shapes: see BlockCall and BlockGradient. spec: the forced backends, see backends.forced; the
@@ -245,7 +244,7 @@ def _attention_bwd(
     return dqk, dv, function(gradient)
 
 
-def _bwd_fake(call: BlockGradient, spec: str) -> tuple[Tensor, ...]:
+def _bwd_empty(call: BlockGradient, spec: str) -> tuple[Tensor, ...]:
     """Returns uninitialised gradients in the order of Needed, empty where not needed."""
     results = []
     for name, needed in zip(Needed._fields, call.need):
@@ -256,26 +255,31 @@ def _bwd_fake(call: BlockGradient, spec: str) -> tuple[Tensor, ...]:
 
 _GRADIENTS = f"({', '.join(['Tensor'] * len(Needed._fields))})"
 FORWARD = define(
-    "simplified_block_fwd", BlockCall, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _fwd, _fwd_fake
+    "simplified_block_fwd", BlockCall, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _fwd, _fwd_empty
 )
-BACKWARD = define("simplified_block_bwd", BlockGradient, _GRADIENTS, _bwd, _bwd_fake)
+BACKWARD = define("simplified_block_bwd", BlockGradient, _GRADIENTS, _bwd, _bwd_empty)
+
+
+def _save(tensors: Sequence[Tensor], results: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Returns what backward reads: the call's tensors, [q|k], h, the log-sum-exps and A v."""
+    _, *kept = results
+    return *tensors, *kept
 
 
 def _gradient(
-    call: BlockCall,
-    results: Sequence[Tensor],
-    grads: Sequence[Any],
+    saved: Sequence[Tensor],
+    options: Sequence,
+    grads: Sequence[Tensor],
     needed: Sequence[bool],
     spec: str,
 ) -> dict[str, Tensor]:
-    """Returns gradients of the block's tensors by name; the `backward` of register_gradient.
+    """Returns gradients of the call's tensors by name; see register_gradient.
 
-    results: [q|k], h, the log-sum-exps and A v of forward; h is overwritten, or a copy of it where
-    backward may run again. grads: the gradient of out. needed: for each tensor of BlockCall; a
-    gradient that is not needed is empty. spec: the backends that were forced in forward.
+    One that is not needed is empty. h is overwritten, or a copy of it where backward may run again.
     """
-    qk, h, lse, av = results
+    *tensors, qk, h, lse, av = saved
     (grad,) = grads
+    call = FORWARD.call_type(*tensors, *options)
     gradient = BlockGradient(
         **vars(call),
         grad=grad,
@@ -288,7 +292,7 @@ def _gradient(
     return dict(zip(Needed._fields, registry.call(BACKWARD, gradient, spec)))
 
 
-register_gradient(FORWARD, _gradient)
+register_gradient(FORWARD, _save, _gradient)
 
 
 def simplified_block(
@@ -340,10 +344,10 @@ def simplified_block(
             again.
 
     Saved for backward: x, [q|k] [T, 2C], h [T, F] and the log-sum-exps [B, H, L]: 7C elements per
-    token with F = 4C (C with `recompute`), where a standard block keeps 16C; C more if backend
-    "sdpa" or "xformers" computes the attention. Norm and activation are computed again. Backward
-    overwrites h with its gradient (with retain_graph=True a copy of h). Gradients of frozen tensors
-    are not computed. On one machine, the same call has the same bits each time (see
+    token with F = 4C (C with `recompute`), where a standard block keeps 16C; C more if a backend
+    around another library's attention runs, as "sdpa". Norm and activation are computed again.
+    Backward overwrites h with its gradient (with retain_graph=True a copy of h). Gradients of
+    frozen tensors are not computed. On one machine, the same call has the same bits each time (see
     `shaped_attention`); on a CPU, with the same number of threads. Only first derivatives in
     reverse mode are supported.
 

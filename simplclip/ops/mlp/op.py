@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.calls.mlp import HiddenCall, HiddenGradient, MlpCall, MlpGradient
-from simplclip.ops import backends, checks, registry
-from simplclip.ops.mlp import reference
-from simplclip.ops.mlp.reference import ACTIVATIONS
+from simplclip.ops import checks, registry
+from simplclip.ops.mlp.cpu import CpuMlp
+from simplclip.ops.mlp.reference import ACTIVATIONS, ReferenceMlp
+from simplclip.ops.mlp.triton import TritonMlp
 from simplclip.ops.modes import autocast, wants_grad
 from simplclip.ops.registry import define, register_gradient
 
+# The backends of parallel_mlp, in the order in which they are tried.
+BACKENDS = (TritonMlp, CpuMlp, ReferenceMlp)
 WEIGHTS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 HIDDEN_BYTES = 16 << 20  # of a chunk of the hidden layer, if forward does not keep it
 
@@ -81,7 +83,7 @@ def _fwd(function: Callable, call: MlpCall) -> tuple[Tensor, Tensor]:
     return out, h
 
 
-def _fwd_fake(call: MlpCall, spec: str) -> tuple[Tensor, Tensor]:
+def _fwd_empty(call: MlpCall, spec: str) -> tuple[Tensor, Tensor]:
     """Returns uninitialised out [T, C_out], and h [T, F], or [0, F] unless call.keep."""
     rows = call.x.shape[0]
     out = call.x.new_empty(rows, call.fc2_weight.shape[0])
@@ -113,7 +115,7 @@ def _bwd(function: Callable, call: MlpGradient) -> tuple[Tensor, ...]:
     return d_x, d_fc1_weight, d_fc1_bias, d_fc2_weight, d_fc2_bias
 
 
-def _bwd_fake(call: MlpGradient, spec: str) -> tuple[Tensor, ...]:
+def _bwd_empty(call: MlpGradient, spec: str) -> tuple[Tensor, ...]:
     """Returns uninitialised gradients of x and both layers' weight and bias, [0] if not needed."""
     c, f = call.fc2_weight.shape
     shapes = (call.x.shape, call.fc1_weight.shape, (f,), (c, f), (c,))
@@ -122,46 +124,46 @@ def _bwd_fake(call: MlpGradient, spec: str) -> tuple[Tensor, ...]:
     )
 
 
-def _hidden_bwd_fake(call: HiddenGradient) -> Tensor:
-    """Returns an uninitialised gradient of the weight, [C, F], or [0, F] if not needed."""
-    rows, hidden = call.weight.shape
-    return call.weight.new_empty(rows if call.need_weight else 0, hidden)
-
-
 FORWARD = define(
-    "parallel_mlp_fwd", MlpCall, "(Tensor, Tensor)", _fwd, _fwd_fake,
-    row=backends.row(reference.parallel_mlp_fwd, HiddenCall, module="mlp.launch"),
-    native=(HiddenCall, "()"), native_fake=lambda call: None,
-)  # fmt: skip
+    "parallel_mlp_fwd", MlpCall, "(Tensor, Tensor)", _fwd, _fwd_empty, served_by=BACKENDS
+)
 BACKWARD = define(
-    "parallel_mlp_bwd", MlpGradient, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _bwd, _bwd_fake,
-    row=backends.row(reference.parallel_mlp_bwd, HiddenGradient, module="mlp.launch"),
-    native=(HiddenGradient, "Tensor"), native_fake=_hidden_bwd_fake,
-)  # fmt: skip
+    "parallel_mlp_bwd",
+    MlpGradient,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _bwd,
+    _bwd_empty,
+    served_by=BACKENDS,
+)
+
+
+def _save(tensors: Sequence[Tensor], results: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Returns what backward reads: the call's tensors and h."""
+    _, h = results
+    return *tensors, h
 
 
 def _gradient(
-    call: MlpCall,
-    results: Sequence[Tensor],
-    grads: Sequence[Any],
+    saved: Sequence[Tensor],
+    options: Sequence,
+    grads: Sequence[Tensor],
     needed: Sequence[bool],
     spec: str,
 ) -> dict[str, Tensor]:
-    """Returns the gradients of the MLP's tensors by name; the `backward` of register_gradient.
+    """Returns the gradients of the call's tensors by name; see register_gradient.
 
-    results: h of forward, which is overwritten, or a copy of it where backward may run again.
-    grads: the gradient of out. needed: for each of x, fc1_weight, fc1_bias, fc2_weight, fc2_bias; a
-    gradient that is not needed is empty. spec: the backends that were forced in forward.
+    One that is not needed is empty. h is overwritten, or a copy of it where backward may run again.
     """
-    (h,) = results
+    *tensors, h = saved
     (grad,) = grads
+    call = FORWARD.call_type(*tensors, *options)
     gradient = MlpGradient(
         grad, to_overwrite(h), call.x, call.fc1_weight, call.fc2_weight, call.act, list(needed)
     )
     return dict(zip(FORWARD.names, registry.call(BACKWARD, gradient, spec)))
 
 
-register_gradient(FORWARD, _gradient)
+register_gradient(FORWARD, _save, _gradient)
 
 
 def parallel_mlp(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.calls.mlp import HiddenCall, HiddenGradient
+from simplclip.ops.backends import Reference
 
 aten = torch.ops.aten
 
@@ -37,23 +38,33 @@ _BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def parallel_mlp_fwd(call: HiddenCall) -> None:
-    """Writes act(h) weightᵀ + bias to call.out [T, C], or adds it if call.accumulate."""
-    product = F.linear(ACTIVATIONS[call.act](call.h), call.weight, call.bias)
-    if call.accumulate:
-        call.out.add_(product)
-    else:
-        call.out.copy_(product)
+class ReferenceMlp(Reference):
+    """Backend "reference"."""
+
+    @staticmethod
+    def parallel_mlp_fwd(call: HiddenCall) -> None:
+        """Writes act(h) weightᵀ + bias to call.out [T, C], or adds it if call.accumulate."""
+        product = F.linear(ACTIVATIONS[call.act](call.h), call.weight, call.bias)
+        if call.accumulate:
+            call.out.add_(product)
+        else:
+            call.out.copy_(product)
+
+    @staticmethod
+    def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], or [0, F]
+        """Overwrites h by dh = (grad weight) ∘ act'(h); returns dweight = gradᵀ act(h)."""
+        grad = call.grad
+        h = call.h
+        weight = call.weight
+        if call.need_weight:
+            d_weight = grad.T @ ACTIVATIONS[call.act](h)
+        else:
+            d_weight = weight.new_empty(0, weight.shape[1])
+        h.copy_(_BACKWARD[call.act](grad @ weight, h))
+        return d_weight
 
 
-def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], or [0, F]
-    """Overwrites h by dh = (grad weight) ∘ act'(h); returns dweight = gradᵀ act(h)."""
-    grad = call.grad
-    h = call.h
-    weight = call.weight
-    if call.need_weight:
-        d_weight = grad.T @ ACTIVATIONS[call.act](h)
-    else:
-        d_weight = weight.new_empty(0, weight.shape[1])
-    h.copy_(_BACKWARD[call.act](grad @ weight, h))
-    return d_weight
+def empty_weight_gradient(call: HiddenGradient) -> Tensor:  # [C, F], or [0, F]
+    """Returns an uninitialised gradient of the weight, the result of a backend's backward."""
+    rows, hidden = call.weight.shape
+    return call.weight.new_empty(rows if call.need_weight else 0, hidden)

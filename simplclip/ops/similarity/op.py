@@ -2,171 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.calls.similarity import (
-    ColumnStat,
-    RowStat,
     SigmoidCall,
-    SigmoidRow,
     SimilarityCall,
-    SimilarityGradient,
 )
 from simplclip.ops import backends, checks, distributed, registry
 from simplclip.ops.modes import wants_grad
-from simplclip.ops.registry import define, register_gradient
-from simplclip.ops.similarity import inputs, reference
-from simplclip.ops.similarity.chunks import computes_in, stored_rows, sweep_rows
+from simplclip.ops.similarity import inputs
+from simplclip.ops.similarity.chunks import stored_rows, sweep_rows
+from simplclip.ops.similarity.sweeps import FORWARD, SIGMOID
 from simplclip.ops.similarity.terms import Options, Sigmoid, merge_columns, values
-
-FEATURES = ("image", "text", "teacher_image", "teacher_text")
-
-
-def _prepared(call: Any) -> Any:
-    """Returns the call with features cast to the dtype of the products, see chunks.computes_in."""
-    dtype = computes_in(call.image.dtype, call.image.device.type)
-    if call.image.dtype == dtype:
-        return call
-    features = {name: getattr(call, name, None) for name in FEATURES}
-    return replace(call, **{name: t.to(dtype) for name, t in features.items() if t is not None})
-
-
-def _fwd(function: Callable, call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns what the backend's function does: statistics of rows, of columns, stored products."""
-    return function(_prepared(call))
-
-
-def _fwd_fake(call: SimilarityCall, spec: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns uninitialised rows [6, N], columns [3, M] and stored products, as of `_fwd`."""
-    n = call.image.shape[0]
-    m = call.text.shape[0]
-    dtype = computes_in(call.image.dtype, call.image.device.type)
-    matrices = call.matrices if call.stored_rows else 0
-    rows = call.scale.new_empty(len(RowStat), n)
-    columns = call.scale.new_empty(len(ColumnStat), m)
-    return rows, columns, call.image.new_empty(matrices, call.stored_rows, m, dtype=dtype)
-
-
-def _bwd(function: Callable, call: SimilarityGradient) -> tuple[Tensor, ...]:
-    """Returns d_image, d_text in the features' dtype, d_scale [] and d_plane [2], by a backend."""
-    d_image, d_text, *others = function(_prepared(call))
-    return d_image.to(call.image.dtype), d_text.to(call.text.dtype), *others
-
-
-def _empty_gradients(
-    call: SimilarityGradient | SigmoidCall, dtype: torch.dtype
-) -> Iterator[Tensor]:
-    """Yields uninitialised gradients of image and text, without rows for one not needed."""
-    for features, needed in ((call.image, call.need_image), (call.text, call.need_text)):
-        rows, width = features.shape
-        yield features.new_empty(rows if needed else 0, width, dtype=dtype)
-
-
-def _bwd_fake(call: SimilarityGradient, spec: str) -> tuple[Tensor, ...]:
-    """Returns uninitialised d_image, d_text, d_scale and d_plane, as of `_bwd`."""
-    d_image, d_text = _empty_gradients(call, call.image.dtype)
-    return d_image, d_text, call.scale.new_empty(()), call.scale.new_empty(2)
-
-
-def _sigmoid(function: Callable, call: SigmoidCall) -> tuple[Tensor, ...]:
-    """Returns Σ MIX term [], the terms [K], d_image, d_text and d_sigmoids [2, K], by a backend."""
-    values, *gradients = function(_prepared(call))
-    return (values * call.sigmoids[SigmoidRow.MIX]).sum(), values, *gradients
-
-
-def _sigmoid_results(call: SigmoidCall) -> tuple[Tensor, ...]:
-    """Returns tensors like a backend's results: terms, d_image, d_text, d_sigmoids; uninitialised.
-
-    For float16, gradients are stored in float32, which does not lose entries of 1/N².
-    """
-    dtype = computes_in(call.image.dtype, call.image.device.type)
-    if dtype == torch.float16:
-        dtype = torch.float32
-    values = torch.empty_like(call.sigmoids[0])
-    d_image, d_text = _empty_gradients(call, dtype)
-    return values, d_image, d_text, torch.empty_like(call.sigmoids[: SigmoidRow.NEGATIVE])
-
-
-def _sigmoid_fake(call: SigmoidCall, spec: str) -> tuple[Tensor, ...]:
-    """Returns uninitialised results of `_sigmoid`: the sum [], the terms [K], gradients."""
-    return call.sigmoids.new_empty(()), *_sigmoid_results(call)
-
-
-FORWARD = define(
-    "similarity_loss_fwd",
-    SimilarityCall,
-    "(Tensor, Tensor, Tensor)",
-    _fwd,
-    _fwd_fake,
-    row=backends.row(reference.similarity_loss_fwd, SimilarityCall, module="similarity.launch"),
-)
-BACKWARD = define(
-    "similarity_loss_bwd",
-    SimilarityGradient,
-    "(Tensor, Tensor, Tensor, Tensor)",
-    _bwd,
-    _bwd_fake,
-    row=backends.row(reference.similarity_loss_bwd, SimilarityGradient, module="similarity.launch"),
-)
-SIGMOID = define(
-    "similarity_sigmoid",
-    SigmoidCall,
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _sigmoid,
-    _sigmoid_fake,
-    row=backends.row(reference.similarity_sigmoid, SigmoidCall, module="similarity.launch"),
-    native=(SigmoidCall, "(Tensor, Tensor, Tensor, Tensor)"),
-    native_fake=_sigmoid_results,
-)
-
-
-def _gradient(
-    call: SimilarityCall,
-    results: Sequence[Tensor],
-    grads: Sequence[Any],
-    needed: Sequence[bool],
-    spec: str,
-) -> dict[str, Tensor]:
-    """Returns gradients by name: image, text, scale, plane. grads: of rows, columns; None for 0."""
-    rows, columns, stored = results
-    grad_rows = torch.zeros_like(rows) if grads[0] is None else grads[0]
-    grad_columns = torch.zeros_like(columns) if grads[1] is None else grads[1]
-    gradient = SimilarityGradient(
-        **vars(call),
-        grad_rows=grad_rows,
-        grad_columns=grad_columns,
-        row_stats=rows,
-        column_stats=columns,
-        stored=stored,
-        need_image=needed[0],
-        need_text=needed[1],
-    )
-    d_image, d_text, d_scale, d_plane = registry.call(BACKWARD, gradient, spec)
-    return {"image": d_image, "text": d_text, "scale": d_scale, "plane": d_plane}
-
-
-def _sigmoid_gradient(
-    call: SigmoidCall,
-    results: Sequence[Tensor],
-    grads: Sequence[Any],
-    needed: Sequence[bool],
-    spec: str,
-) -> dict[str, Tensor]:
-    """Returns gradients by name, image, text, sigmoids: forward's, results[2:], times grads[0]."""
-    d_image, d_text, d_sigmoids = (result * grads[0] for result in results[2:])
-    # only weight and bias have gradients
-    constants = len(SigmoidRow) - d_sigmoids.shape[0]
-    return {"image": d_image, "text": d_text, "sigmoids": F.pad(d_sigmoids, (0, 0, 0, constants))}
-
-
-register_gradient(FORWARD, _gradient, differentiable=2, saved_results=0)
-register_gradient(SIGMOID, _sigmoid_gradient, saved_results=0, saves_tensors=False)
 
 
 def similarity_loss(

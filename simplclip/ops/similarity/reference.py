@@ -19,6 +19,8 @@ from simplclip.calls.similarity import (
     SimilarityCall,
     SimilarityGradient,
 )
+from simplclip.ops.backends import Reference
+from simplclip.ops.similarity.chunks import computes_in
 from simplclip.ops.similarity.terms import merge_columns
 
 
@@ -60,132 +62,177 @@ def _softmax(logits: Tensor, lse: Tensor) -> Tensor:
     return (logits - lse.masked_fill(lse == -torch.inf, 0)).exp_()
 
 
-def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns rows [6, N] RowStat, columns [3, M] ColumnStat, and memory for stored products.
+class ReferenceSimilarity(Reference):
+    """Backend "reference"."""
 
-    columns are 0 unless `columns`. The memory is not written: only the CPU's C++ kernels store
-    products, and backward computes them again.
-    """
-    dtype = accumulate_dtype(call.image.dtype)
+    @staticmethod
+    def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns rows [6, N] RowStat, columns [3, M] ColumnStat, and memory for stored products.
+
+        columns are 0 unless `columns`. The memory is not written: only the CPU's C++ kernels store
+        products, and backward computes them again.
+        """
+        dtype = accumulate_dtype(call.image.dtype)
+        n = call.image.shape[0]
+        m = call.text.shape[0]
+        text = call.text.to(dtype)
+        rows = call.image.new_zeros(len(RowStat), n, dtype=dtype)
+        columns = call.image.new_zeros(len(ColumnStat), m, dtype=dtype)
+        if call.columns:
+            columns[ColumnStat.LSE_STUDENT] = columns[ColumnStat.LSE_TEACHER] = -torch.inf
+        for chunk in _chunks(call):
+            part = rows[:, chunk.rows]
+            student = chunk.product(call.image, text)
+            part[RowStat.DIAGONAL_STUDENT] = chunk.positive(student)
+            if call.plane is not None:
+                unmatched = F.logsigmoid(
+                    torch.addcmul(call.plane[1], student, call.plane[0]).neg_()
+                )
+                part[RowStat.PAIR_MATCHING] = -chunk.fill(unmatched, 0).sum(1)
+            student = chunk.fill(student.mul_(call.scale), -torch.inf)
+            if call.has_teacher:
+                teacher = chunk.product(call.teacher_image, call.teacher_text.to(dtype))
+                part[RowStat.DIAGONAL_TEACHER] = chunk.positive(teacher)
+                teacher = chunk.fill(teacher.mul_(call.teacher_scale), -torch.inf)
+                gap = call.entropy * teacher.masked_fill(teacher == -torch.inf, 0) - student
+                chunk.fill(gap, 0)
+            chunk_columns = torch.zeros_like(columns)
+            directions: list[tuple[Tensor, type[RowStat | ColumnStat], int]] = [(part, RowStat, 1)]
+            if call.columns:
+                directions.append((chunk_columns, ColumnStat, 0))
+            for stats, stat, dim in directions:
+                stats[stat.LSE_STUDENT] = student.logsumexp(dim)
+                if call.has_teacher:
+                    lse = teacher.logsumexp(dim)
+                    stats[stat.LSE_TEACHER] = lse
+                    # Not e^(T - lse), which adds up to 1 + eps |lse|: the gaps are as large as the
+                    # logits.
+                    mean = (teacher.softmax(dim) * gap).sum(dim)
+                    stats[stat.MEAN] = mean.masked_fill(lse == -torch.inf, 0)
+            if call.columns:
+                columns = merge_columns(torch.stack([columns, chunk_columns]))
+        if not call.has_teacher:
+            columns[ColumnStat.LSE_TEACHER] = 0
+        matrices = call.matrices if call.stored_rows else 0
+        return rows, columns, call.image.new_empty(matrices, call.stored_rows, m)
+
+    @staticmethod
+    def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns d_image, d_text (without rows where not needed), d_scale [] and d_plane [2].
+
+        d_plane is 0 without a plane. Stored products are not used.
+        """
+        dtype = accumulate_dtype(call.image.dtype)
+        image, text = call.image.to(dtype), call.text.to(dtype)
+        d_image = image.new_empty(image.shape if call.need_image else (0, image.shape[1]))
+        d_text = text.new_zeros(text.shape if call.need_text else (0, text.shape[1]))
+        d_scale, d_plane = image.new_zeros(()), image.new_zeros(2)
+        for chunk in _chunks(call):
+            stats, grads = call.row_stats[:, chunk.rows, None], call.grad_rows[:, chunk.rows, None]
+            similarity = chunk.product(image, text)
+            student = chunk.fill(call.scale * similarity, -torch.inf)
+            g = _softmax(student, stats[RowStat.LSE_STUDENT]).mul_(grads[RowStat.LSE_STUDENT])
+            if call.columns:
+                lse = call.column_stats[ColumnStat.LSE_STUDENT]
+                grad = call.grad_columns[ColumnStat.LSE_STUDENT]
+                g.addcmul_(_softmax(student, lse), grad)
+            if call.has_teacher:
+                teacher = chunk.product(call.teacher_image, call.teacher_text.to(dtype))
+                teacher = chunk.fill(teacher.mul_(call.teacher_scale), -torch.inf)
+                g.addcmul_(
+                    _softmax(teacher, stats[RowStat.LSE_TEACHER]), grads[RowStat.MEAN], value=-1
+                )
+                if call.columns:
+                    lse = call.column_stats[ColumnStat.LSE_TEACHER]
+                    grad = call.grad_columns[ColumnStat.MEAN]
+                    g.addcmul_(_softmax(teacher, lse), grad, value=-1)
+            # by rows first, which rounds less than one long sum
+            d_scale += torch.linalg.vecdot(g, similarity).sum()
+            g.mul_(call.scale)
+            if call.plane is not None:
+                logits = torch.addcmul(call.plane[1], similarity, call.plane[0])
+                slope = chunk.fill(logits.sigmoid_(), 0)
+                slope.mul_(grads[RowStat.PAIR_MATCHING])
+                d_plane += torch.stack([torch.linalg.vecdot(slope, similarity).sum(), slope.sum()])
+                g.add_(slope.mul_(call.plane[0]))
+            g[chunk.indices, chunk.positives] = grads[RowStat.DIAGONAL_STUDENT, :, 0]
+            if call.need_image:
+                torch.mm(g, text, out=d_image[chunk.rows])
+            if call.need_text:
+                d_text.addmm_(g.T, image[chunk.rows])
+        return d_image.to(call.image.dtype), d_text.to(call.text.dtype), d_scale, d_plane
+
+    @staticmethod
+    def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns the terms [K], and the gradients of their sum weighted by MIX.
+
+        K: the number of terms. The gradients are d_image and d_text (without rows unless needed),
+        and d_sigmoids [2, K], those of WEIGHT and BIAS; without `gradient` they hold nothing.
+        """
+        dtype = accumulate_dtype(call.image.dtype)
+        image, text = call.image.to(dtype), call.text.to(dtype)
+        d_image = image.new_empty(image.shape if call.need_image else (0, image.shape[1]))
+        d_text = text.new_zeros(text.shape if call.need_text else (0, text.shape[1]))
+        terms = torch.zeros_like(call.sigmoids[0])
+        d_sigmoids = torch.zeros_like(call.sigmoids[: SigmoidRow.NEGATIVE])
+        for chunk in _chunks(call):
+            similarity = chunk.product(image, text)
+            g = torch.zeros_like(similarity) if call.gradient else None
+            for k, numbers in enumerate(call.sigmoids.T):
+                weight = numbers[SigmoidRow.WEIGHT]
+                negative = numbers[SigmoidRow.NEGATIVE]
+                positive = numbers[SigmoidRow.POSITIVE]
+                mix = numbers[SigmoidRow.MIX]
+                logits = torch.addcmul(numbers[SigmoidRow.BIAS], similarity, weight)
+                matched = chunk.positive(logits)
+                negative_sum = chunk.fill(F.logsigmoid(-logits), 0).sum()
+                positive_sum = (F.logsigmoid(matched) - 0 * matched).sum()
+                terms[k] -= negative * negative_sum + positive * positive_sum
+                if g is not None:
+                    slope = chunk.fill(logits.sigmoid_(), 0).mul_(negative * mix)
+                    slope[chunk.indices, chunk.positives] = -positive * mix * (-matched).sigmoid()
+                    d_sigmoids[SigmoidRow.WEIGHT, k] += torch.linalg.vecdot(slope, similarity).sum()
+                    d_sigmoids[SigmoidRow.BIAS, k] += slope.sum()
+                    g.add_(slope.mul_(weight))
+            if call.need_image:
+                torch.mm(g, text, out=d_image[chunk.rows])
+            if call.need_text:
+                d_text.addmm_(g.T, image[chunk.rows])
+        return terms, d_image.to(call.image.dtype), d_text.to(call.text.dtype), d_sigmoids
+
+
+def empty_statistics(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns uninitialised rows [6, N], columns [3, M] and stored products, as of forward."""
     n = call.image.shape[0]
     m = call.text.shape[0]
-    text = call.text.to(dtype)
-    rows = call.image.new_zeros(len(RowStat), n, dtype=dtype)
-    columns = call.image.new_zeros(len(ColumnStat), m, dtype=dtype)
-    if call.columns:
-        columns[ColumnStat.LSE_STUDENT] = columns[ColumnStat.LSE_TEACHER] = -torch.inf
-    for chunk in _chunks(call):
-        part = rows[:, chunk.rows]
-        student = chunk.product(call.image, text)
-        part[RowStat.DIAGONAL_STUDENT] = chunk.positive(student)
-        if call.plane is not None:
-            unmatched = F.logsigmoid(torch.addcmul(call.plane[1], student, call.plane[0]).neg_())
-            part[RowStat.PAIR_MATCHING] = -chunk.fill(unmatched, 0).sum(1)
-        student = chunk.fill(student.mul_(call.scale), -torch.inf)
-        if call.has_teacher:
-            teacher = chunk.product(call.teacher_image, call.teacher_text.to(dtype))
-            part[RowStat.DIAGONAL_TEACHER] = chunk.positive(teacher)
-            teacher = chunk.fill(teacher.mul_(call.teacher_scale), -torch.inf)
-            gap = call.entropy * teacher.masked_fill(teacher == -torch.inf, 0) - student
-            chunk.fill(gap, 0)
-        chunk_columns = torch.zeros_like(columns)
-        directions: list[tuple[Tensor, type[RowStat | ColumnStat], int]] = [(part, RowStat, 1)]
-        if call.columns:
-            directions.append((chunk_columns, ColumnStat, 0))
-        for stats, stat, dim in directions:
-            stats[stat.LSE_STUDENT] = student.logsumexp(dim)
-            if call.has_teacher:
-                lse = teacher.logsumexp(dim)
-                stats[stat.LSE_TEACHER] = lse
-                # Not e^(T - lse), which adds up to 1 + eps |lse|: the gaps are as large as the
-                # logits.
-                mean = (teacher.softmax(dim) * gap).sum(dim)
-                stats[stat.MEAN] = mean.masked_fill(lse == -torch.inf, 0)
-        if call.columns:
-            columns = merge_columns(torch.stack([columns, chunk_columns]))
-    if not call.has_teacher:
-        columns[ColumnStat.LSE_TEACHER] = 0
+    dtype = computes_in(call.image.dtype, call.image.device.type)
     matrices = call.matrices if call.stored_rows else 0
-    return rows, columns, call.image.new_empty(matrices, call.stored_rows, m)
+    rows = call.scale.new_empty(len(RowStat), n)
+    columns = call.scale.new_empty(len(ColumnStat), m)
+    return rows, columns, call.image.new_empty(matrices, call.stored_rows, m, dtype=dtype)
 
 
-def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns d_image, d_text (without rows where not needed), d_scale [] and d_plane [2].
+def _of_features(call: SimilarityGradient | SigmoidCall, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yields uninitialised gradients of image and text, without rows for one not needed."""
+    for features, needed in ((call.image, call.need_image), (call.text, call.need_text)):
+        rows, width = features.shape
+        yield features.new_empty(rows if needed else 0, width, dtype=dtype)
 
-    d_plane is 0 without a plane. Stored products are not used.
+
+def empty_gradients(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns uninitialised d_image, d_text, d_scale and d_plane, as of backward."""
+    d_image, d_text = _of_features(call, call.image.dtype)
+    return d_image, d_text, call.scale.new_empty(()), call.scale.new_empty(2)
+
+
+def empty_sigmoids(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns uninitialised terms, d_image, d_text and d_sigmoids, as of similarity_sigmoid.
+
+    For float16, gradients are stored in float32, which does not lose entries of 1/N².
     """
-    dtype = accumulate_dtype(call.image.dtype)
-    image, text = call.image.to(dtype), call.text.to(dtype)
-    d_image = image.new_empty(image.shape if call.need_image else (0, image.shape[1]))
-    d_text = text.new_zeros(text.shape if call.need_text else (0, text.shape[1]))
-    d_scale, d_plane = image.new_zeros(()), image.new_zeros(2)
-    for chunk in _chunks(call):
-        stats, grads = call.row_stats[:, chunk.rows, None], call.grad_rows[:, chunk.rows, None]
-        similarity = chunk.product(image, text)
-        student = chunk.fill(call.scale * similarity, -torch.inf)
-        g = _softmax(student, stats[RowStat.LSE_STUDENT]).mul_(grads[RowStat.LSE_STUDENT])
-        if call.columns:
-            lse = call.column_stats[ColumnStat.LSE_STUDENT]
-            grad = call.grad_columns[ColumnStat.LSE_STUDENT]
-            g.addcmul_(_softmax(student, lse), grad)
-        if call.has_teacher:
-            teacher = chunk.product(call.teacher_image, call.teacher_text.to(dtype))
-            teacher = chunk.fill(teacher.mul_(call.teacher_scale), -torch.inf)
-            g.addcmul_(_softmax(teacher, stats[RowStat.LSE_TEACHER]), grads[RowStat.MEAN], value=-1)
-            if call.columns:
-                lse = call.column_stats[ColumnStat.LSE_TEACHER]
-                grad = call.grad_columns[ColumnStat.MEAN]
-                g.addcmul_(_softmax(teacher, lse), grad, value=-1)
-        # by rows first, which rounds less than one long sum
-        d_scale += torch.linalg.vecdot(g, similarity).sum()
-        g.mul_(call.scale)
-        if call.plane is not None:
-            logits = torch.addcmul(call.plane[1], similarity, call.plane[0])
-            slope = chunk.fill(logits.sigmoid_(), 0)
-            slope.mul_(grads[RowStat.PAIR_MATCHING])
-            d_plane += torch.stack([torch.linalg.vecdot(slope, similarity).sum(), slope.sum()])
-            g.add_(slope.mul_(call.plane[0]))
-        g[chunk.indices, chunk.positives] = grads[RowStat.DIAGONAL_STUDENT, :, 0]
-        if call.need_image:
-            torch.mm(g, text, out=d_image[chunk.rows])
-        if call.need_text:
-            d_text.addmm_(g.T, image[chunk.rows])
-    return d_image.to(call.image.dtype), d_text.to(call.text.dtype), d_scale, d_plane
-
-
-def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the terms [K], and the gradients of their sum weighted by MIX.
-
-    K: the number of terms. The gradients are d_image and d_text (without rows unless needed), and
-    d_sigmoids [2, K], those of WEIGHT and BIAS; without `gradient` they hold nothing of use.
-    """
-    dtype = accumulate_dtype(call.image.dtype)
-    image, text = call.image.to(dtype), call.text.to(dtype)
-    d_image = image.new_empty(image.shape if call.need_image else (0, image.shape[1]))
-    d_text = text.new_zeros(text.shape if call.need_text else (0, text.shape[1]))
-    terms = torch.zeros_like(call.sigmoids[0])
-    d_sigmoids = torch.zeros_like(call.sigmoids[: SigmoidRow.NEGATIVE])
-    for chunk in _chunks(call):
-        similarity = chunk.product(image, text)
-        g = torch.zeros_like(similarity) if call.gradient else None
-        for k, numbers in enumerate(call.sigmoids.T):
-            weight = numbers[SigmoidRow.WEIGHT]
-            negative = numbers[SigmoidRow.NEGATIVE]
-            positive = numbers[SigmoidRow.POSITIVE]
-            mix = numbers[SigmoidRow.MIX]
-            logits = torch.addcmul(numbers[SigmoidRow.BIAS], similarity, weight)
-            matched = chunk.positive(logits)
-            negative_sum = chunk.fill(F.logsigmoid(-logits), 0).sum()
-            positive_sum = (F.logsigmoid(matched) - 0 * matched).sum()
-            terms[k] -= negative * negative_sum + positive * positive_sum
-            if g is not None:
-                slope = chunk.fill(logits.sigmoid_(), 0).mul_(negative * mix)
-                slope[chunk.indices, chunk.positives] = -positive * mix * (-matched).sigmoid()
-                d_sigmoids[SigmoidRow.WEIGHT, k] += torch.linalg.vecdot(slope, similarity).sum()
-                d_sigmoids[SigmoidRow.BIAS, k] += slope.sum()
-                g.add_(slope.mul_(weight))
-        if call.need_image:
-            torch.mm(g, text, out=d_image[chunk.rows])
-        if call.need_text:
-            d_text.addmm_(g.T, image[chunk.rows])
-    return terms, d_image.to(call.image.dtype), d_text.to(call.text.dtype), d_sigmoids
+    dtype = computes_in(call.image.dtype, call.image.device.type)
+    if dtype == torch.float16:
+        dtype = torch.float32
+    values = torch.empty_like(call.sigmoids[0])
+    d_image, d_text = _of_features(call, dtype)
+    return values, d_image, d_text, torch.empty_like(call.sigmoids[: SigmoidRow.NEGATIVE])

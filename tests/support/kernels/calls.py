@@ -14,7 +14,7 @@ import torch
 from packaging.version import Version
 
 from simplclip.calls.similarity import TERMS
-from simplclip.ops.attention import with_library_attention
+from simplclip.ops.attention import library
 from simplclip.selftest.calls import (
     Call,
     attention_call,
@@ -140,7 +140,7 @@ def kernels_alone(name: str) -> Iterator[None]:
     """
     plain = {"_write_terms": None, "_gradients_without_softmax": None}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.multiple(with_library_attention, **plain))
+        stack.enter_context(mock.patch.multiple(library, **plain))
         if "chunks" in name:
             # 64 rows at a time
             stack.enter_context(mock.patch("simplclip.kernels.mlp.launch.SCRATCH_BYTES", 0))

@@ -164,10 +164,12 @@ def _anywhere(device: object, dtype: object, facts: object) -> None:
 def card(sm: int, *, tf32: bool, variant: Variant | None = None) -> Iterator[Card]:
     """Context in which the backend "cuda" runs on a machine; see ptx.card."""
     with ptx.card(sm, tf32=tf32, variant=variant) as machine, contextlib.ExitStack() as stack:
-        for op, function in (
-            ("shaped_attention_fwd", _forward),
-            ("shaped_attention_bwd", _backward),
-        ):
-            served = backends.Implementation(functools.partial(function, machine), _anywhere)
-            stack.enter_context(mock.patch.dict(backends.TABLE[op], cuda=served))
+
+        class Served(backends.Reference):
+            name = "cuda"
+            shaped_attention_fwd = staticmethod(functools.partial(_forward, machine))
+            shaped_attention_bwd = staticmethod(functools.partial(_backward, machine))
+
+        for op in ("shaped_attention_fwd", "shaped_attention_bwd"):
+            stack.enter_context(mock.patch.dict(backends.TABLE[op], cuda=Served))
         yield machine

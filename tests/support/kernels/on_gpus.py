@@ -27,6 +27,7 @@ from simplclip.calls.similarity import TERMS
 from simplclip.kernels.runtime import architecture_and_processors
 from simplclip.ops import backends, registry
 from simplclip.ops.attention import sdpa
+from simplclip.ops.attention.cuda import CudaAttention
 from simplclip.selftest.calls import (
     ATTENTION,
     Call,
@@ -72,7 +73,7 @@ def backward_of(
     tensors = {name: t.to(device) for name, t in call.typed(torch.bfloat16).items()}
     q, k, v, *gains = (tensors[name] for name in ATTENTION)
     forward = AttentionCall(q, k, v, torch.stack(gains), tensors["lengths"].int(), 0.3, False)
-    out, lse = backends.TABLE["shaped_attention_fwd"]["cuda"].function(forward)
+    out, lse = CudaAttention.shaped_attention_fwd(forward)
     assert lse.shape == (len(lengths), 2, 18)
     gradients = {f"d{name}": layout(torch.zeros_like(q)) for name in "qkv"}
     return AttentionInto(**vars(forward), grad=out, lse=lse, av=out[:0], **gradients)
@@ -80,7 +81,7 @@ def backward_of(
 
 def gradients_into_views(device: Device) -> None:
     """Checks that backward writes gradients of any layout, and nothing between their elements."""
-    backward = backends.TABLE["shaped_attention_bwd"]["cuda"].function
+    backward = CudaAttention.shaped_attention_bwd
     expected = backward_of(device, [18, 7], torch.clone)
     d_gains = backward(expected)
     several = (layouts.rows_apart, layouts.odd_rows, layouts.padded_rows, layouts.every_second)
@@ -96,7 +97,7 @@ def gradients_into_views(device: Device) -> None:
 
 def no_sequences(device: Device) -> None:
     call = backward_of(device, [], torch.clone)
-    d_gains = backends.TABLE["shaped_attention_bwd"]["cuda"].function(call)
+    d_gains = CudaAttention.shaped_attention_bwd(call)
     assert torch.equal(d_gains, torch.zeros_like(call.gains))
 
 
@@ -105,7 +106,7 @@ def on_both_devices(device: Device) -> None:
     call = backward_of(device, [18, 7], torch.clone)
     elsewhere = replace(call, lengths=call.lengths.to(f"cuda:{1 - device.index}"))
     with pytest.raises(RuntimeError, match="the launch failed: unspecified launch failure"):
-        backends.TABLE["shaped_attention_bwd"]["cuda"].function(elsewhere)
+        CudaAttention.shaped_attention_bwd(elsewhere)
 
 
 def architecture(device: Device) -> None:
@@ -163,12 +164,10 @@ def with_other_device(function: Callable) -> Callable:
 @contextlib.contextmanager
 def other_device_is_current() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for functions in backends.TABLE.values():
-            changed = {
-                name: replace(each, function=with_other_device(each.function))
-                for name, each in functions.items()
-            }
-            stack.enter_context(mock.patch.dict(functions, changed))
+        for op, row in backends.TABLE.items():
+            for backend in row.values():
+                changed = staticmethod(with_other_device(getattr(backend, op)))
+                stack.enter_context(mock.patch.object(backend, op, changed))
         stack.enter_context(mock.patch.dict(registry._selected, clear=True))
         yield
 

@@ -1,42 +1,27 @@
 """shaped_attention with the softmax attention of another library, whose result A v is kept.
 
-A library has two functions. Forward maps a call to A v [B, L, H, K] and the log-sum-exps [B, H,
-L]. Backward maps a call with A v and the incoming gradient dO to the gradients of ordinary
-attention: dq, dk and Aᵀ dO. All three are linear in dO, so that each is multiplied by the head's
-beta afterwards. The other terms are computed in the dtype of sums, by Triton kernels where these
-run, elsewhere by plain torch.
+All gradients of ordinary attention are linear in the incoming gradient dO, so that each is
+multiplied by the head's beta afterwards. The other terms are computed in the dtype of sums, by
+Triton kernels where these run, elsewhere by plain torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from simplclip.calls.attention import AttentionCall, AttentionInto
-from simplclip.ops import backends
+from simplclip.ops.backends import Backend, Triton
 
 Call = TypeVar("Call", bound=AttentionCall)
 
 
-class Library(NamedTuple):
-    """Another library's softmax attention: forward, backward, and its backend's predicate.
-
-    forward: maps a call to A v and the log-sum-exps. backward: maps a call to dq, dk and dv of
-    ordinary attention. why_not(device, dtype, facts): why it cannot run a call, or None if it can.
-    """
-
-    forward: Callable[[AttentionCall], tuple[Tensor, Tensor]]
-    backward: Callable[[AttentionInto], tuple[Tensor, Tensor, Tensor]]
-    why_not: Callable[..., str | None]
-
-
 def _on_triton(call: AttentionCall) -> bool:
     """Whether the Triton kernels of kernels/attention compute all but the softmax attention."""
-    return backends.triton_on_cuda(call.q.device, call.q.dtype) is None
+    return Triton.why_not(call.q.device, call.q.dtype) is None
 
 
 def _padding_mask(call: AttentionCall) -> Tensor | None:  # [B, L, 1, 1]
@@ -131,63 +116,93 @@ def _gradients_without_softmax(call: AttentionInto) -> Tensor:  # [3, H]
     return torch.stack([d_alpha, d_beta, -d_gamma])
 
 
-def shaped_attention_fwd(library: Library, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns out and A v [B, L, H, K], as first and last, and the log-sum-exps [B, H, L].
+class LibraryAttention(Backend):
+    """Shaped attention around the softmax attention of another library.
 
-    A = softmax(q kᵀ scale). out and the log-sum-exps are 0 at padded tokens, where A v may hold
-    anything. Scratch of plain torch: C v, the means over the visible keys, in the dtype of sums, of
-    the size of v if causal.
+    Its forward also returns A v [B, L, H, K], which the op keeps for backward.
     """
-    out = call.q.new_empty(call.q.shape)
-    padding = _padding_mask(call)
-    if not call.q.numel():
-        batch, length, heads, _ = call.q.shape
-        return out, call.gains.new_empty(batch, heads, length), torch.empty_like(out)
-    av, lse = library.forward(_with_positive_scale(call)[0])
-    if padding is not None:
-        lse = lse.masked_fill(padding[:, None, :, 0, 0], 0)
-    if _on_triton(call):
-        backends.kernel("attention.launch", "shaped_attention_terms")(call, av, out)
-        return out, lse.contiguous(), av.contiguous()
-    if padding is not None:
-        av = av.masked_fill(padding, 0)
-        call = replace(call, v=call.v.masked_fill(padding, 0))
-    _write_terms(call, av, out)
-    if padding is not None:
-        out.masked_fill_(padding, 0)
-    return out, lse.contiguous(), av.contiguous()
 
+    @staticmethod
+    def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """Returns A v [B, L, H, K], A = softmax(q kᵀ scale), and log-sum-exps [B, H, L] of q kᵀ
+        scale.
 
-def shaped_attention_bwd(library: Library, call: AttentionInto) -> Tensor:  # [3, H]
-    """Overwrites call.dq, call.dk and call.dv; returns the gradients of alpha, beta and gamma.
+        It honours the call's `causal` and `lengths`; both results are arbitrary at padded tokens.
+        The call's `gains` are not used.
+        """
+        raise NotImplementedError
 
-    With dO = call.grad, the softmax attention A and the uniform attention C: dv = alpha dO + beta
-    Aᵀ dO − gamma Cᵀ dO; dalpha = Σ dO v, dbeta = Σ dO A v, dgamma = −Σ v Cᵀ dO. If call.av is
-    empty, forward runs again. Scratch: the three results of the library's backward.
-    """
-    if not call.q.numel():
-        return torch.zeros_like(call.gains)
-    on_triton = _on_triton(call)
-    padding = None if on_triton else _padding_mask(call)
-    if padding is not None:
-        v = call.v.masked_fill(padding, 0)
-        call = replace(call, v=v, grad=call.grad.masked_fill(padding, 0))
-    call, sign = _with_positive_scale(call)
-    if not call.av.numel():  # forward did not keep A v
-        av, lse = library.forward(call)
+    @staticmethod
+    def attention_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the gradients dq, dk and dv = Aᵀ grad of ordinary attention A v, [B, L, H, K].
+
+        A = softmax(q kᵀ scale). The gains are not used, call.av is needed, and the call's dq, dk
+        and dv are not written. Values at padded tokens are arbitrary.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def shaped_attention_fwd(cls, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns out and A v [B, L, H, K], as first and last, and the log-sum-exps [B, H, L].
+
+        A = softmax(q kᵀ scale). out and the log-sum-exps are 0 at padded tokens, where A v may
+        hold anything. Scratch of plain torch: C v, the means over the visible keys, in the dtype of
+        sums, of the size of v if causal.
+        """
+        out = call.q.new_empty(call.q.shape)
+        padding = _padding_mask(call)
+        if not call.q.numel():
+            batch, length, heads, _ = call.q.shape
+            return out, call.gains.new_empty(batch, heads, length), torch.empty_like(out)
+        av, lse = cls.attention(_with_positive_scale(call)[0])
+        if padding is not None:
+            lse = lse.masked_fill(padding[:, None, :, 0, 0], 0)
+        if _on_triton(call):
+            from simplclip.kernels.attention import launch
+
+            launch.shaped_attention_terms(call, av, out)
+            return out, lse.contiguous(), av.contiguous()
         if padding is not None:
             av = av.masked_fill(padding, 0)
-        call = replace(call, av=av, lse=lse)
-    if on_triton:
-        gradients = backends.kernel("attention.launch", "shaped_attention_gradients")
-        return gradients(call, library.backward(call), sign)
-    d_gains = _gradients_without_softmax(call)
-    dq, dk, dv = library.backward(call)
-    beta = call.gains[1, :, None]
-    torch.mul(dq, sign * beta, out=call.dq)
-    torch.mul(dk, beta, out=call.dk)
-    call.dv.addcmul_(dv, beta)
-    if padding is not None:
-        for gradient in (call.dq, call.dk, call.dv):
-            gradient.masked_fill_(padding, 0)
-    return d_gains
+            call = replace(call, v=call.v.masked_fill(padding, 0))
+        _write_terms(call, av, out)
+        if padding is not None:
+            out.masked_fill_(padding, 0)
+        return out, lse.contiguous(), av.contiguous()
+
+    @classmethod
+    def shaped_attention_bwd(cls, call: AttentionInto) -> Tensor:  # [3, H]
+        """Overwrites call.dq, call.dk and call.dv; returns the gradients of alpha, beta and gamma.
+
+        With dO = call.grad, the softmax attention A and the uniform attention C:
+        dv = alpha dO + beta Aᵀ dO − gamma Cᵀ dO; dalpha = Σ dO v, dbeta = Σ dO A v,
+        dgamma = −Σ v Cᵀ dO. If call.av is empty, forward runs again. Scratch: the three results of
+        attention_backward().
+        """
+        if not call.q.numel():
+            return torch.zeros_like(call.gains)
+        on_triton = _on_triton(call)
+        padding = None if on_triton else _padding_mask(call)
+        if padding is not None:
+            v = call.v.masked_fill(padding, 0)
+            call = replace(call, v=v, grad=call.grad.masked_fill(padding, 0))
+        call, sign = _with_positive_scale(call)
+        if not call.av.numel():  # forward did not keep A v
+            av, lse = cls.attention(call)
+            if padding is not None:
+                av = av.masked_fill(padding, 0)
+            call = replace(call, av=av, lse=lse)
+        if on_triton:
+            from simplclip.kernels.attention import launch
+
+            return launch.shaped_attention_gradients(call, cls.attention_backward(call), sign)
+        d_gains = _gradients_without_softmax(call)
+        dq, dk, dv = cls.attention_backward(call)
+        beta = call.gains[1, :, None]
+        torch.mul(dq, sign * beta, out=call.dq)
+        torch.mul(dk, beta, out=call.dk)
+        call.dv.addcmul_(dv, beta)
+        if padding is not None:
+            for gradient in (call.dq, call.dk, call.dv):
+                gradient.masked_fill_(padding, 0)
+        return d_gains
