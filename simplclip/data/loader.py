@@ -265,6 +265,7 @@ class Loader:
         loader itself is not changed. Raises ShardError, and EmptyDataError as the class.
         """
         streams = self._streams()
+        shared = streams.shared
         worker = (process + self.turn) % workers
         first_epoch, consumed_before = self.positions[worker]
         skipped = Skipped()
@@ -283,11 +284,11 @@ class Loader:
             first_number = number
             tried = usable = 0
             for consumed, sample in samples:
-                if is_held_out(sample, self.hold_out, self.hold_out_by):
+                if self.hold_out and is_held_out(sample, self.hold_out, self.hold_out_by):
                     continue
                 turn = number // self.batch_size % workers
                 number += 1
-                if streams.shared and turn != worker:
+                if shared and turn != worker:
                     continue
                 tried += 1
                 row = self._prepared(sample, epoch, skipped)
@@ -295,7 +296,7 @@ class Loader:
                     usable += 1
                     rows.append(row)
                     places.append(Place(epoch, consumed))
-                block_ends = streams.shared and number % self.batch_size == 0
+                block_ends = shared and number % self.batch_size == 0
                 if block_ends or len(rows) == self.batch_size:
                     batch = self._collate(rows) if rows else None
                     damage = skipped.take() if skipped.counts else None
@@ -305,7 +306,7 @@ class Loader:
             others_had_all = any_read and not tried
             if not (usable or others_had_all or resumed):
                 self._check_usable(epoch)
-            if usable or (streams.shared and any_read):  # others may have found usable ones
+            if usable or (shared and any_read):  # others may have found usable ones
                 empty = 0
             elif not resumed:
                 empty += 1
@@ -348,7 +349,8 @@ class Loader:
             if isinstance(broken, StaleFeatures):
                 self._stale.add(described(sample))
             return None
-        self._stale.add()
+        if self.teacher:
+            self._stale.add()
         return prepared
 
     def _prepare(self, sample: Sample, epoch: int) -> Prepared:

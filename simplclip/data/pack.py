@@ -43,8 +43,8 @@ from simplclip.data.samples import (
     TEXT_BYTES,
     captions_of,
     file_bytes,
-    group_of,
     record_of,
+    text_of,
 )
 from simplclip.data.write_tars import TarFolder, add, entry_of, new_tar, skipped_in
 
@@ -218,7 +218,7 @@ def summary(shards: list[str], examples: int = 3) -> str:
                     sides.append(min(open_image(content).size))
     some = SomeCaptions()
     for record in records:
-        some.add(record["source"], record["captions"], group_of(record))
+        some.add(record["source"], record["captions"], text_of(record, "group"))
     words = [len(caption.split()) for caption in some.all]
     kilobytes = sum(map(os.path.getsize, shards)) / len(records) / 1000
     lines = [

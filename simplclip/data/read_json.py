@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from simplclip.common.errors import InputError
-from simplclip.data.parse_json import json_of
 from simplclip.data.rows import (
     LINE_BYTES,
     Options,
@@ -61,6 +60,8 @@ class JsonLinesReader(Reader):
 
 def _objects(file: BinaryIO) -> Iterator[dict[str, Any] | str]:
     """Yields the JSON object of each line that is not empty, or a str that says what is wrong."""
+    from simplclip.data.samples import json_of
+
     while line := file.readline(LINE_BYTES):
         if not line.strip():
             continue
@@ -108,6 +109,8 @@ class JsonReader(Reader):
 
 def _parsed(path: str) -> dict[str, Any]:
     """Returns the content of a JSON file, an object with images. Raises InputError for another."""
+    from simplclip.data.samples import json_of
+
     try:
         content = json_of(Path(path).read_text("utf-8-sig"))
     except ValueError as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 from simplclip.data.errors import ShardError
 from simplclip.data.find_sources import Address, Source, sources_of
-from simplclip.data.parse_json import json_of
+from simplclip.data.samples import json_of
 
 _SAMPLE_BYTES = 1024  # the least that a sample takes in a tar
 _MAX_WIDTH = 1 << 20  # numbers of a feature

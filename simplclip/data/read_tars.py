@@ -34,10 +34,10 @@ from simplclip.data.samples import (
     TEXT_BYTES,
     Sample,
     captions_of,
-    group_of,
     record_of,
     sample_name,
     source_of,
+    text_of,
 )
 
 DAMAGED = "damaged tar"  # the reason under which a tar's damage is counted
@@ -175,7 +175,7 @@ def some_captions(shards: Any, sidecars: Folders = (), most: int = 1024) -> Some
                 with contextlib.suppress(BrokenSample):
                     record = record_of(sample)
                     name = source_of(record) or sample_name(sample)
-                    some.add(name, captions_of(sample, record), group_of(record))
+                    some.add(name, captions_of(sample, record), text_of(record, "group"))
     return some
 
 

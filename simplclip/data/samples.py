@@ -24,7 +24,6 @@ from PIL import Image
 
 from simplclip.data.decode_images import IMAGE_SUFFIXES, decode_pil, opaque
 from simplclip.data.errors import BrokenSample, ShardError, StaleFeatures
-from simplclip.data.parse_json import json_of
 
 # a teacher's features [V + C, D]: of the image or its V views, then of its C captions in order
 TEACHER = "teacher.npy"
@@ -40,6 +39,8 @@ LONGEST = 8192
 # characters of a word that are used: open_clip's tokenizer is quadratic in them, and its 77 tokens
 # have at most 24 each
 LONGEST_WORD = 2048
+# lists and objects within each other in a json; at about 500 Python can read but not pickle it
+DEEPEST = 100
 # what a hold-out goes by for samples without a group, see `is_held_out`
 HoldOutBy = Literal["picture", "shard"]
 _NO_CHARACTER = re.compile("[\ud800-\udfff\0]")
@@ -89,7 +90,7 @@ class Pair:
 
         Samples of one group match each other, so they are no negatives.
         """
-        return group_of(self.record)
+        return text_of(self.record, "group")
 
     @property
     def group_id(self) -> int:
@@ -97,12 +98,7 @@ class Pair:
         return _group_id(self.group, self.name)
 
 
-def group_of(record: dict[str, Any]) -> str | None:
-    """Returns the json's "group", see `Pair.group`."""
-    return _text_of(record, "group")
-
-
-def _text_of(record: dict[str, Any], name: str) -> str | None:
+def text_of(record: dict[str, Any], name: str) -> str | None:
     """Returns a value of a json as text; None for null, for an empty text and without the value."""
     value = record.get(name)
     return None if value is None else str(value) or None
@@ -128,7 +124,7 @@ def is_held_out(sample: Sample, share: float, by: HoldOutBy | None = None) -> bo
         record = record_of(sample)
     except BrokenSample:
         return False
-    group, picture = group_of(record), None
+    group, picture = text_of(record, "group"), None
     if group is None and by == "picture":
         picture = picture_of(record)
     if picture is None:
@@ -283,7 +279,7 @@ def label_of(sample: Sample, record: dict[str, Any]) -> str | int | None:
         except ValueError:
             detail = f"expected the number of a class, got {content[:40]!r}"
             raise BrokenSample("bad cls", detail) from None
-    return clean(_text_of(record, "label") or "") or None
+    return clean(text_of(record, "label") or "") or None
 
 
 def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
@@ -357,6 +353,34 @@ def clean(text: str) -> str:
     if len(text) > LONGEST_WORD:
         text = _LONG_WORD.sub(r"\1", text)
     return _NO_CHARACTER.sub("\ufffd", text)
+
+
+def json_of(data: str | bytes) -> Any:
+    """Returns the value that a JSON text stands for; NaN, as pandas has missing values, is None.
+
+    Raises ValueError for any error in it, also for more than DEEPEST levels of lists and objects.
+    """
+    try:
+        content = json.loads(data, parse_constant=_number_of)
+        _check_depth([content], DEEPEST)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return content
+
+
+def _number_of(constant: str) -> float | None:
+    """Returns the value of NaN, None, or of Infinity or -Infinity in a JSON text."""
+    return None if constant == "NaN" else float(constant)
+
+
+def _check_depth(content: dict | list, levels: int) -> None:
+    """Raises RecursionError for more than `levels` levels of lists and objects in `content`."""
+    if levels < 0:
+        raise RecursionError
+    values = content.values() if isinstance(content, dict) else content
+    for value in values:
+        if isinstance(value, (dict, list)):
+            _check_depth(value, levels - 1)
 
 
 def file_bytes(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:

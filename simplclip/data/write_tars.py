@@ -23,7 +23,7 @@ from simplclip.common.files import (
     write_atomically,
 )
 from simplclip.data.errors import Skipped
-from simplclip.data.parse_json import json_of
+from simplclip.data.samples import json_of
 
 
 class TarFolder:
