@@ -23,7 +23,7 @@ class Place(NamedTuple):
 class Block(NamedTuple):
     """Samples that a loader process prepared, as a batch."""
 
-    batch: Batch | None  # None without a usable sample
+    batch: Batch  # {} without a usable sample
     places: list[Place]  # of the samples in the batch
     worker: int
     epoch: int  # of the last sample that was tried

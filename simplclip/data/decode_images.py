@@ -13,6 +13,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable
+from typing import IO, cast
 
 import PIL
 from PIL import (
@@ -106,7 +107,7 @@ def _check_scans(image: JpegImagePlugin.JpegImageFile, encoded: bytes) -> None:
 
     image: as opened, its file at the end of the first scan's header.
     """
-    place = image.fp.tell()
+    place = cast(IO[bytes], image.fp).tell()
     # this header ends with the number of its components, two bytes for each, and three more
     components = encoded[place - 4 - 2 * image.layers]
     if components == image.layers and not image.info.get("progressive"):

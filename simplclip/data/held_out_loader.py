@@ -23,7 +23,7 @@ from simplclip.data.pack import files_of
 from simplclip.data.read_folders import label_of_folder
 from simplclip.data.read_tars import read_tar
 from simplclip.data.readers import is_source, open_source
-from simplclip.data.rows import OPTION_NAMES, Options, Row
+from simplclip.data.rows import OPTION_NAMES, Options, PairRow
 from simplclip.data.samples import (
     HoldOutBy,
     Pair,
@@ -93,11 +93,11 @@ class HeldOut:
     def open(self, sample: Sample) -> Pair:
         """Parses the files of a sample; the image stays encoded.
 
-        A sample of a table or folder has a `Row` under "__row__", whose files are read from the
+        A sample of a table or folder has a `PairRow` under "__row__", whose files are read from the
         disk first. A sample with a label may have no captions. In a folder of classes no sample has
         any. The parsed json is kept in the sample. Raises BrokenSample.
         """
-        row: Row | None = sample.get("__row__")
+        row: PairRow | None = sample.get("__row__")
         if row is not None:
             sample = sample | files_of(row)
         check_files(sample)

@@ -298,7 +298,7 @@ class Loader:
                     places.append(Place(epoch, consumed))
                 block_ends = shared and number % self.batch_size == 0
                 if block_ends or len(rows) == self.batch_size:
-                    batch = self._collate(rows) if rows else None
+                    batch = self._collate(rows) if rows else {}
                     damage = skipped.take() if skipped.counts else None
                     yield Block(batch, places, worker, epoch, damage)
                     rows, places = [], []

@@ -37,7 +37,7 @@ from simplclip.data.captions import SomeCaptions
 from simplclip.data.decode_images import open_image, remarks_on
 from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.readers import is_source, open_source, split_of
-from simplclip.data.rows import OPTION_NAMES, Options, Row, RowSource, is_address
+from simplclip.data.rows import OPTION_NAMES, Options, PairRow, RowSource, is_address
 from simplclip.data.samples import (
     MAX_BYTES,
     TEXT_BYTES,
@@ -253,14 +253,14 @@ def _write_missing_shards(
     done = sum(entry.get("rows", 0) for entry in folder.entries.values())
     stem = _stem(source.path)
 
-    def tasks() -> Iterator[tuple[Path, int, Iterable[Row]]]:
+    def tasks() -> Iterator[tuple[Path, int, Iterable[PairRow]]]:
         """Yields the arguments of `_write_shard` for each SAMPLES rows whose tar is missing."""
         rows = source.rows()
         for first in itertools.count(step=SAMPLES):
             first_row = next(rows, None)
             if first_row is None:
                 return
-            shard_rows: Iterable[Row] = itertools.chain(
+            shard_rows: Iterable[PairRow] = itertools.chain(
                 [first_row], itertools.islice(rows, SAMPLES - 1)
             )
             if not source.embedded:
@@ -290,7 +290,7 @@ def _write_missing_shards(
     folder.save()
 
 
-def _write_shard(path: Path, first: int, rows: Iterable[Row]) -> dict[str, Any]:
+def _write_shard(path: Path, first: int, rows: Iterable[PairRow]) -> dict[str, Any]:
     """Writes the tar of some rows, at least one, replacing it; returns its entry of meta.json.
 
     A tar without samples is not left on disk. Keys are the numbers of rows, of which `first` is the
@@ -313,7 +313,7 @@ def _write_shard(path: Path, first: int, rows: Iterable[Row]) -> dict[str, Any]:
     return entry_of(path, samples, skipped, remarks) | {"rows": number - first + 1}
 
 
-def files_of(row: Row, remarks: Skipped | None = None) -> dict[str, bytes]:
+def files_of(row: PairRow, remarks: Skipped | None = None) -> dict[str, bytes]:
     """Reads the image and texts of a row; returns {suffix: bytes}: the image as it is, and a json.
 
     The json has "captions", "source" (the row's name), and "label" and "group" if the row has
@@ -370,7 +370,7 @@ def _mapped(write: Callable, tasks: Iterator[tuple], workers: int) -> Iterator[t
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     try:
-        with ProcessPoolExecutor(workers, context, _set_up_process) as pool:
+        with ProcessPoolExecutor(workers, context, _set_up_packer) as pool:
             while started := list(itertools.islice(tasks, 4 * workers)):
                 yield from zip(started, pool.map(write, *zip(*started)))
     except BrokenProcessPool:
@@ -380,7 +380,7 @@ def _mapped(write: Callable, tasks: Iterator[tuple], workers: int) -> Iterator[t
         ) from None
 
 
-def _set_up_process() -> None:
+def _set_up_packer() -> None:
     """Makes a process of the pool ignore Ctrl-C and, on Linux, end with its parent."""
     # Ctrl-C reaches the whole group; the pool ends when the parent has ended it
     signal.signal(signal.SIGINT, signal.SIG_IGN)

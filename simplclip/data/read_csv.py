@@ -12,8 +12,8 @@ from simplclip.common.errors import InputError
 from simplclip.data.rows import (
     LINE_BYTES,
     Options,
+    PairRow,
     Reader,
-    Row,
     RowSource,
     columns_of,
     file_source,
@@ -57,19 +57,19 @@ class CsvReader(Reader):
             ) from None
         image, caption = map(titles.index, columns_of(titles, path, options))
 
-        def rows() -> Iterator[Row]:
+        def rows() -> Iterator[PairRow]:
             """Yields a row for each record, with `problem` for a bad one."""
             with open(path, "rb") as file:
                 file.readline(LINE_BYTES)
                 for number, record in enumerate(_records(file, separator)):
                     name = f"{os.path.basename(path)}/{number:09d}"
                     if isinstance(record, str):
-                        yield Row(name, problem=("bad row", record))
+                        yield PairRow(name, problem=("bad row", record))
                     elif len(record) <= max(image, caption) or any(record[len(titles) :]):
                         detail = f"expected {len(titles)} columns, got {len(record)}"
-                        yield Row(name, problem=("bad row", detail))
+                        yield PairRow(name, problem=("bad row", detail))
                     elif _not_utf8(record[caption]):
-                        yield Row(name, problem=("caption not UTF-8", ""))
+                        yield PairRow(name, problem=("caption not UTF-8", ""))
                     else:
                         yield table_row(
                             name, record[image].strip(), [record[caption]], path, options

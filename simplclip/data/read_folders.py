@@ -13,7 +13,7 @@ from simplclip.common.errors import InputError
 from simplclip.data.dataset_parts import check_classes
 from simplclip.data.decode_images import CONVERT, IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES
 from simplclip.data.errors import BrokenSample
-from simplclip.data.rows import Row, RowSource
+from simplclip.data.rows import PairRow, RowSource
 from simplclip.data.samples import TEXT_BYTES, clean, file_bytes
 
 
@@ -45,7 +45,7 @@ def open_folder(path: str) -> RowSource:
     def state() -> dict[str, Any]:
         return {"images": counts[any_text], "names": _digest(path, any_text)}
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[PairRow]:
         """Yields a row for each image: with its texts, or with its folder as label and caption."""
         for image, texts in _images(path):
             name = os.path.join(os.path.basename(path), os.path.splitext(image)[0])
@@ -54,12 +54,12 @@ def open_folder(path: str) -> RowSource:
             folder = image.partition(os.sep)[0]
             other = _suffix(image)
             if other in OTHER_IMAGE_SUFFIXES:
-                yield Row(name, problem=(f"{other} image", f"not read; {CONVERT}"))
+                yield PairRow(name, problem=(f"{other} image", f"not read; {CONVERT}"))
             elif any_text or folder == image:
-                yield Row(name, file, texts=text_files)
+                yield PairRow(name, file, texts=text_files)
             else:
                 label = label_of_folder(folder)
-                yield Row(name, file, [label] if label else [], text_files, label)
+                yield PairRow(name, file, [label] if label else [], text_files, label)
 
     classes: tuple[str, ...] = ()
     if not any_text:

@@ -11,8 +11,8 @@ from simplclip.common.errors import InputError
 from simplclip.data.rows import (
     LINE_BYTES,
     Options,
+    PairRow,
     Reader,
-    Row,
     RowSource,
     columns_of,
     file_source,
@@ -44,13 +44,13 @@ class JsonLinesReader(Reader):
             total = line_count(file)
         image, caption = columns_of([*first], path, options)
 
-        def rows() -> Iterator[Row]:
+        def rows() -> Iterator[PairRow]:
             """Yields a row for each line, with `problem` for a bad one."""
             with open(path, "rb") as file:
                 for number, record in enumerate(_objects(file)):
                     name = f"{os.path.basename(path)}/{number:09d}"
                     if isinstance(record, str):
-                        yield Row(name, problem=("bad row", record))
+                        yield PairRow(name, problem=("bad row", record))
                     else:
                         texts = texts_of(record.get(caption))
                         yield table_row(name, record.get(image), texts, path, options)
@@ -101,7 +101,7 @@ class JsonReader(Reader):
             raise InputError(f"source: expected images with captions, got none{split} in {path!r}")
         name = os.path.basename(path)
         rows = [
-            Row(f"{name}/{image}", options.image(path, image), texts)
+            PairRow(f"{name}/{image}", options.image(path, image), texts)
             for image, texts in captions.items()
         ]
         return file_source(path, options, len(rows), lambda: iter(rows))

@@ -63,10 +63,12 @@ def dataset_size(shards: Any) -> int | None:
     than one sample.
     """
     sources = sources_of(shards)
-    counts = listed_samples(sources)
-    if None in counts:
-        return None
-    return round(sum(count * source.weight for count, source in zip(counts, sources))) or None
+    total = 0.0
+    for count, source in zip(listed_samples(sources), sources):
+        if count is None:
+            return None
+        total += count * source.weight
+    return round(total) or None
 
 
 def listed_samples(sources: Sequence[Source]) -> list[int | None]:

@@ -12,8 +12,8 @@ from simplclip.common.errors import InputError
 from simplclip.data.rows import (
     IMAGE_NAMES,
     Options,
+    PairRow,
     Reader,
-    Row,
     RowSource,
     columns_of,
     file_source,
@@ -78,19 +78,21 @@ class ParquetReader(Reader):
             except (ValueError, OverflowError, pyarrow.ArrowException):
                 return None
 
-        def rows() -> Iterator[Row]:
-            """Yields a `Row` for each row, with `problem` for one whose texts are not UTF-8."""
+        def rows() -> Iterator[PairRow]:
+            """Yields a `PairRow` for each row, with `problem` for one whose texts are not UTF-8."""
             for number, (image, captions) in enumerate(pairs()):
                 name = f"{os.path.basename(path)}/{number:09d}"
                 try:
                     texts = texts_of(value(captions))
                 except UnicodeDecodeError:
-                    yield Row(name, problem=("caption not UTF-8", ""))
+                    yield PairRow(name, problem=("caption not UTF-8", ""))
                     continue
                 try:
                     image_or_path = _image(value(image))
                 except UnicodeDecodeError:
-                    yield Row(name, problem=("missing image", "expected a path, got other bytes"))
+                    yield PairRow(
+                        name, problem=("missing image", "expected a path, got other bytes")
+                    )
                     continue
                 yield table_row(name, image_or_path, texts, path, options)
 

@@ -30,7 +30,7 @@ CAPTION_NAMES: tuple[str, ...] = ("captions", "caption", "title", "text", "comme
 LINE_BYTES = 1 << 24  # most bytes of a line
 
 
-class Row(NamedTuple):
+class PairRow(NamedTuple):
     """An image with its captions, not read yet."""
 
     name: str  # in messages, and "source" in the sample's json
@@ -53,7 +53,7 @@ class RowSource:
     path: str
     total: int  # number of rows
     state: Callable[[], dict[str, Any]]  # JSON that tells whether the source has changed
-    rows: Callable[[], Iterator[Row]]  # starts to read them
+    rows: Callable[[], Iterator[PairRow]]  # starts to read them
     classes: tuple[str, ...] = ()  # of a folder with a folder for each class: their names, in order
     embedded: bool = False  # whether the rows hold the image files, and so are large
 
@@ -121,7 +121,7 @@ def file_source(
     path: str,
     options: Options,
     total: int,
-    rows: Callable[[], Iterator[Row]],
+    rows: Callable[[], Iterator[PairRow]],
     *,
     embedded: bool = False,
 ) -> RowSource:
@@ -182,7 +182,7 @@ def decoded(value: Any) -> Any:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def table_row(name: str, image: Any, captions: list[Any], path: str, options: Options) -> Row:
+def table_row(name: str, image: Any, captions: list[Any], path: str, options: Options) -> PairRow:
     """Returns the row of an image that the table `path` names or holds as `image`.
 
     image: a path, or the bytes of a file; for anything else, or an empty one, the row has the
@@ -190,18 +190,18 @@ def table_row(name: str, image: Any, captions: list[Any], path: str, options: Op
     """
     if isinstance(image, bytes) and image:
         digest = hashlib.blake2b(image, digest_size=16).hexdigest()
-        return Row(name, captions=captions, group=digest, encoded=image)
+        return PairRow(name, captions=captions, group=digest, encoded=image)
     if isinstance(image, str) and image:
-        return Row(name, options.image(path, image), captions, group=image)
-    return Row(name, problem=("missing image", ""))
+        return PairRow(name, options.image(path, image), captions, group=image)
+    return PairRow(name, problem=("missing image", ""))
 
 
-def merged_by_image(rows: Iterator[Row]) -> Iterator[Row]:
+def merged_by_image(rows: Iterator[PairRow]) -> Iterator[PairRow]:
     """Yields neighbouring rows of one image as one row with the captions of all.
 
     The first one gives its name; a row with a problem stays alone.
     """
-    joined: Row | None = None
+    joined: PairRow | None = None
     joined_image: str | None = None
     for row in rows:
         # the path in full; a table that holds the files has none

@@ -50,7 +50,7 @@ def from_workers(
         context.Event = _Event
         options |= {
             "prefetch_factor": 2,
-            "worker_init_fn": _set_up_process,
+            "worker_init_fn": _set_up_loader,
             "multiprocessing_context": context,
         }
     former = None
@@ -196,7 +196,7 @@ def _died(error: Exception) -> bool:
     return cut_off and "in DataLoader worker" not in message
 
 
-def _set_up_process(worker: int) -> None:
+def _set_up_loader(worker: int) -> None:
     """Sets up signals, errors and the end of a loader process.
 
     It ignores Ctrl-C, heeds only its parent's SIGTERM, ends with its parent (by a thread), and

@@ -117,13 +117,13 @@ def evaluate(
         name: named(held_out(source, captions=settings.captions), names, synsets)
         for name, source in splits.items()
     }
-    results: Results | None = None
+    results: Results
 
     for source in sources:
         encoder = load(
             source, device=ranks.set_device(settings.device), precision=settings.precision
         )
-        if encoder.source != source:
+        if encoder.source != source and encoder.step is not None:
             say(about_best(encoder.source, encoder.step))
         about = {
             "checkpoint": encoder.source,
@@ -133,7 +133,7 @@ def evaluate(
         }
         ending = ""
         model: Results | ModelResult
-        if results is None:
+        if source == sources[0]:
             folder = _folder(out, source)
             ranks.on_first(check_writable, folder, "out")
             folder.mkdir(parents=True, exist_ok=True)

@@ -279,7 +279,7 @@ def test_separators_and_wrong_tables(tmp_path):
             "x.tar",
             b"",
             Options(),
-            "in .csv, .tsv, .parquet, .jsonl or .json, got .*; training reads tars as they are",
+            "in .jsonl, .csv, .tsv, .parquet or .json, got .*; training reads tars as they are",
         ),
         ("none.csv", None, Options(), "got '.*none.csv', which does not exist"),
         (

@@ -108,10 +108,10 @@ def test_shards_are_found_again_until_the_source_changes(tmp_path, rows):
 
 
 def test_shards_that_are_made_again_are_missing_until_they_are(tmp_path, rows, monkeypatch):
-    def fails(paths, first, *rest):
+    def fails(path, first, *rest):
         if first == 8:
             raise KeyboardInterrupt
-        return write(paths, first, *rest)
+        return write(path, first, *rest)
 
     write, out = pack._write_shard, tmp_path / "out"
     packed(rows, out)
@@ -135,8 +135,8 @@ def test_a_folder_that_holds_something_else_stays(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".gitkeep"]
 
 
-def slow(paths, *rest):
-    Path(paths[0]).with_suffix(f".{os.getpid()}").touch()
+def slow(path, *rest):
+    path.with_suffix(f".{os.getpid()}").touch()
     time.sleep(60)
 
 
