@@ -116,10 +116,7 @@ def evaluate(
 
 
 def _with_images(splits: dict[str, Any], images: str) -> dict[str, Any]:
-    """Returns splits in which tables and JSON files have their images in the folder `images`.
-
-    Raises InputError if none of them is such a file.
-    """
+    """Returns splits in which tables and JSON files have their images in the folder `images`."""
     from simplclip.data.readers import is_table
 
     tables = {name: split for name, split in splits.items() if is_table(split)}
@@ -160,10 +157,7 @@ def _file_of(model: str) -> Path:
 
 
 def _config_of(model: str) -> Any:
-    """Returns the config of a run, named as in `splits_of`; None without one.
-
-    Raises InputError for a config of another version.
-    """
+    """Returns the config of a run, named as in `splits_of`; None without one."""
     file = _file_of(model)
     if not (Path(model).exists() and file.is_file()):
         return None

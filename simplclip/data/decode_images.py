@@ -103,10 +103,7 @@ def _check_tile(image: TiffImagePlugin.TiffImageFile) -> None:
 
 
 def _check_scans(image: JpegImagePlugin.JpegImageFile, encoded: bytes) -> None:
-    """Raises BrokenSample("too many scans") for a JPEG of more than MOST_SCANS.
-
-    image: as opened, its file at the end of the first scan's header.
-    """
+    """Raises BrokenSample("too many scans") for a JPEG of more than MOST_SCANS."""
     place = cast(IO[bytes], image.fp).tell()
     # this header ends with the number of its components, two bytes for each, and three more
     components = encoded[place - 4 - 2 * image.layers]

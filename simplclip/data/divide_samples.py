@@ -161,10 +161,7 @@ def _check_step(streams: Streams, step: int) -> None:
 
 
 def _enough(sources: Sequence[Source], samples: list[float] | None, step: int, parts: int) -> bool:
-    """Whether `parts` parts of whole tars have a step each, or on average _MANY_STEPS.
-
-    samples: of each of the `sources`; None: the parts only need a tar each.
-    """
+    """Whether `parts` parts of whole tars have a step each; without `samples`, a tar each."""
     fewest = sum(int(source.weight) for source in sources) // parts  # tars of a part
     if samples is None or not fewest:
         return fewest > 0

@@ -89,12 +89,7 @@ def check_sidecars(sources: Iterable[Source], folders: Folders) -> None:
 
 
 def _check_size(shard: str, sidecar: str, source: Any) -> None:
-    """Raises ShardError if a shard has another size than when its sidecar was made.
-
-    shard, sidecar: their paths. source: the value of "source" in the sidecar's entry in meta.json,
-    {"bytes": size of the shard, ...}. Nothing is checked if it has no size or the shard is a
-    stream.
-    """
+    """Raises ShardError if a shard has another size than when its sidecar was made."""
     if not isinstance(source, dict) or source.get("bytes") is None or not os.path.exists(shard):
         return
     expected, size = source["bytes"], os.path.getsize(shard)

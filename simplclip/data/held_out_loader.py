@@ -172,11 +172,7 @@ class HeldOut:
         return images
 
     def _read(self, source: Source, skipped: Skipped) -> Iterator[Sample]:
-        """Yields a source's samples in stored order; of divided training data the held-out ones.
-
-        Of a table, JSON file or folder, a sample has no files yet but "__row__". Damage of a tar is
-        added to `skipped`.
-        """
+        """Yields a source's samples in stored order; of divided training data the held-out ones."""
         if self.share or not is_source(source.url):
             for sample in read_tar(source, skipped, sidecars=self.sidecars or None):
                 if not self.share or is_held_out(sample, self.share, self.by):
@@ -187,10 +183,7 @@ class HeldOut:
             yield {"__key__": key, "__url__": source.url, "__shard__": source.name, "__row__": row}
 
     def _prepare(self, sample: Sample, transform: Transform) -> tuple[torch.Tensor, HeldOutRow]:
-        """Returns the pixels [3, S, S] of a sample, and its row; raises BrokenSample.
-
-        What the transform draws depends on the sample's name only; global generators are restored.
-        """
+        """Returns the pixels [3, S, S] of a sample, and its row; raises BrokenSample."""
         pair = self.open(sample)
         with seeded("eval", pair.name):
             image = pixels_of(transform, pair)
@@ -296,12 +289,7 @@ def _collate(
 
 
 def _clip_benchmark(folder: Path, captions: int | None, name: str) -> HeldOut | None:
-    """Returns the data of a folder in clip-benchmark's layout; None for another layout.
-
-    folder: one of its splits, with nshards.txt, or the folder with the split `test`. captions,
-    name: as in `held_out`. Raises InputError for missing shards, and for text files with other
-    content.
-    """
+    """Returns the data of a folder in clip-benchmark's layout; None for another layout."""
     split, root = folder, folder.parent
     if not (split / "nshards.txt").is_file():
         split, root = folder / "test", folder
@@ -318,10 +306,7 @@ def _clip_benchmark(folder: Path, captions: int | None, name: str) -> HeldOut | 
 
 
 def _lines(file: Path) -> list[str] | None:
-    """Returns the lines of a text file, as `clean` returns them; None if there is no file.
-
-    Raises InputError if it is not UTF-8.
-    """
+    """Returns the lines of a text file, as `clean` returns them; None if there is no file."""
     if not file.is_file():
         return None
     try:

@@ -205,10 +205,7 @@ class Loader:
             yield block.batch
 
     def _blocks(self) -> Iterator[Block]:
-        """Yields the blocks of the workers in turn, and adds their damage to `skipped`.
-
-        Raises EmptyDataError for EMPTY_EPOCHS epochs without a usable sample, and as `items`.
-        """
+        """Yields the blocks of the workers in turn, and adds their damage to `skipped`."""
         usable_epoch = self.positions[self.turn].epoch
         block: Block
         for block in from_workers(self.items, self.workers, self.pin_memory):
@@ -314,11 +311,7 @@ class Loader:
                 raise self._nothing_usable(worker, skipped)
 
     def _check_usable(self, epoch: int) -> None:
-        """Reads all sources up to the first usable sample; raises EmptyDataError if there is none.
-
-        epoch: the epoch whose captions and pixels are drawn. Damage is counted in the message
-        only.
-        """
+        """Raises EmptyDataError if no sample of the sources is usable."""
         skipped = Skipped()
         order = [(source, 0) for source in self.sources]
         for sample in self._streams().in_training(order, skipped):
@@ -354,11 +347,7 @@ class Loader:
         return prepared
 
     def _prepare(self, sample: Sample, epoch: int) -> Prepared:
-        """Parses a sample and draws its captions and pixels for this epoch.
-
-        Global generators are seeded for it and restored. Raises BrokenSample, and ShardError for
-        missing features of a teacher.
-        """
+        """Parses a sample and draws its captions and pixels for this epoch."""
         pair = parse(sample, self.teacher)
         seeds = [self.seed, epoch, pair.name]
         if "__copy__" in sample:
@@ -379,10 +368,7 @@ class Loader:
         return Prepared(pixels, captions, pair.group_id, pair.key, pair.record, features)
 
     def _draw_captions(self, count: int) -> list[int]:
-        """Returns `captions_per_image` random indices below `count`, different if possible.
-
-        They are drawn from the global generator of `random`.
-        """
+        """Draws indices below `count` from `random`'s generator, different if possible."""
         numbers: list[int] = []
         while len(numbers) < self.captions_per_image:
             missing = self.captions_per_image - len(numbers)

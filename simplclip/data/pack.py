@@ -142,7 +142,7 @@ def pack_shards(data: Any, out: str | os.PathLike, *, progress: bool = True) -> 
 
 
 def pack_folders(data: Any, out: str | os.PathLike) -> dict[str, str]:
-    """Returns {OUT/NAME: source} of the folders that `packed` writes with these arguments.
+    """Returns {OUT/NAME: source} of the folders that `pack_shards` writes with these arguments.
 
     Nothing is read but whether a path is a folder, and nothing is written.
     """
@@ -158,17 +158,11 @@ def pack_folders(data: Any, out: str | os.PathLike) -> dict[str, str]:
 def _with_sources_replaced(
     data: Any, out: Path, replacement: Callable[[str | os.PathLike, Path, Options], Any]
 ) -> Any:
-    """Returns `data` with `replacement(source, OUT/NAME, options)` in place of each source.
-
-    Sources are tables, JSON files and folders; data and NAME are as in `packed`.
-    """
+    """Returns `data` with `replacement(source, OUT/NAME, options)` in place of each source."""
     folders: set[str] = set()
 
     def new_folder(source: str | os.PathLike) -> Path:
-        """Returns a folder OUT/NAME, or OUT/NAME-2 ..., that no other source of this call has.
-
-        It is noted in `folders`, not made.
-        """
+        """Returns a folder OUT/NAME, or OUT/NAME-2 ..., that no other source of this call has."""
         stem = _stem(os.fspath(source))
         name = stem
         for number in itertools.count(2):
@@ -343,10 +337,7 @@ def files_of(row: PairRow, remarks: Skipped | None = None) -> dict[str, bytes]:
 
 
 def _read(path: str, limit: int) -> bytes:
-    """Returns the bytes of a file, at most `limit`.
-
-    Raises BrokenSample: "not a local file" for a URL, "cannot be read" or "file too large".
-    """
+    """Returns the bytes of a file, at most `limit`."""
     if not os.path.exists(path) and is_address(path):
         detail = f"{path!r}, which is not a path; of URLs img2dataset makes shards"
         raise BrokenSample("not a local file", detail)
@@ -360,10 +351,7 @@ def _read(path: str, limit: int) -> bytes:
 
 
 def _mapped(write: Callable, tasks: Iterator[tuple], workers: int) -> Iterator[tuple[tuple, Any]]:
-    """Yields (task, write(*task)) for each task, a tuple of arguments, in order.
-
-    workers: processes that call `write`; 1 calls it in this process. Raises PackError if one died.
-    """
+    """Yields (task, write(*task)) in order; raises PackError if one of the processes died."""
     if workers == 1:
         for task in tasks:
             yield task, write(*task)
@@ -397,9 +385,6 @@ def _cores() -> int:
 
 
 def _stem(path: str) -> str:
-    """Returns the name for shards of a source: its file name without ending and #SPLIT.
-
-    Characters other than letters, digits, _ and - become _; an empty name is "data".
-    """
+    """Returns the name for shards of a source: its file name with _ for other characters."""
     name = os.path.basename(os.path.abspath(split_of(path)[0]))
     return re.sub(r"[^\w-]+", "_", os.path.splitext(name)[0]) or "data"

@@ -73,10 +73,7 @@ def label_of_folder(name: str) -> str:
 
 
 def _digest(path: str, any_text: bool) -> str:
-    """Returns a digest of a folder's file names and of its texts' contents, 32 hexadecimal digits.
-
-    The images' contents do not count. any_text: leave out images without a text.
-    """
+    """Returns a digest of file names and texts; `any_text` leaves out images without one."""
     digest = hashlib.blake2b(digest_size=16)
     for image, texts in _images(path):
         # without a text it is no sample: a run's own curves.png may lie in the folder
@@ -102,10 +99,7 @@ def _suffix(file: str) -> str:
 
 
 def _images(path: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields (image, {"txt" or "json": text beside it}) in order of names, relative to `path`.
-
-    Subfolders of a linked folder are left out. Raises InputError for a folder that cannot be read.
-    """
+    """Yields (image, {"txt" or "json": text beside it}) in order of names, relative to `path`."""
     for folder, subfolders, files in os.walk(path, onerror=_refuse, followlinks=True):
         subfolders.sort()
         inside = ""

@@ -91,10 +91,7 @@ def _read(folder: str | os.PathLike) -> Any:
 
 
 def _converted_stamp(meta: Any) -> dict[str, Any]:
-    """Returns meta["teacher"], a dict, after converting name, width and logit_scale in place.
-
-    meta: a parsed meta.json. Raises one of _OTHER_CONTENT if it names no teacher.
-    """
+    """Returns meta["teacher"], a dict, after converting name, width and logit_scale in place."""
     stamp = meta["teacher"]
     stamp |= {
         "name": str(stamp["name"]),
@@ -108,10 +105,7 @@ def _converted_stamp(meta: Any) -> dict[str, Any]:
 
 
 def _listed_samples(source: Source, entry: Mapping[str, Any]) -> int | None:
-    """Returns the number of samples of a tar by its entry in meta.json, without reading the tar.
-
-    None if it is a stream or has another size than "bytes" says, and for an entry of another form.
-    """
+    """Returns the samples of a tar by its entry; None if the tar has another size."""
     if isinstance(source.url, Address):
         return None
     try:

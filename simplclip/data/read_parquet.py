@@ -67,10 +67,7 @@ class ParquetReader(Reader):
                 ) from None
 
         def value(scalar: Any) -> Any:
-            """Returns the Python value of a pyarrow scalar, None if it has none, as a far date.
-
-            Raises UnicodeDecodeError.
-            """
+            """Returns the Python value of a pyarrow scalar, None if it has none, as a far date."""
             try:
                 return scalar.as_py()
             except UnicodeDecodeError:

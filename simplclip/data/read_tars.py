@@ -231,10 +231,7 @@ def _with_sidecars(
 
 
 def _sidecar_samples(path: str) -> Iterator[Sample]:
-    """Yields the samples of a sidecar: a tar with more files for the samples of one shard.
-
-    Such files are captions or a teacher's features. Raises ShardError, also for any damage.
-    """
+    """Yields the samples of a sidecar: a tar with more files for the samples of one shard."""
     try:
         yield from read_tar(Source(path, name=path), Skipped(), on_error="stop")
     except ShardError as error:

@@ -256,10 +256,7 @@ def _captions_in(values: list[Any]) -> list[str]:
 
 
 def _txt_texts(content: bytes, txt_lines: bool) -> list[str]:
-    """Returns the captions of a txt: each of its lines, or all of it with its white space joined.
-
-    Raises BrokenSample if it is not UTF-8.
-    """
+    """Returns the captions of a txt: its lines, or all of it with its white space joined."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

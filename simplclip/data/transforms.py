@@ -165,10 +165,7 @@ class ImageTransform:
         return self.finish(pixels[None])[0]
 
     def _size_for_crop(self, view: View) -> tuple[int, int]:
-        """Returns the least (height, width) of a whole image whose crop has the model's input size.
-
-        view: one with a "crop"; its image may be decoded that small.
-        """
+        """Returns the least (height, width) of an image whose crop has the model's size."""
         height, width = view["image"]
         _, _, crop_height, crop_width = view["crop"]
         return (
@@ -177,10 +174,7 @@ class ImageTransform:
         )
 
     def _crop_and_resize(self, image: Tensor | Image.Image, view: View) -> Tensor:
-        """Returns a view's crop at the model's input size, uint8 [3, S, S].
-
-        image: uint8 [3, H, W] or a PIL image. view: one with a "crop".
-        """
+        """Returns a view's crop at the model's input size, uint8 [3, S, S]."""
         top, left, bottom, right = _crop_of(view, F.get_size(image))
         crop = F.crop(image, top, left, bottom - top, right - left)
         # copied, since resizing contiguous rows saves more time than the copy takes
@@ -189,10 +183,7 @@ class ImageTransform:
         return to_tensor(F.resize(crop, list(self.size), BICUBIC))
 
     def _warp(self, image: Tensor | Image.Image, view: View) -> Tensor:
-        """Returns an image at the model's input size, warped by a view's "affine"; uint8 [3, S, S].
-
-        image: uint8 [3, H, W] or a PIL image. What comes into the picture is white.
-        """
+        """Returns an image warped by a view's "affine", uint8 [3, S, S]; what comes in is white."""
         angle, x, y, zoom, *shear = view["affine"]
         height, width = view["size"]
         shift = [x * (self.size[1] / width), y * (self.size[0] / height)]
@@ -202,10 +193,7 @@ class ImageTransform:
         return ~F.affine(negative, angle, shift, zoom, shear, interpolation=BILINEAR)
 
     def _evaluation_size(self, height: int, width: int) -> tuple[list[int], InterpolationMode]:
-        """Returns ([height, width], interpolation) of evaluation's resizing before it crops.
-
-        height, width: the image's own. Raises BrokenSample for a result of too many pixels.
-        """
+        """Returns ([height, width], interpolation) of evaluation's resizing before it crops."""
         if self.resize_mode == "squash":
             return list(self.size), self.interpolation
         longest = self.resize_mode == "longest"
@@ -276,10 +264,7 @@ def decode_image(
 
 
 def _resizable(image: Image.Image) -> Tensor | Image.Image:
-    """Returns an RGB or grey image as RGB, uint8 [3, H, W]; one of another mode as it is.
-
-    A tensor is resized faster, but other modes have to be resized before they become RGB.
-    """
+    """Returns an RGB or grey image as RGB, uint8 [3, H, W]; one of another mode as it is."""
     return to_tensor(image) if image.mode in ("RGB", "L") else image
 
 
@@ -315,10 +300,7 @@ def _crop_of(view: View, size: Sequence[int]) -> tuple[int, int, int, int]:
 
 
 def _parsed_augment(augment: Any) -> Any:
-    """Returns the argument `augment` of ImageTransform as None, "affine" or an AugmentationCfg.
-
-    Raises InputError for anything else, parts of timm, and values out of range.
-    """
+    """Returns the argument `augment` of ImageTransform as None, "affine" or an AugmentationCfg."""
     if augment is None or augment == "affine":
         return augment
     if not isinstance(augment, AugmentationCfg):
@@ -385,10 +367,7 @@ def _draw_colour(jitter: ColorJitter | None, jitter_prob: float, grey_prob: floa
 
 
 def _change_colour(image: Tensor, colour: Sequence[float]) -> Tensor:
-    """Returns an image, uint8 [3, H, W], with its colours changed.
-
-    colour: what `_draw_colour` returned.
-    """
+    """Returns an image, uint8 [3, H, W], with its colours changed."""
     factors, order, grey = colour[:4], colour[4:8], colour[8]
     for index in map(int, order):
         if factors[index] != UNCHANGED[index]:

@@ -71,11 +71,7 @@ def pixels_of(transform: Transform, pair: Pair, view: View | None = None) -> tor
 
 
 def _pixels_of_other(transform: Callable, pair: Pair, view: View | None) -> torch.Tensor:
-    """Returns what a caller's own transform makes of a sample's decoded image.
-
-    An error of the transform gets a note with the sample's name. Raises ShardError if a view, not
-    None, is to be replayed; BrokenSample.
-    """
+    """Returns what a caller's own transform makes of a sample's decoded image."""
     if view is not None:
         raise ShardError(
             f"sample {pair.name!r} has the views that a teacher saw, which only simplclip's "

@@ -92,10 +92,7 @@ def from_workers(
 
 
 def _shut_down(iterator: Any, pin_memory: bool) -> None:
-    """Ends the loader processes of a DataLoader's iterator, for which torch has no public method.
-
-    pin_memory: the DataLoader's.
-    """
+    """Ends the processes of a DataLoader's iterator; torch has no public method for it."""
     queues_ended = any(
         queue._close and not queue._close.still_active() for queue in iterator._index_queues
     )
@@ -113,10 +110,7 @@ class _Items(IterableDataset):
         self.items = items
 
     def __iter__(self) -> Iterator[Any]:
-        """Yields this process's items; in a loader process as messages of `_pack`.
-
-        A UserError there is the last message.
-        """
+        """Yields this process's items; in a loader process as messages of `_pack`."""
         info = get_worker_info()
         if info is None:
             yield from self.items(0, 1)

@@ -196,12 +196,7 @@ def _write(
     process: Callable[[Any], Files],
     advance: Callable[[int], None],
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Writes the sidecars of the sources of `portions`; yields (path, entry) of each complete one.
-
-    targets: the sidecar's path for each source; it is replaced. process: function of a portion's
-    batch that returns {suffix: bytes} for each sample. advance: is called with the number of
-    samples that are done.
-    """
+    """Writes the sidecars at `targets`; yields (path, entry) of each complete one."""
     unfinished: dict[int, UnfinishedTar] = {}
     with contextlib.ExitStack() as all_tars:
         for portion in portions:

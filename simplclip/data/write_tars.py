@@ -70,10 +70,7 @@ class TarFolder:
             yield
 
     def _load_meta(self) -> None:
-        """Sets `entries` and `complete` to those of meta.json.
-
-        Raises InputError if it has another form, or was made with another `about`.
-        """
+        """Sets `entries` and `complete` to those of meta.json."""
         try:
             former = json_of((self.out / "meta.json").read_text("utf-8"))
             self.entries = former.pop("splits")["data"]["shards"]
@@ -113,10 +110,7 @@ class TarFolder:
 
 
 def _check_entries(entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises an error unless each entry has the form that TarFolder describes.
-
-    The error is a LookupError, TypeError, ValueError or AttributeError.
-    """
+    """Raises one of the errors that `_load_meta` expects, for entries of another form."""
     for name in ("skipped", "remarks"):
         skipped_in(entries.values(), name)
     for entry in entries.values():

@@ -101,11 +101,7 @@ def phrases(templates: str | Sequence[str]) -> list[str]:
 
 
 def _lines(path: str | os.PathLike, expected: str) -> list[str]:
-    """Returns the lines of a UTF-8 text file, stripped, without empty lines.
-
-    expected: how errors begin, e.g. "classnames: expected ...". Raises FileNotFoundError, and
-    InputError for a file that is not UTF-8.
-    """
+    """Returns the lines of a UTF-8 text file, stripped, without empty lines."""
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{expected}, got {str(file)!r}, which does not exist")
@@ -161,11 +157,7 @@ def zero_shot(towers: Towers, index: Index, templates: Sequence[str]) -> Classif
 def _weights(
     towers: Towers, tokenizer: Tokenizer, classes: list[str], templates: list[str]
 ) -> Tensor:
-    """Returns the features float32 [D, classes] of the class names, on the device of the towers.
-
-    Each column is the normalised mean over `templates`, phrases with one {}. Raises InputError if a
-    feature is not finite.
-    """
+    """Returns a feature [D] of each class, float32 [D, classes], the mean over `templates`."""
     weights = []
     for start in range(0, len(classes), CLASSES_AT_A_TIME):
         names = classes[start : start + CLASSES_AT_A_TIME]

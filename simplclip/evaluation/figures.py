@@ -52,11 +52,7 @@ def table(results: Results) -> Table:
 
 
 def _rows(result: SplitResult) -> dict[str, list[Figure]]:
-    """Returns the figures of the table's rows for one split, by what is searched.
-
-    These are R@1, R@5 and R@10 of e.g. "5000 texts" (image to text) and "1000 images", top 1 and
-    top 5 of e.g. "10 classes", and the one of "mean per class".
-    """
+    """Returns the figures of the table's rows for one split, by what is searched."""
     rows = {}
     if retrieval := result.retrieval:
         rows[f"{result.texts} texts"] = list(retrieval.image_to_text.values())

@@ -179,11 +179,7 @@ def _sources(models: Models) -> list[str]:
 
 
 def _folder(out: str | os.PathLike | None, model: str) -> Path:
-    """Returns the folder of the results: `out`, by default that of the model.
-
-    It is not made here. Raises InputError if there is no `out` and `model`, a source, is no file or
-    folder.
-    """
+    """Returns the folder of the results: `out`, by default that of the model."""
     if out:
         return Path(out)
     if not Path(model).exists():
@@ -195,10 +191,7 @@ def _folder(out: str | os.PathLike | None, model: str) -> Path:
 
 
 def _templates_of(config: Mapping[str, Any] | None) -> Sequence[str]:
-    """Returns eval.templates of a checkpoint's config, phrases with {}.
-
-    Returns TEMPLATES, "a photo of {}", for no config or one without such phrases.
-    """
+    """Returns eval.templates of a checkpoint's config, phrases with {}."""
     section = (config or {}).get("eval")
     templates = section.get("templates") if isinstance(section, Mapping) else None
     if not isinstance(templates, list) or not templates:
@@ -264,10 +257,7 @@ def _evaluate_split(
 
 
 def _left_out_of_classes(classification: Classification, images: int) -> list[str]:
-    """Returns lines about images without a label, and about classes with equal names.
-
-    images: number of all images of the split.
-    """
+    """Returns lines about images without a label, and about classes with equal names."""
     lines = []
     missing = images - classification.images
     if missing:
@@ -283,10 +273,7 @@ def _left_out_of_classes(classification: Classification, images: int) -> list[st
 
 
 def _draw(encoder: Encoder, index: Index, name: str, retrieval: Retrieval, picture: Path) -> None:
-    """Writes the contact sheet of a split to the file `picture`, which is replaced.
-
-    name: of the split, for the title, which also has the model's name and step.
-    """
+    """Writes the contact sheet of a split to the file `picture`, which is replaced."""
     title = encoder.name
     if encoder.step is not None:
         title += f", step {encoder.step}"

@@ -99,10 +99,7 @@ def sheet_of(index: Index, title: str, subtitles: Sequence[str] = ("", "")) -> S
 
 
 def _draw_images(sheet: Sheet, index: Index, pictures: dict, answers: Answers) -> None:
-    """Draws a caption and the images that answer it in a row; moves `sheet.y` below them.
-
-    pictures: row of an image -> the PIL image. answers: of a query that is a caption.
-    """
+    """Draws a caption and the images that answer it in a row; moves `sheet.y` below them."""
     sheet.draw_line(index.captions[answers.query], Font(10.5), 2)
     sheet.y += 0.05
     group = index.caption_groups[answers.query]
@@ -119,10 +116,7 @@ def _draw_images(sheet: Sheet, index: Index, pictures: dict, answers: Answers) -
 
 
 def _draw_captions(sheet: Sheet, index: Index, pictures: dict, answers: Answers) -> None:
-    """Draws an image and, beside it, the captions that answer it; moves `sheet.y` below them.
-
-    pictures: row of an image -> the PIL image. answers: of a query that is an image.
-    """
+    """Draws an image and, beside it, the captions that answer it; moves `sheet.y` below them."""
     side = 1.1
     x = MARGIN + side + GAP
     sheet.draw_tile(pictures[answers.query], MARGIN, sheet.y, side)
