@@ -111,10 +111,8 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Lets stdout and stderr write escapes for characters that they lack; runs before commands.
-
-    One that the process has not (`2>&-`) writes to nowhere: the next file would get its number.
-    """
+    """Lets stdout and stderr write escapes for characters that they lack; runs before commands."""
+    # one that the process has not (`2>&-`) writes to nowhere: the next file would get its number
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115

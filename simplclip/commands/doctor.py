@@ -85,10 +85,7 @@ def render(machine: dict[str, Any], why: bool = False) -> str:
 
 
 def _reasons(ops: dict[str, Any]) -> list[str]:
-    """Returns a line for each op and device, and one for each backend that does not run it.
-
-    ops: the report's "ops": op -> "cpu" or "cuda" -> its backend, error and reasons for others.
-    """
+    """Returns a line for each op and device, and one for each backend that does not run it."""
     lines = []
     for op, devices in ops.items():
         for device, entry in devices.items():
@@ -98,10 +95,7 @@ def _reasons(ops: dict[str, Any]) -> list[str]:
 
 
 def _served(ops: dict[str, Any], device: str) -> str:
-    """Returns one line: the backends that run the ops, each with the number of its ops, the dtype.
-
-    ops: as in `_reasons`. device: "cpu" or "cuda", where the tensors are.
-    """
+    """Returns a line: backends of the ops on a device, each with the number of its ops, dtypes."""
     names = [devices[device]["backend"] or "none" for devices in ops.values()]
     counts = ", ".join(f"{names.count(name)} ops by {name}" for name in dict.fromkeys(names))
     dtypes = {devices[device]["dtype"] for devices in ops.values()}

@@ -64,16 +64,16 @@ def fail(message: str, code: int) -> None:
     raise typer.Exit(code)
 
 
-def unknown_option(name: str, context: Any) -> str:
+def unknown_option(name: str, context: typer.Context) -> str:
     """Returns the message about an option that a command does not have, with the nearest one.
 
-    context: typer's, of the command. If the command takes --set, keys of the config count too.
+    If the command takes --set, keys of the config count too.
     """
     meanings = {}
     for parameter in context.command.params:
         for option in parameter.opts:
             if option.startswith("--"):
-                meanings[option] = parameter.help or ""
+                meanings[option] = getattr(parameter, "help", None) or ""
     if "--set" in meanings:
         from simplclip.train import config
 

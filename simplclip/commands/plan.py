@@ -76,7 +76,7 @@ def plan(
     size = None if memory is None else parse_memory(memory)
     from simplclip.plan import report
 
-    if size is None:
+    if memory is None or size is None:
         report.run_all(values, teacher_width=teacher_width, pairs=count)
         return
     report.run(
@@ -91,11 +91,7 @@ def plan(
 
 
 def _read_planned_config(source: str) -> dict[str, Any]:
-    """Returns the nested values of a config, with REQUIRED ones where it lacks them.
-
-    source: a YAML file, the name of a built-in config, or a model's name, whose training has
-    defaults.
-    """
+    """Returns the values of a config, or of a model's with defaults, with REQUIRED ones added."""
     from simplclip.models import presets
     from simplclip.models.model_names import PLAIN
     from simplclip.train import config as configs

@@ -7,13 +7,16 @@ import os
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from simplclip.commands.app import app
 from simplclip.common.errors import InputError, visible
 from simplclip.common.files import write_atomically
+
+if TYPE_CHECKING:
+    import torch
 
 
 @app.command(
@@ -72,6 +75,6 @@ def selftest(
         raise typer.Exit(1)
 
 
-def _name(dtype: Any) -> str:
+def _name(dtype: torch.dtype) -> str:
     """Returns a torch dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")

@@ -8,13 +8,18 @@ import os
 import traceback
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from simplclip.commands.app import app
 from simplclip.commands.options import Overrides, check_data, fail
 from simplclip.common.errors import InputError, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from simplclip.train.config import Config
 
 
 def _config_help(wanted: bool) -> None:
@@ -90,19 +95,18 @@ def train(
         fail(str(error), 1)
 
 
-def _largest_micro_batch(config: Any, device: Any, ranks: int) -> int | None:
+def _largest_micro_batch(config: Config, device: torch.device, ranks: int) -> int | None:
     """As plan's function of this name; it is imported only for data.micro_batch=auto."""
     from simplclip.plan.search import largest_micro_batch
 
     return largest_micro_batch(config, device, ranks)
 
 
-def check(config: Any, resume: bool) -> None:
+def check(config: Config, resume: bool) -> None:
     """Raises InputError or OSError for a wrong name, folder or file; changes nothing.
 
-    config: a simplclip.train.config.Config. resume: whether run.out may have a run to continue. A
-    missing tensorboard raises ModuleNotFoundError. Only a run.device of a GPU needs seconds of
-    imports.
+    resume: whether run.out may have a run to continue. A missing tensorboard raises
+    ModuleNotFoundError. Only a run.device of a GPU needs seconds of imports.
     """
     from simplclip.models.model_names import check_name
     from simplclip.models.source import parse_weights
@@ -136,10 +140,10 @@ def _has_driver() -> bool:
     return os.path.exists("/dev/kfd")
 
 
-def check_sources(config: Any) -> None:
+def check_sources(config: Config) -> None:
     """Raises InputError for training data, eval.splits or sidecars that are not there.
 
-    config: a simplclip.train.config.Config. Splits are checked only if eval.every is set.
+    Splits are checked only if eval.every is set.
     """
     check_data(config.data.train, "data.train")
     if config.eval.every:

@@ -35,7 +35,7 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
         file.write(data)
 
 
-def write_csv(path: Path, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:
+def write_csv(path: Path, columns: list[str], rows: Iterable[Mapping[str, object]]) -> None:
     """Replaces `path` by a CSV file of `rows`, with a header line of `columns`.
 
     A row is {column: value}; a column that it lacks is empty, a key that is no column raises
@@ -110,16 +110,14 @@ def temporary_folder(path: str | Path) -> Iterator[Path]:
 
 
 def _temporary(path: Path) -> Path:
-    """Returns a path beside `path` with a random hidden name, .NAME.HEX.tmp; makes nothing.
-
-    It is random since other users of a shared folder could put a link under a name they guess.
-    """
+    """Returns a path beside `path` with a random hidden name, .NAME.HEX.tmp; makes nothing."""
+    # random: other users of a shared folder could put a link under a name that they guess
     path = path.absolute()  # "." has no name
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def remove_leftovers(
-    folder: str | Path, removable: Callable[[str], Any], seconds: float = 0.0
+    folder: str | Path, removable: Callable[[str], object], seconds: float = 0.0
 ) -> None:
     """Removes temporary files and folders that killed processes left in `folder`.
 
@@ -195,7 +193,7 @@ def check_writable(folder: Path, name: str) -> None:
         raise InputError(f"{name}: expected a folder that can be written to, got {existing}")
 
 
-def sha256(path: str | Path) -> str:
+def sha256(path: str | os.PathLike) -> str:
     """Returns the SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -207,7 +205,7 @@ def size_and_time(path: str | os.PathLike) -> dict[str, int]:
     return {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns}
 
 
-def identity(path: str | Path) -> dict[str, Any]:
+def identity(path: str | os.PathLike) -> dict[str, int | str]:
     """Returns {"bytes": size, "sha256": hexadecimal digits} of a file.
 
     The export.json of exports holds it.

@@ -10,20 +10,25 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from simplclip.common.files import write_atomically
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 INK, MUTED, GRID, FRAME, RIGHT = "#1b1f24", "#57606a", "#e6e8eb", "#d0d7de", "#1a9850"
 SCRIPTS = (
@@ -65,7 +70,7 @@ class Sheet:
         self.axis = self.figure.add_axes((0, 0, 1, 1), autoscale_on=False, xlim=(0, WIDTH))
         self.axis.axis("off")
         self.y = MARGIN
-        self._renderer: Any = FigureCanvasAgg(self.figure).get_renderer()
+        self._renderer = FigureCanvasAgg(self.figure).get_renderer()
 
     def draw_text(
         self,
@@ -109,7 +114,7 @@ class Sheet:
         """
         self.y += self.draw_text(MARGIN, self.y, text, WIDTH - 2 * MARGIN, font, lines)
 
-    def draw_tile(self, image: Any, x: float, y: float, side: float, right: bool = False) -> None:
+    def draw_tile(self, image: Image, x: float, y: float, side: float, right: bool = False) -> None:
         """Draws a PIL image, whole and centred, in a square of `side` inches with a frame.
 
         x, y: its left upper corner. right: whether it is the right answer, whose frame is green.
@@ -152,11 +157,11 @@ class Sheet:
         return write(self.figure, Path(path))
 
 
-def wrapped(text: str, fits: Any, lines: int) -> list[str]:
+def wrapped(text: str, fits: Callable[[str], bool], lines: int) -> list[str]:
     """Returns text wrapped into at most `lines` lines; if more are needed, the last ends with "…".
 
-    fits: a function that says whether a line (a string) is short enough. Words that do not fit are
-    divided; white space becomes single spaces.
+    fits: whether a line is short enough. Words that do not fit are divided; white space becomes
+    single spaces.
     """
     parts: list[str] = []
     for word in re.findall(r"[^\s/]+[\s/]*|[\s/]+", " ".join(text.split())):
@@ -221,7 +226,7 @@ def write_panels(path: Path, panels: Sequence[Panel], best: int | None = None) -
         handles = _draw_panel(axis, panel, best)
         title = panel.title
         if len(handles) == 1:
-            title += ":" + handles[0].get_label().rpartition(":")[2]
+            title += ":" + str(handles[0].get_label()).rpartition(":")[2]
         figure.text(
             MARGIN / WIDTH,
             (y + plot + head - 0.06) / height,
@@ -232,7 +237,7 @@ def write_panels(path: Path, panels: Sequence[Panel], best: int | None = None) -
             parse_math=False,
         )
         if len(handles) > 1:
-            by_rows: list[Any] = []
+            by_rows: list[Line2D] = []
             for column in range(columns):
                 by_rows += handles[column::columns]
             legend = axis.legend(
@@ -256,19 +261,16 @@ def write_panels(path: Path, panels: Sequence[Panel], best: int | None = None) -
     return write(figure, path)
 
 
-def _draw_panel(axis: Any, panel: Panel, best: int | None) -> list[Any]:
-    """Draws a panel's lines into `axis` (matplotlib's) and formats it; returns the line artists.
-
-    best: a step at which a dashed line is drawn, or None. Labels get the last value of their line.
-    """
-    handles = []
+def _draw_panel(axis: Axes, panel: Panel, best: int | None) -> list[Line2D]:
+    """Draws a panel's lines, a dashed one at the step `best`; returns the line artists."""
+    handles: list[Line2D] = []
     for number, (label, (steps, values)) in enumerate(panel.lines.items()):
         colour = COLOURS[number % panel.solid]
         dashes = "-" if number < panel.solid else "--"
         marker = "." if len(values) < 20 else ""
         last = f"{values[-1]:.1%}" if panel.percent else f"{values[-1]:.3g}"
-        style = {"color": colour, "marker": marker, "label": f"{label}: {last}"}
-        handles += axis.plot(steps, values, dashes, **style)
+        legend = f"{label}: {last}"
+        handles += axis.plot(steps, values, dashes, color=colour, marker=marker, label=legend)
         if label in panel.chance:
             axis.axhline(panel.chance[label], color=colour, linestyle=":", linewidth=1.2)
     if best is not None:
@@ -292,10 +294,7 @@ def _draw_panel(axis: Any, panel: Panel, best: int | None) -> list[Any]:
 
 @functools.cache
 def _fonts() -> list[str]:
-    """Returns the names of the fonts for texts: matplotlib's own, and those of SCRIPTS found here.
-
-    The list is cached.
-    """
+    """Returns the names of the fonts for texts: matplotlib's own, those of SCRIPTS found here."""
     return ["DejaVu Sans", *(name for name in SCRIPTS if name in font_manager.get_font_names())]
 
 

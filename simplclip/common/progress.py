@@ -46,10 +46,8 @@ def print_lines(text: str, console: Console | None = None) -> None:
 
 
 def _first_rank() -> bool:
-    """Whether this process is the first rank.
-
-    Only commands that load `common.ranks`, and torch by it, have several.
-    """
+    """Whether this process is the first rank."""
+    # only commands that load `common.ranks`, and torch by it, have several
     ranks = sys.modules.get("simplclip.common.ranks")
     return ranks is None or ranks.first()
 

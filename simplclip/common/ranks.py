@@ -160,7 +160,7 @@ def all_gather(value: Item) -> list[Item]:
     """
     if count() == 1:
         return [value]
-    values: list[Any] = [None] * count()
+    values = [value] * count()
     dist.all_gather_object(values, value, group=_objects)
     return values
 
@@ -181,13 +181,13 @@ def fail_together() -> Iterator[None]:
     node = os.environ.get("GROUP_RANK")
     stopped = isinstance(error, Stopped)
     own = None if error is None or stopped else (str(error), node)
-    failures: tuple[Any, ...]
-    failures, stops = zip(*all_gather((own, stopped)))
-    failed = next((rank for rank, failed in enumerate(failures) if failed), None)
-    if failed is None:
-        if any(stops):
+    gathered = all_gather((own, stopped))
+    failures = {rank: failure for rank, (failure, _) in enumerate(gathered) if failure}
+    if not failures:
+        if any(stops for _, stops in gathered):
             raise Stopped
         return
+    failed = min(failures)
     if error is not None and failed == number():
         raise error
     message, failed_node = failures[failed]
@@ -215,11 +215,8 @@ def on_first(function: Callable[[*Arguments], Result], *args: *Arguments) -> Res
 
 
 def _wait_for_first() -> None:
-    """Waits for the end of `_telling_others_to_wait` on the first rank, in which it takes part.
-
-    To be called on every other rank. Prints a line to stderr from time to time, once on each node.
-    """
-    while _broadcast_from_first(None):
+    """Waits on a rank but the first until `_telling_others_to_wait` ends; prints so to stderr."""
+    while _broadcast_from_first(True):
         if os.environ.get("LOCAL_RANK") == "0":  # a line in the log of each node
             message = f"rank {number()}: the first rank works alone, e.g. packs"
             print(message, file=sys.stderr, flush=True)
@@ -227,10 +224,7 @@ def _wait_for_first() -> None:
 
 @contextmanager
 def _telling_others_to_wait() -> Iterator[None]:
-    """Context of the first rank's work, in which a thread tells the other ranks to wait on.
-
-    Meanwhile these are in `_wait_for_first`. At the end it tells them, and joins the thread.
-    """
+    """Context of the first rank's work; a thread tells others, in `_wait_for_first`, to wait."""
     done = threading.Event()
     thread = threading.Thread(target=_tell_others, args=[done], daemon=True)
     thread.start()
@@ -250,11 +244,8 @@ def _tell_others(done: threading.Event) -> None:
             pass
 
 
-def _broadcast_from_first(value: Any) -> Any:
-    """Returns the first rank's value on each rank; all ranks have to call it.
-
-    On other ranks `value` is not read.
-    """
+def _broadcast_from_first(value: Item) -> Item:
+    """Returns the first rank's value on each rank; all ranks have to call it."""
     values = [value]
     dist.broadcast_object_list(values, device=torch.device("cpu"), group=_objects)
     return values[0]

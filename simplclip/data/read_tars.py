@@ -324,7 +324,7 @@ def count_samples(path: str, limit: int) -> tuple[int, int]:
                 if len(keys) == limit:
                     break
                 keys.append(key)
-            end = archive.offset  # type: ignore[attr-defined]
+            end = archive.offset
     return len(keys), end
 
 

@@ -81,7 +81,7 @@ class CoCaLoss(ClipLoss, open_clip_loss.CoCaLoss):
     """
 
     if TYPE_CHECKING:
-        __call__: Callable[..., Any]  # type: ignore[assignment]
+        __call__: Callable[..., Any]
 
     def __init__(
         self,

@@ -176,7 +176,7 @@ def fold_frozen(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str,
         folded = _copy(module, dtype)
         if folded is not None:
             copies[name] = folded
-            module.forward = partial(_run_folded, module, folded, dtype)  # type: ignore[method-assign]
+            module.forward = partial(_run_folded, module, folded, dtype)
     return copies
 
 

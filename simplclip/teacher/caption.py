@@ -138,10 +138,7 @@ def run(
     counts: Counter[str] = Counter()
 
     def process(batch: tuple[Tensor, Tensor, tuple, tuple]) -> list[dict[str, bytes]]:
-        """Returns {"json": bytes} for each sample of a collated batch, with the captions it draws.
-
-        What is new or dropped is added to `counts`.
-        """
+        """Returns {"json": bytes} for each sample of a batch; adds to `counts`."""
         images, draws, captions, records = batch
         images = finish_on_device(prepare.transform, images, torch_device)
         with hardware.autocast(precision, torch_device):
@@ -268,11 +265,7 @@ def generate(
 
 
 def _draw(logits: Tensor, uniform: Tensor, top_p: float) -> Tensor:
-    """Returns a token for each of R rows of logits over V tokens: int64 [R].
-
-    logits: float32 [R, V]. uniform: float64 [R] in [0, 1), which decides each draw. top_p: only the
-    most likely tokens that together have at least this probability are drawn.
-    """
+    """Returns a token for each row: int64 [R], of logits [R, V] and draws `uniform` [R]."""
     probabilities, order = logits.double().softmax(-1).sort(dim=-1, descending=True, stable=True)
     total = probabilities.cumsum(-1)
     # position of the token that reaches `top_p`

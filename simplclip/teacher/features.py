@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -217,7 +218,7 @@ def transform_of(teacher: Encoder) -> ImageTransform:
     return ImageTransform(cfg)
 
 
-def student_transform(config: str | os.PathLike) -> ImageTransform:
+def student_transform(config: str | Path) -> ImageTransform:
     """Returns the training transform of a student's config, a file or the name of a built-in one.
 
     It draws the views. Raises InputError for an augmentation whose draws cannot be stored, such as
@@ -242,7 +243,7 @@ def run(
     *,
     checkpoint: str | os.PathLike | None = None,
     views: int = 0,
-    config: str | os.PathLike | None = None,
+    config: str | Path | None = None,
     seed: int = 0,
     batch_size: int = 64,
     workers: int = 0,
@@ -305,8 +306,9 @@ def own_recall(shards: Any, sidecars: Folders, most: int = 1000) -> str:
     pairs = _taught_pairs(shards, sidecars, most)
     if not pairs:
         return "the teacher's own R@1: no sample has features"
-    images = np.stack([pair.features[0] for pair in pairs])
-    texts = np.stack([pair.features[-len(pair.captions)] for pair in pairs])
+    features = [pair.features for pair in pairs if pair.features is not None]
+    images = np.stack([rows[0] for rows in features])
+    texts = np.stack([rows[-len(pair.captions)] for pair, rows in zip(pairs, features)])
     x, y = torch.from_numpy(images).float(), torch.from_numpy(texts).float()
     groups = torch.tensor([pair.group_id for pair in pairs])
     directions = {
@@ -324,10 +326,7 @@ def own_recall(shards: Any, sidecars: Folders, most: int = 1000) -> str:
 
 
 def _taught_pairs(shards: Any, sidecars: Folders, most: int) -> list[Pair]:
-    """Returns the first pairs that have a teacher's features, at most `most`, not broken ones.
-
-    shards, sidecars: tars, and folders of sidecars that are joined to them.
-    """
+    """Returns the first pairs that have a teacher's features, at most `most`, not broken ones."""
     pairs: list[Pair] = []
     for source in sources_of(shards):
         for sample in read_tar(source, Skipped(), sidecars=sidecars):
@@ -341,10 +340,7 @@ def _taught_pairs(shards: Any, sidecars: Folders, most: int) -> list[Pair]:
 
 
 def _files_of(rows: Tensor, about: dict[str, Any]) -> dict[str, bytes]:
-    """Returns the files of a sample by suffix: its features in float16, and what they belong to.
-
-    rows: features [V + C, D]. about: as in `Batch`.
-    """
+    """Returns a sample's files by suffix, of features [V + C, D] and an entry of `Batch.about`."""
     file = io.BytesIO()
     np.save(file, rows.half().numpy(), allow_pickle=False)
     npy = file.getvalue()

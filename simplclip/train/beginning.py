@@ -47,7 +47,7 @@ class Beginning:
         self._replayed: list[Tensor] | None = None
         for module in modules:
             last = module is modules[-1]
-            module.forward = partial(function, self, last, module.forward)  # type: ignore[method-assign]
+            module.forward = partial(function, self, last, module.forward)
 
     def encode(self, function: Encode, batch: Batch) -> Tensor:
         """Returns function(batch), the features of a micro-batch, which keeps or uses outputs.

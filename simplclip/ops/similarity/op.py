@@ -179,7 +179,7 @@ def similarity_loss(
             scale,
             teacher_image,
             teacher_text,
-            teacher_scale,  # type: ignore[arg-type]
+            teacher_scale,
             plane=torch.stack(joined) if joined else None,
             **pairs,
             columns=symmetric,
