@@ -13,7 +13,6 @@ from enum import IntEnum
 
 from torch import Tensor
 
-TERMS = ("contrastive", "pair_matching", "relational", "sigmoid")
 DIVERGENCES = ("kl", "cross_entropy")
 
 

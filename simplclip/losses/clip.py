@@ -1,12 +1,228 @@
-"""ClipPMLoss, and PairLoss: its base, and that of ClipLoss and SigLipLoss in drop_in.py."""
+"""The losses by similarity_loss: their base, with the plane of pair matching, and ClipPMLoss."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Never, overload
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from simplclip.losses.base import Pairs, SimilarityLoss
+from simplclip.common.terms import BY_NAME, SWEPT, choices
+from simplclip.losses.base import (
+    NAMES,
+    TEACHER,
+    DistributedLoss,
+    checked_weight,
+    checked_width,
+)
+from simplclip.ops import checks
+from simplclip.ops.modes import autocast
+from simplclip.ops.similarity import inputs
+from simplclip.ops.similarity.pairs import Pairs, Settings, Teacher, Values
+from simplclip.ops.similarity.route import compute
+
+PLANES = choices("plane")
+
+
+def _teacher(values: Any, terms: tuple[str, ...]) -> Teacher | None:
+    """Returns the Teacher of a tuple or list (image, text, scale), or None if no term needs one.
+
+    Raises ValueError if a term needs a teacher and `values` does not have three items; the items
+    are not checked.
+    """
+    if not inputs.needs_teacher(terms):
+        return None
+    if not isinstance(values, (tuple, list)) or len(values) != 3:
+        why = inputs.why_teacher(terms)
+        raise ValueError(
+            f"teacher: expected ({', '.join(TEACHER)}), since {why}, got {type(values).__name__}"
+        )
+    return Teacher(*values)
+
+
+class SimilarityLoss(DistributedLoss):
+    """Base class of the losses by ops.similarity_loss, with the plane of pair matching."""
+
+    # l = p S + q is 0 at S = 0.2 at first, between the cosines of unmatched (about 0) and matched
+    # (about 0.3 and more) pairs.
+    INITIAL_WEIGHT, INITIAL_BIAS = 10.0, -2.0
+
+    NAMES: tuple[str, ...] = SWEPT  # terms that the loss has
+    # passed to similarity_loss, as is store_bytes; may be set on an instance
+    scratch_bytes: int | None = None
+    store_bytes: int | None = None
+    divergence = "kl"  # of the relational term
+    # True within MatryoshkaLoss: narrower features than embed_dim use the parameters' first columns
+    prefixes = False
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        pm_weight: float = 0.0,
+        plane: str = "scalar",
+        embed_dim: int | None = None,
+        **unknown: Never,
+    ) -> None:
+        """Stores the settings and, with pm_weight above 0, makes the plane's parameters.
+
+        pm_weight: weight of pair matching; at 0 plane_weight and plane_bias are None. plane:
+        "scalar" (its weight is []) or "hadamard" ([embed_dim], which is then needed). embed_dim:
+        the width D that all features must have; None for any. Other arguments as in
+        `DistributedLoss`, also the errors; ValueError or TypeError for a value that is not valid.
+        """
+        super().__init__(
+            local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, **unknown
+        )
+        self.pm_weight = checked_weight("pm_weight", pm_weight)
+        checks.check_choice("plane", plane, PLANES)
+        self.plane = plane
+        self.embed_dim = checked_width("embed_dim", embed_dim)
+        self.plane_weight = self.plane_bias = None
+        if pm_weight:
+            if plane == "hadamard" and embed_dim is None:
+                raise ValueError(
+                    "embed_dim: expected the width D of the features for plane='hadamard', got None"
+                )
+            shape: tuple[int, ...] = ()
+            if embed_dim is not None and plane == "hadamard":
+                shape = (embed_dim,)
+            self.plane_weight = nn.Parameter(torch.full(shape, self.INITIAL_WEIGHT))
+            self.plane_bias = nn.Parameter(torch.tensor(self.INITIAL_BIAS))
+
+    def terms(
+        self,
+        image_features: Tensor,  # [N, D]
+        text_features: Tensor,  # [N, D]
+        logit_scale: Tensor,  # []
+        *,
+        weights: Mapping[str, float],
+        logit_bias: Tensor | None = None,  # []
+        ids: Tensor | None = None,  # [N] int64
+        teacher: tuple[Tensor, Tensor, Tensor] | None = None,  # [N, D̂], [N, D̂], []
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the sum [] of the weighted terms, and a dict of them without gradients.
+
+        weights: name -> weight, for the terms to compute; the weights that the constructor got do
+        not count here. The names are those of similarity_loss, pair matching only if the loss has a
+        plane (pm_weight above 0), and of WIKDLoss those of its further terms. ids: pairs with equal
+        ids are not each other's negatives. teacher: (image, text, scale), which the terms of
+        distillation need. The values of the dict are weighted. A collective call if
+        world_size > 1. Raises ValueError for no weights, and for a name or value that is not valid.
+        """
+        checks.check_instance("weights", weights, Mapping, "a mapping of terms to numbers")
+        if not weights:
+            raise ValueError("weights: expected a weight of at least one term, got none")
+        names = inputs.checked_terms(tuple(weights), self.NAMES)
+        weights = inputs.check_weights(weights, names)
+        record = _teacher(teacher, names)
+        pairs = Pairs(image_features, text_features, logit_scale, logit_bias, ids, record)
+        total, values = self._values(pairs, names, weights)
+        assert total is not None
+        return total, {name: weights[name] * value for name, value in values.items()}
+
+    def _values(
+        self, pairs: Pairs, terms: tuple[str, ...], weights: Mapping[str, float] | None = None
+    ) -> Values:
+        """Returns the terms of pairs as the loss got them, checked. Collective with several ranks.
+
+        Raises ValueError or TypeError for features, ids or a teacher that do not fit.
+        """
+        checks.check_features("image_features", pairs.image, "[N, D]")
+        checks.check_features("text_features", pairs.text, "[N, D]")
+        if self.embed_dim is not None:
+            self._check_width(self.embed_dim, pairs.image, pairs.text)
+        if self.world_size > 1:
+            pairs = self._check_and_scale_with_all_ranks(pairs)
+        pairs = inputs.checked(pairs, NAMES, terms, equal_rows=True)
+        total, values = self._computed(pairs, terms, weights)
+        if self.world_size > 1:
+            values = {name: self._averaged_over_ranks(value) for name, value in values.items()}
+            total = None if total is None else self._averaged_over_ranks(total)
+        return Values(total, values)
+
+    def _computed(
+        self, pairs: Pairs, terms: tuple[str, ...], weights: Mapping[str, float] | None
+    ) -> Values:
+        """Returns the terms of this rank's rows, of checked pairs, against all ranks' columns."""
+        is_apart = self.world_size > 1 and self.local_loss and not self.gather_with_grad
+        plane = None
+        if "pair_matching" in terms:
+            plane = self._plane(pairs.image)
+        if not is_apart:
+            group = self._group() if self.world_size > 1 else None
+            return compute(pairs, self._settings(terms, weights, plane, group=group))
+
+        # The directions are computed apart, each with this rank's rows and the columns of all
+        # ranks, which are constants.
+        image, text = autocast(pairs.image, pairs.text)  # before they travel
+        pairs = replace(pairs, image=image, text=text)
+        columns = self._gathered(pairs)
+        rows = replace(pairs, text_ids=columns.ids, label_offset=self.rank * len(image))
+        settings = self._settings(terms, weights, plane, symmetric=False)
+        by_image = compute(rows.against(columns), settings)
+        by_text = compute(rows.swapped().against(columns.swapped()), settings)
+        terms_of_both = {
+            name: 0.5 * (value + by_text.terms[name]) for name, value in by_image.terms.items()
+        }
+        if by_image.total is None or by_text.total is None:
+            return Values(None, terms_of_both)
+        return Values(0.5 * (by_image.total + by_text.total), terms_of_both)
+
+    def _settings(
+        self,
+        terms: tuple[str, ...],
+        weights: Mapping[str, float] | None = None,
+        plane: tuple[Tensor, Tensor] | None = None,
+        *,
+        symmetric: bool = True,
+        group: Any = None,
+    ) -> Settings:
+        """Returns checked settings of a call, with the attributes of this loss."""
+        settings = Settings(
+            terms,
+            weights,
+            plane,
+            self.divergence,
+            symmetric,
+            group,
+            self.scratch_bytes,
+            self.store_bytes,
+        )
+        inputs.check_budgets(settings)
+        return settings
+
+    def _plane(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns weight and bias of the plane, of the width of the features.
+
+        With several ranks the tensors are those of `_synchronised_parameters`.
+        """
+        plane: Any = None
+        if self.plane_weight is not None:
+            plane = self.plane_weight, self.plane_bias
+            if self.world_size > 1:
+                plane = self._synchronised_parameters(*plane)
+            if self.plane == "hadamard":
+                plane = plane[0][: image.shape[1]], plane[1]
+        return inputs.checked_plane(plane, image)
+
+    def _check_width(self, embed_dim: int, image: Tensor, text: Tensor) -> None:
+        """Raises ValueError unless features have embed_dim columns (with `prefixes`: at most)."""
+        for name, features in (("image_features", image), ("text_features", text)):
+            width = features.shape[-1]
+            fits = width == embed_dim or (self.prefixes and width < embed_dim)
+            if not fits:
+                got = checks.shape_of(features)
+                raise ValueError(
+                    f"{name}: expected the width embed_dim = {embed_dim}, got shape {got}"
+                )
 
 
 class PairLoss(SimilarityLoss):
@@ -66,18 +282,23 @@ class PairLoss(SimilarityLoss):
         """
         pairs = Pairs(image_features, text_features, logit_scale, logit_bias, ids)
         term = self.TERM
-        weight = self.pm_weight
-        if not weight:
-            value = self._values(pairs, (term,))[term]
-            return {"contrastive_loss": value} if output_dict else value
-        terms = (term, "pair_matching")
+        if not self.pm_weight:
+            value = self._values(pairs, (term,)).terms[term]
+            return {BY_NAME[term].key: value} if output_dict else value
+        weights = self._weights()
         if not output_dict:  # with weights, sigmoid and pair matching share a sweep
-            return self._values(pairs, terms, {term: 1.0, "pair_matching": weight})["loss"]
-        values = self._values(pairs, terms)
-        return {
-            "contrastive_loss": values[term],
-            "pair_matching_loss": weight * values["pair_matching"],
-        }
+            total = self._values(pairs, tuple(weights), weights).total
+            assert total is not None
+            return total
+        values = self._values(pairs, tuple(weights)).terms
+        losses = {BY_NAME[name].key: weights[name] * value for name, value in values.items()}
+        return losses | {BY_NAME[term].key: values[term]}  # of weight 1
+
+    def _weights(self) -> dict[str, float]:
+        """Returns the weights of the terms by name, those of pair matching only above 0."""
+        if not self.pm_weight:
+            return {self.TERM: 1.0}
+        return {self.TERM: 1.0, "pair_matching": self.pm_weight}
 
 
 class ClipPMLoss(PairLoss):

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from simplclip.losses.base import SimilarityLoss, checked_weight
+from simplclip.losses.base import checked_weight
+from simplclip.losses.clip import SimilarityLoss
 from simplclip.losses.widen import widen
 from simplclip.ops import checks
 

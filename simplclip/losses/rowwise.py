@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from simplclip.calls.fields import accumulate_dtype
-from simplclip.losses.base import STUDENT, TEACHER, DistributedLoss, Pairs, Teacher
-from simplclip.ops import checks, distributed
+from simplclip.losses.base import NAMES, DistributedLoss
+from simplclip.ops import checks
 from simplclip.ops.modes import autocast, no_autocast
 from simplclip.ops.similarity import inputs
+from simplclip.ops.similarity.pairs import Pairs, Teacher
 
 _LEAST_ROWS = 64  # of a chunk but the last: fewer make products slow
 
@@ -116,63 +117,47 @@ class RowwiseLoss(DistributedLoss):
         checks.check_features("image_features", image_features, "[N, D]")
         checks.check_features("text_features", text_features, "[M, D]")
         image, text = autocast(image_features, text_features)
+        values = (dist_image_features, dist_text_features, dist_logit_scale)
+        given: Any = Teacher(*values) if any(value is not None for value in values) else None  # type: ignore[arg-type]
+        pairs = Pairs(image, text, logit_scale, logit_bias, teacher=given)  # type: ignore[arg-type]
         if self.world_size > 1:
-            image, text = self._check_and_scale_with_all_ranks(
-                image, text, dist_image_features, dist_text_features
-            )
-        student = dict(zip(STUDENT, (image, text)))
-        inputs.check_pair(student, equal_rows=self.world_size > 1)
+            pairs = self._check_and_scale_with_all_ranks(pairs)
+        image, text = pairs.image, pairs.text
+        inputs.check_features(NAMES, image, text, equal_rows=self.world_size > 1)
         n = len(image)
         if len(text) < n:
             got = checks.shape_of(text)
             raise ValueError(
                 f"text_features: expected at least {n} rows, a positive for each image, got {got}"
             )
-        arguments = dict(zip(TEACHER, (dist_image_features, dist_text_features, dist_logit_scale)))
         teacher = None
-        if any(value is not None for value in arguments.values()):
+        if pairs.teacher is not None:
             why = "a teacher has features and a scale"
-            x, y, teacher_scale = inputs.constants_of_teacher(arguments, student, why)
+            teacher = inputs.checked_teacher(pairs, NAMES, why)
             product_dtype = _product_dtype(image.dtype)
-            teacher = Teacher(x.to(product_dtype), y.to(product_dtype), teacher_scale)
+            teacher = replace(
+                teacher,
+                image=teacher.image.to(product_dtype),
+                text=teacher.text.to(product_dtype),
+            )
         dtype = accumulate_dtype(image.dtype)
         scale = checks.scalar("logit_scale", logit_scale, image.device, dtype)
         bias = None
         if logit_bias is not None:
             bias = checks.scalar("logit_bias", logit_bias, image.device, dtype)
         pairs = Pairs(image, text, scale, bias, teacher=teacher)
-        columns = self._columns(pairs)
+        columns = self._gathered(pairs, constant=self.local_loss and not self.gather_with_grad)
         fn = self._with_learned_parameters() if self.world_size > 1 else self.fn
-        directions = [_direction(pairs, columns)]
+        directions = [pairs.against(columns)]
         if self.symmetric:
             rows = _with_texts(pairs, n).swapped()
-            directions.append(_direction(rows, columns.swapped()))
+            directions.append(rows.against(columns.swapped()))
         with no_autocast(image.device):
             means = [self._mean(fn, direction) for direction in directions]
             value = sum(means) / len(means)
         if self.world_size > 1:
             value = self._averaged_over_ranks(value)
         return {"rowwise_loss": value} if output_dict else value
-
-    def _columns(self, pairs: Pairs) -> Pairs:
-        """Returns the pairs of all ranks in the order of ranks, by collective calls.
-
-        Features keep their gradients, except with local_loss and without gather_with_grad; a
-        teacher's are constants. With one rank the pairs are returned as they are.
-        """
-        if self.world_size <= 1:
-            return pairs
-        image, text = pairs.image, pairs.text
-        if self.local_loss and not self.gather_with_grad:
-            image, text = image.detach(), text.detach()
-        image = distributed.gather(image, self._group())
-        text = distributed.gather(text, self._group())
-        teacher = pairs.teacher
-        if teacher is not None:
-            teacher_image = self._gather_constants(teacher.image)
-            teacher_text = self._gather_constants(teacher.text)
-            teacher = replace(teacher, image=teacher_image, text=teacher_text)
-        return replace(pairs, image=image, text=text, teacher=teacher)
 
     def _with_learned_parameters(self) -> Callable[..., Tensor]:
         """Returns fn as a function whose parameters' gradients backward averages over the ranks.
@@ -268,17 +253,6 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
     float16 would lose small gradients, and digits of a teacher's logits.
     """
     return dtype if dtype == torch.bfloat16 else accumulate_dtype(dtype)
-
-
-def _direction(rows: Pairs, columns: Pairs) -> Pairs:
-    """Returns pairs of the rows' images and the columns' texts, those of the teacher too.
-
-    Everything else is that of the rows.
-    """
-    teacher = None
-    if rows.teacher is not None and columns.teacher is not None:
-        teacher = replace(rows.teacher, text=columns.teacher.text)
-    return replace(rows, text=columns.text, teacher=teacher)
 
 
 def _with_texts(pairs: Pairs, n: int) -> Pairs:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, Never
 
 import torch
@@ -13,12 +12,17 @@ from torch import Tensor, nn
 
 from simplclip import ops
 from simplclip.calls.similarity import DIVERGENCES
-from simplclip.losses.base import Pairs, SimilarityLoss, Teacher, checked_weight, checked_width
+from simplclip.common.terms import BY_NAME, TERMS, choices
+from simplclip.losses.base import checked_weight, checked_width
+from simplclip.losses.clip import SimilarityLoss
 from simplclip.losses.widen import widen
 from simplclip.ops import checks
 from simplclip.ops.modes import no_autocast
+from simplclip.ops.similarity import inputs
+from simplclip.ops.similarity.pairs import Pairs, Teacher, Values
+from simplclip.ops.similarity.route import compute
 
-INTERACTIVE = ("infonce", "kl")
+_TERMS = tuple(term for term in TERMS if term.name != "sigmoid")
 
 
 class WIKDLoss(SimilarityLoss):
@@ -60,6 +64,8 @@ class WIKDLoss(SimilarityLoss):
     2411.14789 for WIKD.
     """
 
+    NAMES = (*SimilarityLoss.NAMES, *[term.name for term in TERMS if not term.sweeps])
+
     def __init__(
         self,
         local_loss: bool = False,
@@ -94,7 +100,7 @@ class WIKDLoss(SimilarityLoss):
         self.relational_weight = checked_weight("relational_weight", relational_weight)
         self.interactive_weight = checked_weight("interactive_weight", interactive_weight)
         self.feature_weight = checked_weight("feature_weight", feature_weight)
-        checks.check_choice("interactive", interactive, INTERACTIVE)
+        checks.check_choice("interactive", interactive, choices("interactive"))
         checks.check_choice("divergence", divergence, DIVERGENCES)
         self.interactive, self.divergence = interactive, divergence
         self.teacher_dim = checked_width("teacher_dim", teacher_dim)
@@ -109,22 +115,19 @@ class WIKDLoss(SimilarityLoss):
                 "got None"
             )
         self.image_projection = self.text_projection = None
-        projects = interactive_weight > 0 or feature_weight > 0
+        projects = any(getattr(self, term.weight) for term in _TERMS if not term.sweeps)
         if projects and teacher_dim is not None and dim is not None and teacher_dim != dim:
             self.image_projection = nn.Parameter(torch.randn(teacher_dim, dim) * dim**-0.5)
             self.text_projection = nn.Parameter(torch.randn(teacher_dim, dim) * dim**-0.5)
 
     def extra_repr(self) -> str:
         """Returns the weights, interactive and divergence for `repr`."""
-        names = ("contrastive", "relational", "interactive", "feature", "pm")
-        weights = ", ".join(f"{name}_weight={getattr(self, f'{name}_weight')}" for name in names)
+        weights = ", ".join(f"{term.weight}={getattr(self, term.weight)}" for term in _TERMS)
         return f"{weights}, interactive={self.interactive!r}, divergence={self.divergence!r}"
 
     def _weights(self) -> dict[str, float]:
         """Returns name -> weight of the terms with a weight above 0, as `terms` names them."""
-        names = ("contrastive", "relational", "interactive", "feature")
-        weights = {name: getattr(self, f"{name}_weight") for name in names}
-        weights["pair_matching"] = self.pm_weight
+        weights = {term.name: getattr(self, term.weight) for term in _TERMS}
         return {name: weight for name, weight in weights.items() if weight}
 
     def forward(
@@ -150,115 +153,91 @@ class WIKDLoss(SimilarityLoss):
         teacher = Teacher(dist_image_features, dist_text_features, dist_logit_scale)
         weights = self._weights()
         pairs = Pairs(image_features, text_features, logit_scale, None, ids, teacher)
-        values = self._values(pairs, tuple(weights))
-        losses = {}
-        for name, weight in weights.items():
-            key = "distill_loss" if name == "relational" else f"{name}_loss"  # open_clip's name
-            losses[key] = weight * values[name]
+        values = self._values(pairs, tuple(weights)).terms
+        losses = {BY_NAME[name].key: weight * values[name] for name, weight in weights.items()}
         return losses if output_dict else tuple(losses.values())
 
-    def _similarity(
+    def _computed(
         self, pairs: Pairs, terms: tuple[str, ...], weights: Mapping[str, float] | None
-    ) -> dict[str, Tensor]:
-        """Returns the terms [] by name as in `SimilarityLoss`, interactive and feature included.
-
-        Arguments as in `_values`, which has checked them; "loss" is the weighted sum of all.
-        """
-        swept = tuple(name for name in terms if name not in ("interactive", "feature"))
-        values: dict[str, Any] = {}
+    ) -> Values:
+        """Returns the terms of this rank's rows: those of similarity_loss, and those by methods."""
+        swept = tuple(name for name in terms if BY_NAME[name].sweeps)
+        total, values = Values(None, {})
         if swept:
-            swept_pairs = pairs if "relational" in swept else replace(pairs, teacher=None)
             swept_weights = weights and {name: weights[name] for name in swept}
-            values = super()._similarity(swept_pairs, swept, swept_weights)
-        if len(swept) == len(terms):
-            return values
-        teacher: Any = pairs.teacher
-        image, text = self._in_teachers_width(pairs.image, pairs.text, teacher)
-        if "interactive" in terms:
-            projected = replace(pairs, image=image, text=text)
-            values["interactive"] = self._interactive(projected, teacher)
-        if "feature" in terms:
-            with no_autocast(image.device):
-                image_distance = ops.feature_loss(widen(image), teacher.image)
-                text_distance = ops.feature_loss(widen(text), teacher.text)
-            values["feature"] = 0.5 * (image_distance + text_distance)
-        if weights is not None:
-            for name in set(terms) - set(swept):
-                values["loss"] = values.get("loss", 0) + weights[name] * values[name]
-                values[name] = values[name].detach()
-        return values
+            swept_pairs = pairs
+            if not inputs.needs_teacher(swept):
+                swept_pairs = replace(pairs, teacher=None)
+            total, values = super()._computed(swept_pairs, swept, swept_weights)
+        others = [term.name for term in TERMS if term.name in terms and not term.sweeps]
+        if not others:
+            return Values(total, values)
+        projected = self._in_teachers_width(pairs)
+        for name in others:
+            value = getattr(self, f"_{name}")(projected)
+            if weights is not None:
+                weighted = weights[name] * value
+                total = weighted if total is None else total + weighted
+                value = value.detach()
+            values[name] = value
+        return Values(total, values)
 
-    def _interactive(self, pairs: Pairs, teacher: Teacher) -> Tensor:
+    def _interactive(self, pairs: Pairs) -> Tensor:
         """Returns the interactive term [], the mean of two directions.
 
-        The rows are this rank's features of the student, in the teacher's width; the columns are
-        the teacher's features of all ranks, constants, gathered by collective calls.
+        The rows are this rank's features of the student; the columns are the teacher's features of
+        all ranks, constants, gathered by collective calls.
         """
+        teacher: Any = pairs.teacher
+        if self.interactive == "kl" and teacher.scale is None:
+            raise ValueError(
+                "dist_logit_scale: expected a value, since interactive='kl' needs it, got None"
+            )
         dtype = pairs.image.dtype
-        teacher_image = teacher.image.to(dtype)
-        teacher_text = teacher.text.to(dtype)
-        text_ids = self._gather_constants(pairs.ids)
-        by_image = self._interactive_direction(
+        own = Pairs(teacher.image.to(dtype), teacher.text.to(dtype), pairs.scale, ids=pairs.ids)
+        columns = self._gathered(own)
+        rows = replace(
             pairs,
-            rows=pairs.image,
-            teacher=Teacher(teacher_image, self._gather_constants(teacher_text), teacher.scale),
-            text_ids=text_ids,
+            bias=None,
+            teacher=None,
+            text_ids=columns.ids,
+            label_offset=self.rank * len(pairs.image),
         )
-        by_text = self._interactive_direction(
-            pairs,
-            rows=pairs.text,
-            teacher=Teacher(teacher_text, self._gather_constants(teacher_image), teacher.scale),
-            text_ids=text_ids,
-        )
+        if self.image_projection is not None:
+            image = F.normalize(pairs.image, dim=-1).to(dtype)
+            rows = replace(rows, image=image, text=F.normalize(pairs.text, dim=-1).to(dtype))
+        term = "contrastive"
+        if self.interactive == "kl":
+            term = "relational"
+            rows = replace(rows, teacher=Teacher(own.image, own.text, teacher.scale))
+            columns = replace(columns, teacher=Teacher(columns.image, columns.text))
+        settings = self._settings((term,), symmetric=False)
+        by_image = compute(rows.against(columns), settings).terms[term]
+        by_text = compute(rows.swapped().against(columns.swapped()), settings).terms[term]
         return 0.5 * by_image + 0.5 * by_text
 
-    def _interactive_direction(
-        self, pairs: Pairs, rows: Tensor, teacher: Teacher, text_ids: Tensor | None
-    ) -> Tensor:
-        """Returns the interactive term [] of the student's rows, image or text features [N, D̂].
+    def _feature(self, pairs: Pairs) -> Tensor:
+        """Returns the feature term [], the mean of image and text."""
+        teacher: Any = pairs.teacher
+        with no_autocast(pairs.image.device):
+            image_distance = ops.feature_loss(widen(pairs.image), teacher.image)
+            text_distance = ops.feature_loss(widen(pairs.text), teacher.text)
+        return 0.5 * (image_distance + text_distance)
 
-        pairs: of which only scale, ids and the dtype count. teacher: its image features are the
-        teacher's rows [N, D̂] of the same modality, its text features the columns [M, D̂] of the
-        other one, of all ranks. text_ids: the ids [M] of all ranks, or None.
-        """
-        if self.image_projection is not None:
-            rows = F.normalize(rows, dim=-1).to(pairs.image.dtype)
-        compute = partial(
-            ops.similarity_loss,
-            rows,
-            teacher.text,
-            pairs.scale,
-            symmetric=False,
-            label_offset=self.rank * len(rows),
-            ids=pairs.ids,
-            text_ids=text_ids,
-            scratch_bytes=self.scratch_bytes,
-            store_bytes=self.store_bytes,
-        )
-        if self.interactive == "infonce":
-            return compute(terms=("contrastive",))["contrastive"]
-        return compute(
-            terms=("relational",),
-            teacher_image=teacher.image,
-            teacher_text=teacher.text,
-            teacher_scale=teacher.scale,
-            divergence=self.divergence,
-        )["relational"]
-
-    def _in_teachers_width(
-        self, image: Tensor, text: Tensor, teacher: Teacher
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the student's image and text features [N, D̂], projected if it has projections.
+    def _in_teachers_width(self, pairs: Pairs) -> Pairs:
+        """Returns the pairs with the student's features projected, if the loss has projections.
 
         Projected features are not normalised again. Raises ValueError if the teacher's width is not
         that of the result. With several ranks as `_synchronised_parameters`.
         """
+        teacher: Any = pairs.teacher
         if self.image_projection is None:
-            width: Any = image.shape[1]
+            width: Any = pairs.image.shape[1]
             features = "a prefix of image_features" if self.prefixes else "image_features"
+            weights = " or ".join(term.weight for term in _TERMS if not term.sweeps)
             expected = (
                 f"{width} of {features}, without a projection (embed_dim, another teacher_dim, "
-                "and interactive_weight or feature_weight above 0 make one)"
+                f"and {weights} above 0 make one)"
             )
         else:
             width = self.teacher_dim
@@ -269,11 +248,12 @@ class WIKDLoss(SimilarityLoss):
                 f"{checks.shape_of(teacher.image)}"
             )
         if self.image_projection is None or self.text_projection is None:
-            return image, text
+            return pairs
         image_weight, text_weight = self._synchronised_parameters(
             self.image_projection, self.text_projection
         )
-        return _projected(image, image_weight), _projected(text, text_weight)
+        image = _projected(pairs.image, image_weight)
+        return replace(pairs, image=image, text=_projected(pairs.text, text_weight))
 
 
 def _projected(features: Tensor, weight: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ torch.distributed.nn.functional has such collectives with gradients, but it is d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -239,26 +239,14 @@ def _shown(dimensions: int, rows: int, columns: int, kind: int) -> str:
     return f"{dtype} {[rows, columns][:dimensions]}"
 
 
-class Checked(NamedTuple):
-    """A process group whose ranks are known to have equal shapes in this call."""
-
-    group: dist.ProcessGroup
-
-
 # of calls that have no SameShapes of their own
 _shapes: WeakKeyDictionary[dist.ProcessGroup, SameShapes] = WeakKeyDictionary()
 
 
-def checked(group: Any, tensors: Mapping[str, Any]) -> Any:
-    """Returns the process group, of which `SameShapes` checks the tensors unless it is `Checked`.
-
-    A collective, if it checks. Anything but a process group is returned as it is.
-    """
-    if isinstance(group, Checked):
-        return group.group
+def check_equal_shapes(tensors: Mapping[str, Any], group: Any) -> None:
+    """Checks tensors by `SameShapes.check`, a collective, if the group is a process group."""
     if not torch.compiler.is_compiling() and isinstance(group, dist.ProcessGroup):
         _shapes.setdefault(group, SameShapes()).check(tensors, group)
-    return group
 
 
 def _all_reduce_mean(value: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simplclip.calls.similarity import TERMS
+from simplclip.common.terms import SWEPT as TERMS
 
 TEACHER = ("teacher_image", "teacher_text", "teacher_scale")
 ATTENTION = ("q", "k", "v", "alpha", "beta", "gamma")

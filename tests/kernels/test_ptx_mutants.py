@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 import pytest
 import torch
 
-from simplclip.calls.similarity import TERMS
+from simplclip.common.terms import SWEPT as TERMS
 from simplclip.selftest.calls import Call, mlp_call, similarity_call
 from support.ops.compare import Case
 

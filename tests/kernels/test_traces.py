@@ -11,7 +11,7 @@ import torch
 import torch._dynamo
 from torch.utils._pytree import tree_leaves
 
-from simplclip.calls.similarity import TERMS
+from simplclip.common.terms import SWEPT as TERMS
 from simplclip.ops import similarity_loss
 from support.devices import needs_triton
 from support.ops.predicted_calls import names, trace

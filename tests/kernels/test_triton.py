@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import simplclip
-from simplclip.calls.similarity import TERMS, RowStat
+from simplclip.calls.similarity import RowStat
+from simplclip.common.terms import SWEPT as TERMS
 from simplclip.selftest.calls import mlp_call, similarity_call
 from simplclip.selftest.compare import run as run_call
 from support.devices import DTYPES, needs_triton

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import simplclip
-from simplclip.calls.similarity import TERMS
+from simplclip.common.terms import SWEPT as TERMS
 from simplclip.ops import similarity_loss
 from simplclip.selftest.calls import similarity_call
 from simplclip.selftest.compare import outputs_of, run

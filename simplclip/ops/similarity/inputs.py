@@ -1,30 +1,46 @@
-"""Checks the arguments of similarity_loss, casts them, and makes tensors of numbers."""
+"""Checks the arguments of similarity_loss and of the losses, and makes tensors of numbers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from simplclip.calls.similarity import DIVERGENCES, TERMS
+from simplclip.common.terms import SWEPT, TEACHER_TERMS
 from simplclip.ops import checks, distributed
 from simplclip.ops.modes import autocast
+from simplclip.ops.similarity.pairs import Pairs, Settings, Teacher
 
 
-def check_options(
-    terms: Any, divergence: Any, symmetric: Any, scratch_bytes: Any, store_bytes: Any
-) -> None:
-    """Raises ValueError or TypeError if one of these arguments of similarity_loss is not valid."""
-    if not isinstance(terms, (tuple, list, set)) or not terms or not set(TERMS).issuperset(terms):
+class Names(NamedTuple):
+    """Names of arguments, for errors."""
+
+    image: str
+    text: str
+    teacher_image: str
+    teacher_text: str
+    teacher_scale: str
+
+
+NAMES = Names("image", "text", "teacher_image", "teacher_text", "teacher_scale")
+
+
+def checked_terms(terms: Any, names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the terms as a tuple. Raises ValueError unless they are some of these names."""
+    if not isinstance(terms, (tuple, list, set)) or not terms or not set(names).issuperset(terms):
         raise ValueError(
-            f"terms: expected a tuple of at least one of {', '.join(TERMS)}, got {terms!r}"
+            f"terms: expected a tuple of at least one of {', '.join(names)}, got {terms!r}"
         )
-    checks.check_choice("divergence", divergence, DIVERGENCES)
-    checks.check_boolean("symmetric", symmetric)
-    for name, value in (("scratch_bytes", scratch_bytes), ("store_bytes", store_bytes)):
+    return tuple(terms)
+
+
+def check_budgets(settings: Settings) -> None:
+    """Raises ValueError if a budget of memory is no number of bytes."""
+    for name in ("scratch_bytes", "store_bytes"):
+        value = getattr(settings, name)
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -48,91 +64,100 @@ def check_weights(weights: Any, terms: Collection[str]) -> dict[str, float]:
     return numbers
 
 
-def features(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns image [N, D] and text [M, D], checked and cast to autocast's dtype if it is on.
+def checked(pairs: Pairs, names: Names, terms: Iterable[str], *, equal_rows: bool = False) -> Pairs:
+    """Returns pairs whose scalars, ids and teacher are checked, of the dtype and form to compute
+    with; features stay as they are.
 
-    Raises TypeError or ValueError if a shape, a dtype, a device or the widths do not fit.
+    pairs: matrices of features, with numbers or tensors as they were given. names: of arguments,
+    for errors. terms: without one that needs a teacher, the result has none. equal_rows: whether
+    unequal numbers of rows are an error. Raises TypeError or ValueError if one does not fit.
     """
-    checks.check_features("image", image, "[N, D]")
-    checks.check_features("text", text, "[M, D]")
-    image, text = autocast(image, text)
-    if text.dtype != image.dtype or text.device != image.device or text.size(1) != image.size(1):
-        check_pair({"image": image, "text": text})
-    return image, text
+    image, text = pairs.image, pairs.text
+    if text.dtype != image.dtype or text.device != image.device or text.shape != image.shape:
+        check_features(names, *autocast(image, text), equal_rows=equal_rows)
+    device = image.device
+    wide = torch.promote_types(image.dtype, torch.float32)
+    bias, ids, text_ids = pairs.bias, pairs.ids, pairs.text_ids
+    teacher = None
+    if not TEACHER_TERMS.isdisjoint(terms):
+        why = why_teacher(terms)
+        needs_scale = any(term in SWEPT for term in TEACHER_TERMS.intersection(terms))
+        teacher = checked_teacher(pairs, names, why, needs_scale)
+    return Pairs(
+        image,
+        text,
+        checks.scalar("logit_scale", pairs.scale, device, wide),
+        None if bias is None else checks.scalar("logit_bias", bias, device, wide),
+        None if ids is None else check_ids("ids", ids, len(image), "N", device),
+        teacher,
+        None if text_ids is None else check_ids("text_ids", text_ids, len(text), "M", device),
+        pairs.label_offset,
+    )
 
 
-def check_pair(student: Mapping[str, Tensor], equal_rows: bool = False) -> None:
+def check_features(names: Names, image: Tensor, text: Tensor, *, equal_rows: bool) -> None:
     """Raises TypeError or ValueError if image and text features differ in width, dtype or device.
 
-    student: argument name -> features [N, D], images first. equal_rows: whether unequal numbers of
-    rows are an error too.
+    equal_rows: whether unequal numbers of rows are an error too.
     """
-    (image_name, image), (text_name, text) = student.items()
     if equal_rows and len(text) != len(image):
         got = checks.shape_of(text)
         if len(text) > len(image):
             got += (
-                f"; with k captions an image, pass {image_name}.repeat_interleave(k, 0), and ids "
+                f"; with k captions an image, pass {names.image}.repeat_interleave(k, 0), and ids "
                 "equal for an image"
             )
         raise ValueError(
-            f"{text_name}: expected the {len(image)} rows of {image_name}, got shape {got}"
+            f"{names.text}: expected the {len(image)} rows of {names.image}, got shape {got}"
         )
-    checks.check_like(text_name, text, image_name, image)
+    checks.check_like(names.text, text, names.image, image)
     if text.shape[1] != image.shape[1]:
         raise ValueError(
-            f"{text_name}: expected the width of {image_name}, {image.shape[1]}, got "
+            f"{names.text}: expected the width of {names.image}, {image.shape[1]}, got "
             f"{text.shape[1]}"
         )
 
 
-def teacher(
-    teacher_image: Any, teacher_text: Any, teacher_scale: Any, image: Tensor, text: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the teacher's features [N, D̂] and [M, D̂], and its scale []: checked and detached.
+def needs_teacher(terms: Iterable[str]) -> bool:
+    """Whether one of the terms needs a teacher."""
+    return not TEACHER_TERMS.isdisjoint(terms)
 
-    The features are cast to the dtype of image, the scale to that of sums. image, text: the
-    student's features. Raises ValueError if one of the three is None, ValueError or TypeError if
-    one is not valid.
+
+def why_teacher(terms: Iterable[str]) -> str:
+    """Returns why the terms, one of which needs a teacher, need it: a clause for errors."""
+    term = next(term for term in terms if term in TEACHER_TERMS)
+    return f"the term {term!r} needs it"
+
+
+def checked_teacher(pairs: Pairs, names: Names, why: str, needs_scale: bool = True) -> Teacher:
+    """Returns the pairs' teacher, checked and detached.
+
+    why: the reason in the ValueError for a value that is None. needs_scale: whether that of the
+    scale is an error. Raises ValueError or TypeError if the rows, widths, device or dtype of one
+    are not valid. Features keep their dtype; the scale becomes [] in the dtype of sums.
     """
-    arguments = {
-        "teacher_image": teacher_image,
-        "teacher_text": teacher_text,
-        "teacher_scale": teacher_scale,
-    }
-    student = {"image": image, "text": text}
-    why = "the term 'relational' needs it"
-    teacher_image, teacher_text, teacher_scale = constants_of_teacher(arguments, student, why)
-    return teacher_image.to(image.dtype), teacher_text.to(image.dtype), teacher_scale
-
-
-def constants_of_teacher(
-    arguments: dict[str, Any], student: Mapping[str, Tensor], why: str
-) -> list[Tensor]:
-    """Returns a teacher's image and text features and, if it is an argument, the scale: detached.
-
-    arguments: the teacher's by name, in this order. student: image and text features by name. why:
-    the reason in the ValueError for an argument that is None. Raises ValueError or TypeError if the
-    rows, widths, device or dtype of one are not valid. Features keep their dtype; the scale becomes
-    [] in the dtype of sums.
-    """
-    for name, value in arguments.items():
+    teacher = pairs.teacher or Teacher(None, None)  # type: ignore[arg-type]
+    image, text, scale = teacher.image, teacher.text, teacher.scale
+    values: dict[str, Any] = {names.teacher_image: image, names.teacher_text: text}
+    if needs_scale:
+        values[names.teacher_scale] = scale
+    for name, value in values.items():
         if value is None:
             raise ValueError(f"{name}: expected a value, since {why}, got None")
-    image_name, text_name, *scale_names = arguments
-    image, text = arguments[image_name], arguments[text_name]
-    (student_image_name, student_image), (student_text_name, student_text) = student.items()
-    _check_teacher(image_name, image, "[N, D̂]", student_image_name, student_image)
-    _check_teacher(text_name, text, "[M, D̂]", student_text_name, student_text)
+    _check_teacher(names.teacher_image, image, "[N, D̂]", names.image, pairs.image)
+    _check_teacher(names.teacher_text, text, "[M, D̂]", names.text, pairs.text)
     if text.size(1) != image.size(1):
         raise ValueError(
-            f"{text_name}: expected the width of {image_name}, {image.size(1)}, got {text.size(1)}"
+            f"{names.teacher_text}: expected the width of {names.teacher_image}, {image.size(1)}, "
+            f"got {text.size(1)}"
         )
-    constants = dict(arguments)
-    wide = torch.promote_types(student_text.dtype, torch.float32)
-    for name in scale_names:
-        constants[name] = checks.scalar(name, arguments[name], student_text.device, wide)
-    return [checks.constant(name, t) for name, t in constants.items()]
+    image = checks.constant(names.teacher_image, image)
+    text = checks.constant(names.teacher_text, text)
+    if scale is not None:
+        wide = torch.promote_types(pairs.text.dtype, torch.float32)
+        scale = checks.scalar(names.teacher_scale, scale, pairs.text.device, wide)
+        scale = checks.constant(names.teacher_scale, scale)
+    return Teacher(image, text, scale)
 
 
 def _check_teacher(
@@ -153,8 +178,8 @@ def _check_teacher(
         checks.check_device(name, features, student_name, student.device)
 
 
-def hyperplane(plane: Any, image: Tensor) -> tuple[Tensor, Tensor]:  # [] or [D], []
-    """Returns weight and bias of the plane of pair matching, checked, in the dtype of sums.
+def checked_plane(plane: Any, image: Tensor) -> tuple[Tensor, Tensor]:  # [] or [D], []
+    """Returns weight and bias of the plane of pair matching, in the dtype of sums.
 
     plane: (p, q) of two scalars, or (w, q) with w [D], as of similarity_loss. image: [N, D]. Raises
     TypeError or ValueError if it is anything else.
@@ -201,36 +226,6 @@ def check_ids(name: str, ids: Tensor, count: int, letter: str, device: torch.dev
     return checks.savable(ids.long().contiguous())
 
 
-def pair_ids(
-    ids: Tensor | None, text_ids: Tensor | None, n: int, m: int, device: torch.device, group: Any
-) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the ids of rows and of columns, checked, int64 [N] and [M], or None twice.
-
-    n, m: this rank's rows and columns. Without ids there must be no text_ids. Without text_ids the
-    columns have the ids of the rows. With a process group (else None) the columns are all ranks'
-    texts, [W N], and every rank must call this. Raises ValueError or TypeError if ids are not
-    valid.
-    """
-    if ids is None:
-        if text_ids is not None:
-            raise ValueError("ids: expected ids for the rows beside text_ids, got None")
-        return None, None
-    ids = check_ids("ids", ids, n, "N", device)
-    if text_ids is None:
-        if n != m:
-            raise ValueError(
-                f"text_ids: expected ids for {m} columns, since M is not N = {n}, got None"
-            )
-        if group is None:
-            return ids, ids
-        return ids, distributed.gather(ids, group)
-    if group is not None:
-        raise ValueError(
-            "text_ids: expected None with group, where the ids of the texts are those of the images"
-        )
-    return ids, check_ids("text_ids", text_ids, m, "M", device)
-
-
 def count_negatives(
     ids: Tensor, text_ids: Tensor, m: int, label_offset: int, group: Any
 ) -> Tensor:  # []
@@ -249,11 +244,15 @@ def count_negatives(
     return count.clamp(min=1)
 
 
-def check_offset(label_offset: int, n: int, m: int, group: Any) -> None:
-    """Raises TypeError or ValueError unless each of n rows has its positive among the m columns.
+def check_columns(pairs: Pairs, group: Any) -> None:
+    """Raises TypeError or ValueError unless each row has its positive among the columns, and ids
+    of rows and columns go together.
 
-    With a process group (else None), label_offset must be 0 and m equal n.
+    With a process group (else None) the columns are this rank's, as many as rows.
     """
+    n = len(pairs.image)
+    m = len(pairs.text)
+    label_offset = pairs.label_offset
     if isinstance(label_offset, bool) or not isinstance(label_offset, (int, torch.SymInt)):
         raise TypeError(f"label_offset: expected an int, got {type(label_offset).__name__}")
     if group is not None:
@@ -266,10 +265,21 @@ def check_offset(label_offset: int, n: int, m: int, group: Any) -> None:
             raise ValueError(
                 f"label_offset: expected 0 with group, which sets it by rank, got {label_offset}"
             )
+        if pairs.text_ids is not None:
+            raise ValueError(
+                "text_ids: expected None with group, where the ids of the texts are those of the "
+                "images"
+            )
     if m < n:
         raise ValueError(f"text: expected at least as many rows as image, {n}, got {m}")
     if not 0 <= label_offset <= m - n:
         raise ValueError(
             f"label_offset: expected 0 <= label_offset <= M - N = {m - n} so that each of {n} rows "
             f"has its column among {m}, got {label_offset}"
+        )
+    if pairs.ids is None and pairs.text_ids is not None:
+        raise ValueError("ids: expected ids for the rows beside text_ids, got None")
+    if pairs.ids is not None and pairs.text_ids is None and n != m:
+        raise ValueError(
+            f"text_ids: expected ids for {m} columns, since M is not N = {n}, got None"
         )

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from simplclip.calls.similarity import (
-    SigmoidCall,
-    SimilarityCall,
-)
-from simplclip.ops import backends, checks, distributed, registry
-from simplclip.ops.modes import wants_grad
-from simplclip.ops.similarity import inputs
-from simplclip.ops.similarity.chunks import stored_rows, sweep_rows
-from simplclip.ops.similarity.sweeps import FORWARD, SIGMOID
-from simplclip.ops.similarity.terms import Options, Sigmoid, merge_columns, values
+from simplclip.calls.similarity import DIVERGENCES
+from simplclip.common.terms import PLANE_TERMS, SWEPT
+from simplclip.ops import checks, distributed
+from simplclip.ops.similarity import inputs, route
+from simplclip.ops.similarity.pairs import Pairs, Settings, Teacher
 
 
 def similarity_loss(
@@ -65,13 +59,12 @@ def similarity_loss(
             Under autocast they are cast to its dtype.
         logit_scale: s, one element (open_clip's `logit_scale.exp()`); a tensor, or what float()
             takes.
-        logit_bias: b, one element. Only the term "sigmoid" depends on b; without this term the
+        logit_bias: b, one element. Only the term sigmoid depends on b; without this term the
             gradient of b is 0.
-        terms: any of "contrastive", "sigmoid", "pair_matching", "relational"; the others are not
-            computed.
-        plane: (p, q) or (w, q), needed by "pair_matching".
+        terms: names of the terms above; the others are not computed.
+        plane: (p, q) or (w, q), needed by pair_matching.
         teacher_image, teacher_text, teacher_scale: x̂ [N, D̂], ŷ [M, D̂] (any float dtype; cast to
-            image's) and ŝ, needed by "relational". They are constants: one that requires a gradient
+            image's) and ŝ, needed by relational. They are constants: one that requires a gradient
             gets none, with a warning.
         divergence: "kl", or "cross_entropy": the KL without the teacher's entropy, which is
             constant, as in open_clip.DistillClipLoss. Gradients are the same.
@@ -110,189 +103,42 @@ def similarity_loss(
     (CLIP-KD, arXiv 2307.12732) for relational (CRD); arXiv 2411.14789 for the system and pair
     matching; Zhai et al. 2023 (arXiv 2303.15343) for sigmoid.
     """
-    inputs.check_options(terms, divergence, symmetric, scratch_bytes, store_bytes)
+    terms = inputs.checked_terms(terms, SWEPT)
+    checks.check_choice("divergence", divergence, DIVERGENCES)
+    checks.check_boolean("symmetric", symmetric)
     if group is not None:
-        given = {"image": image, "text": text, "ids": ids}
-        given |= {"teacher_image": teacher_image, "teacher_text": teacher_text}
-        group = distributed.checked(group, given)
-    image, text = inputs.features(image, text)
-    n = image.size(0)
-    m = text.size(0)
-    device = image.device
-    wide = torch.promote_types(image.dtype, torch.float32)
-    scale = checks.scalar("logit_scale", logit_scale, device, wide)
-    bias = None
-    if logit_bias is not None:
-        bias = checks.scalar("logit_bias", logit_bias, device, wide)
-    hyperplane = None
-    if "pair_matching" in terms:
-        hyperplane = inputs.hyperplane(plane, image)
-    if "relational" in terms:
-        teacher_image, teacher_text, teacher_scale = inputs.teacher(
-            teacher_image, teacher_text, teacher_scale, image, text
-        )
-    else:
-        teacher_image = teacher_text = teacher_scale = None
+        tensors = {"image": image, "text": text, "ids": ids}
+        tensors |= {"teacher_image": teacher_image, "teacher_text": teacher_text}
+        distributed.check_equal_shapes(tensors, group)
     if weights is not None:
         weights = inputs.check_weights(weights, terms)
-    inputs.check_offset(label_offset, n, m, group)
-    if ids is not None or text_ids is not None:
-        ids, text_ids = inputs.pair_ids(ids, text_ids, n, m, device, group)
-    if group is not None:
-        m = n * torch.distributed.get_world_size(group)
-        label_offset = n * torch.distributed.get_rank(group)
-        text = distributed.gather(text, group)
-        if teacher_text is not None:
-            teacher_text = distributed.gather(teacher_text, group)
-    pairs: dict[str, Any] = {"ids": ids, "text_ids": text_ids, "label_offset": label_offset}
-
-    mix = dict.fromkeys(terms, 1.0) if weights is None else weights
-    sigmoids: dict[str, Sigmoid] = {}
-    if "sigmoid" in terms:
-        shift = 0.0 if bias is None else bias
-        sigmoids["sigmoid"] = Sigmoid(scale, shift, 1 / n, 1 / n, mix["sigmoid"])
-    joined = None  # the plane of pair matching, if a softmax's sweep computes it
-    negatives: Tensor | int = 1
-    if hyperplane is not None:
-        negatives = max(1, n * (m - 1))
-        if ids is not None and text_ids is not None:
-            negatives = inputs.count_negatives(ids, text_ids, m, label_offset, group).to(wide)
-        if _pair_matching_joins_softmax(hyperplane, terms, image):
-            joined = hyperplane
-        else:
-            factors = (0.5 / negatives, 0.5 / n)
-            sigmoids["pair_matching"] = Sigmoid(*hyperplane, *factors, mix["pair_matching"])
-
-    out: dict[str, Any] = dict.fromkeys(terms)
-    sums: list[Tensor] = []  # the summands of "loss"
-    softmaxes: list[str] = [term for term in ("contrastive", "relational") if term in terms]
-    if softmaxes:
-        if joined:
-            softmaxes.append("pair_matching")
-        matrices = 1 if teacher_image is None else 2
-        rows_to_store = 0
-        if wants_grad(image, text):
-            rows_to_store = stored_rows(image, m, matrices, store_bytes)
-        call = SimilarityCall(
-            image,
-            text,
-            scale,
-            teacher_image,
-            teacher_text,
-            teacher_scale,
-            plane=torch.stack(joined) if joined else None,
-            **pairs,
-            columns=symmetric,
-            entropy=1.0 if divergence == "kl" else 0.0,
-            chunk=sweep_rows(image, m, matrices, scratch_bytes),
-            stored_rows=rows_to_store,
-        )
-        options = Options(
-            contrastive="contrastive" in terms,
-            relational="relational" in terms,
-            entropy=call.entropy,
-            negatives=negatives,
-            weights=None if weights is None else tuple([weights[term] for term in softmaxes]),
-        )
-        results = _softmax_terms(call, options, joined, group)
-        if weights is not None:
-            total, *results = results
-            sums.append(total)
-        out |= zip(softmaxes, results)
-    if sigmoids:
-        chunk = sweep_rows(image, m, 1, scratch_bytes)
-        total, by_term = _sigmoid_terms(image, text, sigmoids, weights is not None, pairs, chunk)
-        sums.append(total)
-        out |= by_term
-    if weights is not None:
-        out = {term: value.detach() for term, value in out.items()}
-        out["loss"] = sums[0] if len(sums) == 1 else sums[0] + sums[1]
-    # a gradient of 0 instead of None, as DistributedDataParallel needs
-    if bias is not None and "sigmoid" not in terms:
-        last = next(reversed(out))
-        out[last] = out[last] + bias.expand(0).sum()  # 0 of an infinite bias too
-    return out
-
-
-def _pair_matching_joins_softmax(
-    hyperplane: tuple[Tensor, Tensor], terms: Collection[str], image: Tensor
-) -> bool:
-    """Whether the kernels of the softmax terms compute the pair matching term too, in one sweep.
-
-    hyperplane: (p [], q []) of a scalar plane, or (w [D], q []) of a hadamard plane, which never
-    joins. On a GPU a sweep with a teacher has no registers left for it.
-    """
-    if hyperplane[0].dim():  # a hadamard plane has a matrix of its own
-        return False
-    if "relational" not in terms:
-        return "contrastive" in terms
-    is_triton_forced = backends.forced_for(FORWARD.name, backends.forced()) == "triton"
-    return image.device.type == "cpu" and not is_triton_forced
-
-
-def _softmax_terms(
-    call: SimilarityCall, options: Options, plane: tuple[Tensor, Tensor] | None, group: Any
-) -> Sequence[Tensor]:
-    """Returns the terms [] as terms.values does: weighted sum first if options has weights.
-
-    plane: (p, q) if pair matching joins, else None. group: ranks exchange column statistics.
-    """
-    rows, columns, _ = registry.call(FORWARD, call)
-    n = call.image.shape[0]
-    merged = None
-    if call.columns and group is not None:
-        merged = merge_columns(distributed.exchange_column_statistics(columns, group))
-    elif call.columns:
-        merged = columns
-        if columns.shape[1] != n:
-            merged = columns[:, call.label_offset : call.label_offset + n]
-    return values(rows, merged, call.scale, call.teacher_scale, plane, options)
-
-
-def _sigmoid_terms(
-    image: Tensor,
-    text: Tensor,
-    sigmoids: dict[str, Sigmoid],
-    summed: bool,
-    pairs: dict[str, Any],
-    chunk: int,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the sum [] of the terms, each times its mix, and the terms [] by name.
-
-    sigmoids: the terms' numbers by name. pairs: ids, text_ids and label_offset. chunk: rows in
-    scratch. summed: only the sum needs a gradient, so that terms share a sweep. Otherwise each term
-    has a sweep and a gradient of its own.
-    """
-    total: Any = None
-    by_term: dict[str, Tensor] = {}
-    wide = torch.promote_types(image.dtype, torch.float32)
-    is_hadamard = any(sigmoid.weight.dim() for sigmoid in sigmoids.values())
-    groups = [[term] for term in sigmoids]
-    if summed and not is_hadamard:
-        groups = [list(sigmoids)]
-    for terms in groups:
-        features = image
-        columns = []
-        for term in terms:
-            weight: Any
-            weight, *others = sigmoids[term]
-            if weight.dim():
-                features = (image * weight).to(image.dtype)
-                weight = 1.0
-            column = [checks.scalar(term, x, image.device, wide) for x in (weight, *others)]
-            columns.append(torch.stack(column))
-        call = SigmoidCall(
-            features,
-            text,
-            torch.stack(columns, 1),
-            **pairs,
-            chunk=chunk,
-            gradient=False,
-            need_image=wants_grad(features),
-            need_text=wants_grad(text),
-        )
-        call = replace(call, gradient=wants_grad(features, text, call.sigmoids))
-        weighted, values, *_ = registry.call(SIGMOID, call)
-        total = weighted if total is None else total + weighted
-        by_term |= zip(terms, values.unbind() if summed else [weighted])
-    return total, by_term
+    checks.check_features("image", image, "[N, D]")
+    checks.check_features("text", text, "[M, D]")
+    given: Any = Pairs(
+        image,
+        text,
+        logit_scale,  # type: ignore[arg-type]
+        logit_bias,  # type: ignore[arg-type]
+        ids,
+        Teacher(teacher_image, teacher_text, teacher_scale),  # type: ignore[arg-type]
+        text_ids,
+        label_offset,
+    )
+    pairs = inputs.checked(given, inputs.NAMES, terms)
+    inputs.check_columns(pairs, group)
+    hyperplane = None
+    if not PLANE_TERMS.isdisjoint(terms):
+        hyperplane = inputs.checked_plane(plane, image)
+    settings = Settings(
+        terms,
+        weights,
+        hyperplane,
+        divergence,
+        symmetric,
+        group,
+        scratch_bytes,
+        store_bytes,
+    )
+    inputs.check_budgets(settings)
+    total, values = route.compute(pairs, settings)
+    return values if total is None else values | {"loss": total}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from packaging.version import Version
 
-from simplclip.calls.similarity import TERMS
+from simplclip.common.terms import SWEPT as TERMS
 from simplclip.ops.attention import library
 from simplclip.selftest.calls import (
     Call,

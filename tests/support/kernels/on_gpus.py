@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ptx import gpus
 from simplclip.calls.attention import AttentionCall, AttentionInto
-from simplclip.calls.similarity import TERMS
+from simplclip.common.terms import SWEPT as TERMS
 from simplclip.kernels.runtime import architecture_and_processors
 from simplclip.ops import backends, registry
 from simplclip.ops.attention import sdpa

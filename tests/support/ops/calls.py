@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from simplclip.calls.similarity import TERMS
+from simplclip.common.terms import SWEPT as TERMS
 from simplclip.ops import registry
 from simplclip.selftest.calls import (
     CALLS,

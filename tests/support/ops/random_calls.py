@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from simplclip.calls.similarity import TERMS
+from simplclip.common.terms import SWEPT as TERMS
 from simplclip.ops import backends
 from simplclip.ops.checks import FLOATS
 from simplclip.ops.feature.op import DISTANCES

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simplclip import losses, ops
-from simplclip.calls.similarity import TERMS
+from simplclip.common.terms import SWEPT as TERMS
 from simplclip.nn import SimplifiedBlock
 from simplclip.selftest.calls import (
     Call,
