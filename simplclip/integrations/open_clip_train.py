@@ -21,20 +21,50 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 from torch import Tensor, nn
 
 from simplclip import losses
 from simplclip.common.errors import InputError, UserError
+from simplclip.common.terms import BY_NAME, TERMS, Term, choices
 from simplclip.integrations.open_clip import register_models
-from simplclip.losses.wikd import INTERACTIVE
 from simplclip.models.crop import crop_texts
 
-DISTILLATION = ("relational_weight", "interactive_weight", "interactive", "feature_weight")
+
+class Option(NamedTuple):
+    """An option of a term, which is the argument of a loss."""
+
+    term: Term
+    argument: str
+    name: str  # as the attribute of parsed options
+    default: Any
+    help: str
+
+    @property
+    def flag(self) -> str:
+        """The option as it is written: --pm-weight."""
+        return f"--{self.name.replace('_', '-')}"
+
+
+def _options() -> Iterator[Option]:
+    """Yields the options of each term's weight and choice; open_clip has the base's."""
+    for term in TERMS:
+        if term.is_base:
+            continue
+        what = term.help.partition(":")[0]
+        yield Option(term, term.weight, term.weight, term.default, what)
+        if term.choice:
+            name, words, about = term.choice.name, term.choice.words, term.choice.help
+            prefix = term.weight.removesuffix("_weight")
+            option = name if name == prefix else f"{prefix}_{name}"
+            yield Option(term, name, option, words[0], about)
+
+
+OPTIONS = tuple(_options())
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,35 +80,22 @@ def parser() -> argparse.ArgumentParser:
         ),
     )
     matching = ours.add_argument_group("pair matching, beside any loss but that of CoCa models")
-    matching.add_argument(
-        "--pm-weight", type=_weight, default=0.0, help="weight of pair matching (default: 0, none)"
+    distillation = ours.add_argument_group(
+        "distillation, beside --distill-model and --distill-pretrained"
     )
-    matching.add_argument(
-        "--pm-plane",
-        choices=losses.PLANES,
-        default="scalar",
-        help="its hyperplane (default: scalar)",
-    )
+    for option in OPTIONS:
+        group = distillation if option.term.needs_teacher else matching
+        group.add_argument(
+            option.flag,
+            type=_weight if option.argument == option.term.weight else str,
+            choices=None if option.argument == option.term.weight else choices(option.argument),
+            default=option.default,
+            help=f"{option.help} (default: {option.default})",
+        )
     ours.add_argument(
         "--crop-texts",
         action="store_true",
         help="compute no tokens behind the end of the texts (models whose text tower is causal)",
-    )
-    distillation = ours.add_argument_group(
-        "distillation, beside --distill-model and --distill-pretrained"
-    )
-    for name, default in (("relational", 1.0), ("interactive", 0.0), ("feature", 0.0)):
-        distillation.add_argument(
-            f"--{name}-weight",
-            type=_weight,
-            default=default,
-            help=f"weight of the {name} term (default: {default:g})",
-        )
-    distillation.add_argument(
-        "--interactive",
-        choices=INTERACTIVE,
-        default="infonce",
-        help="form of the interactive term (default: infonce)",
     )
     return ours
 
@@ -228,29 +245,30 @@ def _check(
             "--siglip: expected no --distill-model, since open_clip's distillation takes no logit "
             "bias, got both"
         )
-    refused: dict[str, str] = {}  # option -> why it must have its default
-    if not distilled:
-        no_teacher = "expected a teacher (--distill-model and --distill-pretrained), got none"
-        refused = dict.fromkeys(DISTILLATION, no_teacher)
-        if "coca" in args.model.lower():
-            why = f"since CoCa's loss has no pair matching, got --model {args.model}"
-            refused["pm_weight"] = f"expected 0, {why}"
-            refused["pm_plane"] = f"expected scalar, {why}"
-        elif args.siglip:
-            refused["pm_plane"] = (
-                "expected scalar, since --siglip computes pair matching with it in one sweep"
-            )
-    if not options.pm_weight:
-        refused.setdefault("pm_plane", "expected a --pm-weight above 0, got 0")
-    if not options.interactive_weight:
-        refused.setdefault("interactive", "expected an --interactive-weight above 0, got 0")
     if options.crop_texts and (args.trace or args.torchscript):
         ours.error(
             "--crop-texts: expected no --trace and no --torchscript, which fix the length of texts"
         )
-    for name, why in refused.items():
-        if getattr(options, name) != ours.get_default(name):
-            ours.error(f"--{name.replace('_', '-')}: {why}")
+    for option in OPTIONS:
+        term = option.term
+        if getattr(options, option.name) == option.default:
+            continue
+        if term.needs_teacher and not distilled:
+            why = "expected a teacher (--distill-model and --distill-pretrained), got none"
+        elif term.needs_plane and not distilled and "coca" in args.model.lower():
+            why = (
+                f"expected {option.default}, since CoCa's loss has no pair matching, got --model "
+                f"{args.model}"
+            )
+        elif option.argument == term.weight:
+            continue
+        elif term.needs_plane and args.siglip:
+            why = "expected scalar, since --siglip computes pair matching with it in one sweep"
+        elif not getattr(options, term.weight):
+            why = f"expected --{term.weight.replace('_', '-')} above 0, got 0"
+        else:
+            continue
+        ours.error(f"{option.flag}: {why}")
 
 
 def replacement(
@@ -270,11 +288,15 @@ def replacement(
         name: getattr(loss, name, False)
         for name in ("local_loss", "gather_with_grad", "use_horovod")
     }
-    matching = {"pm_weight": options.pm_weight}
-    plane = {"plane": options.pm_plane, "embed_dim": _width(args.model)}
+    given = {
+        option.argument: getattr(options, option.name)
+        for option in OPTIONS
+        if not option.term.needs_teacher or type(loss) is originals.DistillClipLoss
+    }
     if type(loss) is originals.SigLipLoss:
-        kind = OneSweepSigLipLoss if options.pm_weight else losses.SigLipLoss
-        ours = kind(**shared, **matching, dist_impl=loss.dist_impl)
+        weights = {name: value for name, value in given.items() if name.endswith("_weight")}
+        kind = OneSweepSigLipLoss if any(weights.values()) else losses.SigLipLoss
+        ours = kind(**shared, **weights, dist_impl=loss.dist_impl)
     elif type(loss) is originals.CoCaLoss:
         ours = losses.CoCaLoss(
             loss.caption_loss_weight,
@@ -284,13 +306,10 @@ def replacement(
             **gather,
         )
     elif type(loss) is originals.ClipLoss:
-        ours = losses.ClipPMLoss(**shared, **gather, **matching, **plane)
+        ours = losses.ClipPMLoss(**shared, **gather, **given, embed_dim=_width(args.model))
     elif type(loss) is originals.DistillClipLoss:
-        distillation = {name: getattr(options, name) for name in DISTILLATION}
-        width = _width(args.distill_model)
-        ours = losses.WIKDLoss(
-            **shared, **gather, **matching, **plane, **distillation, teacher_dim=width
-        )
+        widths = {"embed_dim": _width(args.model), "teacher_dim": _width(args.distill_model)}
+        ours = losses.WIKDLoss(**shared, **gather, **given, **widths)
     else:
         raise InputError(
             f"--model {args.model}: expected open_clip's ClipLoss, SigLipLoss, CoCaLoss or "
@@ -315,19 +334,20 @@ class OneSweepSigLipLoss(losses.SigLipLoss):
     ) -> Tensor | dict[str, Tensor]:
         """Returns the weighted sum [] of sigmoid and pair matching.
 
-        With output_dict: {"contrastive_loss": ..., "pair_matching_loss": ...}, the weighted terms,
-        where only the first has a gradient, that of the sum.
+        With output_dict, the weighted terms by open_clip's keys, of which only the first has a
+        gradient, that of the sum.
         """
-        weights = {"sigmoid": 1.0, "pair_matching": self.pm_weight}
         total, terms = self.terms(
-            image_features, text_features, logit_scale, weights=weights, logit_bias=logit_bias
+            image_features,
+            text_features,
+            logit_scale,
+            weights=self._weights(),
+            logit_bias=logit_bias,
         )
         if not output_dict:
             return total
-        return {
-            "contrastive_loss": terms["sigmoid"] + total - total.detach(),
-            "pair_matching_loss": terms["pair_matching"],
-        }
+        terms[self.TERM] = terms[self.TERM] + total - total.detach()
+        return {BY_NAME[name].key: value for name, value in terms.items()}
 
 
 def _width(model: str) -> int | None:

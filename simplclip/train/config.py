@@ -301,7 +301,7 @@ def check_new_run(config: Config) -> None:
     """Raises ConfigError for settings with which a run that begins would learn or do nothing."""
     inherit, held_out = config.inherit, config.eval
     # the other terms compare pairs; without others they are 0, or make all pairs match
-    if config.data.batch_size < 2 and "feature" not in config.loss.weights:
+    if config.data.batch_size < 2 and config.loss.compares_pairs:
         raise ConfigError(
             "data.batch_size: expected at least 2, since images are compared with each other, got 1"
         )

@@ -12,17 +12,17 @@ from torch import Tensor
 
 from simplclip import losses
 from simplclip.common import ranks
+from simplclip.common.terms import BY_NAME, TERMS
 from simplclip.train.sections import LossConfig
-
-SUFFIX = "_loss"  # a term's column in metrics.csv is its name with this end
 
 
 def terms_of(columns: Iterable[str]) -> dict[str, str]:
     """Returns terms of the loss by their columns, those of metrics.csv that `columns` has.
 
-    E.g. {"pair_matching_loss": "pair_matching"}; other columns are left out.
+    Other columns are left out.
     """
-    return {column: column.removesuffix(SUFFIX) for column in columns if column.endswith(SUFFIX)}
+    names = {term.column: term.name for term in TERMS}
+    return {column: names[column] for column in columns if column in names}
 
 
 class Objective:
@@ -83,7 +83,7 @@ class Objective:
             teacher=(*teacher, self.loss.teacher_scale) if teacher else None,
         )
         zero = total.new_zeros(())
-        return total, {term + SUFFIX: terms.get(term, zero) for term in weights}
+        return total, {BY_NAME[term].column: terms.get(term, zero) for term in weights}
 
 
 def _make_loss(config: LossConfig, width: int, teacher: Mapping[str, Any] | None) -> Any:
@@ -92,30 +92,23 @@ def _make_loss(config: LossConfig, width: int, teacher: Mapping[str, Any] | None
     width: D of the student's features. teacher: the teacher's "width" and "logit_scale", or None
     for a loss without a teacher.
     """
-    largest = {term: schedule.largest for term, schedule in config.weights.items()}
-    options: dict[str, Any] = {
-        "pm_weight": largest.get("pair_matching", 0.0),
-        "plane": config.plane,
-        "embed_dim": width,
-        "rank": ranks.number(),
-        "world_size": ranks.count(),
-    }
+    options: dict[str, Any] = {"embed_dim": width, "rank": ranks.number()}
+    options["world_size"] = ranks.count()
+    for term in TERMS:  # without a teacher, the base has weight 1
+        if teacher is None and not term.needs_plane:
+            continue
+        options.setdefault(term.weight, 0.0)
+        if term.name in config.weights:
+            options[term.weight] = config.weights[term.name].largest
+        if term.choice:
+            options[term.choice.name] = getattr(config, term.choice.name)
     if teacher is None and config.base == "sigmoid":
         return losses.SigLipLoss(**options)
     # Gradients are then right after DDP averages them; SigLipLoss always gathers so.
     options["gather_with_grad"] = True
     if teacher is None:
         return losses.ClipPMLoss(**options)
-    loss = losses.WIKDLoss(
-        contrastive_weight=largest.get(config.base, 0.0),
-        relational_weight=largest.get("relational", 0.0),
-        interactive_weight=largest.get("interactive", 0.0),
-        interactive=config.interactive,
-        feature_weight=largest.get("feature", 0.0),
-        divergence="kl",
-        teacher_dim=teacher["width"],
-        **options,
-    )
+    loss = losses.WIKDLoss(divergence="kl", teacher_dim=teacher["width"], **options)
     # A tensor made from a number at each step would make the CPU wait for a GPU.
     scale = torch.tensor(float(teacher["logit_scale"]))
     loss.register_buffer("teacher_scale", scale, persistent=False)

@@ -15,10 +15,12 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    create_model,
     model_validator,
 )
 from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
 
+from simplclip.common.terms import BASES, BY_NAME, TEACHER_TERMS, TERMS
 from simplclip.data.samples import HoldOutBy
 
 DEVICES = r"^(auto|cpu|cuda(:\d+)?)$"
@@ -220,49 +222,47 @@ Weight = Annotated[
     Annotated[float, Field(ge=0), Tag("plain")] | Annotated[Schedule, Tag("section")],
     Discriminator(_form),
 ]
-TEACHER_TERMS = {"relational", "interactive", "feature"}  # terms that need a teacher's features
 
 
-class LossConfig(Section):
-    base: Literal["contrastive", "sigmoid"] = setting(
-        "contrastive",
+def _section_of_terms() -> Any:
+    """Returns a section with the base, and each term's weight and choice."""
+    base = setting(
+        BASES[0],
         "contrastive: softmax over the batch (CLIP); sigmoid: logistic loss of every pair "
         "(SigLIP), whose scale starts at 10 and whose bias at -10 unless model.options has "
         "init_logit_scale and init_logit_bias",
     )
-    contrastive_weight: Weight = setting(
-        1.0, "of the base; each weight is a number, or a schedule {value, to, start, end, until}"
-    )
-    pm_weight: Weight = setting(0.0, "weight of the pair matching loss")
-    plane: Literal["scalar", "hadamard"] = setting("scalar", "hyperplane of the pair matching loss")
-    feature_weight: Weight = setting(
-        0.0, "weight of feature distillation: distance to the teacher's features"
-    )
-    relational_weight: Weight = setting(
-        0.0, "weight of relational distillation: KL to the teacher's softmax"
-    )
-    interactive_weight: Weight = setting(
-        0.0, "weight of interactive distillation: student against teacher across modalities"
-    )
-    interactive: Literal["infonce", "kl"] = setting("infonce", "form of interactive distillation")
+    fields: dict[str, Any] = {"base": (Literal[BASES], base)}
+    # without a teacher first, then of single pairs: the order in the config.yaml of runs
+    for term in sorted(TERMS, key=lambda term: (term.needs_teacher, term.compares_pairs)):
+        default = 1.0 if term.is_base else 0.0
+        fields.setdefault(term.weight, (Weight, setting(default, term.help)))
+        if term.choice:
+            words = term.choice.words
+            fields[term.choice.name] = Literal[words], setting(words[0], term.choice.help)
+    return create_model("_Terms", __base__=Section, **fields)
 
+
+_Terms: Any = _section_of_terms()
+
+
+class LossConfig(_Terms):
     @property
     def weights(self) -> dict[str, Schedule]:
         """The schedules by term, without those that are always 0."""
-        weights = {
-            self.base: self.contrastive_weight,
-            "relational": self.relational_weight,
-            "interactive": self.interactive_weight,
-            "feature": self.feature_weight,
-            "pair_matching": self.pm_weight,
-        }
-        schedules = {term: _schedule(weight) for term, weight in weights.items()}
-        return {term: schedule for term, schedule in schedules.items() if schedule.largest}
+        terms = [term for term in TERMS if not term.is_base or term.name == self.base]
+        schedules = {term.name: _schedule(getattr(self, term.weight)) for term in terms}
+        return {name: schedule for name, schedule in schedules.items() if schedule.largest}
 
     @property
     def needs_teacher(self) -> bool:
         """Whether a term with a weight above 0 at some step needs a teacher's features."""
         return not TEACHER_TERMS.isdisjoint(self.weights)
+
+    @property
+    def compares_pairs(self) -> bool:
+        """Whether every term says nothing about a batch of one pair."""
+        return all(BY_NAME[name].compares_pairs for name in self.weights)
 
 
 def _schedule(weight: float | Schedule) -> Schedule:

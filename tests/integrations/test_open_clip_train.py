@@ -355,14 +355,14 @@ TEACHER = ("--distill-model", "tiny", "--distill-pretrained", "tiny.bin")
             ["--model", "coca_ViT-B-32", "--pm-plane", "hadamard"],
             "--pm-plane: expected scalar, since CoCa's loss has no pair matching",
         ),
-        (["--pm-plane", "hadamard"], "--pm-plane: expected a --pm-weight above 0, got 0"),
+        (["--pm-plane", "hadamard"], "--pm-plane: expected --pm-weight above 0, got 0"),
         (
             ["--pm-plane", "hadamard", *TEACHER],
-            "--pm-plane: expected a --pm-weight above 0, got 0",
+            "--pm-plane: expected --pm-weight above 0, got 0",
         ),
         (
             ["--interactive", "kl", *TEACHER],
-            "--interactive: expected an --interactive-weight above 0, got 0",
+            "--interactive: expected --interactive-weight above 0, got 0",
         ),
         (
             ["--siglip", "--feature-weight", "1"],

@@ -6,22 +6,12 @@ Values: test_losses.py and test_drop_in.py.
 import pytest
 import torch
 
+from simplclip.common.terms import TERMS
 from simplclip.losses import MatryoshkaLoss, WIKDLoss
 from support.losses import loss_inputs
 
-EVERYTHING = {
-    "relational_weight": 0.8,
-    "interactive_weight": 0.6,
-    "pm_weight": 0.5,
-    "feature_weight": 0.4,
-}
-KEYS = [
-    "contrastive_loss",
-    "distill_loss",
-    "interactive_loss",
-    "feature_loss",
-    "pair_matching_loss",
-]
+OF_WIKD = [term for term in TERMS if term.name != "sigmoid"]
+EVERYTHING = {term.weight: 0.5 + 0.1 * i for i, term in enumerate(OF_WIKD)}
 
 
 def batch(teacher_width=None, dtype=torch.float32):
@@ -29,15 +19,13 @@ def batch(teacher_width=None, dtype=torch.float32):
     return student[:3], teacher
 
 
-@pytest.mark.parametrize("name", ["contrastive", "relational", "interactive", "feature", "pm"])
-def test_a_term_of_weight_0_is_not_computed(name):
-    off = {"contrastive_weight": 1.0, **EVERYTHING, f"{name}_weight": 0.0}
+@pytest.mark.parametrize("term", OF_WIKD, ids=lambda term: term.name)
+def test_a_term_of_weight_0_is_not_computed(term):
     student, teacher = batch()
-    left = WIKDLoss(**off)(*student, *teacher, output_dict=True)
-    key = {"relational": "distill_loss", "pm": "pair_matching_loss"}.get(name, f"{name}_loss")
-    assert list(left) == [k for k in KEYS if k != key]
-    everything = WIKDLoss(**{**off, f"{name}_weight": 1.0})(*student, *teacher, output_dict=True)
-    torch.testing.assert_close(left, {k: everything[k] for k in left})
+    left = WIKDLoss(**EVERYTHING | {term.weight: 0.0})(*student, *teacher, output_dict=True)
+    assert list(left) == [other.key for other in OF_WIKD if other is not term]
+    everything = WIKDLoss(**EVERYTHING)(*student, *teacher, output_dict=True)
+    torch.testing.assert_close(left, {key: everything[key] for key in left})
 
 
 def test_teachers_and_widths_that_do_not_fit():
