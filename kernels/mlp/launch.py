@@ -30,10 +30,7 @@ SCRATCH_BYTES = 16 << 20  # of the rows of act(h) that exist at a time
 
 
 def _chunks(h: Tensor) -> list[slice]:
-    """Returns ranges of the rows of h [T, F], nearly equal, for each of which act(h) fits 16 MiB.
-
-    A range of up to 64 rows may need more.
-    """
+    """Returns nearly equal ranges of the rows of h, of which act(h) fits 16 MiB, or of 64 rows."""
     tokens = h.shape[0]
     limit = max(64, SCRATCH_BYTES // (h.shape[1] * h.itemsize))
     step = -(-tokens // -(-tokens // limit))
@@ -41,10 +38,7 @@ def _chunks(h: Tensor) -> list[slice]:
 
 
 def _write_activated(h: Tensor, act: str, scratch: Tensor) -> Tensor:  # [rows, F], contiguous
-    """Writes act(h) to the first rows of the scratch and returns these rows, a view.
-
-    h: [rows, F]. act: the activation's name. scratch: from `_scratch`.
-    """
+    """Writes act(h) to the first rows of the scratch and returns these rows, a view."""
     out = scratch[: h.shape[0]]
     programs = triton.cdiv(h.numel(), BLOCK)
     launch(_parallel_mlp_activate_kernel, programs, h, out, h.numel(), ACT=act, BLOCK=BLOCK)

@@ -63,10 +63,7 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
 def _write_positives(
     call: SimilarityCall, stat: RowStat, image: Tensor, text: Tensor, rows: Tensor
 ) -> None:
-    """Writes the similarity of each row and its positive to the row `stat` of rows, [6, N].
-
-    image, text: the student's features, or the teacher's.
-    """
+    """Writes the similarity of each row and its positive to the row `stat` of rows, [6, N]."""
     n, width = image.shape
     blocks = -(-n // DIAGONAL["BLOCK_M"])
     sizes = (int(stat), n, width, call.label_offset)
@@ -88,10 +85,7 @@ def _matrix_arguments(call: SimilarityCall) -> dict[str, Any]:
 
 
 def _write_statistics(call: SimilarityCall, rows: Tensor, columns: Tensor) -> None:
-    """Writes all statistics but those of the positives to rows [6, N] and columns [3, M].
-
-    columns are written only if call.columns.
-    """
+    """Writes all statistics but those of the positives to rows [6, N] and columns [3, M]."""
     shared = _matrix_arguments(call)
     m = call.text.shape[0]
     slots = column_slots(call)
@@ -123,11 +117,7 @@ def _merge(
     plane: bool = False,
     previous: bool = False,
 ) -> None:
-    """Merges parts of statistics and writes them to columns first .. first + size - 1 of `out`.
-
-    parts: from the statistics kernel. plane: whether they have pair matching. previous: whether to
-    merge with the statistics that `out` holds.
-    """
+    """Merges parts, and with `previous` what `out` holds, to `out` from column `first` on."""
     count, slots, size = parts.shape
     launch(
         _similarity_merge_kernel,

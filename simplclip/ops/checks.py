@@ -369,8 +369,5 @@ def check_block(x: Tensor, tensors: Mapping[str, Any], norm: str) -> None:
 
 
 def _check_mlp_of_block(x: Tensor, tensors: Mapping[str, Any]) -> None:
-    """Raises the errors of `check_mlp` for a block's x and tensors by name, if it has any.
-
-    They say more of the shapes that do not fit.
-    """
+    """Raises the errors of `check_mlp`, which say more of a block's shapes, if there are any."""
     check_mlp(x, *[tensors[name] for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")])

@@ -26,10 +26,7 @@ _all_gather_traced = getattr(functional, "all_gather_single", None) or functiona
 
 
 def _all_gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Returns the rows [N, ...] of all W ranks in order, [W N, ...]; N is equal on every rank.
-
-    A collective without gradients: every rank of the group must call it.
-    """
+    """Returns the rows [N, ...] of all W ranks in order, [W N, ...]; N is equal on every rank."""
     if torch.compiler.is_compiling():
         return _all_gather_traced(rows.contiguous(), 0, group)
     out = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
@@ -38,10 +35,7 @@ def _all_gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _all_to_all(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sends part r of `parts` [W, ...] to rank r; returns the parts [W, ...] sent to this rank.
-
-    A collective without gradients: each of the W ranks of the group must call it.
-    """
+    """Sends part r of `parts` [W, ...] to rank r; returns the parts [W, ...] sent to this rank."""
     parts = parts.contiguous()
     if torch.compiler.is_compiling():
         return functional.all_to_all_single(parts, None, None, group)
@@ -51,10 +45,7 @@ def _all_to_all(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather.
-
-    Its gradient is _Sum, whose gradient is _Gather, so that backward can be differentiated again.
-    """
+    """All-gather. Its gradient is _Sum, whose gradient is _Gather: backward is differentiable."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -84,10 +75,7 @@ class _Sum(torch.autograd.Function):
 
 
 def _reduce_scatter(gathered: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sums this rank's rows over the ranks: `gathered` [W N, ...] of each of W ranks -> [N, ...].
-
-    A collective without gradients: every rank of the group must call it.
-    """
+    """Returns this rank's rows [N, ...], summed over `gathered` [W N, ...] of the W ranks."""
     world = dist.get_world_size(group)
     # A reduce-scatter takes less memory than the exchange below, but gloo can sum few dtypes.
     if dist.get_backend(group) == "nccl" and not torch.compiler.is_compiling():
@@ -212,10 +200,7 @@ def _numbers(shape: tuple[int, ...] | None, dtype: Any, cast_to: Any) -> list[in
 
 
 def _unequal(names: list[str], numbers: list[int]) -> str:
-    """Returns the message that some of the named tensors differ between ranks.
-
-    numbers: of each rank the `_numbers` of each tensor.
-    """
+    """Returns the message that named tensors, of which each rank has `_numbers`, differ."""
     described = [numbers[start : start + 4] for start in range(0, len(numbers), 4)]
     ranks = [
         described[start : start + len(names)] for start in range(0, len(described), len(names))

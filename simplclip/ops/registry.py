@@ -47,13 +47,9 @@ def _select(
     part: bool,
     through: Callable | None,
 ) -> Callable:
-    """Returns the function of the backend that runs an op's call, or what `through` makes of it.
+    """Returns the function of the backend that backends.select chooses, cached by kind of call.
 
-    op: its short name. facts: of the call, by default those of one without attention. first: a
-    tensor with the call's device and dtype. spec: the forced backends, see backends.forced. part:
-    whether the op is a part of a composed one. through: see Op.dispatch. The choice is cached for
-    each kind of call, except with `through`. Warns once per process if CUDA attention is missing;
-    raises RuntimeError if no backend can run.
+    first: a tensor with the call's device and dtype. through: see Op.dispatch; not cached.
     """
     # CUDA attention's why_not() reads it
     tf32 = first.is_cuda and torch.backends.cuda.matmul.fp32_precision

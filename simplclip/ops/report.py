@@ -63,11 +63,7 @@ def _version(package: str) -> str | None:
 
 
 def _gpu() -> dict[str, Any]:
-    """Returns what is known of GPU 0, as plain types.
-
-    Keys: "available"; without a GPU "reason"; with one "name", "memory_bytes", "capability"
-    ("8.6"), and "reason" if the CUDA extension was not built for it.
-    """
+    """Returns what is known of GPU 0, as plain types; "reason" says why it cannot be used."""
     if not torch.cuda.is_available():
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
         return {"available": False, "reason": f"torch {torch.__version__} ({built}) sees no device"}
@@ -88,10 +84,7 @@ def _gpu() -> dict[str, Any]:
 
 
 def _cpu_extension() -> dict[str, Any]:
-    """Returns whether simplclip._C is loaded, with its compiler, or the reason why it is not.
-
-    Keys: "loaded", and "reason" or "compiler", "instruction_set" and "native_bfloat16".
-    """
+    """Returns whether simplclip._C is loaded, with its compiler, or the "reason" why not."""
     extension = backends.extension
     if extension is None:
         return {"loaded": False, "reason": backends.extension_error}
@@ -121,12 +114,7 @@ def _dtype(device: str) -> torch.dtype:
 def _backend(
     op: str, device: torch.device, dtype: torch.dtype, facts: backends.Facts
 ) -> dict[str, Any]:
-    """Returns the backend that runs an op's calls on a device now, and why no other does.
-
-    op: a key of backends.TABLE. dtype: of the tensors. facts: of the call, for the backends'
-    predicates. Keys: "dtype", "backend" (None if none can run), "error" (the message in that case,
-    else None), and "others": backend -> reason.
-    """
+    """Returns the backend that runs such calls of an op on a device, and why no other does."""
     selected = problem = None
     try:
         selected = backends.select(op, device, dtype, backends.forced(), facts).name

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simplclip.common import terms as table
+from simplclip.common.terms import PLANE_TERMS, SWEPT, TEACHER_TERMS, TERMS
 
 TEACHER = ("teacher_image", "teacher_text", "teacher_scale")
 ATTENTION = ("q", "k", "v", "alpha", "beta", "gamma")
@@ -83,7 +83,7 @@ def similarity_call(
     m: int,
     offset: int = 0,
     *,
-    terms: Sequence[str] = table.SWEPT[:2],
+    terms: Sequence[str] = SWEPT[:2],
     plane: str = "scalar",
     teacher_width: int | None = None,
     ids: bool = False,
@@ -108,11 +108,11 @@ def similarity_call(
     tensors = {"image": image, "text": text, "logit_scale": number(scale)}
     if bias is not None:
         tensors["logit_bias"] = number(bias)
-    if not table.PLANE_TERMS.isdisjoint(terms):
+    if not PLANE_TERMS.isdisjoint(terms):
         plane_width = width if plane == "hadamard" else 1
         tensors["plane_weight"] = draw(plane_width).squeeze() + 3
         tensors["plane_bias"] = number(-1.0)
-    if not table.TEACHER_TERMS.isdisjoint(terms):
+    if not TEACHER_TERMS.isdisjoint(terms):
         if teacher_width:
             teacher = matched(draw(n, teacher_width), draw(m, teacher_width))
         else:
@@ -201,18 +201,16 @@ def of_lengths(call: Call, lengths: Sequence[int] | None) -> Call:
     return call
 
 
-SIGMOID = tuple(term.name for term in table.TERMS if "sigmoid" in term.sweeps)
+SIGMOID = tuple(term.name for term in TERMS if "sigmoid" in term.sweeps)
 # op -> calls, of which the first two have the most options. Sizes are 1, primes, and beside the
 # kernels' tiles.
 CALLS: dict[str, list[Callable[[], Call]]] = {
     "similarity_loss": [
-        partial(similarity_call, 257, 257, terms=table.SWEPT, teacher_width=72, ids=True, width=65),
-        partial(
-            similarity_call, 100, 333, 57, terms=table.SWEPT, teacher_width=31, symmetric=False
-        ),
+        partial(similarity_call, 257, 257, terms=SWEPT, teacher_width=72, ids=True, width=65),
+        partial(similarity_call, 100, 333, 57, terms=SWEPT, teacher_width=31, symmetric=False),
         partial(similarity_call, 67, 67, terms=SIGMOID, bias=-5.0, ids=True, scale=50.0, width=33),
         partial(similarity_call, 131, 200, 69, terms=("contrastive", *SIGMOID), bias=-5.0),
-        partial(similarity_call, 1, 5, 4, terms=table.SWEPT, width=8),
+        partial(similarity_call, 1, 5, 4, terms=SWEPT, width=8),
     ],
     "shaped_attention": [
         partial(attention_call, 3, 77, 2, 64, causal=True),

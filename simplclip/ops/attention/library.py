@@ -45,10 +45,7 @@ def _visible_keys(call: AttentionCall) -> Tensor | int:  # [L, 1, 1], [B, 1, 1, 
 
 # [B, 1, H, K], if causal [B, L, H, K]
 def _uniform_attention(v: Tensor, call: AttentionCall) -> Tensor:
-    """Returns C v, the mean of v over the keys that a query sees, in the dtype of sums.
-
-    v: [B, L, H, K], 0 at padded tokens. If not causal, all queries share one mean.
-    """
+    """Returns C v, the mean of v (0 at padded tokens) over the keys that a query sees."""
     dtype = call.gains.dtype
     if call.causal:
         return v.cumsum(1, dtype=dtype).div_(_visible_keys(call))
@@ -57,10 +54,7 @@ def _uniform_attention(v: Tensor, call: AttentionCall) -> Tensor:
 
 # [B, 1, H, K], if causal [B, L, H, K]
 def _uniform_attention_transposed(grad: Tensor, call: AttentionCall) -> Tensor:
-    """Returns Cᵀ grad, for the uniform attention C over the keys that a query sees.
-
-    grad: [B, L, H, K], 0 at padded tokens. If not causal, all keys share one value.
-    """
+    """Returns Cᵀ grad, of the same C; grad: [B, L, H, K], 0 at padded tokens."""
     if not call.causal:
         return grad.sum(1, keepdim=True, dtype=call.gains.dtype).div_(_visible_keys(call))
     shares = grad / _visible_keys(call)
@@ -76,11 +70,7 @@ def _product_per_head(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _with_positive_scale(call: Call) -> tuple[Call, int]:
-    """Returns a call with scale > 0 and equal logits, and the factor of its dq: 1, −1 or 0.
-
-    A new call, with q negated or zero, if the scale is not positive: other libraries mask by −inf
-    before they scale.
-    """
+    """Returns a call with equal logits and scale > 0, as masks by −inf need, and the sign of dq."""
     if call.scale > 0:
         return call, 1
     if call.scale < 0:
@@ -89,22 +79,14 @@ def _with_positive_scale(call: Call) -> tuple[Call, int]:
 
 
 def _write_terms(call: AttentionCall, av: Tensor, out: Tensor) -> None:
-    """Writes alpha v + beta A v − gamma C v to `out` [B, L, H, K], in plain torch.
-
-    av: A v, from the library. C v is the mean over the visible keys. v and av must be 0 at padded
-    tokens, where `out` is not zeroed.
-    """
+    """Writes alpha v + beta A v − gamma C v to `out`, whose padded tokens are not zeroed."""
     alpha, beta, gamma = call.gains[:, :, None]
     torch.addcmul(-gamma * _uniform_attention(call.v, call), call.v, alpha, out=out)
     out.addcmul_(av, beta)
 
 
 def _gradients_without_softmax(call: AttentionInto) -> Tensor:  # [3, H]
-    """Writes alpha grad − gamma Cᵀ grad to call.dv; returns the gains' gradients.
-
-    C is the uniform attention over the visible keys. call.av must hold A v; grad, v and av must be
-    0 at padded tokens.
-    """
+    """Writes alpha grad − gamma Cᵀ grad to call.dv; returns the gains' gradients."""
     alpha, _, gamma = call.gains[:, :, None]
     dtype = call.gains.dtype
     d_uniform = _uniform_attention_transposed(call.grad, call)

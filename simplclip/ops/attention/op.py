@@ -71,10 +71,7 @@ def _fwd_empty(call: AttentionCall, spec: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _bwd(function: Callable, call: AttentionGradient) -> tuple[Tensor, ...]:
-    """Returns the gradients of q, k, v [B, L, H, K] and gains [3, H], by a backend's function.
-
-    function: takes an AttentionInto, whose dq, dk and dv are allocated here.
-    """
+    """Returns the gradients of q, k, v and gains, by a function that takes an AttentionInto."""
     dq, dk, dv = _empty_gradients(call)
     return dq, dk, dv, function(AttentionInto(**vars(call), dq=dq, dk=dk, dv=dv))
 

@@ -11,10 +11,7 @@ from simplclip.ops.backends import Reference
 
 
 def _visible(call: AttentionCall) -> Tensor:
-    """Returns a bool mask [B or 1, 1, L, L]: whether a query (the row) sees a key (the column).
-
-    It follows `causal` and `lengths`; the row of a padded query is False.
-    """
+    """Returns a mask [B or 1, 1, L, L]: whether a query (row) sees a key; padding does not."""
     length = call.q.shape[1]
     device = call.q.device
     visible = torch.ones(1, length, length, dtype=torch.bool, device=device)
@@ -27,20 +24,14 @@ def _visible(call: AttentionCall) -> Tensor:
 
 
 def _heads(visible: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """Returns copies [B, H, L, K] of tensors [B, L, H, K] in the dtype of sums, 0 at padded tokens.
-
-    visible: from `_visible`. Padding is filled since a weight of 0 would keep its NaN.
-    """
+    """Returns copies [B, H, L, K] in the dtype of sums; 0 at padding, as 0 times its NaN is NaN."""
     seen = visible.any(-1)[..., None]  # [B or 1, 1, L, 1]
     dtype = accumulate_dtype(tensors[0].dtype)
     return [t.transpose(1, 2).to(dtype).masked_fill(~seen, 0) for t in tensors]
 
 
 def _uniform(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns uniform attention weights C [B or 1, 1, L, L]: 1 / (number of visible keys), or 0.
-
-    visible: from `_visible`. The row of a padded query is 0.
-    """
+    """Returns uniform attention weights C [B or 1, 1, L, L]: 1 / (number of visible keys), or 0."""
     return visible.to(dtype) / visible.sum(-1, keepdim=True).clamp(min=1)
 
 

@@ -52,29 +52,22 @@ def aligned(*tensors: Tensor) -> list[Tensor]:
     return results
 
 
-def _segments(call: AttentionCall) -> Tensor:  # [2 B + 1] int32
-    """Returns where the valid tokens and the padding of each sequence begin, and B L at the end.
-
-    These are offsets of tokens [B L], in turn valid and padding: the cumulative lengths of the
-    kernels. The call must have `lengths`.
-    """
-    batch, length = call.q.shape[:2]
-    first = torch.arange(0, batch * length, length, device=call.q.device, dtype=torch.int32)
-    bounds = torch.stack([first, first + call.lengths], 1).flatten()
+def _segments(q: Tensor, lengths: Tensor) -> Tensor:  # [2 B + 1] int32
+    """Returns the offsets in [B L] of each sequence's valid tokens and of its padding, and B L."""
+    batch, length = q.shape[:2]
+    first = torch.arange(0, batch * length, length, device=q.device, dtype=torch.int32)
+    bounds = torch.stack([first, first + lengths], 1).flatten()
     return F.pad(bounds, (0, 1), value=batch * length)
 
 
 def _flash(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Returns A v [B, L, H, K], A = softmax(q kᵀ scale), and its log-sum-exps [B, H, L].
-
-    By FlashAttention, see LibraryAttention.
-    """
+    """Returns A v and its log-sum-exps by FlashAttention, see LibraryAttention."""
     batch, length, heads, width = call.q.shape
     tensors = aligned(call.q, call.k, call.v)
     shape = tensors[0].shape
     bounds = None
     if call.lengths is not None:
-        bounds = _segments(call)
+        bounds = _segments(call.q, call.lengths)
         tensors = [t.flatten(0, 1) for t in tensors]
     av, lse, *_ = aten._flash_attention_forward(
         *tensors, bounds, bounds, length, length, 0.0, call.causal, False, scale=call.scale
@@ -85,11 +78,7 @@ def _flash(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _flash_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns new dq, dk and dv = Aᵀ grad of ordinary attention A v, [B, L, H, K] each.
-
-    A = softmax(q kᵀ scale), within the call's `causal` and `lengths`; from forward's `lse` and
-    `av`. By FlashAttention, see LibraryAttention.
-    """
+    """Returns dq, dk and dv by FlashAttention, see LibraryAttention."""
     length = call.q.shape[1]
     width = call.q.shape[3]
     tensors = aligned(call.grad, call.q, call.k, call.v, call.av)
@@ -97,7 +86,7 @@ def _flash_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
     bounds = None
     lse = call.lse
     if call.lengths is not None:
-        bounds = _segments(call)
+        bounds = _segments(call.q, call.lengths)
         tensors = [t.flatten(0, 1) for t in tensors]
         lse = lse.transpose(0, 1).flatten(1).contiguous()
     # the state of random numbers, unused without dropout
@@ -110,10 +99,7 @@ def _flash_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _efficient(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Returns A v [B, L, H, K], A = softmax(q kᵀ scale), and its log-sum-exps [B, H, L].
-
-    By the memory-efficient kernel, see LibraryAttention.
-    """
+    """Returns A v and its log-sum-exps by the memory-efficient kernel, see LibraryAttention."""
     length = call.q.shape[1]
     width = call.q.shape[3]
     tensors = aligned(call.q, call.k, call.v)
@@ -121,7 +107,7 @@ def _efficient(call: AttentionCall) -> tuple[Tensor, Tensor]:
     bounds = None
     longest = None
     if call.lengths is not None:
-        bounds = _segments(call)
+        bounds = _segments(call.q, call.lengths)
         longest = length
         tensors = [t.flatten(0, 1)[None] for t in tensors]
     av, lse, *_ = aten._efficient_attention_forward(
@@ -134,11 +120,7 @@ def _efficient(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _efficient_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns new dq, dk and dv = Aᵀ grad of ordinary attention A v, [B, L, H, K] each.
-
-    A = softmax(q kᵀ scale), within the call's `causal` and `lengths`; from forward's `lse` and
-    `av`. By the memory-efficient kernel, see LibraryAttention.
-    """
+    """Returns dq, dk and dv by the memory-efficient kernel, see LibraryAttention."""
     length = call.q.shape[1]
     width = call.q.shape[3]
     tensors = aligned(call.grad, call.q, call.k, call.v, call.av)
@@ -146,7 +128,7 @@ def _efficient_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
     bounds = None
     lse = call.lse
     if call.lengths is not None:
-        bounds = _segments(call)
+        bounds = _segments(call.q, call.lengths)
         tensors = [t.flatten(0, 1)[None] for t in tensors]
         padded = torch.arange(length, device=lse.device) >= call.lengths[:, None]  # [B, L]
         lse = lse.masked_fill(padded[:, None], torch.inf)
@@ -164,10 +146,7 @@ def _efficient_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _on_cpu(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Returns A v [B, L, H, K], A = softmax(q kᵀ scale), and its log-sum-exps [B, H, L].
-
-    By torch's kernel for the CPU, see LibraryAttention.
-    """
+    """Returns A v and its log-sum-exps by torch's kernel for the CPU, see LibraryAttention."""
     tensors, mask = _heads_and_mask(call, call.q, call.k, call.v)
     av, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         *tensors, 0.0, call.causal, attn_mask=mask, scale=call.scale
@@ -176,11 +155,7 @@ def _on_cpu(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _on_cpu_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns new dq, dk and dv = Aᵀ grad of ordinary attention A v, [B, L, H, K] each.
-
-    A = softmax(q kᵀ scale), within the call's `causal` and `lengths`; from forward's `lse` and
-    `av`. By torch's kernel for the CPU, see LibraryAttention.
-    """
+    """Returns dq, dk and dv by torch's kernel for the CPU, see LibraryAttention."""
     tensors, mask = _heads_and_mask(call, call.grad, call.q, call.k, call.v, call.av)
     gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *tensors, call.lse, 0.0, call.causal, attn_mask=mask, scale=call.scale

@@ -13,10 +13,7 @@ layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
 def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Returns weight and bias in a dtype that torch's layer norm takes with x; None stays None.
-
-    On a CPU, float32 is accepted with a half x; on a GPU it is not.
-    """
+    """Returns weight and bias in a dtype that layer norm takes with x: that of x, or float32."""
     if weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
         return weight, bias
     dtype = torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype

@@ -61,11 +61,7 @@ def _attention_call(
     qk: Tensor,  # [T, 2C]
     gains: Tensor,  # [3, H]
 ) -> AttentionCall:
-    """Returns the call of the block's attention, whose v is n or its projection by value_weight.
-
-    shape: [B, L, H, K] of q. qk: [q|k], of which q and k are views. gains: from `gains_of`, without
-    attention_gain.
-    """
+    """Returns the call of the block's attention, whose v is n or its projection by value_weight."""
     v = n if call.value_weight is None else F.linear(n, call.value_weight)
     q, k = _split(qk, shape)
     gains = gains * call.attention_gain
@@ -73,11 +69,7 @@ def _attention_call(
 
 
 def _fwd(pick: Callable, call: BlockCall) -> tuple[Tensor, ...]:
-    """Returns out [B, L, C], [q|k] [T, 2C], h [T, F], the log-sum-exps [B, H, L], and A v.
-
-    pick(op, facts): returns the backend's function of an op. A v: see AttentionGradient. [q|k], h
-    and A v are empty unless call.keep.
-    """
+    """Returns the results of BlockCall; [q|k], h and A v are empty unless call.keep."""
     x = call.x.view(-1, call.x.shape[2])
     shape = heads_of(call)
     n, _ = norm_fwd(x, call)
@@ -97,11 +89,7 @@ def _fwd(pick: Callable, call: BlockCall) -> tuple[Tensor, ...]:
 
 
 def _add_mlp(function: Callable, call: BlockCall, n: Tensor, out: Tensor) -> Tensor:
-    """Adds mlp_gain MLP(n) to out [T, C] in place; returns h [T, F], or [0] unless call.keep.
-
-    function: the backend's for parallel_mlp_fwd. n: [T, C], the normalised x. h: the hidden layer
-    before its activation.
-    """
+    """Adds mlp_gain MLP(n) to out [T, C] in place; returns h [T, F], or [0] unless call.keep."""
     weight = call.fc2_weight * call.mlp_gain
     bias = call.fc2_bias * call.mlp_gain
     fc1 = (n, call.fc1_weight, call.fc1_bias)
@@ -118,11 +106,7 @@ def _add_mlp(function: Callable, call: BlockCall, n: Tensor, out: Tensor) -> Ten
 
 
 def _fwd_empty(call: BlockCall, spec: str) -> tuple[Tensor, ...]:
-    """Returns uninitialised results of the op: out, [q|k], h, the log-sum-exps and A v.
-
-    Shapes: see BlockCall and BlockGradient. spec: the forced backends, see backends.forced; the
-    shape of A v depends on the backend.
-    """
+    """Returns uninitialised results of the op; the shape of A v depends on spec's backend."""
     x = call.x
     shape = heads_of(call)
     batch, length, heads, _ = shape
@@ -138,14 +122,7 @@ def _fwd_empty(call: BlockCall, spec: str) -> tuple[Tensor, ...]:
 def _mlp_bwd(
     pick: Callable, call: BlockGradient, n: Tensor, grad: Tensor, need: Needed, need_n: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the gradient of h [T, F], and gradients of fc1, fc2 and mlp_gain by name.
-
-    pick(op, facts): returns the backend's function of an op. n: [T, C], the normalised x. grad:
-    [T, C], of the block's result. need_n: whether the gradient of n is needed, and so that of h.
-    The gradient of h overwrites call.h, or an h computed again if that is empty. By name there may
-    be gradients that are not needed too. With w = mlp_gain fc2_weight: d mlp_gain = <dw,
-    fc2_weight>, d fc2_weight = mlp_gain dw, likewise the bias.
-    """
+    """Returns the gradient of h, which overwrites h, and those of fc1, fc2, mlp_gain by name."""
     gradients = {}
     h = call.h
     gain = call.mlp_gain
@@ -154,6 +131,7 @@ def _mlp_bwd(
         if not h.numel():
             h = F.linear(n, call.fc1_weight, call.fc1_bias)
         function = pick("parallel_mlp_bwd")
+        # with w = gain fc2_weight: d gain = <dw, fc2_weight>, d fc2_weight = gain dw
         dw = function(HiddenGradient(grad, h, call.fc2_weight * gain, call.act, need_w))
         if need.mlp_gain:
             weight = call.fc2_weight.flatten().to(gain.dtype)
@@ -172,11 +150,7 @@ def _mlp_bwd(
 
 
 def _bwd(pick: Callable, call: BlockGradient) -> tuple[Tensor, ...]:
-    """Returns the gradients in the order of Needed, empty where not needed; overwrites call.h.
-
-    pick(op, facts): returns the backend's function of an op. What forward did not keep is
-    computed again.
-    """
+    """Returns the gradients in the order of Needed, empty where not needed; overwrites call.h."""
     x = call.x.view(-1, call.x.shape[2])
     need = Needed(*call.need)
     n, stats = norm_fwd(x, call)
@@ -221,11 +195,7 @@ def _bwd(pick: Callable, call: BlockGradient) -> tuple[Tensor, ...]:
 def _attention_bwd(
     pick: Callable, call: BlockGradient, attention: AttentionCall, d_out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of [q|k] [T, 2C], of v [T, C] and of the attention's gains [3, H].
-
-    pick(op, facts): returns the backend's function of an op. attention: the call of forward.
-    d_out: the gradient of the attention's result, [T, C].
-    """
+    """Returns the gradients of [q|k] [T, 2C], of v [T, C] and of the attention's gains [3, H]."""
     shape = heads_of(call)
     rows, width = d_out.shape
     dqk = d_out.new_empty(rows, 2 * width)
@@ -273,10 +243,7 @@ def _gradient(
     needed: Sequence[bool],
     spec: str,
 ) -> dict[str, Tensor]:
-    """Returns gradients of the call's tensors by name; see register_gradient.
-
-    One that is not needed is empty. h is overwritten, or a copy of it where backward may run again.
-    """
+    """Returns gradients of the call's tensors by name, empty where not needed; may overwrite h."""
     *tensors, qk, h, lse, av = saved
     (grad,) = grads
     call = FORWARD.call_type(*tensors, *options)

@@ -28,10 +28,7 @@ def _inverse_norm(rows: Tensor) -> Tensor:  # [N, D] -> [N, 1]
 
 
 def _distances(difference: Tensor, beta: float | None) -> Tensor:  # [N, D] -> [N]
-    """Returns each row's sum of squares if beta is None, else of smooth L1 losses with that beta.
-
-    difference: student minus teacher.
-    """
+    """Returns each row's sum of squares if beta is None, else of smooth L1 losses with beta."""
     size = difference.abs()
     square = size * size
     if beta is None:

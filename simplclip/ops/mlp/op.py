@@ -62,11 +62,7 @@ def hidden_rows(
 
 
 def _fwd(function: Callable, call: MlpCall) -> tuple[Tensor, Tensor]:
-    """Returns out [T, C_out], and h [T, F], or [0, F] unless call.keep.
-
-    function: the backend's, which writes the second half of the MLP from a HiddenCall. h: the
-    hidden layer before its activation.
-    """
+    """Returns out [T, C_out] by a backend's function, and h [T, F], or [0, F] unless call.keep."""
     out = call.x.new_empty(call.x.shape[0], call.fc2_weight.shape[0])
     fc1 = (call.x, call.fc1_weight, call.fc1_bias)
     chunks: Iterable[tuple[Tensor, Tensor]]
@@ -92,10 +88,7 @@ def _fwd_empty(call: MlpCall, spec: str) -> tuple[Tensor, Tensor]:
 
 
 def _bwd(function: Callable, call: MlpGradient) -> tuple[Tensor, ...]:
-    """Returns gradients of x, fc1_weight, fc1_bias, fc2_weight, fc2_bias; overwrites call.h.
-
-    function: the backend's, which takes a HiddenGradient. A gradient that is not needed is empty.
-    """
+    """Returns the gradients of MlpGradient by a backend's function; those not needed are empty."""
     need_x, need_fc1_weight, need_fc1_bias, need_fc2_weight, need_fc2_bias = call.need
     grad = call.grad
     h = call.h
@@ -150,10 +143,7 @@ def _gradient(
     needed: Sequence[bool],
     spec: str,
 ) -> dict[str, Tensor]:
-    """Returns the gradients of the call's tensors by name; see register_gradient.
-
-    One that is not needed is empty. h is overwritten, or a copy of it where backward may run again.
-    """
+    """Returns the gradients by name, empty where not needed; may overwrite h."""
     *tensors, h = saved
     (grad,) = grads
     call = FORWARD.call_type(*tensors, *options)
