@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,24 +12,6 @@ from torch import Tensor
 
 # Options of compiled kernels. Triton 3.10 changes the default.
 COMPILE = {"enable_fp_fusion": True}
-
-# set by plans, see `starts`
-repeated: Callable[[int], contextlib.AbstractContextManager] | None = None
-
-
-def starts(size: int, step: int) -> Iterator[int]:
-    """Yields the first rows of chunks of `step` of the rows 0..size - 1.
-
-    In a plan, yields only those of the first two chunks and of the last: the others would do the
-    same as the second, which therefore runs in the context `repeated(count)`.
-    """
-    rows = range(0, size, step)
-    if repeated is None or len(rows) < 4:
-        yield from rows
-        return
-    for row, count in ((rows[0], 1), (rows[1], len(rows) - 2), (rows[-1], 1)):
-        with repeated(count):
-            yield row
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:

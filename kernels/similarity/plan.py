@@ -5,13 +5,13 @@ of G in backward.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from simplclip.calls.similarity import SigmoidCall, SimilarityCall
 from simplclip.kernels import tuning
-from simplclip.kernels.runtime import architecture_and_processors, precision_of, splits, starts
+from simplclip.kernels.runtime import architecture_and_processors, precision_of, splits
 
 # sides of a block of G are multiples of 128, and so of a tile's sides, unless they end with the
 # matrix
@@ -66,6 +66,11 @@ def column_slots(call: SimilarityCall) -> int:
     return 5 if call.has_teacher else 2
 
 
+def first_rows(size: int, step: int) -> Iterable[int]:
+    """Returns the first rows of chunks of `step` of the rows 0..size - 1."""
+    return range(0, size, step)
+
+
 class Sweep(NamedTuple):
     """A range of rows whose statistics one launch of forward computes."""
 
@@ -91,7 +96,7 @@ def sweeps(call: SimilarityCall) -> Iterator[Sweep]:
         blocks = min(blocks, max(1, call.chunk * call.image.itemsize // (4 * column_slots(call))))
     tiles = -(-m // tile.block_n)
     slots = processors * tile.blocks
-    for first in starts(n, blocks * tile.block_m):
+    for first in first_rows(n, blocks * tile.block_m):
         count = min(n - first, blocks * tile.block_m)
         row_blocks = -(-count // tile.block_m)
         yield Sweep(first, count, row_blocks, *splits(row_blocks, tiles, slots))
@@ -120,9 +125,8 @@ def block_sides(n: int, m: int, elements: int) -> tuple[int, int]:
 def blocks_of(n: int, m: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
     """Yields (row slice, column slice) of each block of an n x m matrix, by rows of blocks.
 
-    rows, columns: the sides of a block; the last ones may be shorter. A plan skips blocks, see
-    runtime.starts.
+    rows, columns: the sides of a block; the last ones may be shorter.
     """
-    for row in starts(n, rows):
-        for column in starts(m, columns):
+    for row in first_rows(n, rows):
+        for column in first_rows(m, columns):
             yield slice(row, min(n, row + rows)), slice(column, min(m, column + columns))

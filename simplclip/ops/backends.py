@@ -31,9 +31,6 @@ from simplclip.ops.extension import load
 
 library = torch.library.Library("simplclip", "DEF")
 
-# simplclip.plan makes results of C++'s functions by it: op -> `empty`, see `native`.
-NATIVE_FAKES: dict[str, Callable] = {}
-
 extension, extension_error = load("_C")
 # A constant, so that torch.compile can trace code that depends on it.
 native_bf16: bool = extension is not None and extension.has_native_bf16()
@@ -187,7 +184,6 @@ def native(name: str, call_type: type, returns: str, empty: Callable) -> Any:
     torch.library.register_fake(
         f"simplclip::{name}", lambda *fields: empty(call_type(*fields)), lib=library
     )
-    NATIVE_FAKES[name.rpartition("_")[0]] = empty
     overload = getattr(torch.ops.simplclip, name).default
     values = attrgetter(*(field.name for field in fields(call_type)))
     return staticmethod(lambda call: overload(*values(call)))

@@ -27,13 +27,6 @@ from simplclip.ops.modes import (
     no_autocast,
 )
 
-# simplclip.plan runs ops through the next one to measure their allocations.
-# An op's full name -> the function that runs a call, whose argument `through` may wrap the
-# backend's function.
-DISPATCH: dict[str, Callable] = {}
-# True while simplclip.plan runs ops with fake tensors, to count the memory that they take
-counted = False
-
 _PLAIN = (Tensor, nn.Parameter)
 _selected: dict[tuple, Callable] = {}  # the backends' functions that earlier calls selected
 
@@ -45,21 +38,18 @@ def _select(
     first: Tensor,
     spec: str,
     part: bool,
-    through: Callable | None,
 ) -> Callable:
     """Returns the function of the backend that backends.select chooses, cached by kind of call.
 
-    first: a tensor with the call's device and dtype. through: see Op.dispatch; not cached.
+    first: a tensor with the call's device and dtype.
     """
     # CUDA attention's why_not() reads it
     tf32 = first.is_cuda and torch.backends.cuda.matmul.fp32_precision
     key = op, spec, part, first.device, first.dtype, tf32, facts
     selected = _selected.get(key)
-    if selected is None or through:
+    if selected is None:
         backend = backends.select(op, first.device, first.dtype, spec, facts, part=part)
         selected = getattr(backend, op)
-        if through:
-            return through(op, backend.name, selected)
         _selected[key] = selected
         if first.is_cuda and op.startswith("shaped_attention"):
             _warn_without_cuda()
@@ -116,14 +106,14 @@ class Op:
         """The registered op, torch.ops.simplclip.<name>.default."""
         return getattr(torch.ops.simplclip, self.name).default
 
-    def dispatch(self, call: Any, spec: str, through: Callable | None = None) -> Any:
+    def dispatch(self, call: Any, spec: str) -> Any:
         """Runs a call on its backend, without autocast and autograd; returns the op's results.
 
         call: of call_type, its tensors laid out, see `laid_out`. spec: the forced backends, see
-        backends.forced. `through(op, backend, function)` may return another function to call.
+        backends.forced.
         """
         first = getattr(call, self.first)
-        pick = partial(_select, first=first, spec=spec, part=self.composed, through=through)
+        pick = partial(_select, first=first, spec=spec, part=self.composed)
         function: Callable = pick
         if not self.composed:
             function = pick(self.name, self.facts(call) if self.facts else backends.NO_FACTS)
@@ -148,12 +138,12 @@ class Op:
                 values[position] = t.contiguous()
         return self.call_type(*values)
 
-    def dispatch_through(self, *args: Any, through: Callable | None = None) -> Any:
+    def dispatch_flat(self, *args: Any) -> Any:
         """Runs a call from the dispatcher's arguments: its fields in their order, and `spec`.
 
         Copies tensors that are not laid out; else as `dispatch`.
         """
-        return self.dispatch(self.laid_out(args[:-1]), args[-1], through)
+        return self.dispatch(self.laid_out(args[:-1]), args[-1])
 
     def keep(self, ctx: Any, values: Sequence, spec: str, results: Sequence[Tensor]) -> None:
         """Keeps in ctx what `gradients` reads: what the op's `save` returns, options and spec.
@@ -274,13 +264,12 @@ def define(
         backends.TABLE[name] = row
     backends.library.define(f"{name}({schema_of(call_type)}, str backend) -> {returns}")
     op = Op(name, call_type, run, facts, composed=not row, differentiable=differentiable)
-    backends.library.impl(name, op.dispatch_through, "CompositeExplicitAutograd")
+    backends.library.impl(name, op.dispatch_flat, "CompositeExplicitAutograd")
     torch.library.register_fake(
         f"simplclip::{name}",
         lambda *args: empty(call_type(*args[:-1]), args[-1]),
         lib=backends.library,
     )
-    DISPATCH[f"simplclip::{name}"] = op.dispatch_through
     return op
 
 

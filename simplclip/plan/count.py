@@ -25,9 +25,9 @@ from torch._subclasses import fake_tensor as fakes
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from simplclip.calls.fields import flat
 from simplclip.common.errors import UserError
 from simplclip.kernels import runtime as launching
+from simplclip.kernels.similarity import plan as similarity_plan
 from simplclip.ops import backends, registry
 from simplclip.plan.kernels import (
     ExtensionCall,
@@ -147,16 +147,18 @@ class Counter(TorchDispatchMode):
         """Context in which all ops, Triton launches and waits of the host are counted in `usage`.
 
         Meanwhile Triton kernels do not start, and `tolist` of a fake tensor returns zeros:
-        functions of the ops' registry, the Triton launcher and torch are replaced until the end.
+        the choice of backends, the Triton launcher and functions of torch are replaced until the
+        end.
         """
         patches = (
-            (registry, "counted", True),
+            (backends, "select", partial(self._select, backends.select)),
             (launching, "start", self._count_launch),
-            (launching, "repeated", self._repeated),
+            (similarity_plan, "first_rows", self._few_first_rows),
             (fakes.FakeTensor, "tolist", self._tolist),
             (torch.cuda, "synchronize", lambda *_: self.count_wait("synchronize")),
         )
         with ExitStack() as stack:
+            stack.enter_context(mock.patch.dict(registry._selected, clear=True))
             for patch in patches:
                 stack.enter_context(mock.patch.object(*patch))
             stack.enter_context(self)
@@ -166,14 +168,20 @@ class Counter(TorchDispatchMode):
         """Makes each kernel that is counted from now on stand for `times` runs."""
         self.times = times
 
-    @contextmanager
-    def _repeated(self, count: int) -> Iterator[None]:
-        """Context in which each counted kernel stands for `count` times as many runs as outside."""
+    def _few_first_rows(self, size: int, step: int) -> Iterator[int]:
+        """Yields the first rows of the first two chunks of similarities and of the last.
+
+        The others would do the same as the second, which therefore stands for them; in place of
+        `first_rows` of kernels/similarity/plan.py.
+        """
+        rows = range(0, size, step)
+        if len(rows) < 4:
+            yield from rows
+            return
         before = self.times
-        self.times *= count
-        try:
-            yield
-        finally:
+        for row, count in ((rows[0], 1), (rows[1], len(rows) - 2), (rows[-1], 1)):
+            self.times = before * count
+            yield row
             self.times = before
 
     def count_wait(self, name: str) -> None:
@@ -186,17 +194,11 @@ class Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _DEVICE:
             return func(*args, **kwargs)
-        ours = registry.DISPATCH.get(func.name())
-        if ours is not None:
-            with self:
-                return ours(*args, through=self._native)
         if func not in self._leaf_ops:
-            is_prim = func.name().startswith("prim::")
-            if not is_prim and not _has_kernel(func.name(), self.device.type.upper()):
-                with self:
-                    out = func.decompose(*args, **kwargs)
-                if out is not NotImplemented:
-                    return out
+            with self:
+                out = self._decomposed(func, args, kwargs)
+            if out is not NotImplemented:
+                return out
             self._leaf_ops[func] = started_by(func)
         try:
             # no bias: the results are dq, dk, dv and an empty one
@@ -216,8 +218,36 @@ class Counter(TorchDispatchMode):
         self.hold(out, self.kind, instead_of=())
         if func is torch.ops.aten._flash_attention_backward.default:
             self.count_workspace(_flash_scratch(args[1], args[6]))
-        self._record(func, args, kwargs, out)
+        if func.namespace == "simplclip":
+            self._record_extension(func, args, out)
+        else:
+            self._record(func, args, kwargs, out)
         return out
+
+    def _decomposed(self, func: Any, args: tuple, options: dict[str, Any]) -> Any:
+        """Returns the results of an op that is composed of others; else NotImplemented."""
+        name = func.name()
+        if func.namespace == "simplclip" and _has_kernel(name, "CompositeExplicitAutograd"):
+            return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **options)
+        if func.namespace == "prim" or _has_kernel(name, self.device.type.upper()):
+            return NotImplemented
+        return func.decompose(*args, **options)
+
+    def _record_extension(self, func: Any, args: tuple, out: Any) -> None:
+        """Counts the workspace and the kernel of a function of C++ or CUDA that has run.
+
+        func: its op, as simplclip::parallel_mlp_fwd_cpu; args: its arguments; out: its results.
+        """
+        op, _, backend = func._opname.rpartition("_")
+        self.count_workspace(workspace_bytes(func._opname, args))
+        names = [argument.name for argument in func._schema.arguments]
+        fields, results = tree_map_only(Tensor, self.stand, (dict(zip(names, args)), out))
+        stands = [v for v in tree_leaves((fields, results)) if isinstance(v, Stand)]
+        call = ExtensionCall(op, SimpleNamespace(**fields))
+        work = *extension_work(call), sum(t.bytes for t in stands)
+        self.usage.kernels.append(
+            Kernel(backend, op, stands[0].dtype, *work, launch=call, times=self.times)
+        )
 
     def _record(self, func: Any, args: tuple, options: dict[str, Any], out: Any) -> None:
         """Adds the kernels of an op of torch that has run to `usage`.
@@ -289,38 +319,42 @@ class Counter(TorchDispatchMode):
             )
         )
 
-    def _native(self, op: str, backend: str, function: Callable) -> Callable:
-        """Returns the function to call in place of `function`, that of `op` on `backend`.
+    def _select(
+        self,
+        select: Callable,
+        op: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        spec: str,
+        facts: backends.Facts,
+        part: bool,
+    ) -> Any:
+        """Selects a backend by `select`, that of ops.backends.
 
-        It takes the same arguments and returns the same tensors, as fakes. What it counts differs
-        by backend: see the class.
+        If it is neither C++ nor the reference, its function counts what it allocates as workspace,
+        and the first such backend stands for all that can run the call: another library's attention
+        needs the same memory as torch's, but does not run on fake tensors.
         """
+        chosen = select(op, device, dtype, spec, facts, part=part)
+        in_python = [
+            backend
+            for backend in backends.TABLE[op].values()
+            if backend is not backends.TABLE[op]["reference"]
+            and not hasattr(torch.ops.simplclip, f"{op}_{backend.name}")
+        ]
+        if chosen not in in_python:
+            return chosen
+        able = (backend for backend in in_python if not backend.why_not(device, dtype, facts))
+        function = getattr(next(able, chosen), op)
+        return SimpleNamespace(**{op: partial(self._run_in_workspace, function)})
 
-        def fake(*args: Any) -> Any:
-            """Returns fake results of a C++ or CUDA function; counts its workspace and a kernel."""
-            out = backends.NATIVE_FAKES[op](*args)
-            self.count_workspace(workspace_bytes(op, backend, *args))
-            fields, results = tree_map_only(Tensor, self.stand, (vars(args[0]).copy(), out))
-            stands = [v for v in tree_leaves((fields, results)) if isinstance(v, Stand)]
-            call = ExtensionCall(op, SimpleNamespace(**fields))
-            work = *extension_work(call), sum(t.bytes for t in stands)
-            self.usage.kernels.append(
-                Kernel(backend, op, stands[0].dtype, *work, launch=call, times=self.times)
-            )
-            return out
-
-        def launch(*args: Any) -> Any:
-            """Calls `function`; counts all that it allocates, but its results, as workspace."""
-            outer = self.kind
-            with self.during(WORKSPACE):
-                out = function(*args)
-            self.hold(out, outer, instead_of=(WORKSPACE,))
-            return out
-
-        if backend == "xformers":  # its kernels need the same memory as torch's SDPA
-            function = getattr(backends.TABLE[op]["sdpa"], op)
-        functions = {"reference": function, "triton": launch, "sdpa": launch, "xformers": launch}
-        return functions.get(backend, fake)
+    def _run_in_workspace(self, function: Callable, call: Any) -> Any:
+        """Runs a backend's function; all that it allocates, but its results, is workspace."""
+        outer = self.kind
+        with self.during(WORKSPACE):
+            out = function(call)
+        self.hold(out, outer, instead_of=(WORKSPACE,))
+        return out
 
     def _free(self, key: int, _: object) -> None:
         """Subtracts a storage that was freed from the live bytes; `key` is its key in `_held`."""
@@ -343,30 +377,22 @@ class Counter(TorchDispatchMode):
             usage.at_peak = {kind: self.live[kind] for kind in KINDS if self.live[kind]}
 
 
-def workspace_bytes(name: str, backend: str, call: Any) -> int:
+def workspace_bytes(native: str, args: tuple) -> int:
     """Returns the bytes that a C++ or CUDA function allocates besides its results, at their peak.
 
-    name: the op, as "shaped_attention_fwd". backend: "cpu" or "cuda". call: the dataclass of the
-    op's arguments, of whose tensors only shapes, strides and dtypes are read; nothing runs. On a
-    GPU each allocation is rounded up to 512 bytes, as in torch's allocator. The memory of cuBLAS is
-    not included, and neither is the memory of oneDNN in bfloat16 products.
+    native: the function's op without its library, as "shaped_attention_fwd_cpu". args: those of
+    the op, of whose tensors only shapes, strides and dtypes are read; nothing runs. On a GPU each
+    allocation is rounded up to 512 bytes, as in torch's allocator. The memory of cuBLAS is not
+    included, and neither is the memory of oneDNN in bfloat16 products.
 
-    Raises UncountedOp if the extension of the function does not load, or the function states
-    nothing.
+    Raises UncountedOp if the function states nothing, or its extension is not loaded.
     """
-    extension, error = backends.cuda_extension, backends.cuda_extension_error
-    if backend == "cpu":
-        extension, error = backends.extension, backends.extension_error
-    if extension is None:
-        raise UncountedOp(
-            f"the workspace of {name} on backend {backend} cannot be predicted: {error}"
-        )
-    function = getattr(torch.ops.simplclip, f"{name}_{backend}_workspace")
+    function = getattr(torch.ops.simplclip, f"{native}_workspace")
     try:
         with _disable_current_modes():
-            return function(*tree_map_only(Tensor, _on_meta, flat(call)))
+            return function(*tree_map_only(Tensor, _on_meta, args))
     except NotImplementedError:
-        raise UncountedOp(f"no workspace is stated for {name} on backend {backend}") from None
+        raise UncountedOp(f"no workspace is stated for {native}") from None
 
 
 def _flash_scratch(q: Tensor, bounds: Tensor | None) -> int:

@@ -25,13 +25,11 @@ HIDDEN_BYTES = 16 << 20  # of a chunk of the hidden layer, if forward does not k
 def to_overwrite(saved: Tensor) -> Tensor:
     """Returns `saved` itself, or a copy where a backward that overwrites it would do harm.
 
-    A copy is needed under tracing, and with retain_graph, since backward may run again.
+    A copy is needed with retain_graph, since backward may run again. Traced backward passes are
+    functional: torch.compile copies what it has to.
     """
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    is_traced = type(saved) is not Tensor and not registry.counted
-    if is_traced or keeps_graph():
-        return saved.clone()
-    return saved
+    return saved.clone() if keeps_graph() else saved
 
 
 def keeps_hidden(*tensors: Tensor | None, recompute: bool = False) -> bool:
