@@ -32,39 +32,11 @@ from simplclip.data.pack import pack_folders
 from simplclip.models.file_names import BEST, LAST
 from simplclip.models.trained import FORMAT, VERSION, CheckpointError, read_checkpoint
 from simplclip.models.weights import UnreadableError
-from simplclip.train.config import Config, ConfigError, check_out, from_dict
+from simplclip.train.config import Config, ConfigError, check_out, from_dict, resumable
 from simplclip.train.setup import State
 
 # files in the folder of a run
 WRITTEN = re.compile(r"(last|best)\.pt|config\.yaml|metrics\.csv|evaluation\.csv|curves\.png")
-
-# What may differ from the checkpoint's settings: the rate, the end of the schedules, and what does
-# not change the result.
-MAY_CHANGE = (
-    "data.mean_tokens",
-    "data.micro_batch",
-    "data.options.on_error",
-    "data.samples",
-    "data.workers",
-    "eval.every",
-    "eval.splits",
-    "eval.templates",
-    "inherit.source",
-    "model.checkpoint",
-    "model.recompute",
-    "optim.lr",
-    "run.channels_last",
-    "run.cudnn_benchmark",
-    "run.device",
-    "run.epochs",
-    "run.keep_frozen",
-    "run.log_every",
-    "run.out",
-    "run.save_every",
-    "run.steps",
-    "run.tensorboard",
-    "run.timeout_minutes",
-)
 
 
 def read_last(out: Path, resume: bool) -> dict[str, Any] | None:
@@ -148,7 +120,7 @@ def _is_best(best: Any) -> bool:
 
 
 def check_settings(checkpoint: dict[str, Any], config: Config) -> None:
-    """Raises ConfigError if `config` cannot continue the run of this checkpoint, see MAY_CHANGE.
+    """Raises ConfigError if `config` cannot continue the run of this checkpoint, see `resumable`.
 
     Neither can it with fewer steps than are done. Raises CheckpointError if the checkpoint's own
     settings are those of another version.
@@ -163,10 +135,11 @@ def check_settings(checkpoint: dict[str, Any], config: Config) -> None:
     for key in ("train", "sidecars"):  # folders may have moved
         if _names_of_paths(old["data"][key]) == _names_of_paths(new["data"][key]):
             old["data"][key] = new["data"][key]
+    may_change = tuple(resumable())
     changes = [
         f"{key} was {before!r}, now {now!r}"
         for key, (before, now) in differences(old, new).items()
-        if not key.startswith(MAY_CHANGE)
+        if not key.startswith(may_change)
     ]
     if changes:
         raise ConfigError(
@@ -210,10 +183,7 @@ def _new_run(last: Path) -> str:
 
 
 def _names_of_paths(data: Any) -> Any:
-    """Returns data.train or data.sidecars with the last parts of its paths in their places.
-
-    A pipe:COMMAND stays whole, and so do weights of shards.
-    """
+    """Returns data.train or data.sidecars with the last parts of paths; commands stay whole."""
     if isinstance(data, str):
         return data if data.startswith("pipe:") else Path(data).name
     if isinstance(data, dict):

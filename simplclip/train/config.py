@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from simplclip.common.errors import InputError
 from simplclip.common.nearest import nearest
@@ -61,10 +63,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_weights(self) -> Config:
-        """Raises ValueError if no term of the loss has a weight above 0 at some step of the run.
-
-        Nothing is checked while run.steps is None.
-        """
+        """Raises ValueError if no term of the loss has a weight above 0 at some step of the run."""
         steps = self.run.steps
         if steps is None:
             return self  # the config is checked again when run.steps is known
@@ -115,10 +114,7 @@ class Config(Section):
 
 
 def _corners(schedules: Iterable[Schedule], steps: int) -> list[int]:
-    """Returns the steps, in order, between which the weights of all schedules are linear.
-
-    They lie in the run, from 0 to steps - 1.
-    """
+    """Returns the steps, in order, between which the weights of all schedules are linear."""
     corners = {0, steps}
     for schedule in schedules:
         corners |= {schedule.start, schedule.end or 0, schedule.until or 0}
@@ -132,13 +128,13 @@ class _Loader(yaml.SafeLoader):
     It refuses aliases, which can repeat for ever, and a key that comes twice.
     """
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Builds the next node as SafeLoader does, but raises YAMLError for an alias."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("expected no aliases (*name)")
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Makes a dict as SafeLoader does, but raises YAMLError for a key that comes twice."""
         lines: dict[str, int] = {}
         for key, _ in node.value:
@@ -231,11 +227,7 @@ def override(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> 
 
 
 def _set_value(values: dict[str, Any], override: str) -> None:
-    """Sets one "key=value" in `values`, in place; the value is parsed as YAML.
-
-    Keys are dotted; sections that are missing are added. Of run.steps and run.epochs the one that
-    is set removes the other, unless it is set to null. Raises ConfigError.
-    """
+    """Sets one "key=value" in `values`, in place; run.steps and run.epochs replace each other."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -316,14 +308,25 @@ def check_new_run(config: Config) -> None:
         )
 
 
-def keys() -> dict[str, Any]:
+def keys() -> dict[str, FieldInfo]:
     """Returns every dotted key, sections included, with its pydantic field."""
-    fields: dict[str, Any] = {}
+    fields: dict[str, FieldInfo] = {}
     for section, field in Config.model_fields.items():
         fields[section] = field
         for name, inner in field.annotation.model_fields.items():  # type: ignore[union-attr]
             fields[f"{section}.{name}"] = inner
     return fields
+
+
+def resumable() -> list[str]:
+    """Returns the dotted keys, or beginnings of keys, whose values --resume may change."""
+    marked = []
+    for key, field in keys().items():
+        assert isinstance(field.json_schema_extra, dict)  # by `setting`
+        which = field.json_schema_extra["resumable"]
+        if which:
+            marked.append(f"{key}.{which}" if isinstance(which, str) else key)
+    return marked
 
 
 END_OF_DOCUMENT = "...\n"  # which yaml writes after a scalar
@@ -341,17 +344,15 @@ def describe() -> str:
     return "\n".join(lines).lstrip() + "\n"
 
 
-def _described(name: str, field: Any) -> str:
-    """Returns the line of a key within its section, with its default and description.
-
-    field: the key's pydantic field.
-    """
+def _described(name: str, field: FieldInfo) -> str:
+    """Returns the line of a key within its section, with its default and description."""
     if field.is_required():
-        assignment, meaning = f"{name}:", f"required: {field.description}"
+        assignment = f"{name}:"
+        meaning = f"required: {field.description}"
     else:
         default = yaml.dump(field.default, Dumper=_Dumper, default_flow_style=True)
         assignment = f"{name}: {default.removesuffix(END_OF_DOCUMENT).strip()}"
-        meaning = field.description
+        meaning = field.description or ""
     if get_origin(field.annotation) is Literal:
         meaning = f"{', '.join(get_args(field.annotation))}: {meaning}"
     return f"  {assignment:<28} # {meaning}"
@@ -365,11 +366,8 @@ WORDS = {  # of pydantic -> of our errors
 }
 
 
-def _lines(error: Any) -> list[str]:
-    """Returns an error as lines "section.key: expected ..., got ...", several for a section.
-
-    error: an item of ValidationError.errors() of pydantic.
-    """
+def _lines(error: ErrorDetails) -> list[str]:
+    """Returns an error as lines "section.key: expected ..., got ...", several for a section."""
     # without the tags of the forms that a value may have
     parts = [str(part) for part in error["loc"] if part not in ("plain", "section", "[key]", "str")]
     key = ".".join(part for part in parts if not part.startswith(("dict[", "list[")))

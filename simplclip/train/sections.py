@@ -32,20 +32,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-def setting(
-    default: Any,
-    description: str,
-    *,
-    gt: float | None = None,
-    ge: float | None = None,
-    lt: float | None = None,
-    le: float | None = None,
-) -> Any:
+def setting(default: Any, description: str, *, resumable: bool | str = False, **limits: Any) -> Any:
     """Returns a field of a section. The default `...` means that the key is required.
 
-    description: for --help-config. gt, ge, lt, le: limits of the value, as in pydantic's Field.
+    description: for --help-config. limits: gt, ge, lt and le of pydantic's Field.
+    resumable: whether --resume takes another value than the checkpoint's, or the one option of the
+    value of which it does. It does for the rate, for what a run starts from or ends by, and for
+    what does not change the result.
     """
-    return Field(default, description=description, gt=gt, ge=ge, lt=lt, le=le)
+    extra: dict[str, Any] = {"resumable": resumable}
+    return Field(default, description=description, json_schema_extra=extra, **limits)
 
 
 def shown(value: Any) -> str:
@@ -64,6 +60,7 @@ class ModelConfig(Section):
         "trained weights to start from: a run, a checkpoint, an export, open_clip's NAME/TAG or a "
         "file; all that fit are loaded, positional embeddings interpolated, and all train. Read at "
         "the start of a run alone",
+        resumable=True,
     )
     image_size: int | None = setting(None, "pixels of a side; null: the model's own", ge=1)
     context_length: int | None = setting(None, "tokens of a text; null: the model's own", ge=2)
@@ -73,6 +70,7 @@ class ModelConfig(Section):
     recompute: bool = setting(
         False,
         "blocks keep only their input and are computed again in backward: a quarter more time",
+        resumable=True,
     )
 
     @model_validator(mode="after")
@@ -99,6 +97,7 @@ class InheritConfig(Section):
         None,
         "weights to inherit: a checkpoint, an open_clip tag NAME/TAG, efficientnet-lite0, minilm, "
         "or a list",
+        resumable=True,
     )
     train: list[str] = setting(
         [], "patterns of inherited tensors that are trained; the others are frozen"
@@ -128,25 +127,33 @@ class DataConfig(Section):
         "into the run's folder first",
     )
     samples: int | None = setting(
-        None, "samples of an epoch, for run.epochs; null: as meta.json beside the shards says", ge=1
+        None,
+        "samples of an epoch, for run.epochs; null: as meta.json beside the shards says",
+        ge=1,
+        resumable=True,
     )
     batch_size: int = setting(256, "images per step", ge=1)
     micro_batch: Count | Literal["auto"] | None = setting(
         None,
         "images, with their captions, at a time (gradient caching: the gradient is that of the "
         "whole batch); null: all; auto: as many as fit, see `simplclip plan`",
+        resumable=True,
     )
     mean_tokens: float | None = setting(
         None,
         "tokens of a caption on average, with start and end, for `simplclip plan` and micro_batch "
         "auto, where texts are computed at their length; null: texts of full length",
         ge=2,
+        resumable=True,
     )
     captions_per_image: int = setting(
         1, "captions drawn for each image in each step; each makes a pair", ge=1
     )
     workers: int = setting(
-        4, "loader processes, on which the order depends; 0 reads in the training process", ge=0
+        4,
+        "loader processes, on which the order depends; 0 reads in the training process",
+        ge=0,
+        resumable=True,
     )
     sidecars: list[str] = setting(
         [], "folders of `simplclip teacher` and `caption`, whose files are joined to the samples"
@@ -157,7 +164,9 @@ class DataConfig(Section):
         "the views which the teacher saw, else the model's default",
     )
     options: LoaderOptions = setting(
-        {}, "on_error, max_bytes and shuffle_buffer of `simplclip.data.Loader`"
+        {},
+        "on_error, max_bytes and shuffle_buffer of `simplclip.data.Loader`",
+        resumable="on_error",
     )
 
     @property
@@ -211,10 +220,7 @@ class Schedule(Section):
 
 
 def _form(weight: Any) -> str:
-    """Returns "section" for a weight written as a schedule, "plain" for one written as a number.
-
-    The tag chooses the form that is checked, and that errors are about.
-    """
+    """Returns "section" for a weight written as a schedule, "plain" for one written as a number."""
     return "section" if isinstance(weight, dict | Section) else "plain"
 
 
@@ -277,7 +283,7 @@ ADAMW = {"betas": [0.9, 0.98], "eps": 1e-6}
 
 
 class OptimConfig(Section):
-    lr: float = setting(1e-3, "learning rate at the end of the warm-up", gt=0)
+    lr: float = setting(1e-3, "learning rate at the end of the warm-up", gt=0, resumable=True)
     warmup: int = setting(100, "steps of linear warm-up", ge=0)
     weight_decay: float = setting(
         0.1, "weight decay of matrices; norms, biases, gains and scalars have none", ge=0
@@ -298,7 +304,7 @@ class OptimConfig(Section):
 
 class EvalConfig(Section):
     splits: dict[str, str | list[str]] = setting(
-        {}, "held-out data by name: as in data.train, or as evaluate takes them"
+        {}, "held-out data by name: as in data.train, or as evaluate takes them", resumable=True
     )
     hold_out: float = setting(
         0.0,
@@ -314,10 +320,10 @@ class EvalConfig(Section):
         "begins; shard in runs that began before there was this key",
     )
     every: int = setting(
-        0, "steps between evaluations of the splits during training; 0: never", ge=0
+        0, "steps between evaluations of the splits during training; 0: never", ge=0, resumable=True
     )
     templates: Annotated[list[str], Field(min_length=1)] = setting(
-        ["a photo of {}"], "phrases around a label in zero-shot classification"
+        ["a photo of {}"], "phrases around a label in zero-shot classification", resumable=True
     )
 
     @model_validator(mode="after")
@@ -332,11 +338,13 @@ class EvalConfig(Section):
 
 class RunConfig(Section):
     out: Annotated[str, AfterValidator(os.path.expanduser)] = setting(
-        ..., "folder of the run: config.yaml, metrics.csv, curves.png, last.pt, best.pt"
+        ...,
+        "folder of the run: config.yaml, metrics.csv, curves.png, last.pt, best.pt",
+        resumable=True,
     )
-    steps: int | None = setting(1000, "number of optimizer steps", ge=1)
+    steps: int | None = setting(1000, "number of optimizer steps", ge=1, resumable=True)
     epochs: float | None = setting(
-        None, "epochs of data.train in place of steps, see data.samples", gt=0
+        None, "epochs of data.train in place of steps, see data.samples", gt=0, resumable=True
     )
     seed: int = setting(
         0, "seed of weights, data order, drawn captions and augmentation", ge=0, lt=2**62
@@ -345,7 +353,7 @@ class RunConfig(Section):
         "auto", "of autocast; auto: bf16 if in hardware"
     )
     device: Annotated[str, Field(pattern=DEVICES)] = setting(
-        "auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one"
+        "auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one", resumable=True
     )
     compile: bool | Literal["auto"] = setting(
         "auto",
@@ -356,29 +364,35 @@ class RunConfig(Section):
         "auto",
         "layout of the image tower; auto: on a GPU, for convolutions that have no groups or are "
         "depthwise",
+        resumable=True,
     )
     cudnn_benchmark: bool = setting(
-        True, "let cuDNN time its algorithms on a GPU, since sizes are fixed"
+        True, "let cuDNN time its algorithms on a GPU, since sizes are fixed", resumable=True
     )
     keep_frozen: bool = setting(
         True,
         "gradient caching computes the frozen beginning of a tower once in a step and keeps its "
         "output, if all outputs take at most a tenth of the memory",
+        resumable=True,
     )
     tensorboard: bool = setting(
-        False, "also write scalars and pictures of evaluations for TensorBoard, in run.out"
+        False,
+        "also write scalars and pictures of evaluations for TensorBoard, in run.out",
+        resumable=True,
     )
-    log_every: int = setting(10, "steps between rows of metrics.csv", ge=1)
+    log_every: int = setting(10, "steps between rows of metrics.csv", ge=1, resumable=True)
     save_every: int = setting(
         500,
         "steps between writes of last.pt; evaluations, the last step and ten minutes write it too",
         ge=1,
+        resumable=True,
     )
     timeout_minutes: float = setting(
         10.0,
         "of several ranks: the time after which one that does not answer ends all",
         gt=0,
         le=10_080,
+        resumable=True,
     )
 
     @model_validator(mode="before")
