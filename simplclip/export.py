@@ -30,7 +30,7 @@ from simplclip.evaluation.results import Results
 from simplclip.evaluation.retrieval import KS
 from simplclip.models.file_names import CARD, EXPORT, EXPORTED_WEIGHTS
 from simplclip.models.registry import configuration
-from simplclip.models.source import Export, about_best, parse_checkpoint
+from simplclip.models.source import about_best, check_export, parse_checkpoint
 from simplclip.models.trained import load_model, model_options
 
 RANKS = tuple(f"R@{k}" for k in KS)
@@ -52,7 +52,7 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
     FileExistsError (`out` has an export or other files), OSError (the disk is full).
     """
     out = Path(out)
-    Export(str(out)).check_new(force)
+    check_export(out, force)
     file = str(parse_checkpoint(checkpoint))
     model, state = load_model(file)
     if file != str(checkpoint):
@@ -91,11 +91,11 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
         summary["files"] = {EXPORTED_WEIGHTS: identity(work / EXPORTED_WEIGHTS)}
         (work / EXPORT).write_text(json.dumps(summary, indent=2) + "\n")
         for path in work.iterdir():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
+            with open(path, "rb+") as written_file:
+                os.fsync(written_file.fileno())
         out.mkdir(parents=True, exist_ok=True)
         (out / EXPORT).unlink(missing_ok=True)
-        order = (EXPORTED_WEIGHTS, EXPORT)  # the first and the last, see `Export.check_new`
+        order = (EXPORTED_WEIGHTS, EXPORT)  # the first and the last, see `check_export`
         names = {path.name for path in work.iterdir()}
         written = [order[0], *sorted(names.difference(order)), order[1]]
         for name in written:  # nothing is printed between, since a closed pipe would end it
@@ -140,7 +140,7 @@ def card(model: Any, state: dict[str, Any], file: Path, lines: str) -> str:
         step=state["step"],
         size=config["data"]["batch_size"],
     )
-    rows = []
+    rows: list[str] = []
     for figures in (_evaluated_figures, _figures_in_training):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             rows = rows or figures(file, state["step"])
@@ -156,12 +156,7 @@ def card(model: Any, state: dict[str, Any], file: Path, lines: str) -> str:
 
 
 def _evaluated_figures(file: Path, step: int) -> list[str]:
-    """Returns the rows of the card's table that `simplclip evaluate` found, one a direction.
-
-    file: a checkpoint, or its folder, beside or in which evaluation.json lies. The list is empty if
-    its first result is of another step or checkpoint. Raises OSError or ValueError if the
-    file is missing or has another content.
-    """
+    """Returns the card's rows that `simplclip evaluate` found; [] if of another checkpoint."""
     folder = file if file.is_dir() else file.parent
     content = json.loads((folder / "evaluation.json").read_text("utf-8"))
     result = Results.model_validate(content)
@@ -178,11 +173,7 @@ def _evaluated_figures(file: Path, step: int) -> list[str]:
 
 
 def _figures_in_training(file: Path, step: int) -> list[str]:
-    """Returns the rows of the card's table that a run found at a step, one a direction.
-
-    file: a checkpoint, or its folder, beside or in which evaluation.csv lies; without one, []. The
-    errors are those of `_evaluated_figures`.
-    """
+    """Returns the card's rows that the run found at a step."""
     folder = file if file.is_dir() else file.parent
     rows = []
     for row in read_csv(folder / "evaluation.csv"):

@@ -26,9 +26,9 @@ def export(
     """Write a checkpoint as a folder with safetensors that open_clip loads, and print the lines
     that load it.
     """
-    from simplclip.models.source import Export, parse_checkpoint
+    from simplclip.models.source import check_export, parse_checkpoint
 
-    Export(str(out)).check_new(force)
+    check_export(out, force)
     parsed = parse_checkpoint(checkpoint, last=last)
     parsed.check("checkpoint")
     from simplclip import export as exporter

@@ -35,10 +35,7 @@ class TransformerBlock(SimplifiedBlock):
 
     @cached_property
     def _accepted(self) -> dict[int, tuple[tuple, Tensor]]:
-        """The cache of masks found causal: L -> (key, mask).
-
-        key: address, shape, strides and version of the mask, which is kept alive. Empty at first.
-        """
+        """The masks found causal, kept alive: L -> (address, shape, strides and version, mask)."""
         return {}
 
     def get_weight_dtype(self) -> torch.dtype:
@@ -83,10 +80,7 @@ class TransformerBlock(SimplifiedBlock):
             raise InputError(f"attn_mask: expected {kind}, {shape}, got another mask of this shape")
 
     def _check_causal_and_cache(self, mask: Tensor) -> bool:
-        """Whether a mask [L, L] is causal; one that is goes into the cache and is kept alive.
-
-        True without a check while torch.compile traces, and for fake, meta and inference tensors.
-        """
+        """Whether a mask [L, L] is causal, or is a tensor without values, seen by `simplify`."""
         # While tracing and for fake tensors, which have no values, the check made by `simplify` has
         # to suffice; so it has for inference tensors, which have no version.
         if torch.compiler.is_compiling() or not has_values(mask) or mask.is_inference():
@@ -140,9 +134,6 @@ class MaskedTextTransformer(TextTransformer):
     masks_padding = True
 
     def _embeds(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the tokens' embeddings [B, L, C], and the lengths [B] in the place of a mask.
-
-        text: token ids [B, L]. A length counts the tokens up to and including the pooled one.
-        """
+        """Returns the tokens' embeddings [B, L, C], and the lengths [B] in the place of a mask."""
         ends = text if self.pool_type == "argmax" else (text == self.eos_id).int()
         return super()._embeds(text)[0], ends.argmax(1) + 1

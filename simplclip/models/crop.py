@@ -86,11 +86,7 @@ class TextCrop:
 
     @torch.compiler.disable(recursive=False)
     def _cropped(self, text: Tensor, args: tuple, options: dict[str, Any]) -> Any:
-        """Returns features [N, D] of texts [N, L], which are cropped, sorted and grouped by length.
-
-        args, options: further arguments of `encode_text`. Texts are moved to the tower's device.
-        Other threads wait meanwhile. Texts that have no values (fake tensors) are encoded whole.
-        """
+        """Returns features [N, D] of texts [N, L], cropped and grouped by length; others wait."""
         device = next(_tower(self.model).parameters()).device
         with _LOCK:
             if not _has_lengths(text):
@@ -145,11 +141,7 @@ class TextCrop:
         return rounded.clamp(max=text.shape[1])
 
     def _encode(self, text: Tensor, args: tuple, options: dict[str, Any]) -> Any:
-        """Encodes texts [N, L] of any L by the model's own function, and returns its result.
-
-        args, options: its further arguments. While it runs, the tower has only the first L
-        positions, and the mask of L tokens, so that one thread at a time may call it.
-        """
+        """Returns the result of the model's own function; one thread at a time may call it."""
         encode = getattr(type(self.model), self.name)
         tower = _tower(self.model)
         position = tower._parameters.get("positional_embedding")
@@ -169,7 +161,7 @@ class TextCrop:
                 del vars(tower)[name]
 
 
-def _has_lengths(text: Any) -> bool:
+def _has_lengths(text: Tensor) -> bool:
     """Whether the lengths of texts can be read: fake tensors and traced ones have no values."""
     if not has_values(text) or text.ndim != 2:
         return False
@@ -210,20 +202,13 @@ def _tower(model: Any) -> Any:
 
 
 def _cuts(lengths: Tensor, groups: int) -> list[int]:
-    """Returns where texts sorted by length are cut: the ends of at most `groups` groups, ascending.
-
-    lengths [N], in any order, decide. The last cut is N. Each cut is where it saves most; no cut is
-    made that saves less than a call of the tower costs.
-    """
+    """Returns where texts sorted by length are cut: each cut saves more than a call costs."""
     values, counts = lengths.unique(return_counts=True)
     # the end of the texts of each length -> the length
     length_at = dict(zip(itertools.accumulate(counts.tolist()), values.tolist()))
 
     def cost(cuts: list[int]) -> int:  # in tokens
-        """Returns what the groups that end at these cuts cost, in tokens with padding.
-
-        Each call of the tower counts as GROUP_TOKENS.
-        """
+        """Returns the tokens, with padding, of groups that end at these cuts and their calls."""
         return sum(
             (stop - start) * length_at[stop] + GROUP_TOKENS
             for start, stop in itertools.pairwise((0, *cuts))

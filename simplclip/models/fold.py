@@ -79,11 +79,7 @@ class _Tracer(fx.Tracer):
 
 
 def _pairs(module: nn.Module, owners: Counter[int]) -> list[tuple[str, str]]:
-    """Returns names of a module's children (convolution, its batch norm) that can be merged.
-
-    Only the batch norm gets the convolution's output. owners: id of a module -> the number of its
-    places in the model; children with several are left out. Empty if `module` cannot be traced.
-    """
+    """Returns names of children (convolution, its batch norm) that can be merged."""
     convs = set()
     norms = set()
     child: Any
@@ -136,11 +132,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _merge(module: nn.Module, conv_name: str, norm_name: str) -> None:
-    """Folds a batch norm into the convolution before it, both children of `module`, in place.
-
-    The norm's child becomes its drop and activation in a Sequential, or an Identity. Uses running
-    statistics, as in eval mode.
-    """
+    """Folds a batch norm into the convolution before it, both children of `module`, in place."""
     conv: Any = module._modules[conv_name]
     norm: Any = module._modules[norm_name]
     statistics = norm.running_mean, norm.running_var, norm.eps
@@ -188,10 +180,7 @@ def _run_folded(
     *args: Any,
     **options: Any,
 ) -> Any:
-    """Returns folded(x, ...), or under another autocast than `dtype` the module's own forward.
-
-    dtype: None stands for no autocast. args, options: further arguments of both.
-    """
+    """Returns folded(x, ...), or under another autocast than `dtype` the module's own forward."""
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     if autocast != dtype:
@@ -200,11 +189,7 @@ def _run_folded(
 
 
 def _copy(module: nn.Module, dtype: torch.dtype | None) -> nn.Module | None:
-    """Returns a folded copy of a module in channels_last; the module stays as it is.
-
-    dtype: as in `fold_frozen`. None if a copy would save next to nothing (no convolution, or a
-    single one with nothing to fold) or compute something else (hooks inside).
-    """
+    """Returns a folded copy in channels_last; None if it saves nothing, or if hooks are inside."""
     inside = list(module.modules())
     convolutions = sum(isinstance(inner, _ConvNd) for inner in inside)
     if not convolutions or any(has_hooks(inner) for inner in inside[1:]):
@@ -222,10 +207,7 @@ def _copy(module: nn.Module, dtype: torch.dtype | None) -> nn.Module | None:
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Stores a model's convolutions and linear layers in a dtype, in place.
-
-    A 1x1 convolution, see `_is_pointwise`, becomes a `_Pointwise`.
-    """
+    """Stores a model's convolutions and linear layers in a dtype, in place."""
     for module in list(model.modules()):
         if isinstance(module, (_ConvNd, nn.Linear)):
             module.to(dtype)
@@ -236,11 +218,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def _fold_scales(model: nn.Module) -> None:
-    """Multiplies the layer scales of RepMixer blocks into the last layer of their MLP, in place.
-
-    An fp32 scale would make its product, and the sum after it, fp32 tensors, which the next layer
-    rounds again.
-    """
+    """Multiplies layer scales into their MLP's last layer: in fp32 they would widen its output."""
     block: Any
     for block in model.modules():
         if isinstance(block, fastvit.RepMixerBlock) and isinstance(

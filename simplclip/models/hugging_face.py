@@ -91,11 +91,7 @@ class EncoderBlock(SimplifiedBlock, _WithoutLayer):
         return super().forward(hidden_states, lengths)
 
     def _lengths(self, mask: Tensor) -> Tensor:
-        """Returns the lengths [B] of the texts of a mask, counts of valid tokens.
-
-        mask: [B, L] with 0 for hidden, or [B, 1, L, L] boolean (True for valid) or additive (0 for
-        valid). Raises InputError for another shape and, in a tower's first block, as `_check_mask`.
-        """
+        """Returns the lengths [B] of the texts of a mask, counts of valid tokens."""
         if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):  # flex attention has no tensor
             raise InputError(
                 f"{self.mask}: expected a mask [B, L] or [B, 1, L, L], got {type(mask).__name__}"
@@ -111,12 +107,7 @@ class EncoderBlock(SimplifiedBlock, _WithoutLayer):
         return lengths
 
     def _check_mask(self, visible: Tensor, lengths: Tensor) -> None:
-        """Raises InputError unless valid tokens come first, and padding behind them.
-
-        visible: boolean [B, L] or [B, 1, L, L], True where a token may be attended to; of causal
-        blocks the latter must also be causal. lengths [B]: the valid tokens of each text. Padding
-        is refused if the tower pools the last token. The check makes a GPU wait.
-        """
+        """Raises InputError unless valid tokens come first, and padding behind them."""
         tokens = torch.arange(visible.shape[-1], device=visible.device)
         expected = tokens < lengths[:, None]
         if visible.dim() == 4:

@@ -121,14 +121,7 @@ def _labelled(source: Weights, model: nn.Module) -> tuple[str, dict[str, Tensor]
 def _start_blocks(
     model: nn.Module, transfer: Transfer, states: list[dict[str, Tensor]], label: str, merge: str
 ) -> None:
-    """Starts the simplified blocks that were not copied, in place, from a source's blocks.
-
-    transfer: what the model took; the units of those blocks become Status.STARTED. states: the
-    sources' tensors by the model's names, of which the first with a block in the same place is
-    used. label: the sources, for errors. merge: "average" or "first", see `init_blocks.start`.
-    Raises InputError if the model has no simplified block, merge is another word, or no source has
-    a block in a place.
-    """
+    """Starts the simplified blocks that were not copied, in place, from the first that fit."""
     simplified = {block for block in transfer.blocks.values() if block}
     if not simplified or merge not in init_blocks.MERGES:
         expected = f"one of {init_blocks.MERGES}, for a model with simplified blocks"
@@ -149,20 +142,14 @@ def _start_blocks(
 
 
 def _inside(path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of the module at `path`, by their names in it; without any, {}.
-
-    state: a model's tensors by name.
-    """
+    """Returns the tensors of the module at `path`, by their names in it; without any, {}."""
     prefix = f"{path}."
     names = [name for name in state if name.startswith(prefix)]
     return {name.removeprefix(prefix): state[name] for name in names}
 
 
 def _matches(pattern: str, unit: str, names: list[str]) -> bool:
-    """Whether a pattern (fnmatch) matches a unit, a module that contains it, or one of its tensors.
-
-    unit: the path of a module or tensor, see `Transfer`. names: the full names of its tensors.
-    """
+    """Whether a pattern matches a unit, a module that contains it, or one of its tensors."""
     paths = accumulate(unit.split("."), "{}.{}".format)
     return any(fnmatchcase(name, pattern) for name in (*paths, *names))
 

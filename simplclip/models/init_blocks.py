@@ -208,10 +208,7 @@ def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _kind_of(tensors: Mapping[str, Tensor]) -> _Kind:
-    """Returns the kind of a block. Raises InputError for an unknown kind or one with further parts.
-
-    tensors: the block's, by names relative to it.
-    """
+    """Returns the kind of a block; InputError for an unknown one, or one with further parts."""
     kind = next((kind for kind in _KINDS if set(kind.qk) <= set(tensors)), None)
     if kind is None:
         kinds = ", ".join(kind.name for kind in _KINDS)
@@ -229,21 +226,13 @@ def _kind_of(tensors: Mapping[str, Tensor]) -> _Kind:
 
 
 def _linear(t: Mapping[str, Tensor], layer: str) -> tuple[Tensor, Tensor]:
-    """Returns weight [out, in] and bias [out] of a linear layer or 1x1 convolution.
-
-    t: a block's tensors by name. layer: the layer's name. Without a bias it is zeros.
-    """
+    """Returns weight [out, in] and bias [out], or zeros, of a linear layer or 1x1 convolution."""
     weight = t[f"{layer}.weight"].flatten(1)
     return weight, t.get(f"{layer}.bias", weight.new_zeros(len(weight)))
 
 
 def _affine(t: Mapping[str, Tensor], norm: str, width: int) -> tuple[Tensor, Tensor]:
-    """Returns factor and shift [C] of a norm.
-
-    For a batch norm they apply to its input, with running statistics, else to the normalised input.
-    t: a block's tensors by name. norm: the norm's name; factors of 1 and shifts of 0 if t lacks
-    them. width: C.
-    """
+    """Returns factor and shift [C] of a norm: of a batch norm for its raw input."""
     like = next(iter(t.values()))
     factor = t.get(f"{norm}.weight", like.new_ones(width))
     shift = t.get(f"{norm}.bias", like.new_zeros(width))

@@ -45,10 +45,7 @@ _SQUEEZED = ("pos_embed.pos_embed", "convffn.fc1.weight", "convffn.fc2.weight", 
 
 
 def _conv_norm(width: int) -> ConvNormAct:
-    """Returns a depthwise convolution over 11 tokens and a batch norm: [B, C, 1, L] -> the same.
-
-    width: C.
-    """
+    """Returns a depthwise convolution over 11 tokens and a batch norm: [B, C, 1, L] -> the same."""
     shape: Any = (1, 11)
     return ConvNormAct(width, width, shape, padding=(0, 5), groups=width, apply_act=False)
 

@@ -122,11 +122,7 @@ create_model = create  # simplclip.create_model
 def _preprocessing(
     spec: Spec, size: int | tuple[int, int], fields: Mapping[str, Any] | None
 ) -> PreprocessCfg:
-    """Returns a model's preprocessing: its recipe's, with some fields replaced.
-
-    size: S, or height and width. fields: as `preprocess` of `create`. Raises InputError for a field
-    or a value that PreprocessCfg does not have.
-    """
+    """Returns a recipe's preprocessing with some fields replaced; InputError for others."""
     fields = {} if fields is None else fields
     if not isinstance(fields, Mapping):
         raise InputError(f"preprocess: expected a mapping, got {fields!r}")

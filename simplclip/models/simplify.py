@@ -164,10 +164,7 @@ def _check_names(argument: str, names: Iterable[str], allowed: Iterable[str]) ->
 
 
 def _chosen(indices: Sequence[int] | None, count: int, tower: str) -> list[int]:
-    """Returns the sorted indices of the blocks to replace; all `count` of a tower for None.
-
-    tower: its name, for errors. Raises InputError if there is no index, or one out of range.
-    """
+    """Returns the sorted indices of the blocks to replace, for None all `count` of a tower."""
     if indices is not None:
         indices = checks.indices("blocks", indices)
     chosen = sorted(range(count) if indices is None else indices)

@@ -71,11 +71,7 @@ def module_for_transformers(model: nn.Module) -> Any:
 
 
 def _text_sites(model: nn.Module) -> Iterable[Site]:
-    """Returns the sites of an open_clip model's text tower in order.
-
-    Raises InputError for another text tower than open_clip's transformer, for a class token, or for
-    a mask that is not causal.
-    """
+    """Returns the sites of the text tower in order; InputError for one that does not fit."""
     tower: Any = getattr(model, "text", None)
     path = "text.transformer"
     if tower is None:  # open_clip's CLIP is its own text tower
@@ -101,12 +97,7 @@ def _text_sites(model: nn.Module) -> Iterable[Site]:
 
 
 def _image_sites(model: nn.Module) -> Iterable[Site]:
-    """Returns the sites of an open_clip model's image tower in order.
-
-    It is open_clip's VisionTransformer, or any module with blocks of exactly timm's class Block or
-    FastViT's AttentionBlock; blocks that are simplified already count. Raises InputError if there
-    is none.
-    """
+    """Returns the sites of the image tower in order; InputError without any."""
     visual: Any = getattr(model, "visual", None)
     transformer = getattr(visual, "transformer", None)
     if isinstance(transformer, Transformer):
@@ -135,11 +126,7 @@ def _image_sites(model: nn.Module) -> Iterable[Site]:
 def _transformer_sites(
     transformer: Transformer, path: str, causal: bool = False, masks_padding: bool = False
 ) -> Iterator[Site]:
-    """Yields the sites of open_clip's Transformer in order.
-
-    path: its name in the model. causal: whether the blocks get a causal mask. masks_padding:
-    whether they get lengths instead. Raises InputError for a block of another class.
-    """
+    """Yields the sites of open_clip's Transformer, at `path`, in order."""
     known = ResidualAttentionBlock | CustomResidualAttentionBlock | SimplifiedBlock
     options = {"causal": causal}
     for index, block in enumerate(transformer.resblocks):
@@ -201,19 +188,13 @@ def build_block(site: Site, mlp_ratio: float | None = None, gamma: float = 1.0) 
 
 
 def _first_dense(mlp: nn.Module) -> Any:
-    """Returns the first layer of an MLP that mixes channels.
-
-    FastViT's MLP begins with a depthwise convolution, which has one input channel.
-    """
+    """Returns the first layer of an MLP that mixes channels: FastViT's begins depthwise."""
     layers = (m for m in mlp.modules() if isinstance(m, nn.Linear | nn.Conv2d))
     return next(layer for layer in layers if layer.weight.shape[1] > 1)
 
 
 def _act_of(mlp: Any, path: str) -> str:
-    """Returns the name of an MLP's activation in `nn.ACTIVATIONS`.
-
-    path: of its block. Raises InputError for another activation.
-    """
+    """Returns an activation's name in `nn.ACTIVATIONS`; InputError for another one."""
     # of timm, open_clip and transformers
     names = ("act", "gelu", "activation_fn")
     act = next((getattr(mlp, name) for name in names if hasattr(mlp, name)), None)

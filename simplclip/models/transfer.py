@@ -157,10 +157,7 @@ class Transfer:
         return match
 
     def _check_enough(self, match: Match, label: str) -> None:
-        """Raises CheckpointError if too few tensors fit for a model of the same architecture.
-
-        label: the source, for the message.
-        """
+        """Raises CheckpointError if too few tensors fit for a model of the same architecture."""
         state = match.state
         comparable = self._names(match.comparable)
         fitting = self._names(match.fitting)
@@ -200,10 +197,7 @@ class Transfer:
                 self.status[unit] = Status.INHERITED
 
     def _is_whole(self, unit: str, state: Mapping[str, Tensor]) -> bool:
-        """Whether a state dict has the names of a unit, and no others inside it.
-
-        Counters of batch norms do not count. state: tensors by the model's names.
-        """
+        """Whether `state` has the names of a unit and no others in it, counters of norms aside."""
         if unit in self.tensors:
             present = {unit} & state.keys()
         else:
@@ -240,10 +234,7 @@ class Transfer:
         counted: set[Tensor] = set()
 
         def rows(path: str, inside: list[str]) -> Iterator[tuple[str, tuple[Status, int]]]:
-            """Yields rows of the table for the units inside `path`, each of one status.
-
-            inside: those units. Their tensors are added to `counted`.
-            """
+            """Yields rows for the units inside `path`; their tensors become `counted`."""
             if len({self.status[unit] for unit in inside}) == 1:
                 tensors = {self.tensors[name] for unit in inside for name in self.units[unit]}
                 tensors -= counted
@@ -260,20 +251,12 @@ class Transfer:
 
 
 def _block_of(unit: str, blocks: list[str]) -> str:
-    """Returns the path of the block that contains a unit, or an empty string.
-
-    unit, blocks: paths in the model.
-    """
+    """Returns the path of the block that contains a unit, or an empty string."""
     return next((block for block in blocks if unit.startswith(f"{block}.")), "")
 
 
 def _resized(model: nn.Module, name: str, target: Tensor, value: Tensor) -> Tensor | None:
-    """Returns a positional embedding [..., tokens, C] in the target's shape, interpolated.
-
-    model: of it the image's grid is read. name: the tensor's. value: the source's tensor, of
-    another length than target's; the result has its dtype. Returns None for a tensor that is no
-    positional embedding, or has another width or no square grid.
-    """
+    """Returns a positional embedding in the target's shape; None for what cannot be resized."""
     if name.rpartition(".")[2] not in ("positional_embedding", "pos_embed", "pos_embedding"):
         return None
     if target.shape[:-2] != value.shape[:-2] or target.shape[-1] != value.shape[-1]:
@@ -298,10 +281,7 @@ def _resized(model: nn.Module, name: str, target: Tensor, value: Tensor) -> Tens
 
 
 def _alike(target: Tensor, value: Tensor) -> bool:
-    """Whether two tensors have the same shape, and both or neither are floating.
-
-    A scalar may be [] or [1], since checkpoints differ in that shape.
-    """
+    """Whether two tensors have the same shape, where [] is [1], and both or neither floating."""
     if target.is_floating_point() != value.is_floating_point():
         return False
     scalar = target.numel() == value.numel() == 1 and max(target.dim(), value.dim()) <= 1

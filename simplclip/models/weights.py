@@ -91,10 +91,7 @@ def renamed(source: Mapping[str, Any] | nn.Module, model: nn.Module) -> dict[str
 
 
 def _check_activation(source: nn.Module, model: nn.Module) -> None:
-    """Raises CheckpointError if only one of two models has QuickGELU in a place that both have.
-
-    With the weights of the other, the model would compute other features.
-    """
+    """Raises CheckpointError if only one of two models has QuickGELU in a common place."""
     activations = [
         {name.removeprefix("text."): type(module).__name__ for name, module in part.named_modules()}
         for part in (source, model)
@@ -174,19 +171,16 @@ def load_error(error: Exception) -> str:
 
 
 def _check_archive(path: str | os.PathLike[str]) -> None:
-    """Raises InputError for a zip that is a TorchScript program, too large, or damaged.
-
-    A file that is no zip passes. torch.save compresses nothing, so contents larger than the file
-    are not its own; torch.load does not notice damage. Of a file without checksums
-    (set_crc32_options) all are 0.
-    """
+    """Raises InputError for a zip that is a program, larger than its file, or damaged."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
+        # which torch.load does not compare; without them all are 0
         has_checksums = any(member.CRC for member in archive.infolist())
         size = sum(member.file_size for member in archive.infolist())
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
             raise InputError("it is a program of TorchScript, not a state dict")
+        # torch.save compresses nothing, so these would not be its own
         if size > os.path.getsize(path):
             raise InputError(
                 f"its {size:,} bytes of contents do not fit in its {os.path.getsize(path):,}"
@@ -197,17 +191,11 @@ def _check_archive(path: str | os.PathLike[str]) -> None:
 
 
 def _check_contents(contents: Any) -> None:
-    """Raises InputError for contents with which a file of few bytes fills the memory.
-
-    These are tensors larger than their storage, and containers that hold each other many times.
-    """
+    """Raises InputError for contents with which a file of few bytes fills the memory."""
     counts: dict[int, int] = {}
 
     def count(value: Any) -> int:
-        """Returns the number of values in a container and those inside it; 1 for anything else.
-
-        Checks the storage of tensors, and notes the number of each container in `counts`.
-        """
+        """Returns the number of values inside; checks the storage of tensors."""
         if isinstance(value, Tensor):
             _check_storage(value)
         if not isinstance(value, (Mapping, list, tuple, set)):

@@ -2,30 +2,59 @@
 
 import subprocess
 import sys
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from open_clip.model import CustomTextCLIP
 from PIL import Image
 
 from simplclip import models
 from simplclip.models import presets
+from simplclip.models.blocks import MapBlock, TransformerBlock
 from simplclip.train import config
 
 TRAINING = Path(__file__).parents[2] / "docs" / "training.md"
 
 
+@cache
+def made(name):
+    """Returns the model on the meta device, the same in each test."""
+    return models.create(name, device="meta").eval()
+
+
 @pytest.mark.parametrize("name", presets.NAMES)
 @torch.no_grad()
 def test_a_preset_makes_a_model_with_its_tokenizer_and_transform(name):
-    model = models.create(name, device="meta").eval()
+    model = made(name)
     tokens = models.tokenizer(name)(["a red heart"])
     image = models.transforms(name, train=True)(Image.new("RGB", (40, 30)))[None]
     assert tokens.max() < model.vocab_size
+    assert tokens.shape == (1, model.context_length)
     assert models.spec_of(name).simplify is None or model.simplify_report.replaced
     width = models.spec_of(name).config["embed_dim"]
     assert model.encode_image(image.to("meta")).shape == (1, width)
     assert model.encode_text(tokens.to("meta")).shape == (1, width)
+
+
+def test_s0_is_mobileclip2_s0_with_simplified_blocks():
+    s0 = made("siclip2-s0")
+    assert type(s0) is CustomTextCLIP
+    assert sum(isinstance(m, MapBlock) for m in s0.modules()) == 2
+    assert all(
+        isinstance(b, TransformerBlock) and not b.causal for b in s0.text.transformer.resblocks
+    )
+    blocks = s0.text.transformer.resblocks
+    for part in ("qk", "fc1"):
+        assert [getattr(a, part) is getattr(b, part) for a, b in pairwise(blocks)] == [
+            True,
+            False,
+        ] * 5 + [True]
+    report = s0.simplify_report
+    assert report.before["total"] == 74_835_073
+    assert report.after["total"] < 0.7 * report.before["total"]
 
 
 @pytest.mark.parametrize("name", presets.configs())

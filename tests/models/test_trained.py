@@ -46,12 +46,11 @@ def state_of(section=SECTION, base="contrastive", **more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["last.pt", "."])
-def test_a_model_comes_back_from_its_checkpoint_with_its_averages(tmp_path, where):
+def test_a_model_comes_back_from_its_checkpoint_with_its_averages(tmp_path):
     state = state_of()
     averaged = next(iter(state["model"]))
     torch.save(state | {"ema": {averaged: state["model"][averaged] + 1}}, tmp_path / "last.pt")
-    model, raw = trained.load_model(tmp_path / where)
+    model, raw = trained.load_model(tmp_path / "last.pt")
     assert not model.training
     assert (raw["config"], raw["step"]) == (state["config"], 3)
     for name, weight in model.state_dict().items():
