@@ -71,7 +71,7 @@ def pytest_generate_tests(metafunc):
     for fixture, few, all_of_them, size in (
         ("block", 500, 20000, 500),
         ("archives", 500, 10000, 100),
-        ("layouts", 15, 1000, 15),
+        ("layouts", 8, 1000, 8),
     ):
         if fixture in metafunc.fixturenames:
             option = metafunc.config.option

@@ -37,7 +37,7 @@ from simplclip.data.captions import SomeCaptions
 from simplclip.data.decode_images import open_image, remarks_on
 from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.readers import is_source, open_source, split_of
-from simplclip.data.rows import OPTION_NAMES, Options, PairRow, RowSource, is_address
+from simplclip.data.rows import NO_OPTIONS, OPTION_NAMES, Options, PairRow, RowSource, is_address
 from simplclip.data.samples import (
     MAX_BYTES,
     TEXT_BYTES,
@@ -59,7 +59,7 @@ class PackError(UserError, RuntimeError):
 def pack(
     source: str | os.PathLike,
     out: str | os.PathLike,
-    options: Options = Options(),  # noqa: B008 (it is frozen)
+    options: Options = NO_OPTIONS,
     *,
     workers: int | None = None,
     progress: bool = True,
@@ -172,7 +172,7 @@ def _with_sources_replaced(
         folders.add(name)
         return out / name
 
-    def replace_sources(value: Any, options: Options = Options()) -> Any:  # noqa: B008
+    def replace_sources(value: Any, options: Options = NO_OPTIONS) -> Any:
         """Returns `value`, a part of `data`, with its sources replaced."""
         if isinstance(value, Mapping):
             fields = {key: value[key] for key in OPTION_NAMES if value.get(key) is not None}
@@ -316,7 +316,7 @@ def files_of(row: PairRow, remarks: Skipped | None = None) -> dict[str, bytes]:
     """
     if row.problem:
         raise BrokenSample(*row.problem)
-    texts = {suffix: _read(path, TEXT_BYTES) for suffix, path in row.texts.items()}
+    texts = {suffix: _read(path, TEXT_BYTES) for suffix, path in (row.texts or {}).items()}
     record = record_of(texts)
     captions = captions_of(texts, record if row.texts else {"captions": row.captions})
     image = _read(row.image, MAX_BYTES) if row.encoded is None else row.encoded

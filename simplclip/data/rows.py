@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, BinaryIO, ClassVar, NamedTuple
@@ -35,9 +35,9 @@ class PairRow(NamedTuple):
 
     name: str  # in messages, and "source" in the sample's json
     image: str = ""  # path of the image
-    captions: list[Any] = []  # noqa: RUF012 (never changed)
+    captions: Sequence[Any] = ()
     # suffix (txt, json) -> path of a file beside the image
-    texts: Mapping[str, str] = {}  # noqa: RUF012
+    texts: Mapping[str, str] | None = None
     label: str | None = None
     # of a row without image or captions: the reason that is counted, and a detail
     problem: tuple[str, str] | None = None
@@ -109,6 +109,7 @@ class Reader:
         raise NotImplementedError
 
 
+NO_OPTIONS = Options()
 OPTION_NAMES = tuple(Options.__dataclass_fields__)
 
 
@@ -203,15 +204,17 @@ def merged_by_image(rows: Iterator[PairRow]) -> Iterator[PairRow]:
     """
     joined: PairRow | None = None
     joined_image: str | None = None
+    captions: list[Any] = []  # of the joined row
     for row in rows:
         # the path in full; a table that holds the files has none
         image = None if row.problem else row.image or row.group
         if joined is not None and image is not None and image == joined_image:
-            joined.captions.extend(row.captions)
+            captions += row.captions
             continue
         if joined is not None:
             yield joined
-        joined = row._replace(captions=[*row.captions])
+        captions = [*row.captions]
+        joined = row._replace(captions=captions)
         joined_image = image
     if joined is not None:
         yield joined
