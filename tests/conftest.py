@@ -47,7 +47,7 @@ def pytest_addoption(parser):
         type=int,
         help="random calls of test_properties.py (default: 500; with --prove 20000), or "
         "archives of test_fuzz.py (500; with --prove 10000), or layouts of "
-        "test_divide_samples.py (15; with --prove 1000)",
+        "test_divide_samples.py (8; with --prove 1000)",
     )
     parser.addoption(
         "--first-case",

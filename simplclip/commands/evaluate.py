@@ -6,13 +6,16 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from simplclip.commands.app import app
 from simplclip.commands.options import Device, Last, Precision, Workers, check_data, named_splits
 from simplclip.common.errors import InputError, UserError
+
+if TYPE_CHECKING:
+    from simplclip.train.config import Config
 
 
 @app.command(
@@ -156,7 +159,7 @@ def _file_of(model: str) -> Path:
     return folder / "config.yaml"
 
 
-def _config_of(model: str) -> Any:
+def _config_of(model: str) -> Config | None:
     """Returns the config of a run, named as in `splits_of`; None without one."""
     file = _file_of(model)
     if not (Path(model).exists() and file.is_file()):

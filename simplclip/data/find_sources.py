@@ -123,7 +123,7 @@ def sources_of(shards: Any, name: str = "shards") -> list[Source]:
     return [replace(source, name=names[source.url]) for source in sources]
 
 
-def in_words(sources: Iterable[Any]) -> str:
+def in_words(sources: Iterable[Source]) -> str:
     """Returns the names of sources for a message: "'a.tar' (and 3 more files)".
 
     sources: at least one; those of one url count once.

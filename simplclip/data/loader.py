@@ -44,8 +44,8 @@ from simplclip.data.samples import (
     is_held_out,
     parse,
 )
-from simplclip.data.transforms import ImageTransform, stack_pixels
-from simplclip.data.views import pixels_of, seeded
+from simplclip.data.transforms import stack_pixels
+from simplclip.data.views import Transform, pixels_of, seeded
 from simplclip.data.workers import from_workers
 
 # attributes of the loader that a state_dict belongs to
@@ -126,7 +126,7 @@ class Loader:
     shards: Any
     _: KW_ONLY
     tokenizer: Callable[[list[str]], torch.Tensor]
-    transform: ImageTransform | Callable[[Any], torch.Tensor]
+    transform: Transform
     batch_size: int
     batches_per_step: int = 1
     workers: int = 0

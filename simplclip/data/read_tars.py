@@ -328,7 +328,7 @@ def count_samples(path: str, limit: int) -> tuple[int, int]:
     return len(keys), end
 
 
-def _check_rest(archive: Any) -> None:
+def _check_rest(archive: tarfile.TarFile) -> None:
     """Raises ReadError if more than tar's padding follows the zero block that ended an archive."""
     # no more is read, since zeros may go on for gigabytes
     zeros = 0
@@ -340,7 +340,9 @@ def _check_rest(archive: Any) -> None:
         raise tarfile.ReadError(f"more than {_PADDING_BYTES:,} zeros at the end of the archive")
 
 
-def _contents(archive: Any, member: tarfile.TarInfo, limit: int) -> bytes | BrokenSample:
+def _contents(
+    archive: tarfile.TarFile, member: tarfile.TarInfo, limit: int
+) -> bytes | BrokenSample:
     """Returns the bytes of an archive's current member.
 
     A BrokenSample takes their place if the member is sparse or has more than `limit` bytes. Raises

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator
 from multiprocessing.queues import Queue
 from multiprocessing.sharedctypes import RawValue
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -26,13 +26,14 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from simplclip.common.errors import UserError
 from simplclip.data.errors import WorkerError
 
+Item = TypeVar("Item")
 # function of a worker's number and the number of workers, 0 and 1 in this process
-Items = Callable[[int, int], Iterator[Any]]
+Items = Callable[[int, int], Iterator[Item]]
 
 
 def from_workers(
-    items: Items, workers: int, pin_memory: bool = False
-) -> Generator[Any, None, None]:
+    items: Items[Item], workers: int, pin_memory: bool = False
+) -> Generator[Item, None, None]:
     """Starts `workers` processes and yields their items, one of each in turn.
 
     items: function of a process's number and their number -> its items, called in the process; with
@@ -125,7 +126,7 @@ class _Items(IterableDataset):
 Message = tuple[list[torch.Tensor], torch.Tensor]
 
 
-def _pack(item: Any) -> Message:
+def _pack(item: object) -> Message:
     """Returns the message of an item: its tensors, and a uint8 tensor with the pickle of the rest.
 
     Tensors go through shared memory. The pipe has some 200 bytes for each: a message of up to 4,096
@@ -153,7 +154,7 @@ class _Pickler(pickle.Pickler):
         super().__init__(*args)
         self.tensors: list[torch.Tensor] = []
 
-    def persistent_id(self, value: Any) -> int | None:
+    def persistent_id(self, value: object) -> int | None:
         """Appends a tensor to `tensors` and returns its index; None for a value that is pickled."""
         if type(value) is not torch.Tensor:
             return None
@@ -176,7 +177,7 @@ class _Event:
         self._value.value = 1
 
 
-def _identity(item: Any) -> Any:
+def _identity(item: Item) -> Item:
     """Returns `item`: the collate_fn of items that are batches already."""
     return item
 
@@ -217,7 +218,7 @@ def _end_with_parent() -> None:
     os._exit(0)
 
 
-def _send_error(queue: Any, error: Exception, message: tuple[int, Any]) -> None:
+def _send_error(queue: Queue, error: Exception, message: tuple[int, object]) -> None:
     """Sends an error to the parent in place of an item whose tensors cannot be sent.
 
     The parent would wait for it without end. queue: the process's queue of items. message: (index,

@@ -31,7 +31,7 @@ from simplclip.data.find_sources import Address, Source, sources_of
 from simplclip.data.read_meta import dataset_size
 from simplclip.data.read_tars import read_tar
 from simplclip.data.samples import MAX_BYTES, Pair, Sample, parse
-from simplclip.data.stored_order import Portion, StoredOrder
+from simplclip.data.stored_order import Collated, Portion, Prepared, StoredOrder
 from simplclip.data.write_tars import TarFolder, add, entry_of, new_tar, skipped_in
 
 FORMAT = "simplclip-sidecars-1"
@@ -51,12 +51,12 @@ class UnfinishedTar(NamedTuple):
 def write_sidecars(
     shards: Any,
     out: str | os.PathLike,
-    prepare: Callable[[Pair], Any],
-    process: Callable[[Any], Files],
+    prepare: Callable[[Pair], Prepared],
+    process: Callable[[Collated], Files],
     *,
     stamp: Mapping[str, Mapping[str, Any]],
     batch_size: int,
-    collate: Callable[[list[Any]], Any] = list,
+    collate: Callable[[list[Prepared]], Any] = list,
     workers: int = 0,
     sidecars: Folders = (),
     max_bytes: int = MAX_BYTES,
@@ -153,7 +153,7 @@ def write_sidecars(
     }
 
 
-def _parse_and_prepare(sample: Sample, prepare: Callable[[Pair], Any]) -> Any:
+def _parse_and_prepare(sample: Sample, prepare: Callable[[Pair], Prepared]) -> Prepared:
     """Parses a sample and returns what `prepare` makes of it. Raises BrokenSample."""
     return prepare(parse(sample))
 
@@ -191,9 +191,9 @@ def _origin(source: Source, sidecars: Folders) -> dict[str, Any]:
 
 
 def _write(
-    portions: Iterator[Portion],
+    portions: Iterator[Portion[Collated]],
     targets: Sequence[Path],
-    process: Callable[[Any], Files],
+    process: Callable[[Collated], Files],
     advance: Callable[[int], None],
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Writes the sidecars at `targets`; yields (path, entry) of each complete one."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from simplclip.common.plotting import LINE, MARGIN, MUTED, WIDTH, Font, Sheet
@@ -23,6 +24,9 @@ LEGEND = (
     "#23 is the 23rd. The numbers are similarities. Pictures are cropped as the model sees them."
 )
 GAP, SIDE = 0.1, 0.87  # inches between tiles, and of a tile; six of them are as wide as a sheet
+
+
+Pictures = dict[int, Image.Image]  # by the row of the image
 
 
 class Answers(NamedTuple):
@@ -98,7 +102,7 @@ def sheet_of(index: Index, title: str, subtitles: Sequence[str] = ("", "")) -> S
     return sheet
 
 
-def _draw_images(sheet: Sheet, index: Index, pictures: dict, answers: Answers) -> None:
+def _draw_images(sheet: Sheet, index: Index, pictures: Pictures, answers: Answers) -> None:
     """Draws a caption and the images that answer it in a row; moves `sheet.y` below them."""
     sheet.draw_line(index.captions[answers.query], Font(10.5), 2)
     sheet.y += 0.05
@@ -115,7 +119,7 @@ def _draw_images(sheet: Sheet, index: Index, pictures: dict, answers: Answers) -
     sheet.y += SIDE + 0.04 + LINE * LABEL_FONT.size
 
 
-def _draw_captions(sheet: Sheet, index: Index, pictures: dict, answers: Answers) -> None:
+def _draw_captions(sheet: Sheet, index: Index, pictures: Pictures, answers: Answers) -> None:
     """Draws an image and, beside it, the captions that answer it; moves `sheet.y` below them."""
     side = 1.1
     x = MARGIN + side + GAP
