@@ -42,6 +42,12 @@ def folder(trained, tmp_path_factory):
 
 
 @pytest.fixture
+def undrawn(monkeypatch):
+    """Draws no pictures, which takes longer than the figures."""
+    monkeypatch.setattr(running, "_draw", lambda *_: None)
+
+
+@pytest.fixture
 def evaluate(folder, tmp_path):
     """Returns a function that evaluates models on the splits of these files: the results, and the
     printed text.
@@ -109,6 +115,7 @@ def test_several_models_side_by_side(trained, folder, evaluate, tmp_path, monkey
     assert len([*tmp_path.glob("evaluation-one*.png")]) == 3
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.slow
 def test_what_gives_no_figures_is_said(trained, evaluate, tmp_path):
     image = tiny.picture((200, 30, 40), "ring")
@@ -142,6 +149,7 @@ def test_what_gives_no_figures_is_said(trained, evaluate, tmp_path):
         evaluate(trained, splits=one)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.slow
 def test_equal_names_and_missing_captions_are_said(trained, evaluate, tmp_path):
     image = tiny.picture((200, 30, 40), "ring")
@@ -163,6 +171,7 @@ def test_equal_names_and_missing_captions_are_said(trained, evaluate, tmp_path):
     assert split.retrieval.image_to_text["R@5"].value == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.slow
 def test_templates_are_those_of_the_checkpoint_if_they_are_phrases(trained, folder, evaluate):
     state = read_checkpoint(trained)
@@ -182,6 +191,7 @@ def test_templates_are_those_of_the_checkpoint_if_they_are_phrases(trained, fold
     assert running._templates_of(None) == running.TEMPLATES
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.slow
 def test_a_failure_half_way_keeps_the_splits_that_are_done(trained, folder, evaluate, tmp_path):
     (tmp_path / "bad.tar").write_bytes(b"no shard" * 1000)
@@ -218,6 +228,7 @@ def test_names_of_files():
     assert running.file_name("..") == "_"
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.slow
 def test_names_of_splits_are_any_words(trained, folder, tmp_path):
     names = ["部 2 (新) 🙂", unicodedata.normalize("NFD", "é")]
@@ -260,6 +271,7 @@ def test_a_folder_of_classes_by_the_command(trained, tmp_path):
     assert "image_to_text" not in figures
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.slow
 def test_images_that_lie_elsewhere_than_their_json(trained, folder, tmp_path):
     (tmp_path / "annotations").mkdir()
