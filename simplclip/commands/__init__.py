@@ -1,3 +1,3 @@
-"""The command `simplclip`: main.py joins its subcommands, a file each; options.py has the options
-that they share.
+"""The command `simplclip`: each file adds a command to app.py, main.py joins them; options.py has
+the options that they share.
 """

@@ -88,8 +88,7 @@ def test_names_in_a_meta_json_are_not_run(tmp_path):
 
 PATTERNS = {
     "nested braces": "{a," * 5000 + "}" * 5000,
-    "a billion names": "a/{1..1000000000}.tar",
-    "a billion URLs": "http://127.0.0.1/{0..999999999}.tar",
+    "a billion names": "http://127.0.0.1/{1..1000000000}.tar",
     "pairs of pairs": "{a,b}" * 40,
     "lists of lists": "{a,b,c,d,e,f,g,h}" * 9,
 }
@@ -105,7 +104,7 @@ def test_a_pattern_with_wrong_braces_is_refused(pattern):
 def test_a_pattern_of_many_names_is_not():
     assert len(data.sources_of("http://host/{00000..09999}.tar")) == 10000
     assert len(data.sources_of("http://host/{{a,b}/{0..999},c/{a,b,c,d}}.tar")) == 2004
-    assert len(data.sources_of("http://host/{0..5000000..1000}/{a,b,c}{a,b,c}.tar")) == 5001 * 9
+    assert len(data.sources_of("http://host/{0..5000000..50000}/{a,b,c}{a,b,c}.tar")) == 101 * 9
 
 
 def files(**content):

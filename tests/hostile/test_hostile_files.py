@@ -5,6 +5,7 @@ none runs code.
 import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch._utils import _rebuild_tensor_v2
 import simplclip
 from simplclip.common.errors import InputError
 from simplclip.models import create
-from simplclip.models.trained import CheckpointError, build_model
+from simplclip.models.trained import build_model
 from simplclip.train import config
 from support.programs import call, one_line
 from support.train import tiny
@@ -187,9 +188,8 @@ CHECKPOINTS = {
 @pytest.mark.parametrize(("make", "message"), CHECKPOINTS.values(), ids=CHECKPOINTS)
 def test_a_checkpoint_is_refused_in_a_line(made, make, message):
     make(made)
-    with pytest.raises((InputError, CheckpointError), match=message):
-        simplclip.load("run")
     line = one_line("evaluate", "run", "--data", made["shard"])
+    assert re.search(message, line)
     assert "run" in line
     assert len(line) < 600
 

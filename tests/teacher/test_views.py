@@ -72,6 +72,14 @@ def teach(folder, out, augment=AUGMENT, number=VIEWS, **options):
     )
 
 
+@pytest.fixture(scope="module")
+def sidecars(folder, tmp_path_factory):
+    """Returns the folder of sidecars with views by AUGMENT."""
+    out = tmp_path_factory.mktemp("sidecars")
+    teach(folder, out)
+    return out
+
+
 def batches(folder, out, student, passes=1, **options):
     """Returns the batches of some passes over the 6 samples, one at a time."""
     options = {"sidecars": [out], "teacher": True, "batch_size": 1} | options
@@ -85,7 +93,7 @@ def stored(folder, out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("augment", [AUGMENT, "affine", {"scale": [0.3, 0.6]}])
+@pytest.mark.parametrize("augment", [AUGMENT, "affine"])
 def test_a_view_is_stored_as_it_was_drawn(folder, tmp_path, augment):
     teach(folder, tmp_path / "a", augment, batch_size=2)
     seen = set()
@@ -133,17 +141,15 @@ def test_an_image_is_decoded_once_for_all_its_views(folder, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("captions", [1, 2])
-def test_the_student_sees_what_the_teacher_saw(folder, tmp_path, captions, workers):
+@pytest.mark.parametrize(("captions", "workers"), [(1, 0), (2, 2)])
+def test_the_student_sees_what_the_teacher_saw(folder, sidecars, captions, workers):
     """Views are equal to the bit, at the student's own size; features are those of the view and of
     the drawn captions.
     """
-    teach(folder, tmp_path / "out")
-    pairs, student = stored(folder, tmp_path / "out"), transform(24, None, mean=(0.1, 0.2, 0.3))
+    pairs, student = stored(folder, sidecars), transform(24, None, mean=(0.1, 0.2, 0.3))
     used = {key: set() for key in pairs}
     for batch in batches(
-        folder, tmp_path / "out", student, 6, captions_per_image=captions, workers=workers
+        folder, sidecars, student, 6, captions_per_image=captions, workers=workers
     ):
         (key,), sample = batch["key"], pairs[batch["key"][0]]
         shown = [
@@ -201,7 +207,7 @@ def test_a_view_is_the_same_part_of_an_image_at_another_size(augment):
         assert moved > 1.5 * (shrunken - b)[..., inside, inside].abs().mean()
 
 
-def test_only_a_transform_that_replays_takes_views(folder, tmp_path):
+def test_only_a_transform_that_replays_takes_views(folder, sidecars, tmp_path):
     other = load(folder)
     other.preprocess = models.transforms  # a caller's own
     with pytest.raises(
@@ -210,22 +216,20 @@ def test_only_a_transform_that_replays_takes_views(folder, tmp_path):
         teacher.write_features(
             folder / "in" / "*.tar", tmp_path / "none", other, views=teacher.Views(transform(32), 2)
         )
-    teach(folder, tmp_path / "out")
     with pytest.raises(
         data.ShardError,
         match="has the views that a teacher saw, which only simplclip's ImageTransform",
     ):
-        batches(folder, tmp_path / "out", models.transforms)
+        batches(folder, sidecars, models.transforms)
     # draws the student's own augmentation
-    plain = batches(folder, tmp_path / "out", transform(16), teacher=False)
+    plain = batches(folder, sidecars, transform(16), teacher=False)
     assert "teacher_image" not in plain[0]
 
 
-def test_sidecars_with_views_of_earlier_versions_are_refused(folder, tmp_path):
+def test_sidecars_with_views_of_earlier_versions_are_refused(folder, sidecars, tmp_path):
     """They have views.json, which is not read, and no digest of the captions."""
-    teach(folder, tmp_path / "new")
     (tmp_path / "old").mkdir()
-    for path in (tmp_path / "new").glob("*.tar"):
+    for path in sidecars.glob("*.tar"):
         files = members(path)
         views = {
             name: json.loads(content)["views"]
