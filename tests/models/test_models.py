@@ -36,6 +36,13 @@ def test_create_repeats_from_the_seed_and_loads_its_own_checkpoint(tmp_path, tin
         models.create("siclip-tiny", checkpoint=tmp_path / "a.pt", embed_dim=64)
 
 
+def test_tokenizers_share_a_vocabulary_and_nothing_else():
+    first, second = (models.tokenizer("siclip-tiny") for _ in range(2))
+    assert first.encoder is second.encoder
+    first.context_length = 5
+    assert second(["a"]).shape == (1, 16)
+
+
 def test_overrides():
     model = models.create(
         "siclip-tiny",
