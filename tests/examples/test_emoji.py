@@ -20,8 +20,9 @@ from support.programs import EXAMPLES, call, load_example
 build = load_example("emoji/build")
 sources = load_example("emoji/sources")
 
-KEPT = 60  # concepts in the small builds
-HELD_OUT = 10
+KEPT = 36  # concepts in the small builds
+HELD_OUT = 6
+TRAIN = 2 * (KEPT - HELD_OUT)  # pairs, of two vendors
 
 
 @pytest.fixture(scope="module")
@@ -170,10 +171,8 @@ def test_swapped_captions(small, tmp_path):
     assert sorted(before["group"] for before, _ in swapped) == sorted(
         after["group"] for _, after in swapped
     )
-    with pytest.raises(
-        SystemExit,
-        match="--swap: expected 0, or a share that swaps at least a few of 100 pairs, got 0.01",
-    ):
+    message = f"expected 0, or a share that swaps at least a few of {TRAIN} pairs, got 0.01"
+    with pytest.raises(SystemExit, match=f"--swap: {message}"):
         build.build(tmp_path / "none", swap=0.01)
 
 
@@ -260,9 +259,9 @@ def test_a_teacher_of_a_build_and_the_same_heads_for_another(
     )
     arguments = [str(out / "train-*.tar"), "--out", str(tmp_path / "taught")]
     teach.main(arguments)
-    assert sum(encoded) == (1 + teach.VIEWS) * 100  # each image and each view once
+    assert sum(encoded) == (1 + teach.VIEWS) * TRAIN  # each image and each view once
     about, taught = meta(tmp_path / "taught"), features(tmp_path / "taught")
-    assert (about["teacher"]["width"], about["splits"]["train"]["samples"]) == (teach.WIDTH, 100)
+    assert (about["teacher"]["width"], about["splits"]["train"]["samples"]) == (teach.WIDTH, TRAIN)
     assert list(taught) == [sample["__key__"] for sample in samples(out, "train")]
     assert [len(rows) - 1 for rows in taught.values()] == [
         len(record["captions"]) for record in records(out, "train")
@@ -277,7 +276,7 @@ def test_a_teacher_of_a_build_and_the_same_heads_for_another(
     encoded.clear()
     heads = ["--heads", str(tmp_path / "taught" / "heads.safetensors")]
     teach.main([arguments[0], "--out", str(tmp_path / "again"), *heads])
-    assert sum(encoded) == 100
+    assert sum(encoded) == TRAIN
     for key, rows in features(tmp_path / "again").items():
         np.testing.assert_allclose(rows, taught[key], atol=2e-3)
 

@@ -145,7 +145,10 @@ def test_texts_of_several_lengths():
         "the sea and the sky over the town",
     ]
     texts = models.tokenizer("siclip-tiny")(words)
-    encode = lambda batch: model.encode_text(batch["text"], normalize=True)  # noqa: E731
+
+    def encode(batch):
+        return model.encode_text(batch["text"], normalize=True)
+
     batches = [{"text": texts}, {"text": texts.flip(0)}, {"text": texts}]
 
     def step(function):

@@ -19,18 +19,27 @@ from simplclip import data, evaluation
 from simplclip.common.errors import InputError
 from simplclip.models.trained import CheckpointError, read_checkpoint
 from simplclip.train import checkpoint, curves, log
-from simplclip.train.config import ConfigError
+from simplclip.train.config import ConfigError, load
+from simplclip.train.resolve import resolve
 from simplclip.train.signals import Interrupted
 from support.data.pairs import digests, members, table, write
 from support.programs import call, forked, one_line
 from support.train import tiny
 from support.train.runs import at_step, bits, check_ends_as, check_resumed, go, rows, state_of
 
-HELD = ("eval.hold_out=0.4", "eval.every=3")
+HELD = ("eval.hold_out=0.4", "eval.every=3", "optim.ema=0.5")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Writes a shard, and a run in `whole` that evaluates what it holds out."""
+    folder = tmp_path_factory.mktemp("held")
+    go(tiny.settings(folder, *HELD, f"run.out={folder / 'whole'}"))
+    return folder
 
 
 def held_keys(run):
-    split = data.held_out(tiny.config.load(run / "config.yaml").held_out["held_out"])
+    split = data.held_out(load(run / "config.yaml").held_out["held_out"])
     return [
         sample["__key__"]
         for source in split.sources
@@ -52,19 +61,18 @@ def held_keys(run):
 )
 def test_resuming_with_held_out_samples_is_bit_for_bit(tmp_path, monkeypatch, stop, changes):
     text = check_resumed(tmp_path, monkeypatch, stop, [*HELD, *changes])
-    held = held_keys(tmp_path / "parts")
-    assert 4 <= len(held) <= 16
-    assert re.search(rf"^data       {24 - len(held)} images, 1 caption drawn of each; ", text, re.M)
-    line = (
-        f"held out   {len(held)} images, eval.hold_out=0.4 of all; 0 of their {len(held)} captions "
-        "stand verbatim in training"
-    )
-    assert line in text
-    assert rows(tmp_path / "whole", "evaluation.csv") == rows(tmp_path / "parts", "evaluation.csv")
-    assert {row["split"] for row in rows(tmp_path / "whole", "evaluation.csv")} == {"held_out"}
-    assert bits(state_of(tmp_path / "whole", "best.pt")) == bits(
-        state_of(tmp_path / "parts", "best.pt")
-    )
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    held = len(held_keys(parts))
+    assert 4 <= held <= 16
+    assert re.search(rf"^data       {24 - held} images, 1 caption drawn of each; ", text, re.M)
+    assert (
+        f"held out   {held} images, eval.hold_out=0.4 of all; 0 of their {held} captions stand "
+        "verbatim in training"
+    ) in text
+    evaluated = rows(whole, "evaluation.csv")
+    assert evaluated == rows(parts, "evaluation.csv")
+    assert {row["split"] for row in evaluated} == {"held_out"}
+    assert bits(state_of(whole, "best.pt")) == bits(state_of(parts, "best.pt"))
 
 
 @pytest.mark.slow
@@ -149,15 +157,13 @@ def test_best_weights_in_plain_open_clip_have_the_figures_of_the_log(tmp_path):
         f"model={json.dumps({'name': 'open_clip:ViT-B-32', 'options': SMALL})}",
         "optim.ema=0.5",
         "optim.lr=0.03",
-    ]
-    changes += [
         f"eval.splits={json.dumps(splits)}",
         "eval.hold_out=0.4",
         "eval.every=2",
         "run.steps=14",
         "loss.pm_weight=0",
+        "run.precision=bf16",
     ]
-    changes += ["run.precision=bf16"]
     text = go(tiny.settings(tmp_path, *changes))
     by_step = means(run)
     best = max(by_step, key=lambda step: (by_step[step], -step))
@@ -167,10 +173,8 @@ def test_best_weights_in_plain_open_clip_have_the_figures_of_the_log(tmp_path):
     assert state_of(run, "best.pt")["recall"] == by_step[best]
     assert not {"optimizer", "ema"} & state_of(run, "best.pt").keys()
 
-    assert (
-        f"weights: {run}/best.pt, of the best evaluation, step {best}; --last takes last.pt"
-        in output("export", run, "--out", tmp_path / "export")
-    )
+    source = f"weights: {run}/best.pt, of the best evaluation, step {best}; --last takes last.pt"
+    assert source in output("export", run, "--out", tmp_path / "export")
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'export'}")
     words = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'export'}")
     logged = {
@@ -200,10 +204,7 @@ def test_best_weights_in_plain_open_clip_have_the_figures_of_the_log(tmp_path):
             assert float(logged[split, direction]["R@1"]) == recall
 
     printed = output("evaluate", run, "--device", "cpu", "--workers", 0)
-    assert (
-        f"weights: {run}/best.pt, of the best evaluation, step {best}; --last takes last.pt"
-        in printed
-    )
+    assert source in printed
     figures = json.loads((run / "evaluation.json").read_text())
     assert (figures["step"], figures["checkpoint"]) == (best, f"{run}/best.pt")
     assert {
@@ -238,23 +239,26 @@ def files_of(shard):
 
 
 @pytest.mark.slow
-def test_a_signal_leaves_out_the_evaluation_that_is_due(tmp_path, monkeypatch):
+def test_a_signal_leaves_out_the_evaluation_that_is_due(tmp_path, monkeypatch, undisturbed):
     """It may take longer than a system waits before it kills; `--resume` makes it up."""
+    run = tmp_path / "run"
+    config = tiny.settings(undisturbed, *HELD, f"run.out={run}")
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Interrupted, match="SIGTERM: saved step 3 of 7"):
-            go(tiny.settings(tmp_path, *HELD))
-    assert not (tmp_path / "run/evaluation.csv").exists()
-    go(tiny.settings(tmp_path, *HELD), resume=True)
-    steps = [row["step"] for row in rows(tmp_path / "run", "evaluation.csv")]
-    assert steps == [step for step in "367" for _ in WAYS]
+            go(config)
+    assert not (run / "evaluation.csv").exists()
+    check_ends_as(undisturbed / "whole", config)
+    assert rows(run, "evaluation.csv") == rows(undisturbed / "whole", "evaluation.csv")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 7])
-def test_a_signal_ends_an_evaluation_after_the_running_batch(tmp_path, monkeypatch, step):
+def test_a_signal_ends_an_evaluation_after_the_running_batch(
+    tmp_path, monkeypatch, undisturbed, step
+):
     """In the middle and at the end of a run; what is trained is saved before the evaluation."""
-    config = tiny.settings(tmp_path, *HELD, "optim.ema=0.5", f"run.out={tmp_path / 'parts'}")
+    config = tiny.settings(undisturbed, *HELD, f"run.out={tmp_path / 'parts'}")
     original = evaluation.Towers.features
     batches = []
 
@@ -272,14 +276,10 @@ def test_a_signal_ends_an_evaluation_after_the_running_batch(tmp_path, monkeypat
             with pytest.raises(Interrupted, match=f"SIGTERM: saved step {step} of 7 .* --resume"):
                 go(config, resume=resume)
     assert batches == ["image", "image"], "the texts of the split come after its image"
-    whole = tiny.settings(tmp_path, *HELD, "optim.ema=0.5", f"run.out={tmp_path / 'whole'}")
-    go(whole)
-    check_ends_as(tmp_path / "whole", config)
-    for file in ("evaluation.csv", "metrics.csv"):
-        assert rows(tmp_path / "whole", file) == rows(tmp_path / "parts", file)
-    assert bits(state_of(tmp_path / "whole", "best.pt")) == bits(
-        state_of(tmp_path / "parts", "best.pt")
-    )
+    whole = undisturbed / "whole"
+    check_ends_as(whole, config)
+    assert rows(whole, "evaluation.csv") == rows(tmp_path / "parts", "evaluation.csv")
+    assert bits(state_of(whole, "best.pt")) == bits(state_of(tmp_path / "parts", "best.pt"))
 
 
 @pytest.mark.slow
@@ -384,12 +384,9 @@ def test_tensorboard_has_each_step_once_and_changes_nothing(tmp_path, monkeypatc
         at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGKILL))
         assert forked(lambda: go(parts)) == -signal.SIGKILL
     assert forked(lambda: go(parts, resume=True)) == 0
-    assert bits(state_of(tmp_path / "plain")["model"]) == bits(
-        state_of(tmp_path / "parts")["model"]
-    )
-    assert bits(state_of(tmp_path / "plain")["optimizer"]) == bits(
-        state_of(tmp_path / "parts")["optimizer"]
-    )
+    states = [state_of(tmp_path / name) for name in ("plain", "parts")]
+    for key in ("model", "optimizer"):
+        assert bits(states[0][key]) == bits(states[1][key])
     assert rows(tmp_path / "plain") == rows(tmp_path / "parts")
     board = accumulator.EventAccumulator(str(tmp_path / "parts/tensorboard"))
     board.Reload()
@@ -439,11 +436,8 @@ def test_of_one_held_out_image_nothing_can_be_told(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_epochs_count_what_trains(tmp_path):
-    division = data.count_division(
-        str(tiny.write_shard(tmp_path / "data/train-0.tar", copies=4)), 0.4
-    )
-    go(tiny.settings(tmp_path, "eval.hold_out=0.4", "run.epochs=1"))
-    assert state_of(tmp_path / "run")["step"] == round(division.train / 8)
-    assert bits(state_of(tmp_path / "run")["config"])["run"]["steps"] == round(division.train / 8)
+    tiny.write_shard(tmp_path / "data/train-0.tar", copies=4)
+    resolved = resolve(tiny.settings(tmp_path, "eval.hold_out=0.4", "run.epochs=1"), None)
+    assert resolved.division.train == resolved.samples < 4 * 24
+    assert resolved.config.run.steps == round(resolved.samples / 8)

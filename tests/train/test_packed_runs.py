@@ -23,6 +23,12 @@ from support.train.runs import go
 pytestmark = pytest.mark.long
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Leaves out the sheets of `simplclip evaluate`, which take long."""
+    monkeypatch.setattr("simplclip.evaluation.run._draw", lambda *_: None)
+
+
 def picture_folder(folder, broken=()):
     """Writes a folder of the 24 pictures with captions; those numbers are cut."""
     folder.mkdir()
@@ -110,7 +116,7 @@ def held_pictures(run):
 
 
 @pytest.mark.slow
-def test_a_run_holds_out_as_it_began(tmp_path, monkeypatch):
+def test_a_run_holds_out_as_it_began(tmp_path):
     """Runs that began before eval.hold_out_by hold out by the shard, also after packing again; new
     ones by the picture. `evaluate` warns of a run that has trained on what another holds out.
     """
@@ -141,7 +147,6 @@ def test_a_run_holds_out_as_it_began(tmp_path, monkeypatch):
         f"warning: {old} has trained on {len(trained)} of the {len(held_pictures(new))} images "
         f"that {new} holds out, by their names: its figures on held_out are too high"
     )
-    monkeypatch.setattr("simplclip.evaluation.run._draw", lambda *_: None)  # takes long
     printed = call("evaluate", new, old, "--device", "cpu", "--workers", 0).output
     assert printed.startswith(warning)
     assert not [*trained_on([str(new), str(new / "last.pt"), "open_clip:ViT-B-32/none"])]

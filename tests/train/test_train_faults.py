@@ -32,6 +32,7 @@ from rich.console import Console
 from simplclip import train
 from simplclip.common import progress
 from simplclip.models.trained import read_checkpoint
+from simplclip.train.config import load as load_config
 from support.programs import start_process
 from support.train import tiny
 from support.train.runs import bits, rows, state_of
@@ -75,7 +76,7 @@ def work(config, out, printed, pipe, ready):
     text = Copied(pipe)
     try:
         train.run(
-            tiny.config.load(config, [*CHANGES, f"run.out={out}"]),
+            load_config(config, [*CHANGES, f"run.out={out}"]),
             resume=True,
             console=Console(file=text, width=500),
         )

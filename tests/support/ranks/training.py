@@ -30,7 +30,7 @@ from torch import Tensor
 from simplclip import data
 from simplclip.models.crop import TextCrop
 from simplclip.train import evaluate, log, loop
-from support.train import tiny
+from simplclip.train.config import load as load_config
 
 
 def meet_fault(kind: str, state: Any) -> None:
@@ -137,7 +137,7 @@ def main(folder: Path, plan: str) -> None:
     for name, entry in entries.items():
         place, changes = entry.get("second", (".", [])) if os.environ["RANK"] == "1" else (".", [])
         with contextlib.chdir(folder / place):
-            config = tiny.config.load(folder / "config.yaml", [*entry["changes"], *changes])
+            config = load_config(folder / "config.yaml", [*entry["changes"], *changes])
             resume = entry.get("resume", False)
             results[name] = observed(config, entry.get("fault"), resume=resume)
     (folder / f"{plan}-{os.environ['RANK']}.json").write_text(json.dumps(results))
