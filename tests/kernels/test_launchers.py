@@ -23,7 +23,7 @@ OBJECTIVES = ("contrastive", "pair matching", "hadamard", "every term")
 @needs_triton
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(OBJECTIVES[-1], torch.float32), *((name, torch.float16) for name in OBJECTIVES)],
+    [("hadamard", torch.float32), ("contrastive", torch.float16), ("every term", torch.float16)],
 )
 def test_chunks_between_the_second_and_the_last_change_no_peak(name, dtype, monkeypatch):
     """Predictions can therefore leave these chunks out."""

@@ -54,11 +54,7 @@ def check(call: Call, kind: str, sm: int = 86, variant: Variant | None = None) -
 
 
 def check_lengths(tokens: int, width: int, kind: str, sm: int = 86) -> None:
-    """Checks all tokens, and sequences of several lengths in a batch with two heads; nothing if
-    they are not served.
-    """
-    if backends.cuda_extension.shaped_attention_why_not(tokens, width, kind == "tf32"):
-        return
+    """Checks all tokens, and sequences of several lengths in a batch with two heads."""
     for causal in (False, True):
         check(attention_call(1, tokens, 1, width, causal=causal), kind, sm)
         several = attention_call(3, tokens, 2, width, causal=causal)
@@ -70,11 +66,10 @@ def check_lengths(tokens: int, width: int, kind: str, sm: int = 86) -> None:
     ("tokens", "width", "kind"),
     [
         (77, 64, "bf16"),
-        *((50, 32, kind) for kind in TYPES),
+        (50, 32, "f16"),
         (77, 80, "bf16"),  # two slices, of which the last is narrower
         (33, 80, "tf32"),
-        *((1, 128, kind) for kind in ("bf16", "tf32")),
-        *(pytest.param(77, 64, kind, marks=pytest.mark.prove) for kind in ("f16", "tf32")),
+        (1, 128, "bf16"),
     ],
 )
 def test_values_and_gradients(tokens, width, kind):
@@ -87,7 +82,8 @@ def test_values_and_gradients(tokens, width, kind):
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_more_values_and_gradients(tokens, kind, sm):
     for width in WIDTHS if sm == 86 else (WIDTHS[TOKENS.index(tokens) % 5],):
-        check_lengths(tokens, width, kind, sm)
+        if not backends.cuda_extension.shaped_attention_why_not(tokens, width, kind == "tf32"):
+            check_lengths(tokens, width, kind, sm)
 
 
 def test_gains_of_more_sequences_than_lanes():
