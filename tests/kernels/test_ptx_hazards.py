@@ -13,6 +13,8 @@ from ptx.machine import Batch, Code, LaunchError, Machine
 from ptx.parse import UnknownPTXError, parse
 from support.kernels.few_lines import execute, vectors
 
+READ_RACE = "shared memory is read while another thread or a copy writes it"
+WRITE_RACE = "shared memory is written while another thread or a copy reads it"
 STORE = "st.shared.v4.b32 [%r3], {%r20, %r21, %r22, %r23};"
 PLACE = """
 mul.wide.u32 %d10, %r0, 16;
@@ -32,40 +34,16 @@ SYNC_WARP = "bar.warp.sync -1;\n"
 # name -> body for two warps, and a part of the hazard, "" for none
 CASES = {
     "a barrier between warps": (FILL + OTHERS + "bar.sync 0;\n" + LOAD, ""),
-    "no barrier": (
-        FILL + OTHERS + LOAD,
-        "shared memory is read while another thread or a copy writes it",
-    ),
+    "no barrier": (FILL + OTHERS + LOAD, READ_RACE),
     "own data need no barrier": (FILL + OWN + LOAD, ""),
-    "written again with no barrier": (
-        FILL + OTHERS + "bar.sync 0;\n" + LOAD + STORE,
-        "shared memory is written while another thread or a copy reads it",
-    ),
-    "no barrier between lanes": (
-        FILL + NEXT + LOAD,
-        "shared memory is read while another thread or a copy writes it",
-    ),
-    "written again by another lane": (
-        FILL + NEXT + SYNC_WARP + LOAD + STORE,
-        "shared memory is written while another thread or a copy reads it",
-    ),
-    "written again after several lanes": (
-        FILL + FIRST + SYNC_WARP + LOAD + STORE,
-        "shared memory is written while another thread or a copy reads it",
-    ),
-    "a barrier of the warp": (
-        FILL + FIRST + SYNC_WARP + LOAD + SYNC_WARP + STORE,
-        "",
-    ),
-    "a barrier of the warp between warps": (
-        FILL + OTHERS + SYNC_WARP + LOAD,
-        "shared memory is read while another thread or a copy writes it",
-    ),
+    "written again with no barrier": (FILL + OTHERS + "bar.sync 0;\n" + LOAD + STORE, WRITE_RACE),
+    "no barrier between lanes": (FILL + NEXT + LOAD, READ_RACE),
+    "written again by another lane": (FILL + NEXT + SYNC_WARP + LOAD + STORE, WRITE_RACE),
+    "written again after several lanes": (FILL + FIRST + SYNC_WARP + LOAD + STORE, WRITE_RACE),
+    "a barrier of the warp": (FILL + FIRST + SYNC_WARP + LOAD + SYNC_WARP + STORE, ""),
+    "a barrier of the warp between warps": (FILL + OTHERS + SYNC_WARP + LOAD, READ_RACE),
     "a barrier of some lanes": ("bar.warp.sync 1;\n", "expected all lanes as members"),
-    "another lane's copy": (
-        PLACE + COPY + "cp.async.wait_group 0;\n" + NEXT + LOAD,
-        "shared memory is read while another thread or a copy writes it",
-    ),
+    "another lane's copy": (PLACE + COPY + "cp.async.wait_group 0;\n" + NEXT + LOAD, READ_RACE),
     "never written": (PLACE + OWN + LOAD, "shared memory is read that was never written"),
     "beyond the end": (
         FILL + "ld.shared.b32 %r24, [%r3+4000];\n",
@@ -86,7 +64,7 @@ CASES = {
         + "cp.async.wait_group 0;\n"
         + OWN
         + LOAD,
-        "shared memory is read while another thread or a copy writes it",
+        READ_RACE,
     ),
     "another warp's copy": (
         PLACE + COPY + OTHERS + "cp.async.wait_group 0;\nbar.sync 0;\n" + LOAD,
@@ -94,12 +72,9 @@ CASES = {
     ),
     "another warp's copy, the barrier before the wait": (
         PLACE + COPY + OTHERS + "bar.sync 0;\ncp.async.wait_group 0;\n" + LOAD,
-        "shared memory is read while another thread or a copy writes it",
+        READ_RACE,
     ),
-    "a copy over what others read": (
-        FILL + OTHERS + "bar.sync 0;\n" + LOAD + COPY,
-        "shared memory is written while another thread or a copy reads it",
-    ),
+    "a copy over what others read": (FILL + OTHERS + "bar.sync 0;\n" + LOAD + COPY, WRITE_RACE),
     "outside of a tensor": (
         PLACE + "ld.global.b32 %r24, [%d11+16];\n",
         "global address is outside of the tensors",
@@ -270,7 +245,7 @@ def test_wgmma():
             "",
             "wgmma reads shared memory with no fence.proxy.async after it was written",
         ),
-        ("bar.sync 0;", "", "shared memory is read while another thread or a copy writes it"),
+        ("bar.sync 0;", "", READ_RACE),
         ("wgmma.wait_group.sync.aligned 0;", "", "a register of a wgmma in flight is used"),
         (
             "wgmma.wait_group.sync.aligned 0;",

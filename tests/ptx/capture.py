@@ -161,10 +161,7 @@ class Driver:
 
 
 def _without_assembler(*args: Any) -> tuple[str, str] | None:
-    """Replaces the last stage of Triton's compiler: its binary is the PTX.
-
-    Without arguments, returns a key of its cache.
-    """
+    """Makes PTX the binary of Triton's compiler; without arguments, returns a key of its cache."""
     if not args:
         return "ptx", "ptx"
     args[1]["cubin"] = lambda text, metadata: text.encode()
@@ -207,9 +204,7 @@ def driven(active: Driver) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _settings(tf32: bool) -> Iterator[None]:
-    """Context with products in TF32 or not, in which new tensors hold NaN, so that results that
-    nobody wrote show.
-    """
+    """Context with products in TF32 or not; new tensors hold NaN, so that unwritten ones show."""
     products = torch.backends.cuda.matmul
     precision, products.fp32_precision = products.fp32_precision, "tf32" if tf32 else "ieee"
     before = (

@@ -238,9 +238,7 @@ def _shuffle(i, match, code):
 
 @instruction(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16", 2)
 def _matrix(i, match, code):
-    """A lane holds a word of each matrix; the first 8 lanes pass the addresses of the rows of the
-    first one, and so on.
-    """
+    """A lane holds a word of each matrix; the first 8 pass the rows of the first, and so on."""
     count, loads = int(match[2]), match[1] == "ld"
     registers, address = i.operands if loads else i.operands[::-1]
     registers, places = vector(registers, count), reader(address, "u32", code)

@@ -71,9 +71,7 @@ class Code:
 
 
 def _target(instruction: Instruction, kernel: Kernel) -> int | str | None:
-    """Returns where a branch goes, "ret", "bar", or None for an instruction that is no control
-    flow.
-    """
+    """Returns where a branch goes, "ret", "bar", or None for other instructions."""
     if instruction.opcode in ("bra", "bra.uni"):
         return kernel.labels[instruction.operands[0].name]
     return {"ret": "ret", "bar.sync": "bar"}.get(instruction.opcode)

@@ -61,9 +61,7 @@ class Access:
 
 
 def _several(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns the shadow words of several readers with no barrier between them: of no lane, and
-    perhaps of no warp and of no program.
-    """
+    """Returns the shadow words of several readers: of no lane, perhaps no warp, no program."""
     word, difference = np.maximum(a, b) | NO_LANE, a ^ b
     word = np.where(difference & _WARP != 0, word | NO_THREAD, word)
     return np.where(difference >> PROGRAM_SHIFT != 0, word | NO_PROGRAM, word)

@@ -26,14 +26,11 @@ def noisy(kernel: Kernel) -> Kernel:
 
 
 def _with_noise(function: Callable, least: float) -> Callable:
-    """Returns a function with errors relative to the result, or to `least`.
-
-    Equal results have equal errors, since the hardware's functions are deterministic. At 0 they
-    have none: the PTX ISA says so of ex2.
-    """
+    """Returns a function with errors relative to the result, or to `least`; none at 0, as ex2's."""
 
     def run(*sources: np.ndarray) -> np.ndarray:
         exact = np.asarray(function(*sources), np.float32)
+        # equal results have equal errors, as in hardware
         hashed = exact.view(np.uint32) * np.uint32(2654435761)
         noise = (hashed / 2.0**31 - 1) * 2.0**-22
         size = np.maximum(np.abs(exact, dtype=np.float64), least)

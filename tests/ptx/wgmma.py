@@ -91,9 +91,7 @@ def check_fences(kernel: Kernel) -> None:
 
 
 def _registers(product: Instruction) -> frozenset[Register]:
-    """Returns the registers that a product uses while it is in flight: its sums, and a left matrix
-    in registers.
-    """
+    """Returns the registers of a product in flight: its sums, and a left matrix in registers."""
     return frozenset(
         registers(tuple(each for each in product.operands[:2] if isinstance(each, Vector)))
     )
@@ -136,9 +134,7 @@ def _chunks(
 def _matrix(
     batch: Batch, access: Access, at: np.ndarray, kind: str, transposed: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Loads a matrix [groups, rows, K] at chunks [groups, ...]; also returns the granules that were
-    read.
-    """
+    """Loads a matrix [groups, rows, K] at chunks [groups, ...]; also returns the granules read."""
     shared, groups = batch.memory["shared"], len(at)
     lane_of_chunk = np.repeat(np.arange(groups) * GROUP, at[0].size)  # the first lane of its group
     per_chunk, places, good = shared.checked(access.of(lane_of_chunk), at.ravel(), 16)
@@ -157,9 +153,7 @@ def _matrix(
 
 
 def _check_proxy(batch: Batch, access: Access, writers: np.ndarray) -> None:
-    """Reports what was written before a barrier, but with no fence.proxy.async of the writer or the
-    reader after it.
-    """
+    """Reports what was written before a barrier with no fence.proxy.async of either side since."""
     time = (writers & FUTURE) >> THREAD_BITS
     warps = batch.launch.threads // 32
     program = batch.program_of[access.lanes][:, None]

@@ -99,9 +99,7 @@ def check_blocks(subject: str, launch: Any, stand: Stand, view: Tensor) -> None:
 
 
 def _dimensions(view: Tensor) -> list[tuple[int, int]]:
-    """Returns (stride in bytes, size) of the dimensions with several elements, the largest stride
-    first.
-    """
+    """Returns (stride in bytes, size) of dimensions with several elements, by falling stride."""
     dimensions = [(step * view.itemsize, size) for step, size in zip(view.stride(), view.shape)]
     return sorted([each for each in dimensions if each[1] > 1], reverse=True)
 

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from ptx.capture import Started
 from simplclip.calls.similarity import RowStat  # ColumnStat's numbers are those of the first
-from simplclip.kernels.similarity import statistics
+from simplclip.kernels.similarity import statistics as kernels
 from support.ops import plain
 from support.ops.plain import rounded_to_tf32
 
 ERROR = 1e-5  # of float32 sums
-STUDENT = statistics.STUDENT.value
-TEACHER = statistics.TEACHER.value
-UNMATCHED = statistics.UNMATCHED.value
-Results = dict[str, tuple]
+STUDENT = kernels.STUDENT.value
+TEACHER = kernels.TEACHER.value
+UNMATCHED = kernels.UNMATCHED.value
+Results = dict[str, tuple[Tensor, ...]]
 # Arguments of which the results are sums over programs or parts, and no views.
 SUMMED = ("row_parts", "column_parts", "sums")
 
@@ -72,9 +72,7 @@ def _mean(lse: Tensor, total: Tensor, values: Tensor, axis: int) -> Tensor:
 
 
 def _merged(parts: Tensor, has_teacher: bool, before: Tensor | None = None) -> dict[int, Tensor]:
-    """Returns the statistics of parts [parts, slots, size], and of those before, by their
-    numbers.
-    """
+    """Returns the statistics of parts [parts, slots, size], and of those before, by number."""
     parts, merged = parts.double(), {}
     slots = {STUDENT: RowStat.LSE_STUDENT}
     if has_teacher:
@@ -93,7 +91,8 @@ def _merged(parts: Tensor, has_teacher: bool, before: Tensor | None = None) -> d
 
 
 def statistics(started: Started) -> Results:
-    a, results = started.arguments, {}
+    a = started.arguments
+    results: Results = {}
     rows = slice(a["first_row"], a["first_row"] + a["row_count"])
     m = Matrix(a, rows, slice(None))
     logits = m.logits(m.similarity, a["scale"])
@@ -143,10 +142,7 @@ def _stored(a: dict[str, Any], g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sums(started: Started, *terms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns what the programs added to their sums, and the sums of terms.
-
-    The size is that of the terms.
-    """
+    """Returns what the programs added to their sums, the sums of terms, and their size."""
     differences = started.arguments["sums"].double() - started.before["sums"].double()
     added = differences.sum(0)[: len(terms)]
     return added, torch.stack([t.sum() for t in terms]), torch.stack([t.abs().sum() for t in terms])
@@ -370,7 +366,7 @@ def compare(started: Started) -> dict[str, float]:
 def check(started: Started) -> float:
     """Returns the largest error, in parts of what is allowed."""
     errors = compare(started)
-    worst = max(errors, key=errors.get)
+    worst = max(errors, key=errors.__getitem__)
     assert errors[worst] <= 1, (
         f"{started.name}: {worst}: the error is {errors[worst]:.3g} times what is allowed"
     )

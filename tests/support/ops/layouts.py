@@ -10,10 +10,7 @@ from torch import Tensor
 
 
 def _around(t: Tensor, *shape: int) -> Tensor:
-    """Returns memory around a view.
-
-    It holds what a kernel must not read: NaN, or for integers a number that no call uses.
-    """
+    """Returns memory that a kernel must not read: of NaN, or of a number that no call uses."""
     return t.new_full(shape, torch.nan if t.is_floating_point() else 987_654_321)
 
 

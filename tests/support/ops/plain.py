@@ -50,9 +50,7 @@ def similarity_loss(
     logits = logit_scale * similarity
 
     def both_sides(distance: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
-        """Returns a distance of the rows of some matrices; if symmetric its mean with that of the
-        columns.
-        """
+        """Returns a distance of matrices' rows; if symmetric, its mean with that of the columns."""
         matrices = [matrix.masked_fill(~(positive | negative), -torch.inf) for matrix in matrices]
         loss = distance(positive, *matrices)
         if not symmetric:

@@ -104,10 +104,7 @@ def _run(command: list[str], environment: dict[str, str], out: int, err: int) ->
 
 
 def _wait(children: list[int], timeout: float) -> int:
-    """Waits for processes, and returns 0 if all end well.
-
-    An error of one, or the end of the time, ends the others.
-    """
+    """Returns 0 if all processes end well; an error, or the end of the time, ends the others."""
     codes, deadline = {}, time.monotonic() + timeout
     while len(codes) < len(children):
         running = [child for child in children if child not in codes]
