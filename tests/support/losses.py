@@ -18,17 +18,16 @@ def loss_inputs(
     width: int = 16,
     teacher_width: int | None = None,
     dtype: torch.dtype = torch.float64,
+    m: int | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Returns the student's features, scale and bias as leaves, and the teacher's features and
-    scale, for a loss module.
+    scale, for a loss module of n images and m texts, by default as many.
     """
-    call = similarity_call(
-        n, n, terms=("relational",), teacher_width=teacher_width, scale=14.0, width=width
-    )
+    shape = {"teacher_width": teacher_width, "width": width}
+    call = similarity_call(n, m or n, terms=("relational",), scale=14.0, bias=-3.0, **shape)
     tensors = call.typed(dtype)
     teacher = [tensors.pop(name) for name in TEACHER]
-    student = [*tensors.values(), torch.tensor(-3.0, dtype=tensors["logit_scale"].dtype)]
-    return [t.requires_grad_() for t in student], teacher
+    return [t.requires_grad_() for t in tensors.values()], teacher
 
 
 def focal(logits: Tensor, positives: Tensor) -> Tensor:
@@ -54,22 +53,10 @@ class Tempered(nn.Module):
 
 
 def batch(
-    n: int = N, m: int = N, dtype: torch.dtype = torch.float64, width: int = D, seed: int = 0
+    n: int = N, m: int = N, dtype: torch.dtype = torch.float64, width: int = D
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns image, text, logit_scale, logit_bias as leaves; then a teacher's features and
-    scale.
-    """
-    g = torch.Generator().manual_seed(seed)
-    image, text = (torch.randn(rows, width, generator=g, dtype=torch.float64) for rows in (n, m))
-    text[:n] += image
-    teacher = [
-        F.normalize(t + 0.5 * torch.randn(t.shape, generator=g), dim=1).to(dtype)
-        for t in (image, text)
-    ]
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    scale, bias, teacher_scale = (torch.tensor(value, dtype=wide) for value in (12.0, -0.5, 9.0))
-    leaves = [F.normalize(image, dim=1).to(dtype), F.normalize(text, dim=1).to(dtype), scale, bias]
-    return [t.requires_grad_() for t in leaves], [*teacher, teacher_scale]
+    """Returns the inputs of a loss of rows: n images and m texts; see `loss_inputs`."""
+    return loss_inputs(n, width, dtype=dtype, m=m)
 
 
 def dense(
