@@ -150,22 +150,16 @@ def test_the_model_card_has_counts_figures_and_the_lines_that_load_it(tiny, tmp_
     text = (out / "README.md").read_text("utf-8")
     size = f"{sum(p.numel() for p in tiny.model.parameters()):,} parameters"
     for words in (
-        *(
-            "# siclip-tiny\n",
-            size,
-            "841 images, 7 steps of 256 images with captions",
-            "# license: to be chosen by you",
-            "library_name: open_clip",
-        ),
-        *(
-            "| held | image to text | 6.2% (0.1%) | 31.2% (0.5%) | 62.5% (1.0%) |",
-            "| held | text to image | 6.2% (0.1%) |",
-        ),
-        *(
-            "    register_models()\n",
-            f'    encoder = simplclip.load("{out}")',
-            "To load it in open_clip, with simplclip installed:",
-        ),
+        "# siclip-tiny\n",
+        size,
+        "841 images, 7 steps of 256 images with captions",
+        "# license: to be chosen by you",
+        "library_name: open_clip",
+        "| held | image to text | 6.2% (0.1%) | 31.2% (0.5%) | 62.5% (1.0%) |",
+        "| held | text to image | 6.2% (0.1%) |",
+        "    register_models()\n",
+        f'    encoder = simplclip.load("{out}")',
+        "To load it in open_clip, with simplclip installed:",
     ):
         assert words in text, words
     assert text.startswith("---\n")

@@ -1,24 +1,28 @@
 """What tests share, by subject. tests/ is on the path: `from support.train import tiny`.
 
+Calls of ops (similarity_call, ...) and the tolerance rule are in simplclip/selftest/, for
+users' machines and for tests. A test imports no other test.
+
 paths                where the repository is, and what other processes need on their path
 devices              backends, dtypes, marks for what a machine lacks
 programs             runs commands, scripts of examples/ and blocks of docs/; kills processes
 losses               inputs of loss modules, losses of rows
 evaluation           indices of held-out data with chosen features
 drawings             checks what a picture draws: texts and boxes that do not overlap
-ops/calls            a call of an op as data, with inputs in float64; calls of several tiles
+ops/calls            calls of more tiles than selftest's; a record of the calls that others make
 ops/small_calls      a small call of each op and loss module
 ops/random_calls     calls of random shapes, dtypes, layouts and options, each made from its number
 ops/predicted_calls  calls whose memory and kernels are predicted on fake tensors
 ops/plain            the definition of each op in plain torch
-ops/compare          runs a call, and compares results and gradients with the definition
+ops/compare          compares a call's results and gradients with the definition, by selftest's rule
 ops/layouts          views in other memory layouts
 ops/torch_attention  stand-ins for torch's attention functions on a GPU
 kernels/calls        calls that the Triton kernels serve
 kernels/launches     what each launch of a Triton kernel must write
 kernels/mutants      kernels with one wrong instruction
-kernels/grids           whether the programs of a launch write each element once, at large sizes
-kernels/cuda_attention  the CUDA C++ kernels as a backend on a CPU
+kernels/few_lines    runs a few lines of PTX
+kernels/grids        whether the programs of a launch write each element once, at large sizes
+kernels/cuda_attention the CUDA C++ kernels as a backend on a CPU
 kernels/on_gpus      a program: calls on one of two GPUs while the other is current
 data/pairs           shards of small pictures and captions, and loaders of them
 data/photos          pictures that compress like photographs

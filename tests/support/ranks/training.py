@@ -30,6 +30,7 @@ from torch import Tensor
 from simplclip import data
 from simplclip.models.crop import TextCrop
 from simplclip.train import evaluate, log, loop
+from simplclip.train.config import Config
 from simplclip.train.config import load as load_config
 
 
@@ -67,7 +68,7 @@ class Parts:
 Loader, write_curves = data.Loader, log.write_curves
 
 
-def observed(config: Any, fault: list | None = None, **options: Any) -> dict:
+def observed(config: Config, fault: list | None = None, **options: Any) -> dict:
     """Runs a config, and returns for this rank: the groups of each step's pairs, the numbers of
     texts in micro-batches, the weights at the end, the seed of torch's generator, and the error.
     """
