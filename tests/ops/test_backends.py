@@ -1,4 +1,6 @@
+import importlib
 import json
+import pkgutil
 import re
 from types import SimpleNamespace
 
@@ -6,6 +8,7 @@ import pytest
 import torch
 
 import simplclip
+from simplclip import ops
 from simplclip.commands.doctor import render
 from simplclip.common import hardware
 from simplclip.ops import backends, registry, similarity_loss
@@ -53,9 +56,26 @@ def test_forcing_is_scoped_and_named():
 
 
 def test_every_op_can_be_forced_by_name():
-    ops = {backends.public_name(op) for op in backends.TABLE}
-    with simplclip.backend(**dict.fromkeys(ops, "reference")):
-        assert {backends.forced_for(op, backends.forced()) for op in ops} == {"reference"}
+    names = {backends.public_name(op) for op in backends.TABLE}
+    with simplclip.backend(**dict.fromkeys(names, "reference")):
+        assert {backends.forced_for(op, backends.forced()) for op in names} == {"reference"}
+
+
+def test_every_class_of_a_backend_is_listed():
+    """In BACKENDS of its op; and its methods have the names of ops."""
+    for module in pkgutil.walk_packages(ops.__path__, "simplclip.ops."):
+        importlib.import_module(module.name)
+    classes, bases = set(), [backends.Backend]
+    while bases:
+        base = bases.pop()
+        bases += base.__subclasses__()
+        if not base.__subclasses__() and base.__module__.startswith("simplclip.ops."):
+            classes.add(base)
+    assert classes == {backend for row in backends.TABLE.values() for backend in row.values()}
+    inherited = {"why_not", "name", "attention", "attention_backward"}
+    for backend in classes:
+        own = {name for name in vars(backend) if not name.startswith("_")}
+        assert own <= inherited | set(backends.TABLE), backend
 
 
 def test_a_backend_forced_for_all_ops_spares_parts_that_lack_it():
