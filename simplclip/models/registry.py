@@ -169,6 +169,8 @@ def tokenizer(name: str, context_length: int | None = None) -> Tokenizer:
     """
     spec = spec_of(name)
     length = context_length or spec.config["text_cfg"].get("context_length", 77)
+    if name not in _SPECS:  # open_clip may learn another model of this name
+        return spec.tokenizer(context_length=length)
     return copy.copy(_made_tokenizer(spec.tokenizer, length))
 
 
