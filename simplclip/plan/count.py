@@ -328,25 +328,24 @@ class Counter(TorchDispatchMode):
         spec: str,
         facts: backends.Facts,
         part: bool,
-    ) -> Any:
-        """Selects a backend by `select`, that of ops.backends.
+    ) -> type[backends.Backend]:
+        """Selects a backend by `select`, that of ops.backends, and returns it observed.
 
-        If it is neither C++ nor the reference, its function counts what it allocates as workspace,
-        and the first such backend stands for all that can run the call: another library's attention
-        needs the same memory as torch's, but does not run on fake tensors.
+        What it allocates counts as workspace, unless it is C++ or the reference. Of those that are
+        neither, the first stands for all that can run the call: another library's attention needs
+        the same memory as torch's, but does not run on fake tensors.
         """
-        chosen = select(op, device, dtype, spec, facts, part=part)
         in_python = [
             backend
-            for backend in backends.TABLE[op].values()
-            if backend is not backends.TABLE[op]["reference"]
-            and not hasattr(torch.ops.simplclip, f"{op}_{backend.name}")
+            for name, backend in backends.TABLE[op].items()
+            if name != "reference" and not hasattr(torch.ops.simplclip, f"{op}_{name}")
         ]
-        if chosen not in in_python:
-            return chosen
-        able = (backend for backend in in_python if not backend.why_not(device, dtype, facts))
-        function = getattr(next(able, chosen), op)
-        return SimpleNamespace(**{op: partial(self._run_in_workspace, function)})
+        backend = select(op, device, dtype, spec, facts, part=part)
+        if backend not in in_python:
+            return backend
+        backend = next(b for b in in_python if b.why_not(device, dtype, facts) is None)
+        run = staticmethod(partial(self._run_in_workspace, getattr(backend, op)))
+        return type(backend.__name__, (backend,), {op: run})
 
     def _run_in_workspace(self, function: Callable, call: Any) -> Any:
         """Runs a backend's function; all that it allocates, but its results, is workspace."""
