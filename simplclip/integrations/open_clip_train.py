@@ -49,6 +49,11 @@ class Option(NamedTuple):
         """The option as it is written: --pm-weight."""
         return f"--{self.name.replace('_', '-')}"
 
+    @property
+    def default_text(self) -> str:
+        """The default as texts show it: 0, scalar."""
+        return str(self.default).removesuffix(".0")
+
 
 def _options() -> Iterator[Option]:
     """Yields the options of each term's weight and choice; open_clip has the base's."""
@@ -90,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
             type=_weight if option.argument == option.term.weight else str,
             choices=None if option.argument == option.term.weight else choices(option.argument),
             default=option.default,
-            help=f"{option.help} (default: {option.default})",
+            help=f"{option.help} (default: {option.default_text})",
         )
     ours.add_argument(
         "--crop-texts",
@@ -257,8 +262,8 @@ def _check(
             why = "expected a teacher (--distill-model and --distill-pretrained), got none"
         elif term.needs_plane and not distilled and "coca" in args.model.lower():
             why = (
-                f"expected {option.default}, since CoCa's loss has no pair matching, got --model "
-                f"{args.model}"
+                f"expected {option.default_text}, since CoCa's loss has no pair matching, got "
+                f"--model {args.model}"
             )
         elif option.argument == term.weight:
             continue
