@@ -17,11 +17,10 @@ equal on all ranks, and checkpoints have it.
 import argparse
 import contextlib
 import functools
-import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
@@ -106,10 +105,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _weight(text: str) -> float:
-    """Returns an option's text as a weight; ArgumentTypeError below 0 or if not finite.
-
-    Raises ValueError, which argparse reports too, if it is no number.
-    """
+    """Returns an option's text as a weight; argparse reports errors."""
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a weight of 0 or more, got {text}")
@@ -140,7 +136,7 @@ def main(argv: list[str] | None = None) -> Any:
     ours = parser()
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        trainer = importlib.import_module("open_clip_train.main")
+        import open_clip_train.main as trainer
     except ModuleNotFoundError as error:
         ours.error(f"open_clip's trainer does not load: {error}; pip install 'simplclip[openclip]'")
     if not hasattr(trainer, "create_loss"):
@@ -165,23 +161,14 @@ def main(argv: list[str] | None = None) -> Any:
 
 def _replacements(
     options: argparse.Namespace, args: argparse.Namespace, trainer: ModuleType
-) -> dict[str, Callable[..., Any]]:
-    """Returns functions for names in open_clip_train.main: name -> function; replaces nothing.
-
-    They are create_model_and_transforms, which also makes the loss and crops texts if asked, and
-    create_loss, which returns that loss. options: of `parser`; args: of the trainer; trainer: the
-    module open_clip_train.main.
-    """
+) -> dict[str, Any]:
+    """Returns what replaces names of `trainer`; making the first model also makes the loss."""
     create_model = trainer.create_model_and_transforms
     create_loss = trainer.create_loss
     losses_made: list[nn.Module] = []  # at most one
 
     def create_model_and_transforms(*arguments: Any, **keywords: Any) -> tuple:
-        """Returns model and transforms as open_clip's function does, and takes its arguments.
-
-        The first call makes the loss, and makes it a part of the model if it learns. With
-        --crop-texts the model's texts are cropped.
-        """
+        """Returns what open_clip's function does; the first call also makes the loss."""
         model, *transforms = create_model(*arguments, **keywords)
         if options.crop_texts:
             if args.torchcompile or args.ddp_static_graph:
@@ -202,11 +189,7 @@ def _replacements(
 
 
 def _attach(loss: nn.Module, model: nn.Module, args: argparse.Namespace) -> None:
-    """Sets a loss that has parameters as the model's submodule `simplclip_loss`.
-
-    Hooks divide its gradients by args.accum_freq. The model has no wrapper and no optimizer yet. A
-    loss without parameters changes nothing. Raises InputError with --fsdp.
-    """
+    """Sets a loss that has parameters as the submodule of a model without wrapper and optimizer."""
     learned = list(loss.parameters())
     if not learned:
         return
@@ -222,13 +205,10 @@ def _attach(loss: nn.Module, model: nn.Module, args: argparse.Namespace) -> None
 
 
 def _shards_of_webdataset_1() -> contextlib.AbstractContextManager:
-    """Returns a context in which open_clip, made for webdataset 0.2.86, reads shards by 1.0.
+    """Returns a context in which open_clip, made for webdataset 0.2.86, reads shards by 1.0."""
+    # which ends each shard with an empty sample: open_clip would raise KeyError: 'fname'
+    import open_clip_train.data as data
 
-    It replaces a global name of open_clip_train.data meanwhile; with the old webdataset nothing.
-    webdataset 1.0 ends each shard with an empty sample, on which open_clip would raise KeyError:
-    'fname'.
-    """
-    data = importlib.import_module("open_clip_train.data")
     expander = getattr(data, "tar_file_expander", None)
     if expander is None or "eof_value" not in inspect.signature(expander).parameters:
         return contextlib.nullcontext()
@@ -238,11 +218,7 @@ def _shards_of_webdataset_1() -> contextlib.AbstractContextManager:
 def _check(
     ours: argparse.ArgumentParser, options: argparse.Namespace, args: argparse.Namespace
 ) -> None:
-    """Exits as argparse does for options that do not go together, or would be ignored silently.
-
-    ours: the parser, with its defaults and `error`. options: what it parsed. args: what the
-    trainer's parser returned.
-    """
+    """Exits as argparse does for options that do not go together, or would be ignored silently."""
     # the same test as in open_clip
     distilled = args.distill_model is not None and args.distill_pretrained is not None
     if distilled and args.siglip:
@@ -276,9 +252,7 @@ def _check(
         ours.error(f"{option.flag}: {why}")
 
 
-def replacement(
-    options: argparse.Namespace, args: argparse.Namespace, loss: nn.Module | None
-) -> nn.Module:
+def replacement(options: argparse.Namespace, args: argparse.Namespace, loss: Any) -> nn.Module:
     """Returns this library's loss with the settings of `loss`, open_clip's, on args.device.
 
     options: of `parser`; args: of open_clip's trainer. Raises InputError for a loss that has no
@@ -289,10 +263,11 @@ def replacement(
     shared: dict[str, Any] = {
         name: getattr(loss, name, None) for name in ("cache_labels", "rank", "world_size")
     }
-    gather = {
+    gather: dict[str, Any] = {
         name: getattr(loss, name, False)
         for name in ("local_loss", "gather_with_grad", "use_horovod")
     }
+    ours: nn.Module
     given = {
         option.argument: getattr(options, option.name)
         for option in OPTIONS
@@ -313,7 +288,10 @@ def replacement(
     elif type(loss) is originals.ClipLoss:
         ours = losses.ClipPMLoss(**shared, **gather, **given, embed_dim=_width(args.model))
     elif type(loss) is originals.DistillClipLoss:
-        widths = {"embed_dim": _width(args.model), "teacher_dim": _width(args.distill_model)}
+        widths: dict[str, Any] = {
+            "embed_dim": _width(args.model),
+            "teacher_dim": _width(args.distill_model),
+        }
         ours = losses.WIKDLoss(**shared, **gather, **given, **widths)
     else:
         raise InputError(
@@ -356,11 +334,7 @@ class OneSweepSigLipLoss(losses.SigLipLoss):
 
 
 def _width(model: str) -> int | None:
-    """Returns the embedding width D of a model by its name, as open_clip's config says.
-
-    None for a model without a config. open_clip downloads the config of hf-hub:NAME, and reads that
-    of local-dir:PATH, for which it raises FileNotFoundError.
-    """
+    """Returns the embedding width D of a model as open_clip's config says; None without one."""
     import open_clip
 
     if ":" not in model:

@@ -77,7 +77,7 @@ class Beginning:
             if forward is None:
                 del module.forward
             else:
-                module.forward = forward  # type: ignore[method-assign]
+                module.forward = forward
 
 
 def _forward(

@@ -94,13 +94,14 @@ def _evaluate(
         for name, split in splits.items():
             index = evaluation.encode(towers, split, workers=state.config.data.workers)
             log.print_skipped(name, index)
-            retrieval, loss = ranks.on_first(_figures, state, index)
-            if retrieval:
+            loss = ranks.on_first(_loss, state, index)
+            retrieval = ranks.on_first(index.retrieval, state.device)
+            if retrieval and loss is not None:
                 for direction, figures in retrieval.directions.items():
                     log.write_evaluation(name, direction, figures, loss)
                     recalls.append(figures["R@1"].value)
             ranks.on_first(log.write_sheet, name, index)
-            if retrieval:
+            if loss is not None:
                 size = min(len(index), state.config.data.batch_size)
                 log.print(f"evaluation {name} loss: {loss:.3f}, in batches of {size}")
         if recalls:
@@ -111,12 +112,9 @@ def _evaluate(
         ranks.on_first(log.end_evaluation)
 
 
-def _figures(
-    state: State, index: evaluation.Index
-) -> tuple[evaluation.Retrieval | None, float | None]:
-    """Returns R@k and the loss of a split; (None, None) for one without captions."""
+def _loss(state: State, index: evaluation.Index) -> float | None:
+    """Returns the loss of a split; None for one without captions."""
     scale, bias = state.model.logit_scale.detach().exp().cpu(), state.logit_bias
     if bias is not None:
         bias = bias.detach().cpu()
-    loss = index.loss(state.config.data.batch_size, scale, bias)
-    return index.retrieval(state.device), loss
+    return index.loss(state.config.data.batch_size, scale, bias)

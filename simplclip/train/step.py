@@ -134,20 +134,22 @@ def compute_losses(
 
     image, text: features [N, D] and [N k, D] of all batches, with k captions of each image.
     """
-    teacher = _teacher_features(state, batches) if state.teacher else []
+    teacher = []
+    if state.teacher:
+        teacher = _teacher_features(state, state.teacher["width"], batches)
     groups = _groups(state, batches)
     with hardware.autocast(state.precision, state.device):
         scale, bias = average_gradient(state.model.logit_scale), average_gradient(state.logit_bias)
         return state.objective(state.step, image, text, scale.exp(), bias, groups, *teacher)
 
 
-def _teacher_features(state: State, batches: list[Batch]) -> list[Tensor]:
+def _teacher_features(state: State, expected: int, batches: list[Batch]) -> list[Tensor]:
     """Returns the teacher's features: of images [N, D̂] and of texts [N k, D̂]."""
     features = []
     for name in ("teacher_image", "teacher_text"):
         rows = torch.cat([batch[name] for batch in batches]).flatten(0, -2)
         features.append(rows.to(state.device, non_blocking=True))
-    width, expected = features[0].shape[1], state.teacher["width"]
+    width = features[0].shape[1]
     if width != expected:
         raise InputError(
             f"data.sidecars: expected features of width {expected}, as their meta.json says, got "
