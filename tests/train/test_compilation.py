@@ -39,7 +39,7 @@ def decision(folder):
 
 @pytest.mark.slow
 def test_a_resumed_run_stays_compiled(tmp_path, monkeypatch, on_gpu):
-    text = check_resumed(tmp_path, monkeypatch, 4, ["data.micro_batch=4"])
+    text = check_resumed(tmp_path, monkeypatch, 4, [])
     assert "compile    the towers" in text
     # of the whole run and of both parts, the resumed one from its start
     assert on_gpu.call_count == 3 * 2

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+from unittest import mock
 
 import open_clip
 import pytest
@@ -27,15 +28,32 @@ from support.programs import call, forked, one_line
 from support.train import tiny
 from support.train.runs import at_step, bits, check_ends_as, check_resumed, go, rows, state_of
 
-HELD = ("eval.hold_out=0.4", "eval.every=3", "optim.ema=0.5")
+HELD = ("eval.hold_out=0.4", "eval.every=3", "optim.ema=0.5", "run.save_every=3")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Writes a shard, and a run in `whole` that evaluates what it holds out."""
+    """Writes a shard, a run in `whole` that evaluates what it holds out, and what it printed."""
     folder = tmp_path_factory.mktemp("held")
-    go(tiny.settings(folder, *HELD, f"run.out={folder / 'whole'}"))
+    written = []
+    original = checkpoint.save
+
+    def save(out, contents, name="last.pt"):
+        if name == "last.pt":
+            written.append((contents["step"], contents["evaluated"]))
+        original(out, contents, name)
+
+    with mock.patch.object(checkpoint, "save", save):
+        text = go(tiny.settings(folder, *HELD, f"run.out={folder / 'whole'}"))
+    assert written == [(3, 0), (3, 3), (6, 3), (6, 6), (7, 6), (7, 7)]  # around each evaluation
+    (folder / "printed").write_text(text)
     return folder
+
+
+@pytest.fixture
+def no_sheets(monkeypatch):
+    """Leaves out the sheets of `simplclip evaluate`, which take long."""
+    monkeypatch.setattr("simplclip.evaluation.run._draw", lambda *_: None)
 
 
 def held_keys(run):
@@ -48,35 +66,29 @@ def held_keys(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stop", "changes"),
-    [
-        (4, []),
-        pytest.param(
-            3,
-            ["data.workers=2", "optim.ema=0.8", "run.precision=bf16"],
-            marks=pytest.mark.prove,
-        ),
-    ],
-)
-def test_resuming_with_held_out_samples_is_bit_for_bit(tmp_path, monkeypatch, stop, changes):
-    text = check_resumed(tmp_path, monkeypatch, stop, [*HELD, *changes])
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    held = len(held_keys(parts))
+def test_a_run_says_what_it_holds_out(undisturbed):
+    text, held = (undisturbed / "printed").read_text(), len(held_keys(undisturbed / "whole"))
     assert 4 <= held <= 16
     assert re.search(rf"^data       {24 - held} images, 1 caption drawn of each; ", text, re.M)
     assert (
         f"held out   {held} images, eval.hold_out=0.4 of all; 0 of their {held} captions stand "
         "verbatim in training"
     ) in text
-    evaluated = rows(whole, "evaluation.csv")
-    assert evaluated == rows(parts, "evaluation.csv")
+    evaluated = rows(undisturbed / "whole", "evaluation.csv")
     assert {row["split"] for row in evaluated} == {"held_out"}
+
+
+@pytest.mark.prove
+def test_resuming_with_held_out_samples_and_workers_is_bit_for_bit(tmp_path, monkeypatch):
+    changes = [*HELD, "data.workers=2", "optim.ema=0.8", "run.precision=bf16"]
+    check_resumed(tmp_path, monkeypatch, 3, changes)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert rows(whole, "evaluation.csv") == rows(parts, "evaluation.csv")
     assert bits(state_of(whole, "best.pt")) == bits(state_of(parts, "best.pt"))
 
 
 @pytest.mark.slow
-def test_what_is_held_out_stays_so_and_is_evaluated(tmp_path):
+def test_what_is_held_out_stays_so_and_is_evaluated(tmp_path, request):
     # eval.every=0: for `evaluate` alone
     go(tiny.settings(tmp_path, "eval.hold_out=0.4", "run.steps=2"))
     with pytest.raises(ConfigError, match="other settings: eval.hold_out was 0.4, now 0.2"):
@@ -99,6 +111,7 @@ def test_what_is_held_out_stays_so_and_is_evaluated(tmp_path):
         )
     )
     (tmp_path / "packed").rename(tmp_path / "moved")
+    request.getfixturevalue("no_sheets")
     assert "wrote" in output("evaluate", tmp_path / "moved", "--device", "cpu", "--workers", 0), (
         "its shards lie in it"
     )
@@ -148,7 +161,7 @@ SMALL = {
 
 
 @pytest.mark.slow
-def test_best_weights_in_plain_open_clip_have_the_figures_of_the_log(tmp_path):
+def test_best_weights_in_plain_open_clip_have_the_figures_of_the_log(tmp_path, no_sheets):
     """Averaged weights of an open_clip model, which need no simplclip to load; the high rate makes
     it worse at the end.
     """
@@ -253,7 +266,7 @@ def test_a_signal_leaves_out_the_evaluation_that_is_due(tmp_path, monkeypatch, u
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [3, 7])
+@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.prove), 7])
 def test_a_signal_ends_an_evaluation_after_the_running_batch(
     tmp_path, monkeypatch, undisturbed, step
 ):
@@ -283,23 +296,8 @@ def test_a_signal_ends_an_evaluation_after_the_running_batch(
 
 
 @pytest.mark.slow
-def test_an_evaluation_writes_last_pt_once_before_and_once_after(tmp_path, monkeypatch):
-    written = []
-    original = checkpoint.save
-
-    def save(folder, contents, name="last.pt"):
-        if name == "last.pt":
-            written.append((contents["step"], contents["evaluated"]))
-        original(folder, contents, name)
-
-    monkeypatch.setattr(checkpoint, "save", save)
-    go(tiny.settings(tmp_path, *HELD, "run.save_every=3"))
-    assert written == [(3, 0), (3, 3), (6, 3), (6, 6), (7, 6), (7, 7)]
-
-
-@pytest.mark.slow
 def test_best_weights_stay_unless_a_better_evaluation_comes(tmp_path, monkeypatch):
-    recalls = {2: 0.25, 4: 0.5, 6: 0.5, 7: 0.125, 8: 0.75}
+    recalls = {1: 0.25, 2: 0.5, 3: 0.5, 4: 0.125, 5: 0.75, 6: 0.125}
     kept = []
     original = checkpoint.Snapshot.keep_best
     monkeypatch.setattr(
@@ -307,38 +305,37 @@ def test_best_weights_stay_unless_a_better_evaluation_comes(tmp_path, monkeypatc
         "keep_best",
         lambda self, _: original(self, recalls[self.state.step]) and kept.append(self.state.step),
     )
-    changes = ["eval.hold_out=0.4", "eval.every=2"]
-    go(tiny.settings(tmp_path, *changes))
+    changes = ["eval.hold_out=0.4", "eval.every=1"]
+    go(tiny.settings(tmp_path, *changes, "run.steps=3"))
     before = digests(tmp_path / "run")["best.pt"]
-    assert kept == [2, 4]
-    go(tiny.settings(tmp_path, *changes, "run.steps=7", "optim.lr=0.1"), resume=True)
+    assert kept == [1, 2]
+    go(tiny.settings(tmp_path, *changes, "run.steps=4", "optim.lr=0.1"), resume=True)
     assert digests(tmp_path / "run")["best.pt"] == before
     other = tiny.write_shard(tmp_path / "other.tar")
-    go(tiny.settings(tmp_path, *changes, "run.steps=8"), resume=True)
-    assert kept == [2, 4, 8]
-    recalls[10] = 0.125
-    go(tiny.settings(tmp_path, *changes, f"eval.splits.other={other}", "run.steps=10"), resume=True)
-    assert kept == [2, 4, 8, 10], "figures of other splits cannot be compared"
+    go(tiny.settings(tmp_path, *changes, "run.steps=5"), resume=True)
+    assert kept == [1, 2, 5]
+    go(tiny.settings(tmp_path, *changes, f"eval.splits.other={other}", "run.steps=6"), resume=True)
+    assert kept == [1, 2, 5, 6], "figures of other splits cannot be compared"
     # by the user, whose file is not replaced
     shutil.copy(tmp_path / "run/last.pt", tmp_path / "run/best.pt")
     with pytest.raises(
         CheckpointError, match="best.pt: expected the best weights as simplclip train writes them"
     ):
         go(
-            tiny.settings(tmp_path, *changes, f"eval.splits.other={other}", "run.steps=12"),
+            tiny.settings(tmp_path, *changes, f"eval.splits.other={other}", "run.steps=7"),
             resume=True,
         )
 
 
 @pytest.mark.slow
 def test_a_damaged_best_pt_is_set_aside_and_its_recall_stays(tmp_path, monkeypatch):
-    recalls = {2: 0.5, 4: 0.25, 6: 0.75}
+    recalls = {1: 0.5, 2: 0.25, 3: 0.75}
     original = checkpoint.Snapshot.keep_best
     monkeypatch.setattr(
         checkpoint.Snapshot, "keep_best", lambda self, _: original(self, recalls[self.state.step])
     )
-    changes = ["eval.hold_out=0.4", "eval.every=2"]
-    go(tiny.settings(tmp_path, *changes, "run.steps=2"))
+    changes = ["eval.hold_out=0.4", "eval.every=1"]
+    go(tiny.settings(tmp_path, *changes, "run.steps=1"))
     best = tmp_path / "run/best.pt"
     content = bytearray(best.read_bytes())
     content[len(content) // 2] ^= 1
@@ -347,21 +344,21 @@ def test_a_damaged_best_pt_is_set_aside_and_its_recall_stays(tmp_path, monkeypat
     with pytest.raises(ConfigError, match="other settings: optim.weight_decay"):
         go(tiny.settings(tmp_path, *changes, "optim.weight_decay=0.5"), resume=True)
     assert digests(tmp_path / "run") == before, "a start that fails"
-    text = go(tiny.settings(tmp_path, *changes, "run.steps=4"), resume=True)
+    text = go(tiny.settings(tmp_path, *changes, "run.steps=2"), resume=True)
     (line,) = [line for line in text.splitlines() if line.startswith("warning")]
     assert f"got {best}: " in line
     assert line.endswith(
-        f"set aside as {best}.damaged. A new best.pt needs a mean R@1 above its 50.0%, of step 2"
+        f"set aside as {best}.damaged. A new best.pt needs a mean R@1 above its 50.0%, of step 1"
     )
     assert (tmp_path / "run/best.pt.damaged").read_bytes() == content
     assert not best.exists()
     assert "\nbest " not in text, "its weights are lost"
-    text = go(tiny.settings(tmp_path, *changes, "run.steps=6"), resume=True)
+    text = go(tiny.settings(tmp_path, *changes, "run.steps=3"), resume=True)
     assert "warning" not in text
-    assert f"best       mean R@1 75.0%, of step 6: {best}" in text
+    assert f"best       mean R@1 75.0%, of step 3: {best}" in text
     # a last.pt of version 0.1.0
     state = torch.load(tmp_path / "run/last.pt", weights_only=True)
-    assert state.pop("best") == {"recall": 0.75, "step": 6}
+    assert state.pop("best") == {"recall": 0.75, "step": 3}
     torch.save(state, tmp_path / "run/last.pt")
     assert checkpoint.read_last(tmp_path / "run", resume=True)["best"]["recall"] == 0.75
     best.unlink()
@@ -369,25 +366,21 @@ def test_a_damaged_best_pt_is_set_aside_and_its_recall_stays(tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_tensorboard_has_each_step_once_and_changes_nothing(tmp_path, monkeypatch):
-    """Killed after a checkpoint and an evaluation that came later; resuming is bit for bit, also of
-    a run without.
-    """
+def test_tensorboard_has_each_step_once_and_changes_nothing(tmp_path, monkeypatch, undisturbed):
+    """Killed after a checkpoint and an evaluation that came later."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    changes = [*HELD, "run.save_every=2"]
-    plain = tiny.settings(tmp_path, *changes, f"run.out={tmp_path / 'plain'}")
-    assert forked(lambda: go(plain)) == 0  # in forks, which have one thread
-    parts = tiny.settings(
-        tmp_path, *changes, "run.tensorboard=true", f"run.out={tmp_path / 'parts'}"
-    )
+    pytest.importorskip("torch.utils.tensorboard")  # imported once, for both forks
+    changes = [*HELD, "run.save_every=2", "run.tensorboard=true"]
+    whole = undisturbed / "whole"
+    parts = tiny.settings(undisturbed, *changes, f"run.out={tmp_path / 'parts'}")
     with monkeypatch.context() as patch:
         at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        assert forked(lambda: go(parts)) == -signal.SIGKILL
+        assert forked(lambda: go(parts)) == -signal.SIGKILL  # in forks, which have one thread
     assert forked(lambda: go(parts, resume=True)) == 0
-    states = [state_of(tmp_path / name) for name in ("plain", "parts")]
+    states = [state_of(run) for run in (whole, tmp_path / "parts")]
     for key in ("model", "optimizer"):
         assert bits(states[0][key]) == bits(states[1][key])
-    assert rows(tmp_path / "plain") == rows(tmp_path / "parts")
+    assert rows(whole) == rows(tmp_path / "parts")
     board = accumulator.EventAccumulator(str(tmp_path / "parts/tensorboard"))
     board.Reload()
     logged = rows(tmp_path / "parts")
@@ -401,9 +394,9 @@ def test_tensorboard_has_each_step_once_and_changes_nothing(tmp_path, monkeypatc
     images = board.Images("evaluation/held_out")
     assert [image.step for image in images] == [3, 6, 7]
     assert Image.open(io.BytesIO(images[0].encoded_image_string)).width == 744
-    assert not (tmp_path / "plain/tensorboard").exists()
+    assert not (whole / "tensorboard").exists()
     monkeypatch.setattr("simplclip.commands.train.find_spec", lambda name: None)
-    line = one_line("train", tmp_path / "config.yaml", "--set", "run.tensorboard=true")
+    line = one_line("train", undisturbed / "config.yaml", "--set", "run.tensorboard=true")
     assert line.endswith(
         "this command needs the package tensorboard: pip install 'simplclip[tensorboard]'"
     )
