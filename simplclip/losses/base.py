@@ -20,11 +20,7 @@ NAMES = Names(*STUDENT, *TEACHER)
 
 
 def checked_weight(name: str, value: float) -> float:
-    """Returns the weight of a term as a float.
-
-    name: the argument's name, for errors. Raises ValueError for a negative or infinite number,
-    TypeError for another type.
-    """
+    """Returns a term's weight as a float; raises an error for no finite number of 0 or more."""
     number = checks.number(name, value)
     if number < 0:
         raise ValueError(f"{name}: expected a weight of 0 or more, got {value!r}")
@@ -32,10 +28,7 @@ def checked_weight(name: str, value: float) -> float:
 
 
 def checked_width(name: str, value: int | None) -> int | None:
-    """Returns the width of features as it is; None, for no width, passes.
-
-    name: the argument's name, for errors. Raises InputError if the width is no integer above 0.
-    """
+    """Returns the width of features, an integer above 0 or None; raises InputError for others."""
     if value is not None:
         check_count(name, value, 1)
     return value
@@ -113,10 +106,7 @@ class DistributedLoss(nn.Module):
         self._same_parameters = False  # whether all ranks have the first rank's parameters
 
     def _group(self) -> Any:
-        """Returns the default process group, which must have this loss's world_size and rank.
-
-        Raises RuntimeError if it has others or does not exist.
-        """
+        """Returns the default process group, which must have this loss's world_size and rank."""
         size: int | str = "no process group"
         if torch.distributed.is_initialized():
             size = torch.distributed.get_world_size()
@@ -130,12 +120,7 @@ class DistributedLoss(nn.Module):
         return torch.distributed.group.WORLD
 
     def _check_and_scale_with_all_ranks(self, pairs: Pairs) -> Pairs:
-        """Returns this rank's pairs, with gradients of features scaled as in open_clip's mode.
-
-        Without local_loss and gather_with_grad backward divides their gradients by world_size. A
-        collective call: it raises ValueError on every rank if shapes or dtypes differ between
-        ranks.
-        """
+        """Returns pairs, gradients scaled as in the mode; a collective that checks shapes."""
         teacher = pairs.teacher
         tensors = dict.fromkeys((*STUDENT, *TEACHER[:2], "ids"))
         tensors |= zip(STUDENT, (pairs.image, pairs.text))
@@ -150,10 +135,7 @@ class DistributedLoss(nn.Module):
         return replace(pairs, image=image, text=distributed.scale_gradient(pairs.text, share))
 
     def _gathered(self, pairs: Pairs, constant: bool = True) -> Pairs:
-        """Returns the pairs of all ranks in the order of ranks, as constants or with gradients.
-
-        Collective calls if world_size > 1; else the pairs are returned as they are.
-        """
+        """Returns the pairs of all ranks in their order, by collective calls."""
         if self.world_size <= 1:
             return pairs
         group = self._group()
@@ -172,9 +154,7 @@ class DistributedLoss(nn.Module):
     def _synchronised_parameters(self, *parameters: Tensor) -> tuple[Tensor, ...]:
         """Returns parameters of the loss; backward averages their gradients over the ranks.
 
-        If world_size > 1, the first call overwrites all parameters of this module by the first
-        rank's, a collective call, as backward is each time. Under torch.compile nothing is
-        overwritten. With one rank the parameters are returned as they are.
+        The first call overwrites them by the first rank's, if not compiled. Both are collective.
         """
         if self.world_size <= 1:
             return parameters
@@ -184,9 +164,5 @@ class DistributedLoss(nn.Module):
         return distributed.average_gradients_over_ranks(parameters, self._group())
 
     def _averaged_over_ranks(self, loss: Tensor) -> Tensor:
-        """Returns the loss [] as open_clip's mode reports it: of this rank, or the mean of all.
-
-        The mean, without local_loss, is a collective call; its gradient reaches this rank's value
-        unchanged.
-        """
+        """Returns the loss [] as the mode reports it: this rank's, or the mean, a collective."""
         return loss if self.local_loss else distributed.mean_over_ranks(loss, self._group())

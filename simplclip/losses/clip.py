@@ -27,11 +27,7 @@ PLANES = choices("plane")
 
 
 def _teacher(values: Any, terms: tuple[str, ...]) -> Teacher | None:
-    """Returns the Teacher of a tuple or list (image, text, scale), or None if no term needs one.
-
-    Raises ValueError if a term needs a teacher and `values` does not have three items; the items
-    are not checked.
-    """
+    """Returns the Teacher of (image, text, scale), not checked; None if no term needs it."""
     if not inputs.needs_teacher(terms):
         return None
     if not isinstance(values, (tuple, list)) or len(values) != 3:
@@ -131,10 +127,7 @@ class SimilarityLoss(DistributedLoss):
     def _values(
         self, pairs: Pairs, terms: tuple[str, ...], weights: Mapping[str, float] | None = None
     ) -> Values:
-        """Returns the terms of pairs as the loss got them, checked. Collective with several ranks.
-
-        Raises ValueError or TypeError for features, ids or a teacher that do not fit.
-        """
+        """Returns terms of pairs as the loss got them, which it checks. Collective with ranks."""
         checks.check_features("image_features", pairs.image, "[N, D]")
         checks.check_features("text_features", pairs.text, "[N, D]")
         if self.embed_dim is not None:
@@ -200,10 +193,7 @@ class SimilarityLoss(DistributedLoss):
         return settings
 
     def _plane(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns weight and bias of the plane, of the width of the features.
-
-        With several ranks the tensors are those of `_synchronised_parameters`.
-        """
+        """Returns weight and bias of the plane, checked, of the width of the features."""
         plane: Any = None
         if self.plane_weight is not None:
             plane = self.plane_weight, self.plane_bias

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Never
 
@@ -14,13 +13,17 @@ from simplclip.losses.base import check_known
 from simplclip.losses.clip import PairLoss
 from simplclip.ops import checks
 
-open_clip_loss: Any
-try:
-    open_clip_loss = importlib.import_module("open_clip.loss")
-except ImportError:
-    names = ("ClipLoss", "CoCaLoss", "SigLipLoss")
-    open_clip_loss = type("NoOpenClip", (), dict.fromkeys(names, object))
 
+def _open_clip_loss() -> Any:
+    """Returns the module open_clip.loss, or where it is missing a class with names of `object`."""
+    try:
+        import open_clip.loss
+    except ImportError:
+        return type("NoOpenClip", (), dict.fromkeys(("ClipLoss", "CoCaLoss", "SigLipLoss"), object))
+    return open_clip.loss
+
+
+open_clip_loss: Any = _open_clip_loss()
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 
 

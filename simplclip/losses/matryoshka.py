@@ -99,10 +99,7 @@ def _check_widths(widths: tuple[int, ...]) -> None:
 
 
 def _unit_prefix(features: Tensor, width: int) -> Tensor:
-    """Returns the first `width` columns [N, width] of features [N, D], normalised, in their dtype.
-
-    They are normalised in float32, or in float64 of float64.
-    """
+    """Returns the first columns [N, width], normalised in float32 or float64, in their dtype."""
     dtype = torch.promote_types(features.dtype, torch.float32)
     prefix = widen(features[:, :width]).to(dtype)
     return F.normalize(prefix, dim=1).to(features.dtype)

@@ -160,12 +160,7 @@ class RowwiseLoss(DistributedLoss):
         return {"rowwise_loss": value} if output_dict else value
 
     def _with_learned_parameters(self) -> Callable[..., Tensor]:
-        """Returns fn as a function whose parameters' gradients backward averages over the ranks.
-
-        As in `_synchronised_parameters`, the first call overwrites the parameters by the first
-        rank's, a collective call. An fn without parameters is returned as it is. Raises TypeError
-        for a parameter of this loss that is not in fn.
-        """
+        """Returns fn with `_synchronised_parameters`, which must be all of this loss."""
         parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
         outside = [name for name in parameters if not name.startswith("fn.")]
         if outside:
@@ -181,12 +176,7 @@ class RowwiseLoss(DistributedLoss):
         return partial(_call, module, dict(zip(names, learned)))
 
     def _mean(self, fn: Callable[..., Tensor], direction: Pairs) -> Any:
-        """Returns the mean [] of fn over the images as rows, with the texts as columns.
-
-        fn: as in the class. direction: this rank's images [N, D] and the texts [M, D] of all ranks,
-        with the teacher's in the same way. Chunks of rows are computed, and again in backward.
-        Raises ValueError for a result of fn that is not [R].
-        """
+        """Returns the mean [] of fn over images as rows, with texts of all ranks as columns."""
         rows = direction.image
         n = len(rows)
         dtype = accumulate_dtype(rows.dtype)
@@ -195,12 +185,7 @@ class RowwiseLoss(DistributedLoss):
         def chunk_sum(
             chunk: Tensor, columns: Tensor, teacher_chunk: Tensor | None, index: Tensor
         ) -> Tensor:
-            """Returns the sum [] of what the loss's `fn` returns for a chunk of R rows.
-
-            chunk: [R, D]. columns: [M, D]. teacher_chunk: the teacher's rows [R, D̂] in the dtype of
-            products, or None, and fn gets no teacher's logits. index: [R], the rows' numbers in the
-            batch of all ranks.
-            """
+            """Returns the sum [] of fn over rows: chunk [R, D], teacher_chunk [R, D̂], index [R]."""
             logits = direction.scale * _product(chunk.to(product_dtype), columns, dtype)
             if direction.bias is not None:
                 logits = logits + direction.bias
@@ -231,8 +216,7 @@ class RowwiseLoss(DistributedLoss):
 def _chunk_sizes(n: int, most: int) -> list[int]:
     """Returns the rows of each chunk of n rows: at most `most`, or 2 _LEAST_ROWS if that is more.
 
-    Each chunk has a row less than the one before, down to half of the most rows, so that matrices
-    fit where those of the chunk before were: an allocator puts small tensors that stay there too.
+    Each has a row less than the one before, so that matrices fit where those of that chunk were.
     """
     most = max(2 * _LEAST_ROWS, most)
     sizes: list[int] = []
@@ -248,10 +232,7 @@ def _product(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype of products of features: bfloat16 or, for others, the dtype of sums.
-
-    float16 would lose small gradients, and digits of a teacher's logits.
-    """
+    """Returns the dtype of products: float16 would lose small gradients, and a teacher's digits."""
     return dtype if dtype == torch.bfloat16 else accumulate_dtype(dtype)
 
 
@@ -264,7 +245,6 @@ def _with_texts(pairs: Pairs, n: int) -> Pairs:
 
 
 def _call(module: nn.Module, parameters: dict[str, Tensor], *args: Tensor) -> Tensor:
-    """Returns module(*args), computed with these parameters, by name, in the place of its own."""
     return torch.func.functional_call(module, parameters, args)
 
 

@@ -183,11 +183,7 @@ class WIKDLoss(SimilarityLoss):
         return Values(total, values)
 
     def _interactive(self, pairs: Pairs) -> Tensor:
-        """Returns the interactive term [], the mean of two directions.
-
-        The rows are this rank's features of the student; the columns are the teacher's features of
-        all ranks, constants, gathered by collective calls.
-        """
+        """Returns the interactive term []: own rows against the teacher's columns, gathered."""
         teacher: Any = pairs.teacher
         if self.interactive == "kl" and teacher.scale is None:
             raise ValueError(
@@ -225,11 +221,7 @@ class WIKDLoss(SimilarityLoss):
         return 0.5 * (image_distance + text_distance)
 
     def _in_teachers_width(self, pairs: Pairs) -> Pairs:
-        """Returns the pairs with the student's features projected, if the loss has projections.
-
-        Projected features are not normalised again. Raises ValueError if the teacher's width is not
-        that of the result. With several ranks as `_synchronised_parameters`.
-        """
+        """Returns the pairs in the teacher's width, by the projections if there are any."""
         teacher: Any = pairs.teacher
         if self.image_projection is None:
             width: Any = pairs.image.shape[1]
@@ -257,10 +249,7 @@ class WIKDLoss(SimilarityLoss):
 
 
 def _projected(features: Tensor, weight: Tensor) -> Tensor:
-    """Returns features [N, D] · weightᵀ [D, D̂] in float32, or in float64 of float64.
-
-    Of a weight [D̂, width] only the first D columns are used.
-    """
+    """Returns features [N, D] times the first D columns of weight, in float32 or float64."""
     dtype = torch.promote_types(features.dtype, torch.float32)
     with no_autocast(features.device):
         return F.linear(widen(features).to(dtype), weight[:, : features.shape[1]].to(dtype))

@@ -74,10 +74,7 @@ class Backend:
 
 
 def why_not_kernels(serves: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Returns why kernels for the device type `serves` cannot run a call, or None if they can.
-
-    serves: "cpu" or "cuda". device, dtype: of the call's tensors.
-    """
+    """Returns why kernels for the device type `serves` cannot run a call, or None if they can."""
     if device.type != serves:
         return f"serves {serves} tensors, not {device.type}"
     if dtype == torch.float64:
@@ -87,19 +84,19 @@ def why_not_kernels(serves: str, device: torch.device, dtype: torch.dtype) -> st
 
 @functools.cache
 def installed(package: str) -> bool:
-    """Whether a package can be found; it is not imported. Cached."""
+    """Whether a package can be found; it is not imported."""
     return importlib.util.find_spec(package) is not None
 
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """Returns a GPU's compute capability (major, minor), or None on a machine without. Cached."""
+    """Returns a GPU's compute capability (major, minor), or None on a machine without."""
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
 @functools.cache
 def _has_binary(index: int) -> bool:
-    """Whether the CUDA extension, which must be loaded, has kernels for GPU `index`. Cached."""
+    """Whether the CUDA extension, which must be loaded, has kernels for GPU `index`."""
     return bool(cuda_extension.binary_version(index))
 
 
@@ -212,10 +209,7 @@ def public_name(op: str) -> str:
 
 @functools.cache
 def _parse(spec: str) -> dict[str, str]:
-    """Parses a text as in SIMPLCLIP_BACKEND: public op, or "" for all ops -> forced backend.
-
-    Raises ValueError for a name that is no op or no backend. Cached.
-    """
+    """Parses a text as in SIMPLCLIP_BACKEND: public op, or "" for all ops -> forced backend."""
     by_op = {}
     for part in filter(None, spec.split(",")):
         op, _, name = part.rpartition("=")

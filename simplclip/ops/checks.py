@@ -28,17 +28,14 @@ def is_dense(t: Tensor) -> bool:
 
 
 def check_dense(name: str, t: Tensor) -> None:
-    """Raises TypeError unless a tensor has strides. name: of the argument, for the message."""
+    """Raises TypeError unless a tensor has strides."""
     if not is_dense(t):
         layout = "nested" if t.is_nested else str(t.layout).removeprefix("torch.").strip("_")
         raise TypeError(f"{name}: expected a tensor with strides, got the layout {layout}")
 
 
 def check_floating(name: str, t: Any, letters: str = "") -> None:
-    """Raises TypeError unless t is a dense tensor of float32, bfloat16, float16 or float64.
-
-    name: of the argument, for the message. letters: its shape there, e.g. "[N, D]".
-    """
+    """Raises TypeError unless t is a dense tensor of FLOATS. letters: its shape, e.g. "[N, D]"."""
     if not isinstance(t, Tensor):
         expected = f"a tensor {letters}".rstrip()
         raise TypeError(f"{name}: expected {expected}, got {type(t).__name__}")
@@ -48,10 +45,7 @@ def check_floating(name: str, t: Any, letters: str = "") -> None:
 
 
 def check_features(name: str, t: Tensor, letters: str) -> None:
-    """Raises TypeError or ValueError unless t is a floating matrix without an empty dimension.
-
-    name: of the argument, for the message. letters: its shape there, e.g. "[N, D]".
-    """
+    """Raises an error unless t is a floating matrix without an empty dimension, e.g. "[N, D]"."""
     if isinstance(t, Tensor) and t.dtype in FLOATS and t.dim() == 2 and is_dense(t) and t.numel():
         return
     if isinstance(t, Tensor) and t.dim() != 2:
@@ -61,29 +55,20 @@ def check_features(name: str, t: Tensor, letters: str) -> None:
 
 
 def check_device(name: str, t: Any, other_name: str, device: torch.device) -> None:
-    """Raises ValueError unless the tensor t is on the device of another, `other_name`.
-
-    name, other_name: of the arguments, for the message.
-    """
+    """Raises ValueError unless the tensor t is on the device of another, `other_name`."""
     if t.device != device:
         raise ValueError(f"{name}: expected the device of {other_name}, {device}, got {t.device}")
 
 
 def check_like(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
-    """Raises ValueError, or TypeError, unless t has the device, and the dtype, of `other`.
-
-    name, other_name: of the arguments, for the message.
-    """
+    """Raises ValueError, or TypeError, unless t has the device, and the dtype, of `other`."""
     check_device(name, t, other_name, other.device)
     if t.dtype != other.dtype:
         raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {t.dtype}")
 
 
 def check_all_like_x(x: Tensor, names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
-    """Raises ValueError or TypeError unless each tensor, or None, has the device and dtype of x.
-
-    names: of the tensors, in their order, for the message.
-    """
+    """Raises ValueError or TypeError unless each tensor, or None, has the device and dtype of x."""
     for name, t in zip(names, tensors):
         if t is not None and (t.dtype != x.dtype or t.device != x.device):
             check_like(name, t, "x", x)
@@ -98,9 +83,8 @@ def scalar(
 ) -> Tensor:
     """Returns a number, or a tensor with one element, as a tensor [] of this dtype on this device.
 
-    A tensor must be floating and on the device, else TypeError or ValueError is raised; it is
-    returned itself, or as a differentiable view or cast. name: of the argument, of: whose device it
-    is, for the message.
+    A floating tensor of the device is returned itself, or as a differentiable view or cast; others
+    raise TypeError or ValueError. of: whose device it is, for the message.
     """
     if isinstance(value, Tensor):
         if value.dtype == dtype and value.device == device and value.dim() == 0:
@@ -125,10 +109,7 @@ def savable(t: Tensor) -> Tensor:
 
 
 def constant(name: str, t: Tensor) -> Tensor:
-    """Returns t detached; warns, once per name and process, if it requires a gradient.
-
-    A tensor of torch.inference_mode is copied, see `savable`.
-    """
+    """Returns t detached and savable; warns, once per name, if it requires a gradient."""
     if not t.requires_grad:
         return savable(t)
     compiling = torch.compiler.is_compiling()  # a warning would break the compiled graph
@@ -141,7 +122,7 @@ def constant(name: str, t: Tensor) -> Tensor:
 
 
 def check_choice(name: str, value: Any, options: tuple[str, ...]) -> None:
-    """Raises ValueError unless the value is one of the options. name: of the argument."""
+    """Raises ValueError unless the value is one of the options."""
     if value not in options:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
 
@@ -153,10 +134,7 @@ def check_instance(name: str, value: Any, kind: Any, expected: str) -> None:
 
 
 def sequence(name: str, value: Any, of: str = "a sequence") -> list:
-    """Returns the items of a list, tuple or other iterable, but not of a text.
-
-    Raises TypeError "NAME: expected OF, got ..." for another type.
-    """
+    """Returns the items of an iterable that is no text; TypeError "NAME: expected OF, got ..."."""
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(f"{name}: expected {of}, got {type(value).__name__}")
     return list(value)
@@ -177,16 +155,13 @@ def groups(name: str, value: Any) -> list[list[int]]:
 
 
 def check_boolean(name: str, value: Any) -> None:
-    """Raises TypeError unless the value is a bool. name: of the argument, for the message."""
+    """Raises TypeError unless the value is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
 def _real(name: str, value: Any, expected: str) -> float:
-    """Returns an int or float as it is, or float() of another number, e.g. numpy's.
-
-    Raises TypeError "NAME: expected EXPECTED, got ..." for bool, text and tensor.
-    """
+    """Returns an int or float as it is, float() of other numbers; TypeError for bool and tensor."""
     if type(value) in (int, float):
         return value
     if hasattr(type(value), "__float__") and not isinstance(value, (bool, Tensor)):
@@ -198,8 +173,8 @@ def _real(name: str, value: Any, expected: str) -> float:
 def number(name: str, value: Any, *, positive: bool = False) -> float:
     """Returns a finite number as a float.
 
-    Raises TypeError if the value is no number (a bool or a tensor is none), ValueError if it is
-    infinite or NaN, or with `positive` not above 0. name: of the argument, for the message.
+    TypeError if it is no number (a bool or tensor is none), ValueError if infinite, NaN or, with
+    `positive`, not above 0.
     """
     value = _real(name, value, "a number")
     if not abs(value) < math.inf:  # torch.compile cannot trace isfinite of a symbolic float
@@ -246,8 +221,7 @@ def check_attention(
 def lengths_of_batch(lengths: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
     """Returns the lengths [batch] as int32 in 0..length, a new tensor.
 
-    Raises TypeError or ValueError for another type, dtype, shape or device. Values outside are an
-    error on a CPU, except under torch.compile, and clamped elsewhere.
+    Values outside are an error on a CPU, except under torch.compile, and clamped elsewhere.
     """
     if not isinstance(lengths, Tensor):
         raise TypeError(
@@ -273,10 +247,7 @@ def check_mlp(
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
 ) -> None:
-    """Raises TypeError or ValueError if the type or shape of a tensor of parallel_mlp is not valid.
-
-    Shapes: as of parallel_mlp; a bias may be None. Devices and equal dtypes are not checked.
-    """
+    """Raises an error if the type or shape of a tensor of parallel_mlp is not valid."""
     weights = (("fc1_weight", fc1_weight), ("fc2_weight", fc2_weight))
     biases = (("fc1_bias", fc1_bias), ("fc2_bias", fc2_bias))
     for name, t in (("x", x), *weights, *biases):
@@ -312,11 +283,7 @@ def check_mlp(
 
 
 def check_block(x: Tensor, tensors: Mapping[str, Any], norm: str) -> None:
-    """Raises TypeError or ValueError if one of simplified_block's tensors is not valid.
-
-    tensors: all but x, by the names of the arguments. norm: "layernorm" or "rmsnorm". Types, shapes
-    and devices are checked; equal dtypes are not.
-    """
+    """Raises an error if one of simplified_block's tensors is not valid; not of unequal dtypes."""
     fc1_weight = tensors["fc1_weight"]
     are_tensors = isinstance(x, Tensor) and isinstance(fc1_weight, Tensor)
     if not are_tensors or x.is_nested or x.dim() != 3 or fc1_weight.dim() != 2:

@@ -49,28 +49,24 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """Returns the rows [N, ...] of all ranks, [W N, ...]; keeps the group."""
         ctx.group = group
         return _all_gather(rows, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Returns the gradient [N, ...] of this rank's rows, summed over ranks: a collective."""
         return _differentiable(_Sum, _reduce_scatter)(gradient, ctx.group), None
 
 
 class _Sum(torch.autograd.Function):
-    """`_sum`, whose gradient is an all-gather."""
+    """`_reduce_scatter`, whose gradient is an all-gather."""
 
     @staticmethod
     def forward(ctx: Any, gathered: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """Returns this rank's rows [N, ...], summed over the ranks' `gathered` [W N, ...]."""
         ctx.group = group
         return _reduce_scatter(gathered, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Returns the gradients [N, ...] of all ranks, [W N, ...]: a collective."""
         return _differentiable(_Gather, _all_gather)(gradient, ctx.group), None
 
 
@@ -86,31 +82,21 @@ def _reduce_scatter(gathered: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _differentiable(function: type[torch.autograd.Function], plain: Callable) -> Callable:
-    """Returns `function.apply` in a backward that is differentiated itself, otherwise `plain`.
-
-    That is, with create_graph=True; compiled code is never differentiated twice. plain: computes
-    the same as function.forward, without ctx and gradients.
-    """
+    """Returns `function.apply` under create_graph=True, otherwise `plain`, which does the same."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return function.apply
     return plain
 
 
 def gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Gathers rows in the order of ranks: [N, ...] of each of W ranks -> [W N, ...].
-
-    N is equal on every rank, and every rank of the group must call it. Backward, also a collective,
-    sums the gradient over the ranks.
-    """
+    """Gathers rows [N, ...] of W ranks to [W N, ...]; backward sums the gradient over ranks."""
     return _Gather.apply(rows, group)
 
 
 def exchange_column_statistics(columns: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Exchanges column statistics, S a column, among W ranks: [S, W N] -> [W, S, N].
 
-    columns: statistics of all W N columns over this rank's rows. The result: of this rank's N
-    columns over each rank's rows. Every rank of the group must call it, and backward exchanges the
-    gradients.
+    columns: of all columns over this rank's rows. The result: of its columns over each rank's rows.
     """
     world = dist.get_world_size(group)
     return _Exchange.apply(columns.unflatten(1, (world, -1)).transpose(0, 1), group)
@@ -121,27 +107,22 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """Sends part r of `parts` [W, ...] to rank r; returns the parts sent to this rank."""
         ctx.group = group
         return _all_to_all(parts, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Returns the gradient of `parts`, by sending each rank the gradient of its part."""
         return _all_to_all(gradient, ctx.group), None
 
 
 class SameShapes:
-    """A check that tensors have equal shapes and dtypes on all ranks.
+    """A check that tensors have equal shapes and dtypes on all ranks; else NCCL would hang.
 
-    With unequal ones NCCL hangs or reads out of bounds. Every call gathers four integers a tensor.
-    Reading them makes the CPU wait for a GPU. So on a GPU a rank reads them only at the first call
-    and after its own tensors have changed: if equal shapes become unequal, those of at least one
-    rank change. Under torch.compile nothing is checked.
+    Every call gathers four integers a tensor, but on a GPU, where reading them waits, a rank reads
+    them only at the first call and after its own have changed. Compiled code checks nothing.
     """
 
     def __init__(self) -> None:
-        """Starts without shapes, so that the first check reads those of all ranks."""
         self.layouts: list | None = None
         self.numbers: list[int] = []
         self.sent = torch.empty(0)
@@ -149,9 +130,7 @@ class SameShapes:
     def check(self, tensors: Mapping[str, Any], group: dist.ProcessGroup) -> None:
         """Raises ValueError if a tensor, by its name, has another shape or dtype on another rank.
 
-        tensors: as many on every rank; anything but a tensor counts as none. On a CPU every rank
-        raises; on a GPU those whose own tensors are new since their last call. A collective: every
-        rank of the group must call it. Remembers this rank's shapes.
+        A collective. tensors: as many on every rank; anything but a tensor counts as none.
         """
         if torch.compiler.is_compiling():
             return
@@ -187,10 +166,7 @@ _NONE = [-1, 0, 0, 0]  # of no tensor
 
 
 def _numbers(shape: tuple[int, ...] | None, dtype: Any, cast_to: Any) -> list[int]:
-    """Returns the dimensions, the first two sizes and a number of the dtype; _NONE without shape.
-
-    cast_to: autocast's dtype, which floating ones but float64 become; None without autocast.
-    """
+    """Returns dimensions, two sizes and a number of the dtype that autocast makes of it."""
     if shape is None:
         return _NONE
     kind = len(FLOATS)  # any dtype of ids
@@ -248,20 +224,15 @@ class _Mean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """Returns the mean of `value` over the ranks: a collective."""
         return _all_reduce_mean(value, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Returns the gradient of the mean unchanged, as that of this rank's value."""
         return gradient, None
 
 
 def mean_over_ranks(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Returns the mean of each rank's value; every rank of the group must call it.
-
-    Backward passes the mean's gradient to this rank's value unchanged, without communication.
-    """
+    """Returns the mean over ranks, whose gradient passes to this rank's value unchanged."""
     return _Mean.apply(value, group)
 
 
@@ -270,13 +241,11 @@ class _Average(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """Returns the mean of `value` over the ranks: a collective."""
         ctx.group = group
         return _all_reduce_mean(value, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Returns the mean of the gradient over the ranks: a collective."""
         return _differentiable(_Average, _all_reduce_mean)(gradient, ctx.group), None
 
 
@@ -285,13 +254,11 @@ class _Learned(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, *parameters: Tensor) -> tuple[Tensor, ...]:
-        """Returns views of the parameters; keeps the group."""
         ctx.group = group
         return tuple(p.view_as(p) for p in parameters)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns the gradients of the parameters averaged over the ranks, by one all-reduce."""
         flat = torch.cat([g.flatten().to(accumulate_dtype(g.dtype)) for g in gradients])
         flat = _differentiable(_Average, _all_reduce_mean)(flat, ctx.group)
         parts = flat.split([g.numel() for g in gradients])
@@ -303,8 +270,7 @@ def average_gradients_over_ranks(
 ) -> tuple[Tensor, ...]:
     """Returns views of the parameters; backward averages their gradients over the ranks.
 
-    By one all-reduce, in which every rank of the group must take part. DistributedDataParallel may
-    average these gradients again: the average of equal gradients is the same gradient.
+    By one all-reduce. DistributedDataParallel may average them again: equal ones stay the same.
     """
     if len(parameters) == 0:
         return ()
@@ -322,13 +288,11 @@ class _ScaleGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
-        """Returns a view of `value`; keeps the factor."""
         ctx.factor = factor
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Returns the gradient times the factor."""
         return ctx.factor * gradient, None
 
 

@@ -35,10 +35,7 @@ def schemas() -> list[Path]:
 
 
 def cpp_sources(name: str) -> list[Path]:
-    """Returns the paths of the files of csrc/ that simplclip.<name> is built from, sorted.
-
-    name: "_C" or "_C_cuda". Empty in an installed wheel, which has no csrc/.
-    """
+    """Returns the files of csrc/ that simplclip.<name> is built from; a wheel has none."""
     csrc = PACKAGE.parent / "csrc"
     folder = csrc / ("cuda" if name == "_C_cuda" else "cpu")
     files = [*csrc.glob("*.*"), *folder.rglob("*.*")]
@@ -55,18 +52,12 @@ def _digest_of(files: Iterable[Path]) -> str:
 
 
 def digest(name: str) -> str:
-    """Returns the text that an extension built from the present sources contains.
-
-    It has digests of the schemas and of csrc/. name: "_C" or "_C_cuda".
-    """
+    """Returns the text that an extension ("_C" or "_C_cuda") built from these sources contains."""
     return f"simplclip sources {_digest_of(schemas())} {_digest_of(cpp_sources(name))}"
 
 
 def is_current(name: str, file: Path) -> bool:
-    """Whether the extension in `file` was built from the present schemas and the present csrc/.
-
-    name: "_C" or "_C_cuda". csrc/ counts only in a checkout. Reads the file without loading it.
-    """
+    """Whether the extension in `file`, which is not loaded, has the schemas and, if here, csrc/."""
     built = _DIGEST.search(file.read_bytes())
     if built is None:
         return False
@@ -75,11 +66,7 @@ def is_current(name: str, file: Path) -> bool:
 
 
 def _not_built(name: str) -> str:
-    """Returns the message that simplclip.<name> was not built, and why, if that is known.
-
-    Why there are no CUDA objects is known to the CPU's extension, built beside them, if it is
-    loaded.
-    """
+    """Returns that simplclip.<name> was not built, and why, if the loaded simplclip._C knows."""
     cpu = sys.modules.get("simplclip._C")
     why = cpu.why_no_cuda() if cpu and name == "_C_cuda" else ""
     return f"simplclip.{name} was not built" + (f": {why}; then {INSTALL}" if why else "")
@@ -88,9 +75,8 @@ def _not_built(name: str) -> str:
 def load(name: str) -> tuple[Any, str | None]:
     """Imports the extension simplclip.<name>; returns (module, None), or (None, why it is missing).
 
-    name: "_C" or "_C_cuda". Warns of an extension that was built from other sources, which is not
-    imported. Takes a file of this package's folder alone: the finder of an editable installation
-    may know that of another checkout.
+    Warns of one that was built from other sources. Takes a file of this package's folder alone: an
+    editable installation may know that of another checkout.
     """
     try:
         spec = importlib.util.find_spec(f"simplclip.{name}")
@@ -109,11 +95,7 @@ def load(name: str) -> tuple[Any, str | None]:
 
 @functools.cache
 def warn_without_cuda(reason: str) -> None:
-    """Warns, once in a process, that shaped_attention runs on a GPU without its CUDA kernels.
-
-    reason: why, as `load("_C_cuda")` gave it. For the first call with a CUDA tensor, if torch was
-    built with CUDA.
-    """
+    """Warns, once in a process, that shaped_attention runs on a GPU without its CUDA kernels."""
     warnings.warn(
         f"shaped_attention runs without its CUDA kernels: {reason}", RuntimeWarning, stacklevel=2
     )

@@ -35,10 +35,7 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def autocast(first: Tensor, *others: Tensor | None) -> Sequence[Any]:
-    """Returns the tensors in order, cast to autocast's dtype if it is on for the first's device.
-
-    float64 tensors are not cast, and None stays None. Nothing is changed in place.
-    """
+    """Returns the tensors, cast to autocast's dtype if it is on; not float64 and None."""
     tensors = (first, *others)
     if not autocasts(first.device):
         return tensors
@@ -52,10 +49,7 @@ def autocast(first: Tensor, *others: Tensor | None) -> Sequence[Any]:
 
 
 def has_values(t: Any) -> bool:
-    """Whether the values of a tensor can be read: meta and fake tensors have none.
-
-    In a fake mode no tensor's values can be read. Code that is compiled must not ask.
-    """
+    """Whether a tensor's values can be read: not of meta and fake ones. Not for compiled code."""
     if type(t) is not Tensor or t.is_meta:
         return False
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
@@ -78,9 +72,7 @@ def is_transformed() -> bool:
 def check_reverse_mode(name: str, values: Sequence, *, vmap: bool = True) -> None:
     """Raises NotImplementedError under torch.func.grad and in forward mode.
 
-    There torch would return derivatives of zero. name: of an op, for the message. values: the
-    call's arguments; those that are tensors are checked for forward-mode tangents. vmap: whether
-    torch.vmap is supported; if not, torch.vmap raises the error too.
+    There torch would return derivatives of zero. vmap: whether torch.vmap is supported.
     """
     got = None
     unsupported = {"grad", "jvp"} if vmap else {"grad", "jvp", "vmap"}
@@ -100,9 +92,6 @@ def first_order_only(
 ) -> tuple[Any, ...]:
     """Returns the gradients, but so that differentiating them again raises an error.
 
-    This holds for derivatives with respect to anything that a source depends on. name: of an op,
-    for the message.
-
     Autograd runs a node only if the node lies on a path to a tensor whose gradient is asked for. So
     the node that raises has the sources as inputs: the tensors that the gradients were computed
     from, or a result of the op that depends on these.
@@ -113,10 +102,7 @@ def first_order_only(
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
-    """Whether a backward may follow: grad mode is on, and one of the tensors requires a gradient.
-
-    True under torch.func, which hides whether a tensor requires a gradient. None is skipped.
-    """
+    """Whether a backward may follow; True under torch.func, which hides what requires one."""
     if not torch.is_grad_enabled():
         return False
     for t in tensors:

@@ -39,10 +39,7 @@ def _select(
     spec: str,
     part: bool,
 ) -> Callable:
-    """Returns the function of the backend that backends.select chooses, cached by kind of call.
-
-    first: a tensor with the call's device and dtype.
-    """
+    """Returns the function of the backend that backends.select chooses, cached by kind of call."""
     # CUDA attention's why_not() reads it
     tf32 = first.is_cuda and torch.backends.cuda.matmul.fp32_precision
     key = op, spec, part, first.device, first.dtype, tf32, facts
@@ -75,11 +72,6 @@ class Op:
         composed: bool,
         differentiable: int,
     ):
-        """Takes an op apart as `define` does, which also registers it; this constructor does not.
-
-        name: without "simplclip::". composed: whether `run` gets `pick`, not a backend's
-        function. The others: see `define`.
-        """
         self.name = name
         self.call_type: Callable = call_type
         self.run = run
@@ -107,11 +99,7 @@ class Op:
         return getattr(torch.ops.simplclip, self.name).default
 
     def dispatch(self, call: Any, spec: str) -> Any:
-        """Runs a call on its backend, without autocast and autograd; returns the op's results.
-
-        call: of call_type, its tensors laid out, see `laid_out`. spec: the forced backends, see
-        backends.forced.
-        """
+        """Runs a laid out call on its backend, without autocast and autograd."""
         first = getattr(call, self.first)
         pick = partial(_select, first=first, spec=spec, part=self.composed)
         function: Callable = pick
@@ -123,11 +111,7 @@ class Op:
             return self.run(function, call)
 
     def laid_out(self, values: Sequence) -> Any:
-        """Returns a call of these values, with tensors in the layout that kernels rely on.
-
-        values: of the call's fields, in their order. Fields of type Tensor become contiguous, and
-        the last dimension of those of type Strided; a tensor that is not is copied.
-        """
+        """Returns a call of the fields' values; tensors that kernels could not read are copied."""
         values = list(values)
         for position, strided in self.layouts:
             t = values[position]
@@ -139,18 +123,11 @@ class Op:
         return self.call_type(*values)
 
     def dispatch_flat(self, *args: Any) -> Any:
-        """Runs a call from the dispatcher's arguments: its fields in their order, and `spec`.
-
-        Copies tensors that are not laid out; else as `dispatch`.
-        """
+        """Runs a call from the dispatcher's arguments: its fields in their order, and `spec`."""
         return self.dispatch(self.laid_out(args[:-1]), args[-1])
 
     def keep(self, ctx: Any, values: Sequence, spec: str, results: Sequence[Tensor]) -> None:
-        """Keeps in ctx what `gradients` reads: what the op's `save` returns, options and spec.
-
-        values: of the call's fields. Results after the first `differentiable` are marked as not
-        differentiable.
-        """
+        """Keeps in ctx what `gradients` reads; the first `differentiable` results have some."""
         ctx.mark_non_differentiable(*results[self.differentiable :])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*self.save(values[: self.tensors], results))
@@ -160,11 +137,7 @@ class Op:
     def gradients(
         self, ctx: Any, grads: Sequence[Tensor | None], needed: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
-        """Returns the gradients of the call's tensors, in their order, None where not needed.
-
-        ctx: filled by `keep`. grads: of the results, None for a result that is not used. needed:
-        for each tensor. Differentiating the gradients again raises an error instead of giving zero.
-        """
+        """Returns the gradients of the call's tensors, once differentiable, None if not needed."""
         grads = grads[: self.differentiable]
         if self.backward is None or (grads[0] is None and grads[-1] is None):
             return (None,) * self.tensors
@@ -185,7 +158,6 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: Op, spec: str, call: Any, *tensors: Tensor | None) -> Any:
-        """Returns the op's results. tensors: those of the call, which autograd must see."""
         results = op.dispatch(call, spec)
         ctx.op = op
         op.keep(ctx, op.values(call), spec, results)
@@ -193,7 +165,6 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        """Returns gradients of the call's tensors, and None for the three arguments before them."""
         return None, None, None, *ctx.op.gradients(ctx, grads, ctx.needs_input_grad[3:])
 
 
@@ -273,7 +244,13 @@ def define(
     return op
 
 
-def register_gradient(op: Op, save: Callable, backward: Callable) -> None:
+def _tensors_and_later_results(tensors: Sequence, results: Sequence) -> tuple:
+    return *tensors, *results[1:]
+
+
+def register_gradient(
+    op: Op, backward: Callable, *, save: Callable = _tensors_and_later_results
+) -> None:
     """Registers gradients of the op's differentiable results with torch and in `op`.
 
     save(tensors, results): returns the tensors that backward needs, of the call's and the results.

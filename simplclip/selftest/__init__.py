@@ -65,11 +65,7 @@ class Row:
 
 
 def check(row: Row, call: Call, device: torch.device) -> None:
-    """Runs a call on the row's backend; adds its largest error and what is wrong to `row`.
-
-    Errors that the call raises count as failures. Turns torch's deterministic algorithms on
-    meanwhile, and off at the end.
-    """
+    """Runs a call on the row's backend; adds its largest error and what is wrong to `row`."""
     forced = dict.fromkeys(row.parts.values(), row.backend)
     tf32 = (
         device.type == "cuda"
@@ -99,11 +95,7 @@ def check(row: Row, call: Call, device: torch.device) -> None:
 
 
 def check_ops(device: torch.device, names: Iterable[str] | None = None) -> Iterator[Row]:
-    """Checks ops on the backends that serve them on the device, and yields the rows.
-
-    There is one Row for each op, backend and dtype, yielded when its calls have run. names: ops,
-    keys of CALLS; None: all.
-    """
+    """Yields a Row for each op, backend and dtype. names: keys of CALLS; None: all."""
     for op in CALLS if names is None else names:
         every = [make() for make in CALLS[op]]
         for backend, dtype in itertools.product((*backends.names(), COMPILED), DTYPES):

@@ -23,10 +23,9 @@ WIDE |= {"alpha", "beta", "gamma", "norm_weight", "norm_bias", "attention_gain",
 
 @dataclass
 class Call:
-    """A call of an op.
+    """A call of an op: float64 tensors, and int64 ids and lengths; options, its other arguments.
 
-    tensors: float64, and int64 ids and lengths. options: its other arguments. dtypes: of tensors
-    whose dtype is not the call's.
+    dtypes: of tensors whose dtype is not the call's.
     """
 
     op: str
@@ -95,8 +94,7 @@ def similarity_call(
 ) -> Call:
     """Returns a call of unit features [n, width] and [m, width], partly matched.
 
-    offset: the label_offset. ids: whether pairs of rows have equal ids. scale, bias: of the logits.
-    options: other arguments of similarity_loss.
+    offset: the label_offset. ids: whether pairs of rows have equal ids. bias: None for none.
     """
     draw = drawing(seed)
 

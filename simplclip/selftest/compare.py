@@ -39,9 +39,7 @@ Incoming = Callable[[str, Tensor], Tensor]  # of a result's name, the gradient t
 
 
 def forced(backend: str | dict[str, str]) -> contextlib.AbstractContextManager:
-    """Context that forces a backend, or backends of single ops; "" forces none, so that the first
-    backend that can run a call runs it.
-    """
+    """Context that forces a backend, or backends of single ops; "" forces none."""
     if isinstance(backend, dict):
         return backends.backend(**backend)
     return backends.backend(backend or None)
@@ -78,8 +76,7 @@ def run(
 
 
 def least_size(call: Call, name: str) -> float:
-    """Returns the least size that a result is assumed to have, since a smaller result is a
-    cancellation of larger terms.
+    """Returns the least size that a result is assumed to have: a smaller one is a cancellation.
 
     This size is a few hundredths of the terms: logits, or scale / N for gradients.
     """
@@ -135,11 +132,9 @@ def errors_of(
     least: Callable[[str], float],
     rounded: Callable[[], list[Results]] | None = None,
 ) -> list[Error]:
-    """Returns the error of each result by the rule above.
+    """Returns the error of each result by the rule above, against float64's `exact`.
 
-    plain: plain torch's results in `kind`, a key of EPS. exact: float64's. least: the least size
-    that a result is assumed to have, by its name. rounded: returns results for rounded inputs,
-    whose errors are allowed too; it is called if an error is not allowed without.
+    rounded: returns results for rounded inputs, whose errors are allowed where one is not without.
     """
     assert results.keys() == plain.keys() == exact.keys()
     rounded_results: list[Results] = []
@@ -175,9 +170,7 @@ def spread(t: Tensor) -> Tensor:
 class Case:
     """A call in a dtype on a device, with tensors whose rows lie between NaNs.
 
-    backend: see `forced`. need: names of the tensors
-    whose gradients are computed. size: scale of the incoming gradients of losses. tf32: whether
-    products of float32 are in TF32.
+    need: tensors whose gradients are computed. size: of the incoming gradients of losses.
     """
 
     call: Call

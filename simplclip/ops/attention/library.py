@@ -125,12 +125,7 @@ class LibraryAttention(Backend):
 
     @classmethod
     def shaped_attention_fwd(cls, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns out and A v [B, L, H, K], as first and last, and the log-sum-exps [B, H, L].
-
-        A = softmax(q kᵀ scale). out and the log-sum-exps are 0 at padded tokens, where A v may
-        hold anything. Scratch of plain torch: C v, the means over the visible keys, in the dtype of
-        sums, of the size of v if causal.
-        """
+        """Returns out and log-sum-exps [B, H, L], 0 at padding, and A v [B, L, H, K]."""
         out = call.q.new_empty(call.q.shape)
         padding = _padding_mask(call)
         if not call.q.numel():
@@ -158,8 +153,7 @@ class LibraryAttention(Backend):
 
         With dO = call.grad, the softmax attention A and the uniform attention C:
         dv = alpha dO + beta Aᵀ dO − gamma Cᵀ dO; dalpha = Σ dO v, dbeta = Σ dO A v,
-        dgamma = −Σ v Cᵀ dO. If call.av is empty, forward runs again. Scratch: the three results of
-        attention_backward().
+        dgamma = −Σ v Cᵀ dO. If call.av is empty, forward runs again.
         """
         if not call.q.numel():
             return torch.zeros_like(call.gains)

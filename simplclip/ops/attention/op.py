@@ -36,11 +36,7 @@ def facts_of(shape: Sequence[int], lengths: Tensor | None) -> Facts:
 
 
 def run_forward(function: Callable, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs a backend's function for forward; returns out, the log-sum-exps and A v.
-
-    function: maps the call to (out, lse) or (out, lse, A v), where A = softmax(q kᵀ scale). Without
-    an A v the third result is an empty tensor [0]. Shapes: see AttentionCall and AttentionGradient.
-    """
+    """Returns out, the log-sum-exps and A v, which is empty if the function returns none."""
     results = function(call)
     if len(results) == 2:
         results = (*results, results[0].new_empty(0))
@@ -48,12 +44,7 @@ def run_forward(function: Callable, call: AttentionCall) -> tuple[Tensor, Tensor
 
 
 def av_shape(shape: Sequence[int], q: Tensor, spec: str, lengths: Tensor | None) -> Sequence[int]:
-    """Returns the shape of A v, the third result of forward, on the backend that runs the call.
-
-    It is `shape`, [B, L, H, K], for a LibraryAttention, else (0,). q: any tensor with the device
-    and dtype of q. spec: the forced backends, see backends.forced. Raises RuntimeError if no
-    backend, or not the forced one, can run the call.
-    """
+    """Returns the shape of forward's A v on the backend that runs: `shape`, or (0,)."""
     facts = facts_of(shape, lengths)
     backend = select("shaped_attention_fwd", q.device, q.dtype, spec, facts, part=True)
     return shape if issubclass(backend, LibraryAttention) else (0,)
@@ -77,12 +68,12 @@ def _bwd(function: Callable, call: AttentionGradient) -> tuple[Tensor, ...]:
 
 
 def _bwd_empty(call: AttentionGradient, spec: str) -> tuple[Tensor, ...]:
-    """Returns uninitialised gradients of q, k, v and gains, in this order, for fake tensors."""
+    """Returns uninitialised gradients of q, k, v and gains, for fake tensors."""
     return *_empty_gradients(call), empty_gradient(call)
 
 
 def _empty_gradients(call: AttentionCall) -> list[Tensor]:
-    """Returns uninitialised contiguous memory for the gradients of q, k and v, in this order."""
+    """Returns uninitialised contiguous memory for the gradients of q, k and v."""
     return [t.new_empty(t.shape) for t in (call.q, call.k, call.v)]
 
 
@@ -106,12 +97,6 @@ BACKWARD = define(
 )
 
 
-def _save(tensors: Sequence[Tensor], results: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Returns what backward reads: the call's tensors, the log-sum-exps and A v."""
-    _, lse, av = results
-    return *tensors, lse, av
-
-
 def _gradient(
     saved: Sequence[Tensor],
     options: Sequence,
@@ -127,7 +112,7 @@ def _gradient(
     return dict(zip(("q", "k", "v", "gains"), registry.call(BACKWARD, gradient, spec)))
 
 
-register_gradient(FORWARD, _save, _gradient)
+register_gradient(FORWARD, _gradient)
 
 
 def shaped_attention(

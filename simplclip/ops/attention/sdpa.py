@@ -35,10 +35,9 @@ def kernel(q: Tensor) -> str:
 
 
 def aligned(*tensors: Tensor) -> list[Tensor]:
-    """Returns the tensors [B, L, H, K] as torch's kernels read them; copies where that needs one.
+    """Returns tensors [B, L, H, K] as torch's kernels read them; copies where that needs one.
 
-    Each head begins at a multiple of 16 bytes, and K is padded with zeros to a multiple of 16
-    bytes.
+    Each head begins at a multiple of 16 bytes, and K is padded with zeros to such a multiple.
     """
     results = []
     for t in tensors:
@@ -60,76 +59,71 @@ def _segments(q: Tensor, lengths: Tensor) -> Tensor:  # [2 B + 1] int32
     return F.pad(bounds, (0, 1), value=batch * length)
 
 
+def _packed(call: AttentionCall, *tensors: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    """Returns the tensors `aligned`; with lengths, as one sequence [B L, H, K] with its bounds."""
+    packed = aligned(*tensors)
+    if call.lengths is None:
+        return packed, None
+    return [t.flatten(0, 1) for t in packed], _segments(call.q, call.lengths)
+
+
+def _unpacked(t: Tensor, call: AttentionCall) -> Tensor:
+    """Returns a kernel's result as [B, L, H, K], without the columns that `aligned` added."""
+    return t.view(*call.q.shape[:3], -1)[..., : call.q.shape[3]]
+
+
 def _flash(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Returns A v and its log-sum-exps by FlashAttention, see LibraryAttention."""
-    batch, length, heads, width = call.q.shape
-    tensors = aligned(call.q, call.k, call.v)
-    shape = tensors[0].shape
-    bounds = None
-    if call.lengths is not None:
-        bounds = _segments(call.q, call.lengths)
-        tensors = [t.flatten(0, 1) for t in tensors]
+    batch, length, heads, _ = call.q.shape
+    tensors, bounds = _packed(call, call.q, call.k, call.v)
     av, lse, *_ = aten._flash_attention_forward(
         *tensors, bounds, bounds, length, length, 0.0, call.causal, False, scale=call.scale
     )  # fmt: skip
     if bounds is not None:  # [H, B L]
         lse = lse.view(heads, batch, length).transpose(0, 1).contiguous()
-    return av.view(shape)[..., :width], lse
+    return _unpacked(av, call), lse
 
 
 def _flash_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dq, dk and dv by FlashAttention, see LibraryAttention."""
     length = call.q.shape[1]
-    width = call.q.shape[3]
-    tensors = aligned(call.grad, call.q, call.k, call.v, call.av)
-    shape = tensors[0].shape
-    bounds = None
+    tensors, bounds = _packed(call, call.grad, call.q, call.k, call.v, call.av)
     lse = call.lse
-    if call.lengths is not None:
-        bounds = _segments(call.q, call.lengths)
-        tensors = [t.flatten(0, 1) for t in tensors]
+    if bounds is not None:
         lse = lse.transpose(0, 1).flatten(1).contiguous()
     # the state of random numbers, unused without dropout
     state = lse.new_empty((), dtype=torch.int64)
-    gradients = aten._flash_attention_backward(
+    dq, dk, dv, *_ = aten._flash_attention_backward(
         *tensors, lse, bounds, bounds, length, length, 0.0, call.causal, state, state,
         scale=call.scale,
     )  # fmt: skip
-    return tuple(t.view(shape)[..., :width] for t in gradients)
+    return _unpacked(dq, call), _unpacked(dk, call), _unpacked(dv, call)
 
 
 def _efficient(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Returns A v and its log-sum-exps by the memory-efficient kernel, see LibraryAttention."""
     length = call.q.shape[1]
-    width = call.q.shape[3]
-    tensors = aligned(call.q, call.k, call.v)
-    shape = tensors[0].shape
-    bounds = None
+    tensors, bounds = _packed(call, call.q, call.k, call.v)
     longest = None
-    if call.lengths is not None:
-        bounds = _segments(call.q, call.lengths)
+    if bounds is not None:
         longest = length
-        tensors = [t.flatten(0, 1)[None] for t in tensors]
+        tensors = [t[None] for t in tensors]
     av, lse, *_ = aten._efficient_attention_forward(
         *tensors, None, bounds, bounds, longest, longest, 0.0, int(call.causal), True,
         scale=call.scale,
     )  # fmt: skip
     if bounds is not None:
         lse = lse[::2]  # drops the log-sum-exps of padding
-    return av.view(shape)[..., :width], lse[:, :, :length].contiguous()
+    return _unpacked(av, call), lse[:, :, :length].contiguous()
 
 
 def _efficient_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dq, dk and dv by the memory-efficient kernel, see LibraryAttention."""
     length = call.q.shape[1]
-    width = call.q.shape[3]
-    tensors = aligned(call.grad, call.q, call.k, call.v, call.av)
-    shape = tensors[0].shape
-    bounds = None
+    tensors, bounds = _packed(call, call.grad, call.q, call.k, call.v, call.av)
     lse = call.lse
     if call.lengths is not None:
-        bounds = _segments(call.q, call.lengths)
-        tensors = [t.flatten(0, 1)[None] for t in tensors]
+        tensors = [t[None] for t in tensors]
         padded = torch.arange(length, device=lse.device) >= call.lengths[:, None]  # [B, L]
         lse = lse.masked_fill(padded[:, None], torch.inf)
         # padding gets the values of valid rows: its gradients are not used
@@ -138,11 +132,11 @@ def _efficient_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
     # the state of random numbers, unused without dropout
     state = lse.new_empty((), dtype=torch.int64)
     *inputs, av = tensors
-    gradients = aten._efficient_attention_backward(
+    dq, dk, dv, *_ = aten._efficient_attention_backward(
         *inputs, None, av, bounds, bounds, length, length, lse, 0.0, state, state,
         int(call.causal), False, scale=call.scale,
-    )[:3]  # fmt: skip
-    return tuple(t.view(shape)[..., :width] for t in gradients)
+    )  # fmt: skip
+    return _unpacked(dq, call), _unpacked(dk, call), _unpacked(dv, call)
 
 
 def _on_cpu(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -164,10 +158,9 @@ def _on_cpu_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _heads_and_mask(call: AttentionCall, *tensors: Tensor) -> tuple[list[Tensor], Tensor | None]:
-    """Returns tensors [B, L, H, K] as [B, H, L, K], 0 in padding, and a mask to add to the logits.
+    """Returns tensors as [B, H, L, K], 0 in padding, and a mask [B, 1, 1, L] to add to the logits.
 
-    The mask is [B, 1, 1, L], −inf at padded keys; None without lengths, and if causal: padding
-    comes last, so that a valid query sees none. The tensors are views without lengths, else copies.
+    None without lengths, and if causal: padding comes last, so that a valid query sees none.
     """
     heads = [t.transpose(1, 2) for t in tensors]
     if call.lengths is None:

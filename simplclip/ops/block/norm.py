@@ -21,11 +21,7 @@ def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def norm_fwd(x: Tensor, call: BlockCall) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Returns the normalised x [T, C] in the dtype of x, and the statistics that `norm_bwd` takes.
-
-    x: [T, C]. call: for its norm ("layernorm" or "rmsnorm"), eps, norm_weight and norm_bias. The
-    statistics are (mean, rstd), or (rstd,) of RMSNorm.
-    """
+    """Returns the normalised x [T, C] in its dtype, and (mean, rstd), or (rstd,) of RMSNorm."""
     weight, bias = call.norm_weight, call.norm_bias
     if call.norm == "layernorm":
         n, mean, rstd = torch.native_layer_norm(x, [x.shape[1]], *_cast(x, weight, bias), call.eps)
@@ -42,10 +38,7 @@ def norm_bwd(
     stats: tuple[Tensor, ...],
     need: Needed,
 ) -> dict[str, Tensor]:
-    """Returns the gradients that are needed of x [B, L, C], norm_weight and norm_bias, by name.
-
-    grad: of the normalised x. stats: from `norm_fwd`. Each gradient has the dtype of its tensor.
-    """
+    """Returns the gradients that are needed of x [B, L, C], norm_weight and norm_bias, by name."""
     weight, bias = call.norm_weight, call.norm_bias
     if call.norm == "layernorm":
         mask = [need.x, need.norm_weight, need.norm_bias and bias is not None]

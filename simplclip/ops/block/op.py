@@ -5,7 +5,7 @@ A standard block saves 16C.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,11 @@ from torch import Tensor
 from simplclip.calls.attention import AttentionCall, AttentionInto
 from simplclip.calls.block import BlockCall, BlockGradient, Needed
 from simplclip.calls.fields import accumulate_dtype
-from simplclip.calls.mlp import HiddenCall, HiddenGradient
+from simplclip.calls.mlp import HiddenGradient
 from simplclip.ops import checks, registry
 from simplclip.ops.attention.op import av_shape, facts_of, run_forward
 from simplclip.ops.block.norm import NORMS, norm_bwd, norm_fwd
-from simplclip.ops.mlp.op import hidden_rows, keeps_hidden, to_overwrite
+from simplclip.ops.mlp.op import keeps_hidden, to_overwrite, write_mlp
 from simplclip.ops.mlp.reference import ACTIVATIONS
 from simplclip.ops.modes import autocast
 from simplclip.ops.registry import define, register_gradient
@@ -82,27 +82,12 @@ def _fwd(pick: Callable, call: BlockCall) -> tuple[Tensor, ...]:
         av = x.new_empty(0)
     if call.output_weight is not None:
         out = F.linear(out, call.output_weight)
-    h = _add_mlp(pick("parallel_mlp_fwd"), call, n, out)
+    weight = call.fc2_weight * call.mlp_gain
+    bias = call.fc2_bias * call.mlp_gain
+    h = write_mlp(pick("parallel_mlp_fwd"), n, call, weight, bias, out, accumulate=True)
     # autograd lets no view that an op returns be changed in place
     out = torch.ops.aten._unsafe_view(out, call.x.shape)
     return out, qk, h, lse, av
-
-
-def _add_mlp(function: Callable, call: BlockCall, n: Tensor, out: Tensor) -> Tensor:
-    """Adds mlp_gain MLP(n) to out [T, C] in place; returns h [T, F], or [0] unless call.keep."""
-    weight = call.fc2_weight * call.mlp_gain
-    bias = call.fc2_bias * call.mlp_gain
-    fc1 = (n, call.fc1_weight, call.fc1_bias)
-    chunks: Iterable[tuple[Tensor, Tensor]]
-    if call.keep:
-        h = F.linear(*fc1)
-        chunks = [(h, out)]
-    else:
-        h = n.new_empty(0)
-        chunks = hidden_rows(*fc1, out)
-    for h_chunk, out_chunk in chunks:
-        function(HiddenCall(h_chunk, weight, bias, call.act, out_chunk, accumulate=True))
-    return h
 
 
 def _fwd_empty(call: BlockCall, spec: str) -> tuple[Tensor, ...]:
@@ -113,7 +98,8 @@ def _fwd_empty(call: BlockCall, spec: str) -> tuple[Tensor, ...]:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     lse = x.new_empty(batch, heads, length, dtype=call.attention_gain.dtype)
     if not call.keep:
-        return out, x.new_empty(0), x.new_empty(0), lse, x.new_empty(0)
+        h = x.new_empty(0, call.fc1_weight.shape[0])
+        return out, x.new_empty(0), h, lse, x.new_empty(0)
     qk = x.new_empty(batch * length, 2 * x.shape[2])
     h = x.new_empty(batch * length, call.fc1_weight.shape[0])
     return out, qk, h, lse, x.new_empty(av_shape(shape, x, spec, call.lengths))
@@ -230,12 +216,6 @@ FORWARD = define(
 BACKWARD = define("simplified_block_bwd", BlockGradient, _GRADIENTS, _bwd, _bwd_empty)
 
 
-def _save(tensors: Sequence[Tensor], results: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Returns what backward reads: the call's tensors, [q|k], h, the log-sum-exps and A v."""
-    _, *kept = results
-    return *tensors, *kept
-
-
 def _gradient(
     saved: Sequence[Tensor],
     options: Sequence,
@@ -259,7 +239,7 @@ def _gradient(
     return dict(zip(Needed._fields, registry.call(BACKWARD, gradient, spec)))
 
 
-register_gradient(FORWARD, _save, _gradient)
+register_gradient(FORWARD, _gradient)
 
 
 def simplified_block(

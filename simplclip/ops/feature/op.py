@@ -44,27 +44,19 @@ def _slopes(difference: Tensor, beta: float | None) -> Tensor:  # [N, D] -> [N, 
 
 
 def _chunks(*tensors: Tensor) -> zip:
-    """Yields tuples of views, the same consecutive rows of each tensor [N, *], at most 4,096 rows.
-
-    A sum of so few numbers has the same bits with any number of threads.
-    """
+    """Yields the same rows of each tensor, at most 4,096: bits depend on no number of threads."""
     megabytes = 1 if tensors[0].device.type == "cpu" else 16  # on a CPU, of its cache
     rows = min(4096, max(1, (megabytes << 20) // (tensors[0].shape[1] * 8)))
     return zip(*(t.split(rows) for t in tensors))
 
 
 class _FeatureLoss(torch.autograd.Function):
-    """feature_loss without checks: apply(student [N, D], teacher [N, D], beta, normalize) -> [].
-
-    beta: of smooth L1, or None for squares. Keeps the inputs and the inverse norms [N, 2], or [N,
-    0] if not `normalize`; backward computes the rest again.
-    """
+    """feature_loss without checks, of (student, teacher, beta or None for mse, normalize)."""
 
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor, beta: float | None, normalize: bool
     ) -> Tensor:
-        """Returns the loss [] in the dtype of sums; saves the inputs and inverse norms in ctx."""
         dtype = accumulate_dtype(student.dtype)
         sums = []
         inverse = student.new_empty(student.shape[0], 2 if normalize else 0, dtype=dtype)
@@ -80,10 +72,6 @@ class _FeatureLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        """Returns the student's gradient [N, D] and None for the rest; grad: [], of the loss.
-
-        With create_graph=True, differentiating the result again raises.
-        """
         student, teacher, inverse = ctx.saved_tensors
         d_student = torch.empty_like(student, memory_format=torch.contiguous_format)
         with torch.no_grad():
@@ -196,11 +184,7 @@ def feature_loss(
 
 
 def _project(student: Tensor, projection: Any, width: int) -> Tensor:  # [N, width]
-    """Returns student projectionᵀ: the student's features [N, D_student] in the teacher's width.
-
-    Raises TypeError or ValueError if projection is no tensor [width, D_student] of the student's
-    device and dtype; autocast may cast a different dtype.
-    """
+    """Returns student projectionᵀ; raises TypeError or ValueError if it does not fit."""
     shape = [width, student.shape[1]]
     if not isinstance(projection, Tensor):
         raise TypeError(

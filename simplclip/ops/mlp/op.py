@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simplclip.calls.block import BlockCall
 from simplclip.calls.mlp import HiddenCall, HiddenGradient, MlpCall, MlpGradient
 from simplclip.ops import checks, registry
 from simplclip.ops.mlp.cpu import CpuMlp
@@ -23,34 +24,44 @@ HIDDEN_BYTES = 16 << 20  # of a chunk of the hidden layer, if forward does not k
 
 
 def to_overwrite(saved: Tensor) -> Tensor:
-    """Returns `saved` itself, or a copy where a backward that overwrites it would do harm.
-
-    A copy is needed with retain_graph, since backward may run again. Traced backward passes are
-    functional: torch.compile copies what it has to.
-    """
+    """Returns `saved`, or with retain_graph, where backward may run again, a copy of it."""
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
     return saved.clone() if keeps_graph() else saved
 
 
 def keeps_hidden(*tensors: Tensor | None, recompute: bool = False) -> bool:
-    """Whether forward computes and returns the whole hidden layer: a backward may follow.
-
-    tensors: all inputs that may require a gradient. recompute: backward computes it again instead.
-    """
+    """Whether forward returns the whole hidden layer: a backward may follow, which reads it."""
     return not recompute and wants_grad(*tensors)
 
 
-def hidden_rows(
+def write_mlp(
+    function: Callable,
     x: Tensor,  # [T, C]
-    weight: Tensor,  # [F, C]
-    bias: Tensor | None,  # [F]
-    out: Tensor,  # [T, *]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields chunks of h = x weightᵀ + bias, [rows, F], with the same rows of `out` (a view).
+    call: MlpCall | BlockCall,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    out: Tensor,  # [T, C_out]
+    *,
+    accumulate: bool,
+) -> Tensor:
+    """Writes or adds the MLP of x to `out`; returns h [T, F], or [0, F] unless call.keep."""
+    fc1 = (x, call.fc1_weight, call.fc1_bias)
+    chunks: Iterable[tuple[Tensor, Tensor]]
+    if call.keep:
+        h = F.linear(*fc1)
+        chunks = [(h, out)]
+    else:
+        h = x.new_empty(0, call.fc1_weight.shape[0])
+        chunks = _hidden_rows(*fc1, out)
+    for h_chunk, out_chunk in chunks:
+        function(HiddenCall(h_chunk, fc2_weight, fc2_bias, call.act, out_chunk, accumulate))
+    return h
 
-    h is the hidden layer before its activation. All chunks share one buffer of about 16 MiB, which
-    the next step overwrites; `out` is for the caller to write.
-    """
+
+def _hidden_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields chunks of h = x weightᵀ + bias in one buffer of 16 MiB, with those rows of `out`."""
     rows = min(max(64, HIDDEN_BYTES // (weight.shape[0] * x.itemsize)), x.shape[0])
     h = x.new_empty(rows, weight.shape[0])
     for first in range(0, x.shape[0], rows):
@@ -62,18 +73,7 @@ def hidden_rows(
 def _fwd(function: Callable, call: MlpCall) -> tuple[Tensor, Tensor]:
     """Returns out [T, C_out] by a backend's function, and h [T, F], or [0, F] unless call.keep."""
     out = call.x.new_empty(call.x.shape[0], call.fc2_weight.shape[0])
-    fc1 = (call.x, call.fc1_weight, call.fc1_bias)
-    chunks: Iterable[tuple[Tensor, Tensor]]
-    if call.keep:
-        h = F.linear(*fc1)
-        chunks = [(h, out)]
-    else:
-        h = call.x.new_empty(0, call.fc1_weight.shape[0])
-        chunks = hidden_rows(*fc1, out)
-    weight = call.fc2_weight
-    bias = call.fc2_bias
-    for h_chunk, out_chunk in chunks:
-        function(HiddenCall(h_chunk, weight, bias, call.act, out_chunk, accumulate=False))
+    h = write_mlp(function, call.x, call, call.fc2_weight, call.fc2_bias, out, accumulate=False)
     return out, h
 
 
@@ -128,12 +128,6 @@ BACKWARD = define(
 )
 
 
-def _save(tensors: Sequence[Tensor], results: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Returns what backward reads: the call's tensors and h."""
-    _, h = results
-    return *tensors, h
-
-
 def _gradient(
     saved: Sequence[Tensor],
     options: Sequence,
@@ -151,7 +145,7 @@ def _gradient(
     return dict(zip(FORWARD.names, registry.call(BACKWARD, gradient, spec)))
 
 
-register_gradient(FORWARD, _save, _gradient)
+register_gradient(FORWARD, _gradient)
 
 
 def parallel_mlp(

@@ -20,11 +20,7 @@ _STRIP = 64  # rows of one task of the CPU kernel; a chunk is a multiple of it
 
 
 def computes_in(dtype: torch.dtype, device: str) -> torch.dtype:
-    """Returns the dtype of products of features: theirs, or float32 where a CPU lacks theirs.
-
-    device: the type, "cpu" or "cuda". On a CPU float16 always becomes float32, and bfloat16 unless
-    the CPU multiplies it natively.
-    """
+    """Returns the dtype of products of features: theirs, or float32 where a CPU lacks theirs."""
     if device != "cpu" or dtype not in (torch.float16, torch.bfloat16):
         return dtype
     if dtype == torch.bfloat16 and backends.native_bf16:
@@ -40,10 +36,9 @@ def chunk_rows(
     live: int = 1,
     scratch_bytes: int = SCRATCH_BYTES,
 ) -> int:
-    """Returns the rows per chunk of an [n, m] matrix: as many as scratch_bytes holds.
+    """Returns the rows per chunk of an [n, m] matrix, a multiple of 64, that scratch_bytes holds.
 
-    A multiple of 64, at most 1,024 (GPU: 4,096) / `live`. dtype: of the matrix. device: the type,
-    "cpu" or "cuda". live: matrices that exist at a time. The chunks are about equally large.
+    live: matrices that exist at a time. The chunks are about equally large.
     """
     rows = (_CHUNK_ROWS if device == "cpu" else _CHUNK_ROWS_ELSEWHERE) // live
     most = min(rows, max(_STRIP, scratch_bytes // (m * dtype.itemsize) // _STRIP * _STRIP))
@@ -52,12 +47,7 @@ def chunk_rows(
 
 
 def sweep_rows(image: Tensor, m: int, live: int, scratch_bytes: int | None) -> int:
-    """Returns `chunk` of a SimilarityCall or SigmoidCall: the rows that scratch_bytes holds.
-
-    image: [N, D]. m: columns of a matrix. live: matrices that exist at a time. scratch_bytes: None
-    for 64 MiB on a CPU and 128 MiB elsewhere. On a GPU the matrices' blocks together have that
-    size.
-    """
+    """Returns a call's `chunk`: the rows of [N, m] that scratch_bytes holds."""
     n = image.shape[0]
     device = image.device.type
     dtype = computes_in(image.dtype, device)
@@ -71,9 +61,8 @@ def sweep_rows(image: Tensor, m: int, live: int, scratch_bytes: int | None) -> i
 def stored_rows(image: Tensor, m: int, matrices: int, store_bytes: int | None) -> int:
     """Returns how many of the N rows of each matrix forward keeps for backward: all if they fit.
 
-    Otherwise those that fit of a single matrix, a multiple of 64, and none of two matrices, where
-    they would save a few hundredths of the work. 0 unless the CPU's C++ kernels run. m: columns.
-    matrices: 1, or 2 with a teacher. store_bytes: their budget, None for 208 MiB.
+    Else those of a single matrix that fit, a multiple of 64, and none of two, where they would save
+    little. 0 unless the CPU's C++ kernels run. store_bytes: None for 208 MiB.
     """
     n = image.shape[0]
     dtype = computes_in(image.dtype, "cpu")

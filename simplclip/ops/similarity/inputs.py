@@ -48,11 +48,7 @@ def check_budgets(settings: Settings) -> None:
 
 
 def check_weights(weights: Any, terms: Collection[str]) -> dict[str, float]:
-    """Returns the weights of the terms as finite floats by term.
-
-    Raises ValueError or TypeError unless `weights` has a finite number for each of the terms, and
-    no other.
-    """
+    """Returns the weights by term as finite floats; raises an error unless each has one."""
     if not isinstance(weights, Mapping) or weights.keys() != set(terms):
         raise ValueError(
             f"weights: expected a number for each of the terms {', '.join(terms)}, got {weights!r}"
@@ -65,12 +61,9 @@ def check_weights(weights: Any, terms: Collection[str]) -> dict[str, float]:
 
 
 def checked(pairs: Pairs, names: Names, terms: Iterable[str], *, equal_rows: bool = False) -> Pairs:
-    """Returns pairs whose scalars, ids and teacher are checked, of the dtype and form to compute
-    with; features stay as they are.
+    """Returns pairs whose scalars, ids and teacher are checked and have the dtype to compute with.
 
-    pairs: matrices of features, with numbers or tensors as they were given. names: of arguments,
-    for errors. terms: without one that needs a teacher, the result has none. equal_rows: whether
-    unequal numbers of rows are an error. Raises TypeError or ValueError if one does not fit.
+    Features stay as they are. names: for errors. Without a term that needs a teacher there is none.
     """
     image, text = pairs.image, pairs.text
     if text.dtype != image.dtype or text.device != image.device or text.shape != image.shape:
@@ -96,10 +89,7 @@ def checked(pairs: Pairs, names: Names, terms: Iterable[str], *, equal_rows: boo
 
 
 def check_features(names: Names, image: Tensor, text: Tensor, *, equal_rows: bool) -> None:
-    """Raises TypeError or ValueError if image and text features differ in width, dtype or device.
-
-    equal_rows: whether unequal numbers of rows are an error too.
-    """
+    """Raises an error if image and text features differ in width, dtype, device (or rows)."""
     if equal_rows and len(text) != len(image):
         got = checks.shape_of(text)
         if len(text) > len(image):
@@ -130,11 +120,9 @@ def why_teacher(terms: Iterable[str]) -> str:
 
 
 def checked_teacher(pairs: Pairs, names: Names, why: str, needs_scale: bool = True) -> Teacher:
-    """Returns the pairs' teacher, checked and detached.
+    """Returns the pairs' teacher, checked and detached; the scale [] in the dtype of sums.
 
-    why: the reason in the ValueError for a value that is None. needs_scale: whether that of the
-    scale is an error. Raises ValueError or TypeError if the rows, widths, device or dtype of one
-    are not valid. Features keep their dtype; the scale becomes [] in the dtype of sums.
+    why: the reason in the ValueError for a value that is None, of the scale only if needs_scale.
     """
     teacher = pairs.teacher or Teacher(None, None)  # type: ignore[arg-type]
     image, text, scale = teacher.image, teacher.text, teacher.scale
@@ -163,11 +151,7 @@ def checked_teacher(pairs: Pairs, names: Names, why: str, needs_scale: bool = Tr
 def _check_teacher(
     name: str, features: Tensor, letters: str, student_name: str, student: Tensor
 ) -> None:
-    """Raises TypeError or ValueError unless the teacher's features have the student's rows, device.
-
-    name, student_name: of the features in errors. letters: the expected shape there, e.g. "[N,
-    D̂]".
-    """
+    """Raises an error unless the teacher's features have the student's rows and device."""
     checks.check_features(name, features, letters)
     if features.size(0) != student.size(0):
         raise ValueError(
@@ -179,11 +163,7 @@ def _check_teacher(
 
 
 def checked_plane(plane: Any, image: Tensor) -> tuple[Tensor, Tensor]:  # [] or [D], []
-    """Returns weight and bias of the plane of pair matching, in the dtype of sums.
-
-    plane: (p, q) of two scalars, or (w, q) with w [D], as of similarity_loss. image: [N, D]. Raises
-    TypeError or ValueError if it is anything else.
-    """
+    """Returns weight and bias of the plane (p [] or w [D], q []), checked, in the dtype of sums."""
     width = image.shape[1]
     device = image.device
     wide = torch.promote_types(image.dtype, torch.float32)
@@ -209,11 +189,7 @@ def checked_plane(plane: Any, image: Tensor) -> tuple[Tensor, Tensor]:  # [] or 
 
 
 def check_ids(name: str, ids: Tensor, count: int, letter: str, device: torch.device) -> Tensor:
-    """Returns the ids as the kernels read them: int64 and contiguous.
-
-    name: of the argument. letter: of its shape [count] in errors, "N" or "M". Raises TypeError
-    unless they are an int64 or int32 tensor, ValueError unless they have this shape and device.
-    """
+    """Returns int64 or int32 ids [count] as the kernels read them: int64 and contiguous."""
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
         got = getattr(ids, "dtype", type(ids).__name__)
         raise TypeError(f"{name}: expected an int64 or int32 tensor [{letter}], got {got}")
@@ -229,11 +205,9 @@ def check_ids(name: str, ids: Tensor, count: int, letter: str, device: torch.dev
 def count_negatives(
     ids: Tensor, text_ids: Tensor, m: int, label_offset: int, group: Any
 ) -> Tensor:  # []
-    """Returns the number of negatives of all rows, at least 1, float64.
+    """Returns the number of negatives of all rows, at least 1, float64; equal ids are none.
 
-    ids [N], text_ids [m]: equal ids are no negatives. label_offset: column of row 0's positive.
-    With a process group (else None), every rank must call this, and the number is the mean over the
-    ranks.
+    With a process group it is the mean over the ranks, a collective.
     """
     ordered = text_ids.sort().values
     positives = text_ids[label_offset : label_offset + ids.shape[0]]
@@ -245,8 +219,7 @@ def count_negatives(
 
 
 def check_columns(pairs: Pairs, group: Any) -> None:
-    """Raises TypeError or ValueError unless each row has its positive among the columns, and ids
-    of rows and columns go together.
+    """Raises an error unless each row has its positive among the columns, and ids go together.
 
     With a process group (else None) the columns are this rank's, as many as rows.
     """

@@ -5,6 +5,7 @@ memory beside the results.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +33,22 @@ class _Chunk:
         self.rows = rows
         self.indices = torch.arange(rows.stop - rows.start, device=call.image.device)
         self.positives = self.indices + (rows.start + call.label_offset)
-        self.dropped = None if call.ids is None else call.ids[rows, None] == call.text_ids
+        self.dropped: Tensor | None = None
+        if call.ids is not None and call.text_ids is not None:
+            self.dropped = call.ids[rows, None] == call.text_ids
 
     def product(self, image: Tensor, text: Tensor) -> Tensor:
         """Returns similarities [rows, M]: the chunk's rows of image [N, D] times text [M, D]."""
         return torch.mm(image[self.rows].to(text.dtype), text.T)
+
+    def teacher(self, call: SimilarityCall, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Returns the teacher's similarities of the positives, and its logits filled with -inf."""
+        image: Any = call.teacher_image
+        text: Any = call.teacher_text
+        scale: Any = call.teacher_scale
+        similarity = self.product(image, text.to(dtype))
+        diagonal = self.positive(similarity)
+        return diagonal, self.fill(similarity.mul_(scale), -torch.inf)
 
     def positive(self, matrix: Tensor) -> Tensor:
         """Returns the entries of the rows' positives, [rows], in a matrix [rows, M]."""
@@ -69,8 +81,7 @@ class ReferenceSimilarity(Reference):
     def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
         """Returns rows [6, N] RowStat, columns [3, M] ColumnStat, and memory for stored products.
 
-        columns are 0 unless `columns`. The memory is not written: only the CPU's C++ kernels store
-        products, and backward computes them again.
+        columns are 0 unless `columns`. The memory is not written: only C++ kernels store products.
         """
         dtype = accumulate_dtype(call.image.dtype)
         n = call.image.shape[0]
@@ -91,9 +102,7 @@ class ReferenceSimilarity(Reference):
                 part[RowStat.PAIR_MATCHING] = -chunk.fill(unmatched, 0).sum(1)
             student = chunk.fill(student.mul_(call.scale), -torch.inf)
             if call.has_teacher:
-                teacher = chunk.product(call.teacher_image, call.teacher_text.to(dtype))
-                part[RowStat.DIAGONAL_TEACHER] = chunk.positive(teacher)
-                teacher = chunk.fill(teacher.mul_(call.teacher_scale), -torch.inf)
+                part[RowStat.DIAGONAL_TEACHER], teacher = chunk.teacher(call, dtype)
                 gap = call.entropy * teacher.masked_fill(teacher == -torch.inf, 0) - student
                 chunk.fill(gap, 0)
             chunk_columns = torch.zeros_like(columns)
@@ -137,8 +146,7 @@ class ReferenceSimilarity(Reference):
                 grad = call.grad_columns[ColumnStat.LSE_STUDENT]
                 g.addcmul_(_softmax(student, lse), grad)
             if call.has_teacher:
-                teacher = chunk.product(call.teacher_image, call.teacher_text.to(dtype))
-                teacher = chunk.fill(teacher.mul_(call.teacher_scale), -torch.inf)
+                _, teacher = chunk.teacher(call, dtype)
                 g.addcmul_(
                     _softmax(teacher, stats[RowStat.LSE_TEACHER]), grads[RowStat.MEAN], value=-1
                 )
@@ -166,8 +174,7 @@ class ReferenceSimilarity(Reference):
     def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns the terms [K], and the gradients of their sum weighted by MIX.
 
-        K: the number of terms. The gradients are d_image and d_text (without rows unless needed),
-        and d_sigmoids [2, K], those of WEIGHT and BIAS; without `gradient` they hold nothing.
+        These are d_image, d_text (without rows unless needed) and d_sigmoids [2, K].
         """
         dtype = accumulate_dtype(call.image.dtype)
         image, text = call.image.to(dtype), call.text.to(dtype)
@@ -194,9 +201,9 @@ class ReferenceSimilarity(Reference):
                     d_sigmoids[SigmoidRow.WEIGHT, k] += torch.linalg.vecdot(slope, similarity).sum()
                     d_sigmoids[SigmoidRow.BIAS, k] += slope.sum()
                     g.add_(slope.mul_(weight))
-            if call.need_image:
+            if g is not None and call.need_image:
                 torch.mm(g, text, out=d_image[chunk.rows])
-            if call.need_text:
+            if g is not None and call.need_text:
                 d_text.addmm_(g.T, image[chunk.rows])
         return terms, d_image.to(call.image.dtype), d_text.to(call.text.dtype), d_sigmoids
 

@@ -109,9 +109,7 @@ def _negatives(pairs: Pairs, group: Any) -> Tensor | int:
 def _softmax_sweep(
     pairs: Pairs, settings: Settings, terms: list[str], negatives: Tensor | int
 ) -> Values:
-    """Returns the terms from the statistics of rows and columns, of which ranks exchange those of
-    columns.
-    """
+    """Returns the terms from statistics of rows and columns, of which ranks exchange the latter."""
     plane = settings.plane if "pair_matching" in terms else None
     teacher: Any = pairs.teacher or Teacher(None, None)  # type: ignore[arg-type]
     image = pairs.image

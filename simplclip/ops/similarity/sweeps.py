@@ -44,20 +44,10 @@ def _fwd(function: Callable, call: SimilarityCall) -> tuple[Tensor, Tensor, Tens
     return function(_prepared(call))
 
 
-def _fwd_empty(call: SimilarityCall, spec: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns uninitialised results of `_fwd`."""
-    return empty_statistics(call)
-
-
 def _bwd(function: Callable, call: SimilarityGradient) -> tuple[Tensor, ...]:
     """Returns d_image, d_text in the features' dtype, d_scale [] and d_plane [2], by a backend."""
     d_image, d_text, *others = function(_prepared(call))
     return d_image.to(call.image.dtype), d_text.to(call.text.dtype), *others
-
-
-def _bwd_empty(call: SimilarityGradient, spec: str) -> tuple[Tensor, ...]:
-    """Returns uninitialised results of `_bwd`."""
-    return empty_gradients(call)
 
 
 def _sigmoid(function: Callable, call: SigmoidCall) -> tuple[Tensor, ...]:
@@ -66,17 +56,12 @@ def _sigmoid(function: Callable, call: SigmoidCall) -> tuple[Tensor, ...]:
     return (values * call.sigmoids[SigmoidRow.MIX]).sum(), values, *gradients
 
 
-def _sigmoid_empty(call: SigmoidCall, spec: str) -> tuple[Tensor, ...]:
-    """Returns uninitialised results of `_sigmoid`."""
-    return call.sigmoids.new_empty(()), *empty_sigmoids(call)
-
-
 FORWARD = define(
     "similarity_loss_fwd",
     SimilarityCall,
     "(Tensor, Tensor, Tensor)",
     _fwd,
-    _fwd_empty,
+    lambda call, spec: empty_statistics(call),
     served_by=BACKENDS,
     differentiable=2,
 )
@@ -85,7 +70,7 @@ BACKWARD = define(
     SimilarityGradient,
     "(Tensor, Tensor, Tensor, Tensor)",
     _bwd,
-    _bwd_empty,
+    lambda call, spec: empty_gradients(call),
     served_by=BACKENDS,
 )
 SIGMOID = define(
@@ -93,14 +78,9 @@ SIGMOID = define(
     SigmoidCall,
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _sigmoid,
-    _sigmoid_empty,
+    lambda call, spec: (call.sigmoids.new_empty(()), *empty_sigmoids(call)),
     served_by=BACKENDS,
 )
-
-
-def _save(tensors: Sequence[Tensor], results: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Returns what backward reads: the call's tensors, the statistics and the stored products."""
-    return *tensors, *results
 
 
 def _gradient(
@@ -128,11 +108,6 @@ def _gradient(
     return {"image": d_image, "text": d_text, "scale": d_scale, "plane": d_plane}
 
 
-def _save_sigmoid(tensors: Sequence[Tensor], results: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Returns what backward reads: forward has computed the gradients, and no features are kept."""
-    return results
-
-
 def _sigmoid_gradient(
     saved: Sequence[Tensor],
     options: Sequence,
@@ -147,5 +122,6 @@ def _sigmoid_gradient(
     return {"image": d_image, "text": d_text, "sigmoids": F.pad(d_sigmoids, (0, 0, 0, constants))}
 
 
-register_gradient(FORWARD, _save, _gradient)
-register_gradient(SIGMOID, _save_sigmoid, _sigmoid_gradient)
+register_gradient(FORWARD, _gradient, save=lambda tensors, results: (*tensors, *results))
+# forward has computed the gradients, and no features are kept
+register_gradient(SIGMOID, _sigmoid_gradient, save=lambda tensors, results: results)

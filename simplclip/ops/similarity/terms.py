@@ -73,6 +73,7 @@ def values(
     if options.contrastive:
         terms.append(cross_entropy.mean())
     if options.relational:
+        assert teacher_scale is not None
         if columns is not None:
             teacher_lse = torch.stack([teacher_lse, column_teacher_lse])
             mean = torch.stack([mean, column_mean])
@@ -99,11 +100,7 @@ def values(
 
 
 def merge_columns(parts: Tensor) -> Tensor:  # [W, 3, N] -> [3, N]
-    """Merges ColumnStat statistics of N columns over W sets of rows to those over all rows.
-
-    parts: statistics of each set, e.g. of each rank's rows. -inf is the log-sum-exp of no
-    negatives.
-    """
+    """Merges ColumnStat of W sets of rows; -inf is the log-sum-exp of no negatives."""
 
     def merged(part: Tensor) -> tuple[Tensor, Tensor]:  # [W, N] -> [N], [W, N] shares
         """Returns the log-sum-exps over all rows, and each set's share of their exponentials."""
