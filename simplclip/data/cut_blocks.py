@@ -31,10 +31,9 @@ class Block(NamedTuple):
 
 
 def whole_batches(blocks: Iterable[Block], size: int) -> Iterator[Block]:
-    """Yields the samples of `blocks` in their order, in blocks of `size` samples.
+    """Yields the samples of `blocks`, which have at most `size`, in blocks of `size`.
 
-    blocks: of at most `size` samples each. A whole block is yielded itself, without a copy, until
-    one is short.
+    A whole block is yielded itself, without a copy, until one is short.
     """
     rest: list[Block] = []  # less than a batch
     for block in blocks:

@@ -21,11 +21,10 @@ _WORDS = {
 
 
 def check_classes(path: str, folders: Collection[str]) -> None:
-    """Raises InputError if all `folders` with images in a folder of classes are parts of a dataset.
+    """Raises InputError if all `folders` with images in `path` are parts of a dataset.
 
-    A part's name consists of _WORDS and numbers, such as train, val2017 or test_images. One class
-    may have such a name, as long as another one has not. path: of the folder of classes. folders:
-    names of the folders in it, or of some, but not of one that has no image.
+    A part's name consists of _WORDS and numbers, such as val2017 or test_images. One class may have
+    such a name, as long as another one has not.
     """
     if not folders or not all(map(_is_part, folders)):
         return

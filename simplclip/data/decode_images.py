@@ -64,10 +64,9 @@ _MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
 def open_image(encoded: bytes) -> Image.Image:
     """Reads the header of an image file of IMAGE_SUFFIXES; its pixels are not decoded yet.
 
-    encoded: the file's bytes. Returns a Pillow image that keeps them. Raises BrokenSample: "not an
-    image" for any other content; "image too large" for more pixels than
-    `PIL.Image.MAX_IMAGE_PIXELS` or a side above LONGEST_SIDE; "too many scans" for a JPEG of more
-    than MOST_SCANS.
+    Raises BrokenSample: "not an image" for any other content; "image too large" for more pixels
+    than `PIL.Image.MAX_IMAGE_PIXELS` or a side above LONGEST_SIDE; "too many scans" for a JPEG of
+    more than MOST_SCANS.
     """
     # Image.open would try other formats, and warn of many pixels
     in_container = encoded[4:8] == _CONTAINER
@@ -131,11 +130,10 @@ def check_pixels(height: int, width: int) -> None:
 
 
 def decode_pil(encoded: bytes | Image.Image) -> Image.Image:
-    """Returns the decoded image of a file's bytes, or of what `open_image` returned of them.
+    """Returns the decoded image of a file's bytes, or of what `open_image` returned, in place.
 
-    Grey becomes RGB, and premultiplied alpha is divided out; other modes, e.g. RGBA or P, stay. An
-    opened image is decoded in place, and returned itself unless its mode changes. Raises
-    BrokenSample: "truncated image" for damaged pixels, and those of `open_image`.
+    Grey becomes RGB, and premultiplied alpha is divided out; other modes, e.g. RGBA or P, stay.
+    Raises BrokenSample: "truncated image" for damaged pixels, and those of `open_image`.
     """
     image = open_image(encoded) if isinstance(encoded, bytes) else encoded
     try:
@@ -157,11 +155,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def remarks_on(image: Image.Image, size: int) -> list[str]:
     """Returns what is odd about an image's pixels, as phrases that `simplclip data pack` counts.
 
-    There are three, "turned by EXIF, ...", "with transparency, ..." and "of one colour ..."; [] if
-    none holds or the pixels are damaged. An opaque image with many bytes for its size is not
-    decoded.
-
-    image: from `open_image`; it is shrunk in place. size: bytes of its file.
+    [] if nothing is, or the pixels are damaged. An opaque image with many bytes for its size is not
+    decoded. image: from `open_image`; it is shrunk in place. size: bytes of its file.
     """
     remarks: list[str] = []
     if _is_turned(image):
@@ -194,10 +189,7 @@ def _is_turned(image: Image.Image) -> bool:
 
 
 def opaque(image: Image.Image) -> Image.Image:
-    """Returns an image in mode RGB; wholly transparent pixels of LA and RGBA become black.
-
-    open_clip's resizing makes them black too.
-    """
+    """Returns an image as RGB; what is wholly transparent becomes black, as in open_clip."""
     premultiplied = {"LA": "La", "RGBA": "RGBa"}.get(image.mode)
     if premultiplied is not None:
         image = image.convert(premultiplied).convert(image.mode)

@@ -63,11 +63,11 @@ class Streams:
         return self.rank, self.ranks
 
     def epoch(self, epoch: int, worker: int, skipped: Skipped) -> Iterator[tuple[int, Sample]]:
-        """Yields an epoch of the stream of this rank's `worker`, shuffled.
+        """Yields an epoch of the stream of this rank's `worker`, shuffled; samples are numbered.
 
-        Each sample comes with its number in the stream, from 1, which counts held-out samples too.
-        Tars are divided as by webdataset's split_by_node, then split_by_worker. Damage is added to
-        `skipped` as samples are read; if others read the same tars, by the first worker only.
+        The numbers begin with 1, and count held-out samples too. Tars are divided as by
+        webdataset's split_by_node, then split_by_worker. Damage is added to `skipped` as samples
+        are read; if others read the same tars, by the first worker only.
         """
         tars = self._order(epoch)
         counts_damage = worker == 0 or self.division == PROCESSES
@@ -94,10 +94,7 @@ class Streams:
                 yield sample
 
     def _order(self, epoch: int) -> list[tuple[Source, int]]:
-        """Returns the tars of an epoch in order, each with the number of its copy, from 0.
-
-        A tar comes as often as its weight says. All ranks and workers get the same order.
-        """
+        """Returns the tars of an epoch, as often as their weights say; all ranks get the same."""
         generator = random.Random(f"{self.seed}/{epoch}")
         order: list[tuple[Source, int]] = []
         for source in self.sources:
@@ -110,10 +107,7 @@ class Streams:
         return order
 
     def _samples(self, order: Order, skipped: Skipped) -> Iterator[Sample]:
-        """Yields the samples of tars; the number of a copy above 0 becomes their "__copy__".
-
-        Damage is added to `skipped`. Raises ShardError as `read_tar`.
-        """
+        """Yields the samples of tars; the number of a copy above 0 becomes their "__copy__"."""
         for source, copy_number in order:
             for sample in self.read(source, skipped):
                 if copy_number:
@@ -124,8 +118,7 @@ class Streams:
 def choose_division(streams: Streams, step: int) -> str:
     """Returns PROCESSES, RANKS or SAMPLES, the first one whose streams have a step in an epoch.
 
-    streams: of any division. step: samples of a rank's step. Raises InputError if all samples that
-    train are less than a step of all ranks.
+    step: samples of a rank's step. Raises InputError if all that train are less than a step of all.
     """
     samples = _estimate_samples(streams.sources)
     step_of_all = step * streams.ranks
@@ -176,11 +169,7 @@ def _enough(sources: Sequence[Source], samples: list[float] | None, step: int, p
 
 
 def _estimate_samples(sources: Sequence[Source]) -> list[float] | None:
-    """Returns the number of samples of each tar; None if one of them is a stream.
-
-    It is that of the meta.json beside it. Tars without an entry are counted by their headers, the
-    smallest first; after _COUNTED samples a tar's bytes tell their number.
-    """
+    """Returns the samples of each tar, by meta.json, headers or bytes; None with a stream."""
     if any(isinstance(source.url, Address) for source in sources):
         return None
     sizes = [size_of(source) or 0 for source in sources]

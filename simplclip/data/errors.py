@@ -29,11 +29,7 @@ class BrokenSample(Exception):
     """A sample is broken: the reason under which it is counted, and a detail."""
 
     def __init__(self, reason: str, detail: object = "") -> None:
-        """Keeps both arguments as attributes.
-
-        reason: a few words under which the sample is counted, e.g. "missing image". detail: a text
-        or an error that says more; "" for none.
-        """
+        """Keeps both arguments as attributes; the reason is a few words, e.g. "missing image"."""
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
 
@@ -50,10 +46,7 @@ class StaleCount:
     stale: int = 0
 
     def add(self, stale: str | None = None) -> None:
-        """Counts one more sample; `stale` is its name if its features are.
-
-        Raises ShardError if at least STALE samples, and more than the share STALE_SHARE, are stale.
-        """
+        """Counts one more sample, and `stale`, its name, if its features are. Raises ShardError."""
         self.read += 1
         if stale is None:
             return

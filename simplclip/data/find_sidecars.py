@@ -25,19 +25,12 @@ Folders = Sequence[str | os.PathLike]
 
 
 def sidecar_name(shard: str) -> str:
-    """Returns the file name that the sidecars of a shard have: the shard's own, without .gz.
-
-    shard: the `url` of its Source. The .gz (.xz, .bz2, .zst) is that of a file that a command
-    unpacks.
-    """
+    """Returns the file name of a shard's sidecars: its own, without a .gz that is unpacked."""
     return re.sub(r"\.(gz|xz|bz2|zst)$", "", name_of(shard))
 
 
 def sidecars_of(shard: str, folders: Folders) -> list[str]:
-    """Returns the paths of a shard's sidecars, one in each of `folders`, in their order.
-
-    shard: the `url` of its Source. Raises ShardError if one is no file.
-    """
+    """Returns a shard's sidecars, one in each folder. Raises ShardError if one is no file."""
     paths = [os.path.join(os.path.expanduser(folder), sidecar_name(shard)) for folder in folders]
     for path in paths:
         if not os.path.isfile(path):
@@ -49,10 +42,7 @@ def sidecars_of(shard: str, folders: Folders) -> list[str]:
 
 
 def by_sidecar_name(sources: Iterable[Source]) -> dict[str, Source]:
-    """Returns {file name of its sidecars: source}; a source that comes twice is there once.
-
-    Raises InputError if two sources of different urls have one name.
-    """
+    """Returns {file name of its sidecars: source}. Raises InputError if two have one name."""
     named: dict[str, Source] = {}
     for source in sources:
         first = named.setdefault(sidecar_name(source.url), source)
@@ -67,11 +57,9 @@ def by_sidecar_name(sources: Iterable[Source]) -> dict[str, Source]:
 def check_sidecars(sources: Iterable[Source], folders: Folders) -> None:
     """Raises an error unless each folder has a sidecar of each shard as the shard is now.
 
-    It reads each folder's meta.json: a shard that has changed since its sidecar was made is noticed
-    by its size, if meta.json has the size. Without folders nothing is checked.
-
-    Raises InputError if `folders` is no list of folders or two shards have one file name,
-    ShardError for a missing or stale sidecar.
+    A shard that has changed since is noticed by its size, if the folder's meta.json has the size.
+    InputError if `folders` is no list of folders or two shards have one file name, ShardError for a
+    missing or stale sidecar.
     """
     if isinstance(folders, (str, os.PathLike)):
         raise InputError(f"sidecars: expected a list of folders, got {folders!r}")

@@ -43,20 +43,12 @@ class Source:
 
 
 def name_of(url: str) -> str:
-    """Returns the file name of a path or URL, or of the last tar that a pipe:COMMAND names.
-
-    url: a str is a path, an `Address` a URL or command. A command that names no tar is cut as a
-    path.
-    """
+    """Returns the file name of a path or URL, or of the last tar that a pipe:COMMAND names."""
     return os.path.basename(_path_of(url))
 
 
 def _path_of(url: str) -> str:
-    """Returns the path whose end names a tar.
-
-    A path (plain str) stays as it is; of a URL it is host and path, without the query, which may be
-    a signature that changes; of a command the last word up to .tar, or all of it if there is none.
-    """
+    """Returns the path whose end names a tar: of a command its last word up to .tar."""
     if not isinstance(url, Address):
         return url
     if url.startswith("http"):
@@ -65,11 +57,7 @@ def _path_of(url: str) -> str:
 
 
 def _different_names(urls: Iterable[str]) -> dict[str, str]:
-    """Returns {url: name} with a different name for each tar, which stays if the data move.
-
-    The name is the file name; where file names are equal, the shortest end of the path that
-    differs.
-    """
+    """Returns {url: name}: its file name, or the end of its path that tells it from others."""
     names = {url: name_of(url) for url in urls}
     urls_by_name: dict[str, list[str]] = defaultdict(list)
     for url, name in names.items():
@@ -81,11 +69,7 @@ def _different_names(urls: Iterable[str]) -> dict[str, str]:
 
 
 def _different_ends(urls: list[str]) -> list[str]:
-    """Returns, in order, the shortest ends of paths or URLs in which they differ.
-
-    All have the same number of parts between slashes, e.g. a/000.tar and b/000.tar. If no length
-    tells them apart, these are the whole urls, paths made absolute.
-    """
+    """Returns the shortest ends of paths or URLs, of one length, that differ; else all of each."""
     whole = [url if isinstance(url, Address) else os.path.abspath(url) for url in urls]
     paths = [_path_of(url).split("/") for url in whole]
     longest = max(map(len, paths))
@@ -124,10 +108,7 @@ def sources_of(shards: Any, name: str = "shards") -> list[Source]:
 
 
 def in_words(sources: Iterable[Source]) -> str:
-    """Returns the names of sources for a message: "'a.tar' (and 3 more files)".
-
-    sources: at least one; those of one url count once.
-    """
+    """Returns the names of sources for a message: "'a.tar' (and 3 more files)"."""
     first, *more = dict.fromkeys(source.url for source in sources)
     if not more:
         return repr(str(first))
@@ -136,11 +117,7 @@ def in_words(sources: Iterable[Source]) -> str:
 
 
 def _sources(shards: Any, name: str) -> Iterator[Source]:
-    """Yields the sources of an argument of `sources_of`, or of a part of it, without their names.
-
-    The weights of mappings within each other are multiplied. name: name of the argument in
-    InputErrors.
-    """
+    """Yields the sources of an argument of `sources_of`, or of a part of it, without names."""
     if isinstance(shards, (str, os.PathLike)):
         yield from map(Source, _urls(shards, name))
     elif isinstance(shards, Mapping):
@@ -161,11 +138,7 @@ def _sources(shards: Any, name: str) -> Iterator[Source]:
 
 
 def _urls(shards: str | os.PathLike, name: str) -> Iterator[str]:
-    """Yields what a text or path names: existing files (str), or URLs or commands (Address).
-
-    Braces, globs and ~ are expanded. name: name of the argument in the InputError for what does not
-    exist, or is no tar.
-    """
+    """Yields what a text or path names: existing files (str), or URLs or commands (Address)."""
     text = os.fspath(shards)
     path = os.path.expanduser(text)
     if os.path.exists(path):
@@ -193,11 +166,7 @@ def _urls(shards: str | os.PathLike, name: str) -> Iterator[str]:
 
 
 def _expanded(pattern: str, name: str) -> list[str]:
-    """Returns the names that a pattern with {000..003} or {a,b} stands for, each once.
-
-    Other braces, such as awk's, stay; without braces it is the pattern itself. name: name of the
-    argument in the InputError for more than _MAX_NAMES names or _MAX_BRACES braces.
-    """
+    """Returns the names that a pattern with {000..003} or {a,b} stands for; other braces stay."""
     names = []
     if pattern.count("{") <= _MAX_BRACES:  # braceexpand, which webdataset uses, would hang
         names = list(islice(_expansions(pattern), _MAX_NAMES + 1))
@@ -220,10 +189,7 @@ def _expansions(pattern: str) -> Iterator[str]:
 
 
 def _numbers(first: str, last: str, step: str | None) -> Iterable[str]:
-    """Returns the numbers of {first..last..step} as texts, `last` included, also counting down.
-
-    If one end begins with 0, all are padded to the longer one's width. step: None for 1.
-    """
+    """Returns the numbers of {first..last..step} as texts, padded if one end begins with 0."""
     start, end, stride = int(first), int(last), max(1, int(step or 1))
     numbers = range(start, end + 1, stride)
     if start > end:

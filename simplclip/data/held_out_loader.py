@@ -91,11 +91,10 @@ class HeldOut:
         return in_words(self.sources)
 
     def open(self, sample: Sample) -> Pair:
-        """Parses the files of a sample; the image stays encoded.
+        """Parses the files of a sample, or of its `PairRow` under "__row__"; decodes no image.
 
-        A sample of a table or folder has a `PairRow` under "__row__", whose files are read from the
-        disk first. A sample with a label may have no captions. In a folder of classes no sample has
-        any. The parsed json is kept in the sample. Raises BrokenSample.
+        A sample with a label may have no captions. In a folder of classes no sample has any. The
+        parsed json is kept in the sample. Raises BrokenSample.
         """
         row: PairRow | None = sample.get("__row__")
         if row is not None:
@@ -159,8 +158,7 @@ class HeldOut:
     def pictures(self, positions: Iterable[int]) -> dict[int, Image.Image]:
         """Returns {position: RGB image} of the samples at `positions`, which count as in `batches`.
 
-        The data up to the last of them are read again. Raises BrokenSample if one of them is
-        broken.
+        The data up to the last of them are read again. Raises BrokenSample.
         """
         chosen = set(positions)
         samples = chain.from_iterable(self._read(source, Skipped()) for source in self.sources)

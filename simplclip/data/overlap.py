@@ -22,14 +22,12 @@ class Overlap(NamedTuple):
 
 
 def overlap(division: Mapping[str, Any], other: Mapping[str, Any]) -> Overlap | None:
-    """Returns how many samples that one run holds out were trained on by another run.
+    """Returns how many samples that `division` holds out were trained on in `other`, or None.
 
     Samples are the same if their images have the same paths in their collections; where `pack` has
-    not written these, if the keys and the first captions are the same.
-
-    division, other: training data with its held-out share, as `data.held_out` takes it, of the two
-    runs. Returns None if tars are streams or have more than MOST_BYTES. Raises InputError or
-    ShardError if they cannot be read.
+    not written these, if the keys and the first captions are the same. Both are training data with
+    a held-out share, as `data.held_out` takes them. None if tars are streams or have more than
+    MOST_BYTES.
     """
     if dict(division) == dict(other):  # nothing needs to be read
         return Overlap(0, 0)

@@ -142,10 +142,7 @@ def pack_shards(data: Any, out: str | os.PathLike, *, progress: bool = True) -> 
 
 
 def pack_folders(data: Any, out: str | os.PathLike) -> dict[str, str]:
-    """Returns {OUT/NAME: source} of the folders that `pack_shards` writes with these arguments.
-
-    Nothing is read but whether a path is a folder, and nothing is written.
-    """
+    """Returns {OUT/NAME: source} of the folders that `pack_shards` writes; touches no file."""
     sources = dict[str, str]()
 
     def noted(source: str | os.PathLike, folder: Path, options: Options) -> None:
@@ -195,10 +192,7 @@ def _with_sources_replaced(
 
 
 def summary(shards: list[str], examples: int = 3) -> str:
-    """Returns lines on shards that `pack` made: lengths of captions, sizes of images, some samples.
-
-    shards: their paths; the first, the middle and the last one are read. examples: samples shown.
-    """
+    """Returns lines on shards that `pack` made: captions, sizes of images, some samples."""
     shards = list(dict.fromkeys((shards[0], shards[len(shards) // 2], shards[-1])))
     records: list[dict[str, Any]] = []
     sides: list[int] = []
@@ -235,11 +229,7 @@ def _spread(numbers: list[int]) -> str:
 def _write_missing_shards(
     source: RowSource, folder: TarFolder, workers: int, progress: bool
 ) -> None:
-    """Writes the shards that the folder does not have; saves its entries after each.
-
-    Entries of tars that are no longer there are dropped, and `folder.complete` is set at the end.
-    If no row is usable, it removes meta.json and the empty folder and raises InputError.
-    """
+    """Writes the shards that the folder lacks. Raises InputError if no row is usable."""
     folder.complete = False
     folder.entries = {
         name: entry for name, entry in folder.entries.items() if folder.is_whole(name)
@@ -285,11 +275,7 @@ def _write_missing_shards(
 
 
 def _write_shard(path: Path, first: int, rows: Iterable[PairRow]) -> dict[str, Any]:
-    """Writes the tar of some rows, at least one, replacing it; returns its entry of meta.json.
-
-    A tar without samples is not left on disk. Keys are the numbers of rows, of which `first` is the
-    first.
-    """
+    """Writes the tar of some rows, at least one, of the number `first` on; returns its entry."""
     skipped = Skipped()
     remarks = Skipped()
     samples = 0
@@ -310,9 +296,9 @@ def _write_shard(path: Path, first: int, rows: Iterable[PairRow]) -> dict[str, A
 def files_of(row: PairRow, remarks: Skipped | None = None) -> dict[str, bytes]:
     """Reads the image and texts of a row; returns {suffix: bytes}: the image as it is, and a json.
 
-    The json has "captions", "source" (the row's name), and "label" and "group" if the row has
-    them; a label is also the group. remarks: what is odd about the image is added to it; None: it
-    is not looked for. Raises BrokenSample.
+    The json has "captions", "source" (the row's name), and "label" and "group" if the row has them;
+    a label is also the group. What is odd about the image is added to `remarks`, if not None.
+    Raises BrokenSample.
     """
     if row.problem:
         raise BrokenSample(*row.problem)

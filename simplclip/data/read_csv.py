@@ -34,11 +34,7 @@ class CsvReader(Reader):
 
     @classmethod
     def read(cls, path: str, options: Options) -> RowSource:
-        """Returns the rows of a table, a line for each caption.
-
-        The file is read once to count its lines, and once each time that rows are read.
-        Neighbouring lines of one image are one row.
-        """
+        """Returns the rows of a table; neighbouring lines of one image are one row."""
         with open(path, "rb") as file:
             header = file.readline(LINE_BYTES)
             if b"\0" in header:
@@ -84,12 +80,11 @@ def _not_utf8(text: str) -> bool:
 
 
 def _records(file: BinaryIO, separator: str) -> Iterator[list[str] | str]:
-    """Yields the records of a table as lists of fields; in place of a bad one the reason, a str.
+    """Yields the records of an open table; in place of a bad one the reason, a str.
 
-    file: open at the line after the titles, in binary mode; its position moves. separator: of
-    fields. Empty lines are no records. A quoted field may span several lines. A record with a quote
-    that is not closed before a separator or the end of a line, or with a field above csv's limit,
-    ends with its first line, so that no other record is lost.
+    A quoted field may span several lines. A record with a quote that is not closed before a
+    separator or the end of a line, or with a field above csv's limit, ends with its first line, so
+    that no other record is lost.
     """
     while first := file.readline(LINE_BYTES):
         if not first.strip(b"\r\n"):
@@ -115,10 +110,7 @@ def _records(file: BinaryIO, separator: str) -> Iterator[list[str] | str]:
 
 
 def _fields_of_line(line: bytes, separator: str) -> list[str]:
-    """Returns the fields of a line, in which text may follow a quote: `"a" b`.
-
-    [] if it is no record of its own: a quote is not closed, or a field is above csv's limit.
-    """
+    """Returns the fields of a line, as of `"a" b` after a quote; [] if it is no record."""
     text = line.decode(errors="surrogateescape")
     try:
         fields, *empty_line = csv.reader([text, ""], delimiter=separator)

@@ -22,9 +22,8 @@ def open_folder(path: str) -> RowSource:
 
     A row has the texts (.txt, .json) beside its image. If no image has one, the folders in `path`
     are classes: the label of an image, and its caption. An image of a format that is not read is a
-    row with `problem`, unless it was converted beside. The names of all files are read now, and
-    again with the rows. Raises InputError if there is no image, if the folders are no classes but
-    parts of a dataset, or if a folder cannot be read.
+    row with `problem`, unless it was converted beside. Raises InputError if there is no image, if
+    the folders are no classes but parts of a dataset, or if a folder cannot be read.
     """
     path = path.rstrip(os.sep) or path
     counts, folders = Counter[bool](), set[str]()

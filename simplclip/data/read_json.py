@@ -82,10 +82,7 @@ class JsonReader(Reader):
 
     @classmethod
     def read(cls, path: str, options: Options) -> RowSource:
-        """Returns a row for each image, with all its captions; the file is parsed now.
-
-        Raises InputError also if no image, or none of the split in `options`, is in it.
-        """
+        """Returns a row for each image, with all its captions; the file is parsed now."""
         captions: dict[str, list[Any]] = {}
         try:
             for image, texts in _entries(_parsed(path), path, options):
@@ -128,12 +125,7 @@ def _parsed(path: str) -> dict[str, Any]:
 def _entries(
     content: dict[str, Any], path: str, options: Options
 ) -> Iterator[tuple[str, list[Any]]]:
-    """Yields (image, captions) of a JSON file; an image, a path or file name, may come again.
-
-    content: the parsed file. path: its name in errors. Raises InputError if `options` name none of
-    several splits, or if COCO's annotations are not captions; for any other content its own error,
-    e.g. KeyError.
-    """
+    """Yields (path or file name of an image, captions); an image may come again."""
     images = content["images"]
     if "annotations" in content:  # COCO's captions_val2017.json
         files = {image["id"]: image["file_name"] for image in images}

@@ -19,10 +19,7 @@ _OTHER_CONTENT = (OSError, ValueError, LookupError, TypeError, AttributeError, O
 
 
 def tar_entries(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
-    """Returns {file name of a tar: its entry} of a folder's meta.json; {} without a valid one.
-
-    An entry is a dict with "samples", "bytes" and more, see `write_tars.TarFolder`.
-    """
+    """Returns {file name of a tar: its entry} of a folder's meta.json; {} without a valid one."""
     entries: dict[str, dict[str, Any]] = {}
     try:
         for split in _read(folder)["splits"].values():
@@ -72,17 +69,10 @@ def dataset_size(shards: Any) -> int | None:
 
 
 def listed_samples(sources: Sequence[Source]) -> list[int | None]:
-    """Returns the number of samples of each tar, as the meta.json beside it says.
-
-    It is None as `dataset_size` says.
-    """
+    """Returns the samples of each tar by the meta.json beside it; None as `dataset_size`."""
     folders = {os.path.dirname(source.url) for source in sources}
     entries = {folder: tar_entries(folder) for folder in folders}
-    counts = []
-    for source in sources:
-        folder, name = os.path.split(source.url)
-        counts.append(_listed_samples(source, entries[folder].get(name, {})))
-    return counts
+    return [_listed_samples(source.url, entries) for source in sources]
 
 
 def _read(folder: str | os.PathLike) -> Any:
@@ -104,13 +94,15 @@ def _converted_stamp(meta: Any) -> dict[str, Any]:
     return stamp
 
 
-def _listed_samples(source: Source, entry: Mapping[str, Any]) -> int | None:
-    """Returns the samples of a tar by its entry; None if the tar has another size."""
-    if isinstance(source.url, Address):
+def _listed_samples(url: str, entries: Mapping[str, Mapping[str, Any]]) -> int | None:
+    """Returns the samples of a tar by its folder's entries; None if the tar has another size."""
+    if isinstance(url, Address):
         return None
+    folder, name = os.path.split(url)
     try:
+        entry = entries[folder][name]
         samples, size = int(entry["samples"]), int(entry["bytes"])
-        if size != os.path.getsize(source.url):
+        if size != os.path.getsize(url):
             return None
     except _OTHER_CONTENT:
         return None

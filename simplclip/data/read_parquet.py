@@ -34,11 +34,7 @@ class ParquetReader(Reader):
 
     @classmethod
     def read(cls, path: str, options: Options) -> RowSource:
-        """Returns the rows of a parquet file, of which only the schema is read now.
-
-        A column with image files comes before one with paths. Neighbouring rows of one image are
-        joined. Raises InputError for another file or missing columns.
-        """
+        """Returns the rows of a file; a column of image files comes before one of paths."""
         import pyarrow
         import pyarrow.parquet
 
@@ -98,9 +94,7 @@ class ParquetReader(Reader):
 
 
 def _holds_files(kind: Any) -> bool:
-    """Whether a column of this type of pyarrow may hold image files: binary, or Hugging Face's
-    image, a struct of bytes and path.
-    """
+    """Whether a column may hold image files: binary, or a struct as Hugging Face's image."""
     import pyarrow.types
 
     if pyarrow.types.is_struct(kind):
@@ -109,9 +103,7 @@ def _holds_files(kind: Any) -> bool:
 
 
 def _image(value: Any) -> Any:
-    """Returns the path, a str, or the file, bytes, that a value of the column of images stands
-    for.
-    """
+    """Returns the path, a str, or the file, bytes, that a value of the images' column is."""
     if isinstance(value, dict):
         return value.get("bytes") or value.get("path")
     # no path has NUL, and no image of a format that is read is without and in UTF-8

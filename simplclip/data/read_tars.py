@@ -97,11 +97,7 @@ class Member(tarfile.TarInfo):
         return super()._block(count)  # type: ignore[misc]
 
     def _proc_member(self, archive: tarfile.TarFile) -> Any:
-        """Processes this header as tarfile does, which may read more of the archive.
-
-        Counts the bytes of extended headers in a row in `archive.extended`; raises ReadError above
-        _EXTENDED_BYTES.
-        """
+        """Raises ReadError for extended headers in a row of more than _EXTENDED_BYTES."""
         extended = 0
         if self.type in _EXTENDED_TYPES:
             extended = getattr(archive, "extended", 0) + tarfile.BLOCKSIZE + self._block(self.size)
@@ -180,10 +176,7 @@ def some_captions(shards: Any, sidecars: Folders = (), most: int = 1024) -> Some
 
 
 def read_texts(source: Source, sidecars: Folders = ()) -> Iterator[Sample]:
-    """Yields the samples of a tar, without files above _SMALL_BYTES, such as most images.
-
-    Damage is passed over. sidecars: folders whose files are joined. Raises as `read_tar`.
-    """
+    """Yields a tar's samples without damage and files above _SMALL_BYTES, as most images."""
     samples = read_tar(source, Skipped(), sidecars=sidecars or None, max_bytes=_SMALL_BYTES)
     for sample in samples:
         yield {name: value for name, value in sample.items() if not isinstance(value, BrokenSample)}
@@ -194,10 +187,8 @@ def _with_sidecars(
 ) -> Iterator[Sample]:
     """Yields the samples of a shard, to which the files of its sidecars are added in place.
 
-    shard: its url. damage: to which `samples` adds the shard's damage. A sidecar's file replaces
-    one of the same suffix. A sample whose key came before has a BrokenSample as "__double__".
-    Raises ShardError for a sidecar that is missing or damaged, and at the end of an undamaged shard
-    for one with other samples than the shard.
+    Raises ShardError for a sidecar that is missing or damaged, and at the end for one with samples
+    that the shard lacks, unless `damage` says that the shard lost some.
     """
     paths = sidecars_of(shard, folders)
     sidecars = [_sidecar_samples(path) for path in paths]
@@ -241,11 +232,7 @@ def _sidecar_samples(path: str) -> Iterator[Sample]:
 
 
 def _samples(source: Source, skipped: Skipped, max_bytes: int, on_error: str) -> Iterator[Sample]:
-    """Yields the samples of a tar in one try; they end at damage, without a sample it cut short.
-
-    Damage is added to `skipped`, or raises ShardError if on_error is "stop". Raises OSError if a
-    stream or disk fails.
-    """
+    """Yields the samples of a tar in one try; they end at damage, without a sample it cut short."""
     damage: list[Damage] = []
 
     def count_double(error: Exception) -> bool:
@@ -269,12 +256,7 @@ def _samples(source: Source, skipped: Skipped, max_bytes: int, on_error: str) ->
 def _members(
     source: Source, skipped: Skipped, max_bytes: int, damage: list[Damage]
 ) -> Iterator[dict[str, Any]]:
-    """Yields the files of a tar that belong to samples, as webdataset's `group_by_keys` takes them.
-
-    Each is {"fname": name, "data": bytes or a BrokenSample, "__url__"}. It ends at a damaged part
-    and appends it to `damage`; names that are too long are added to `skipped`. Raises
-    OSError if a stream or disk fails, ShardError for what is no regular file.
-    """
+    """Yields files as webdataset's `group_by_keys` takes them; `damage` has what ends them."""
     unread_key = None  # of the sample whose file is being read
     try:
         with (
@@ -343,11 +325,7 @@ def _check_rest(archive: tarfile.TarFile) -> None:
 def _contents(
     archive: tarfile.TarFile, member: tarfile.TarInfo, limit: int
 ) -> bytes | BrokenSample:
-    """Returns the bytes of an archive's current member.
-
-    A BrokenSample takes their place if the member is sparse or has more than `limit` bytes. Raises
-    ReadError if the archive ends before the member does, or the member's size cannot be right.
-    """
+    """Returns the current member's bytes; a BrokenSample for a sparse or too large one."""
     if member.issparse():
         return BrokenSample("sparse file", member.name)
     if member.size < 0 or member.offset_data + member.size > archive.offset:
@@ -366,11 +344,7 @@ def _contents(
 
 @contextlib.contextmanager
 def _opened(url: str) -> Iterator[tuple[Any, Any]]:
-    """Context with a file object of a tar's bytes, and tarfile's mode for it.
-
-    url: a path; or an Address, whose curl or command is started, and killed at the end. Raises
-    OSError if a stream ends by an error, ShardError for a path of no regular file.
-    """
+    """Context with a tar's stream and tarfile's mode for it; a command is killed at its end."""
     if not isinstance(url, Address):
         # reading a named pipe or a device may take for ever
         if not stat.S_ISREG(os.stat(url).st_mode):

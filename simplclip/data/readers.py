@@ -32,8 +32,7 @@ def files_in_words() -> str:
 def is_source(path: str | os.PathLike) -> bool:
     """Whether a path is a file that a reader takes, or a folder: `pack_shards` makes shards of it.
 
-    A file is told by its ending (also FILE.json#SPLIT) and need not exist; a folder must. False for
-    a URL or pipe:COMMAND.
+    A file is told by its ending and need not exist; a folder must. False for a URL or pipe:COMMAND.
     """
     text = os.path.expanduser(os.fspath(path))
     if not os.path.exists(text) and is_address(text):
@@ -42,9 +41,7 @@ def is_source(path: str | os.PathLike) -> bool:
 
 
 def is_table(path: Any) -> bool:
-    """Whether `path` is the name of a file that a reader takes, also FILE.json#SPLIT, and no
-    folder's.
-    """
+    """Whether `path` is the name of a file that a reader takes, also FILE.json#SPLIT."""
     if not isinstance(path, (str, os.PathLike)):
         return False
     file, _ = split_of(os.path.expanduser(os.fspath(path)))
@@ -59,8 +56,7 @@ def _reader_of(file: str) -> type[Reader] | None:
 def open_source(path: str | os.PathLike, options: Options) -> RowSource:
     """Returns the rows of a table, a JSON file (also FILE.json#SPLIT) or a folder.
 
-    A JSON file is parsed now; the rows of others are read when they are iterated. Raises InputError
-    if it is none or damaged, lacks a column, or has no part that one of the options names.
+    Raises InputError if it is none or damaged, lacks a column, or has no part that an option names.
     """
     file, split = split_of(os.path.expanduser(os.fspath(path)))
     if split:
@@ -103,10 +99,7 @@ def _check_options(file: str, options: Options, names: Iterable[str]) -> None:
 
 
 def split_of(path: str) -> tuple[str, str]:
-    """Returns (FILE.json, SPLIT) of FILE.json#SPLIT, (path, "") of any other path.
-
-    A file that exists under the whole name is no FILE.json#SPLIT.
-    """
+    """Returns (FILE.json, SPLIT) of FILE.json#SPLIT, (path, "") of any other, or existing, path."""
     file, sharp, split = path.rpartition("#")
     reader = _reader_of(file)
     if sharp and reader is not None and "split" in reader.options and not os.path.exists(path):

@@ -15,16 +15,11 @@ from simplclip.common.errors import InputError
 from simplclip.common.files import size_and_time
 
 # Columns of tables, in order of preference: the first of these names that a table has.
+# fmt: off
 IMAGE_NAMES: tuple[str, ...] = (
-    "filepath",
-    "image_path",
-    "path",
-    "image",
-    "file_name",
-    "filename",
-    "file",
-    "image_name",
+    "filepath", "image_path", "path", "image", "file_name", "filename", "file", "image_name",
 )
+# fmt: on
 CAPTION_NAMES: tuple[str, ...] = ("captions", "caption", "title", "text", "comment")
 
 LINE_BYTES = 1 << 24  # most bytes of a line
@@ -65,24 +60,15 @@ class RowSource:
 
 @dataclass(frozen=True)
 class Options:
-    """Options of tables and JSON files.
+    """Options of tables and JSON files."""
 
-    image_key, caption_key: columns of a table; by default the first of IMAGE_NAMES and of
-    CAPTION_NAMES. images: folder of the images; by default the file's own. split: name of a split
-    in a JSON file.
-    """
-
-    image_key: str | None = None
-    caption_key: str | None = None
-    images: str | None = None
-    split: str | None = None
+    image_key: str | None = None  # columns of a table, by default the first of IMAGE_NAMES
+    caption_key: str | None = None  # and of CAPTION_NAMES
+    images: str | None = None  # folder of the images, by default the file's own
+    split: str | None = None  # name of a split in a JSON file
 
     def image(self, file: str, path: str) -> str:
-        """Returns where an image is that the table or JSON file `file` names `path`.
-
-        It is relative to `images`, else to the folder of `file`; a URL or pipe:COMMAND stays as it
-        is.
-        """
+        """Returns where an image is that the file `file` names `path`; an address stays."""
         if is_address(path):
             return path
         if self.images is None:
@@ -126,9 +112,7 @@ def file_source(
     *,
     embedded: bool = False,
 ) -> RowSource:
-    """Returns the source of a file's rows; its state are the file's size and time and the
-    options.
-    """
+    """Returns the source of a file's rows, whose state is its size and time, and the options."""
 
     def state() -> dict[str, Any]:
         return {**size_and_time(path), **options.given()}
@@ -142,10 +126,7 @@ def line_count(file: BinaryIO) -> int:
 
 
 def columns_of(titles: list[str], path: str, options: Options) -> list[str]:
-    """Returns the names of the columns of images and of captions, in this order.
-
-    titles: all columns of the table `path`. Raises InputError if one is missing.
-    """
+    """Returns the names of the columns of images and of captions, from `titles`."""
     columns = []
     usual_names = {"image_key": IMAGE_NAMES, "caption_key": CAPTION_NAMES}
     for option, names in usual_names.items():
@@ -162,33 +143,17 @@ def columns_of(titles: list[str], path: str, options: Options) -> list[str]:
 
 
 def texts_of(captions: Any) -> list[str]:
-    """Returns the captions of a row, a list or one, as texts.
-
-    Numbers become texts; other values, such as dates and structs, are no captions. Raises
-    UnicodeDecodeError for bytes that are not UTF-8.
-    """
+    """Returns the captions of a row, a list or one, as texts; dates and structs are none."""
     texts = []
     for value in captions if isinstance(captions, list) else [captions]:
-        caption = decoded(value)
+        caption = value.decode() if isinstance(value, bytes) else value
         if isinstance(caption, (str, int, float, Decimal)) and not isinstance(caption, bool):
             texts.append(str(caption))
     return texts
 
 
-def decoded(value: Any) -> Any:
-    """Returns bytes, which are text in UTF-8, as a str; other values as they are.
-
-    Raises UnicodeDecodeError.
-    """
-    return value.decode() if isinstance(value, bytes) else value
-
-
 def table_row(name: str, image: Any, captions: list[Any], path: str, options: Options) -> PairRow:
-    """Returns the row of an image that the table `path` names or holds as `image`.
-
-    image: a path, or the bytes of a file; for anything else, or an empty one, the row has the
-    problem "missing image". name: of the row in messages.
-    """
+    """Returns the row of an image, a path or a file's bytes, of the table `path`."""
     if isinstance(image, bytes) and image:
         digest = hashlib.blake2b(image, digest_size=16).hexdigest()
         return PairRow(name, captions=captions, group=digest, encoded=image)
@@ -198,10 +163,7 @@ def table_row(name: str, image: Any, captions: list[Any], path: str, options: Op
 
 
 def merged_by_image(rows: Iterator[PairRow]) -> Iterator[PairRow]:
-    """Yields neighbouring rows of one image as one row with the captions of all.
-
-    The first one gives its name; a row with a problem stays alone.
-    """
+    """Yields neighbouring rows of one image as one row, with the first's name."""
     joined: PairRow | None = None
     joined_image: str | None = None
     captions: list[Any] = []  # of the joined row

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import stat
@@ -43,6 +44,7 @@ LONGEST_WORD = 2048
 DEEPEST = 100
 # what a hold-out goes by for samples without a group, see `is_held_out`
 HoldOutBy = Literal["picture", "shard"]
+_CONSTANTS = {"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}  # of a JSON text
 _NO_CHARACTER = re.compile("[\ud800-\udfff\0]")
 # without white space that ftfy, which open_clip's tokenizer uses, removes from within words
 _LONG_WORD = re.compile(rf"([\S\x1c-\x1f\x85]{{{LONGEST_WORD}}})[\S\x1c-\x1f\x85]+")
@@ -69,10 +71,7 @@ class Pair:
 
     @property
     def image(self) -> Image.Image:
-        """The image, decoded anew each time: RGB, black where it is wholly transparent.
-
-        Raises BrokenSample.
-        """
+        """The image, decoded anew each time: RGB, black where it is wholly transparent."""
         return opaque(decode_pil(self.encoded))
 
     def check_image(self) -> None:
@@ -115,8 +114,7 @@ def is_held_out(sample: Sample, share: float, by: HoldOutBy | None = None) -> bo
     """Whether a sample is in the share, 0 to 1, that evaluation reads and training skips.
 
     It is told by the hash of its group, else, with `by` "picture", of its picture, else of its
-    shard's name and key. The parsed json is kept in the sample. A sample whose json is broken is
-    not held out; its reader counts it.
+    shard's name and key. A sample whose json is broken is not held out; its reader counts it.
     """
     if not share or isinstance(sample.get("json"), BrokenSample):
         return False
@@ -137,8 +135,7 @@ def is_held_out(sample: Sample, share: float, by: HoldOutBy | None = None) -> bo
 def picture_of(record: dict[str, Any]) -> str | None:
     """Returns the path of a sample's image in its collection, without the image's ending.
 
-    Copies of the collection have the same paths: it is the json's "source", which `pack` writes,
-    after the collection's name. None without one, or if it is a URL.
+    Copies of the collection have the same paths. None without a "source", or if it is a URL.
     """
     source = source_of(record)
     if source is None or "://" in source:
@@ -170,11 +167,10 @@ def source_of(record: dict[str, Any]) -> str | None:
 
 
 def parse(sample: Sample, teacher: bool = False) -> Pair:
-    """Returns the parsed files of a sample; the image is not decoded.
+    """Returns the parsed files of a sample, with `teacher` also its features.
 
-    teacher: also parse a teacher's features. The parsed json is kept in the sample. Raises
-    BrokenSample, StaleFeatures if the features belong to another image or other captions, and
-    ShardError if they are missing.
+    Raises BrokenSample, StaleFeatures if the features belong to another image or other captions,
+    and ShardError if they are missing.
     """
     check_files(sample)
     record = record_of(sample)
@@ -208,9 +204,9 @@ def image_of(sample: Sample) -> bytes:
 
 
 def record_of(sample: Sample) -> dict[str, Any]:
-    """Returns the parsed json of a sample, {} without one, and keeps it in the sample.
+    """Returns the parsed json of a sample, {} without one, and keeps it under "__record__".
 
-    It is under "__record__", and not parsed again. Raises BrokenSample if it is no JSON object.
+    Raises BrokenSample if it is no JSON object.
     """
     if "__record__" in sample:
         return sample["__record__"]
@@ -227,9 +223,8 @@ def record_of(sample: Sample) -> dict[str, Any]:
 def captions_of(sample: Sample, record: dict[str, Any], *, txt_lines: bool = False) -> list[str]:
     """Returns a sample's captions, at least one: the json's "captions", else "caption", else txt.
 
-    record: the parsed json. txt_lines: each line of the txt is a caption, as in clip-benchmark's
-    layout; else the txt is one, its white space joined. Raises BrokenSample if there is no caption
-    or the txt is not UTF-8.
+    txt_lines: each line of the txt is a caption, as in clip-benchmark's layout; else the txt is
+    one, its white space joined. Raises BrokenSample.
     """
     several = record.get("captions")
     fields = [several if isinstance(several, list) else [], [record.get("caption")]]
@@ -238,7 +233,11 @@ def captions_of(sample: Sample, record: dict[str, Any], *, txt_lines: bool = Fal
         if captions:
             return captions
     if "txt" in sample:
-        captions = _captions_in(_txt_texts(sample["txt"], txt_lines))
+        try:
+            text = sample["txt"].decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise BrokenSample("caption not UTF-8", error) from None
+        captions = _captions_in(text.splitlines() if txt_lines else [" ".join(text.split())])
         if captions:
             return captions
     any_text = any(isinstance(value, str) for values in fields for value in values)
@@ -247,28 +246,12 @@ def captions_of(sample: Sample, record: dict[str, Any], *, txt_lines: bool = Fal
 
 def _captions_in(values: list[Any]) -> list[str]:
     """Returns those of some values that are texts and not empty, as `clean` returns them."""
-    captions = []
-    for value in values:
-        caption = clean(value) if isinstance(value, str) else ""
-        if caption:
-            captions.append(caption)
-    return captions
-
-
-def _txt_texts(content: bytes, txt_lines: bool) -> list[str]:
-    """Returns the captions of a txt: its lines, or all of it with its white space joined."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BrokenSample("caption not UTF-8", error) from None
-    return text.splitlines() if txt_lines else [" ".join(text.split())]
+    captions = [clean(value) for value in values if isinstance(value, str)]
+    return [caption for caption in captions if caption]
 
 
 def label_of(sample: Sample, record: dict[str, Any]) -> str | int | None:
-    """Returns a sample's class: the number in its cls, else the json's "label" as text, else None.
-
-    record: the parsed json. Raises BrokenSample for a cls that is no number.
-    """
+    """Returns a sample's class: the number in its cls, else the json's "label", else None."""
     if "cls" in sample:
         content = sample["cls"]
         try:
@@ -280,12 +263,7 @@ def label_of(sample: Sample, record: dict[str, Any]) -> str | int | None:
 
 
 def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
-    """Returns a teacher's features of a sample, and the views it saw, None for the plain image.
-
-    The features are float16 [V + C, D] of V views (1 for the plain image) and C captions. pair: the
-    parsed sample. Raises BrokenSample for damaged ones, StaleFeatures for those of another image or
-    other captions, ShardError for missing ones.
-    """
+    """Returns a teacher's features of a sample, and the views it saw, None for the plain image."""
     if TEACHER not in sample:
         pair.check_image()  # a broken image has no features
         raise ShardError(
@@ -317,10 +295,7 @@ def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, An
 
 
 def digests_of(pair: Pair) -> dict[str, str]:
-    """Returns {"captions", "image"}: digests of the captions and of the image's file.
-
-    A sidecar records them with features, to tell whether the sample has changed since.
-    """
+    """Returns {"captions", "image"}, by which a sidecar tells that its sample has changed."""
     return {"captions": digest_of(pair.captions), "image": f"{zlib.crc32(pair.encoded):08x}"}
 
 
@@ -358,16 +333,11 @@ def json_of(data: str | bytes) -> Any:
     Raises ValueError for any error in it, also for more than DEEPEST levels of lists and objects.
     """
     try:
-        content = json.loads(data, parse_constant=_number_of)
+        content = json.loads(data, parse_constant=_CONSTANTS.__getitem__)
         _check_depth([content], DEEPEST)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return content
-
-
-def _number_of(constant: str) -> float | None:
-    """Returns the value of NaN, None, or of Infinity or -Infinity in a JSON text."""
-    return None if constant == "NaN" else float(constant)
 
 
 def _check_depth(content: dict | list, levels: int) -> None:
@@ -381,10 +351,7 @@ def _check_depth(content: dict | list, levels: int) -> None:
 
 
 def file_bytes(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:
-    """Returns the bytes of a file.
-
-    Raises OSError, also for what is no regular file, and BrokenSample for more than `limit` bytes.
-    """
+    """Returns a regular file's bytes. Raises OSError, and BrokenSample above `limit`."""
     about = os.stat(path)
     if not stat.S_ISREG(about.st_mode):  # reading a named pipe or a device may take for ever
         raise OSError(f"expected a file, got {os.fspath(path)!r}")

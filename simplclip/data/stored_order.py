@@ -38,10 +38,9 @@ class Portion(NamedTuple, Generic[Collated]):
 class StoredOrder(Generic[Prepared, Collated]):
     """Samples in stored order. Batches do not go over the end of a source.
 
-    read: yields the samples of a source and counts damage. prepare: function of a sample, in a
-    worker, which has its position among all samples that the worker reads under "__position__"; it
-    may raise BrokenSample. collate: function of a list of prepared samples, in a worker.
-    rank, world_size: this rank makes every `world_size`-th portion.
+    prepare: function of a sample, in a worker, which has its position among all samples that the
+    worker reads under "__position__"; it may raise BrokenSample. collate: function of a list of
+    prepared samples, in a worker. rank, world_size: this rank makes every `world_size`-th portion.
     """
 
     sources: Sequence[Source]
@@ -58,8 +57,7 @@ class StoredOrder(Generic[Prepared, Collated]):
     def portions(self, workers: int = 0) -> Generator[Portion[Collated], None, None]:
         """Yields this rank's portions, made by `workers` processes; 0 makes them in this process.
 
-        The processes start with the first portion, and end with the generator. If a source is a
-        stream there is at most one. Raises ShardError, and WorkerError if a process died.
+        The processes start with the first portion, and end with the generator.
         """
         if any(isinstance(source.url, Address) for source in self.sources):
             workers = min(workers, 1)  # each worker would fetch a stream whole

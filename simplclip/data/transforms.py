@@ -77,10 +77,9 @@ class ImageTransform:
                 self._jitter = ColorJitter(*self.augment.color_jitter)
 
     def draw(self, height: int, width: int) -> View:
-        """Draws a view of an image of this size in pixels; {} for evaluation.
+        """Draws a view of an image of this size in pixels, which JSON can store; {} for evaluation.
 
-        It is for `apply`, and may be stored as JSON. Draws from torch's global generator on the
-        CPU.
+        Draws from torch's global generator on the CPU.
         """
         view: View = {}
         if self.augment == "affine":
@@ -99,20 +98,16 @@ class ImageTransform:
         return view
 
     def apply(self, encoded: bytes | Image.Image, view: View) -> Tensor:
-        """Returns the pixels of an image in a view, uint8 [3, S, S].
+        """Returns a view, uint8 [3, S, S], of a file's bytes or of what `open_image` returned.
 
-        encoded: a file's bytes, or what `open_image` returned of them. view: from `draw`. A JPEG is
-        decoded at 1/2, 1/4 or 1/8 of its size if the crop is that many times as large as S. Raises
-        BrokenSample.
+        A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop is that many times as large as
+        S. Raises BrokenSample.
         """
         least = self._size_for_crop(view) if "crop" in view else None
         return self.apply_decoded(decode_image(encoded, least=least), view)
 
     def apply_views(self, encoded: bytes | Image.Image, views: Sequence[View]) -> list[Tensor]:
-        """Returns the pixels of an image in each of several views, as `apply` does.
-
-        It is decoded once, as large as they need it.
-        """
+        """Returns the pixels of an image in several views, as `apply` does; it is decoded once."""
         sizes = [self._size_for_crop(view) for view in views if "crop" in view]
         least = None
         if sizes:
@@ -244,12 +239,11 @@ def augmentation(transform: Any) -> Any:
 def decode_image(
     encoded: bytes | Image.Image, *, least: tuple[int, int] | None = None
 ) -> Tensor | Image.Image:
-    """Decodes an image: RGB to uint8 [3, H, W]; other modes to a PIL image, as `decode_pil` does.
+    """Decodes RGB and grey to uint8 [3, H, W]; other modes to a PIL image, as `decode_pil`.
 
-    Grey is RGB here. encoded: a file's bytes, or what `open_image` returned of them, which is
-    changed. least: height and width that are enough, None for all. A JPEG that is 2, 4 or 8 times
-    as large is decoded at that fraction of its sides (rounded up), which is faster; other formats
-    stay as they are. Raises BrokenSample.
+    encoded: a file's bytes, or what `open_image` returned of them, which is changed. A JPEG that is
+    2, 4 or 8 times as large as `least`, height and width, is decoded at that fraction of its sides
+    (rounded up), which is faster. Raises BrokenSample.
     """
     image: Any = open_image(encoded) if isinstance(encoded, bytes) else encoded
     size = image.size
@@ -276,19 +270,12 @@ def to_tensor(image: Image.Image | Tensor) -> Tensor:
 
 
 def stack_pixels(images: Sequence[Tensor]) -> Tensor:
-    """Returns N images [3, S, S] as a batch [N, 3, S, S], channels last in memory as they are.
-
-    In a loader process the batch is written straight into shared memory.
-    """
+    """Returns N images [3, S, S] as a batch [N, 3, S, S], channels last in memory."""
     return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 def _crop_of(view: View, size: Sequence[int]) -> tuple[int, int, int, int]:
-    """Returns (top, left, bottom, right) of a view's crop in pixels, at least one pixel.
-
-    size: height and width that the image now has; the view has those it was drawn for. Raises
-    InputError for a crop that is not inside these: what is outside would be filled up.
-    """
+    """Returns (top, left, bottom, right) of a view's crop in an image that now has `size`."""
     top, left, height, width = view["crop"]
     whole_height, whole_width = view["image"]
     if min(top, left) < 0 or top + height > whole_height or left + width > whole_width:
@@ -346,12 +333,7 @@ def _is_range(ends: Any) -> bool:
 
 
 def _draw_colour(jitter: ColorJitter | None, jitter_prob: float, grey_prob: float) -> list[float]:
-    """Draws a change of colour as open_clip's color_jitter and gray_scale do.
-
-    Returns nine numbers: a parameter for each of CHANGES, their order (four indices), and whether
-    the image becomes grey (1 or 0). jitter: the ranges, None for no change. jitter_prob, grey_prob:
-    probabilities of the change and of grey. Draws from torch's global generator.
-    """
+    """Draws a parameter of each of CHANGES, their order (indices), and 1 to become grey."""
     change, grey = torch.rand(2).tolist()
     factors = list(UNCHANGED)
     order = [0, 1, 2, 3]

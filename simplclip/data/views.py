@@ -27,11 +27,7 @@ _NUMPY_GENERATOR = np.random.MT19937(0)
 
 @contextlib.contextmanager
 def seeded(*parts: object) -> Iterator[None]:
-    """Context in which the generators of torch (CPU), random and numpy are seeded by `parts`.
-
-    These are the global generators; their states are restored afterwards. parts: values whose texts
-    give the seed.
-    """
+    """Context in which torch's, random's and numpy's global generators are seeded by `parts`."""
     seed = stable_hash("/".join(map(str, parts)))
     torch_state = torch.get_rng_state()
     python_state = random.getstate()
@@ -53,9 +49,9 @@ def seeded(*parts: object) -> Iterator[None]:
 def pixels_of(transform: Transform, pair: Pair, view: View | None = None) -> torch.Tensor:
     """Returns the transformed image of a sample, [3, S, S]: uint8 by an ImageTransform.
 
-    transform: an ImageTransform; or a caller's function of an RGB image, whose result is returned
-    and whose errors name the sample. view: the view to replay; None: the transform draws one, from
-    global generators. Raises BrokenSample, and ShardError for a view that a function cannot replay.
+    The errors of a caller's function name the sample. view: the one to replay; None: the transform
+    draws one, from global generators. Raises BrokenSample, and ShardError for a view that a
+    function cannot replay.
     """
     if not isinstance(transform, ImageTransform):
         return _pixels_of_other(transform, pair, view)

@@ -36,13 +36,10 @@ def from_workers(
 ) -> Generator[Item, None, None]:
     """Starts `workers` processes and yields their items, one of each in turn.
 
-    items: function of a process's number and their number -> its items, called in the process; with
-    0 workers it is called in this one with 0 and 1. pin_memory: copy their tensors to page-locked
-    memory.
-
-    Raises a user's errors without the worker's traceback, and WorkerError if a process cannot send
-    an item or died; that is noticed within 5 seconds, and never while the caller uses an item. The
-    processes end with the generator, and within seconds of this process.
+    With 0 workers `items` is called in this process. pin_memory: copy tensors to page-locked
+    memory. Raises a user's errors without the worker's traceback, and WorkerError if a process
+    cannot send an item or died; that is noticed within 5 seconds, and never while the caller uses
+    an item. The processes end with the generator, and within seconds of this process.
     """
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
     if workers:
@@ -127,11 +124,7 @@ Message = tuple[list[torch.Tensor], torch.Tensor]
 
 
 def _pack(item: object) -> Message:
-    """Returns the message of an item: its tensors, and a uint8 tensor with the pickle of the rest.
-
-    Tensors go through shared memory. The pipe has some 200 bytes for each: a message of up to 4,096
-    bytes is written whole or not at all. Raises WorkerError for an item that cannot be pickled.
-    """
+    """Returns the message of an item: its tensors, and the pickle of the rest as uint8."""
     stream = io.BytesIO()
     pickler = _Pickler(stream, pickle.HIGHEST_PROTOCOL)
     try:
@@ -192,11 +185,7 @@ def _died(error: Exception) -> bool:
 
 
 def _set_up_loader(worker: int) -> None:
-    """Sets up signals, errors and the end of a loader process.
-
-    It ignores Ctrl-C, heeds only its parent's SIGTERM, ends with its parent (by a thread), and
-    sends an error for an item that it cannot send. worker: its number, which is not used.
-    """
+    """Sets up signals, errors and the end of a loader process."""
     # Ctrl-C, and SIGTERM at the end of a job, reach all processes; but the trainer needs a batch to
     # finish its step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -206,10 +195,7 @@ def _set_up_loader(worker: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Waits until the parent sends SIGTERM or has ended, then ends this process; never returns.
-
-    DataLoader looks only between two items.
-    """
+    """Ends this process with its parent, which DataLoader looks for only between two items."""
     parent: Any = multiprocessing.parent_process()
     while os.getppid() == parent.pid:
         received = signal.sigtimedwait([signal.SIGTERM], 1.0)
@@ -219,11 +205,7 @@ def _end_with_parent() -> None:
 
 
 def _send_error(queue: Queue, error: Exception, message: tuple[int, object]) -> None:
-    """Sends an error to the parent in place of an item whose tensors cannot be sent.
-
-    The parent would wait for it without end. queue: the process's queue of items. message: (index,
-    item) that failed.
-    """
+    """Sends an error in place of an item, for which the parent would wait for ever."""
     queue.put((message[0], _pack(_not_sent(error))))
 
 

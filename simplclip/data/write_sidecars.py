@@ -161,33 +161,20 @@ def _parse_and_prepare(sample: Sample, prepare: Callable[[Pair], Prepared]) -> P
 def _unfinished_origins(
     sources: Mapping[str, Source], folder: TarFolder, sidecars: Folders
 ) -> dict[str, dict[str, Any]]:
-    """Returns {sidecar name: `_origin`} of the sources whose sidecar is missing or of older files.
+    """Returns {sidecar name: state of its files} of those that are missing or of older files.
 
-    The origins are those before anything is read: of a shard that is replaced meanwhile, the next
+    These are the states before anything is read: of a shard that is replaced meanwhile, the next
     command makes the sidecar again.
-
-    folder: has the entries of the sidecars. sidecars: folders whose files were joined; a change of
-    the shard or of these counts. Raises ShardError if one of these is missing.
     """
     origins = {}
     for name, source in sources.items():
-        origin = _origin(source, sidecars)
+        origin = {
+            "source": {} if isinstance(source.url, Address) else size_and_time(source.url),
+            "sidecars": [size_and_time(path) for path in sidecars_of(source.url, sidecars)],
+        }
         if not folder.is_whole(name) or not origin.items() <= folder.entries[name].items():
             origins[name] = origin
     return origins
-
-
-def _origin(source: Source, sidecars: Folders) -> dict[str, Any]:
-    """Returns the part of a sidecar's entry in meta.json that says from which files it was made.
-
-    {"source": size and time of the shard, {} of a stream, "sidecars": [size and time of the shard's
-    sidecar in each of these folders]}. Raises ShardError if one is missing.
-    """
-    source_state = {} if isinstance(source.url, Address) else size_and_time(source.url)
-    return {
-        "source": source_state,
-        "sidecars": [size_and_time(path) for path in sidecars_of(source.url, sidecars)],
-    }
 
 
 def _write(

@@ -34,11 +34,7 @@ class TarFolder:
     """
 
     def __init__(self, out: Path, about: Mapping[str, Any]) -> None:
-        """Notes the arguments; nothing is read or written before `claimed`.
-
-        out: path of the folder. about: what meta.json says of how the tars are made, JSON types
-        only.
-        """
+        """Notes the arguments; nothing is read or written before `claimed`."""
         self.out = out
         self.about = json.loads(json.dumps(dict(about)))
         self.entries: dict[str, dict[str, Any]] = {}
@@ -46,11 +42,10 @@ class TarFolder:
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """Context in which the folder exists and is locked for this process.
+        """Context in which the folder is locked, and has what an earlier run made.
 
-        A new folder gets a meta.json; of an earlier run's, `entries` and `complete` are read, and
-        its temporary files are removed. Raises InputError if the folder holds other files, or tars
-        of something else, FileExistsError if another process has locked it.
+        Raises InputError if the folder holds other files, or tars of something else,
+        FileExistsError if another process has locked it.
         """
         with locked(self.out, "out"):
             names = sorted(path.name for path in self.out.iterdir())
@@ -75,7 +70,10 @@ class TarFolder:
             former = json_of((self.out / "meta.json").read_text("utf-8"))
             self.entries = former.pop("splits")["data"]["shards"]
             self.complete = former.pop("complete", False)
-            _check_entries(self.entries)
+            for name in ("skipped", "remarks"):
+                skipped_in(self.entries.values(), name)
+            for entry in self.entries.values():
+                _ = 0 + entry["samples"] + entry["bytes"] + entry.get("rows", 0)
             changed = differences(former, self.about)
         except (ValueError, LookupError, TypeError, AttributeError):
             expected = "a new folder or that of an earlier run"
@@ -101,20 +99,9 @@ class TarFolder:
         write_atomically(self.out / "meta.json", json.dumps(content, indent=1) + "\n")
 
     def is_whole(self, name: str) -> bool:
-        """Whether a tar has an entry, and its file the size in it.
-
-        name: its file name. An entry of 0 bytes, without samples, has no file.
-        """
+        """Whether a tar has an entry, and its file the size in it; of 0 bytes there is no file."""
         entry = self.entries.get(name)
         return entry is not None and entry["bytes"] == _size_of(self.out / name)
-
-
-def _check_entries(entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises one of the errors that `_load_meta` expects, for entries of another form."""
-    for name in ("skipped", "remarks"):
-        skipped_in(entries.values(), name)
-    for entry in entries.values():
-        _ = 0 + entry["samples"] + entry["bytes"] + entry.get("rows", 0)
 
 
 def _size_of(tar: Path) -> int:
@@ -125,11 +112,7 @@ def _size_of(tar: Path) -> int:
 def entry_of(
     tar: Path, samples: int, skipped: Skipped, remarks: Skipped | None = None
 ) -> dict[str, Any]:
-    """Returns the entry of a tar for meta.json, see TarFolder; its bytes are 0 if it is no file.
-
-    samples: their number. skipped: what was left out. remarks: counts of samples that were kept.
-    Without any, or with None, the entry lacks that key.
-    """
+    """Returns the entry of a tar for meta.json, see TarFolder; its bytes are 0 if it is no file."""
     entry: dict[str, Any] = {"samples": samples, "bytes": _size_of(tar)}
     if skipped.counts:
         entry["skipped"] = _with_examples(skipped)
@@ -145,10 +128,7 @@ def _with_examples(skipped: Skipped) -> dict[str, list[Any]]:
 
 
 def skipped_in(entries: Iterable[Mapping[str, Any]], name: str = "skipped") -> Skipped:
-    """Returns the sum over entries of what was left out of tars, or of their "remarks".
-
-    name: the entries' key, "skipped" or "remarks".
-    """
+    """Returns the sum over entries of what was left out of tars, or of their "remarks"."""
     skipped = Skipped()
     for entry in entries:
         for reason, (count, first) in entry.get(name, {}).items():
@@ -160,8 +140,7 @@ def skipped_in(entries: Iterable[Mapping[str, Any]], name: str = "skipped") -> S
 def new_tar(path: str | Path) -> Iterator[tarfile.TarFile]:
     """Context with a tar to write; it gets its name when the block ends without an error.
 
-    It replaces a file of this name, which stays after an error. Raises InputError if the disk is
-    full.
+    It replaces a file of this name. Raises InputError if the disk is full.
     """
     try:
         with (
@@ -179,10 +158,7 @@ def new_tar(path: str | Path) -> Iterator[tarfile.TarFile]:
 
 
 def add(tar: tarfile.TarFile, key: str, files: Mapping[str, bytes]) -> None:
-    """Appends the files of a sample, {suffix: content}, to a tar, as KEY.SUFFIX.
-
-    The tar's bytes depend on nothing else, such as time or user.
-    """
+    """Appends a sample's files, {suffix: content}, as KEY.SUFFIX, without time and user."""
     for suffix, content in files.items():
         member = tarfile.TarInfo(f"{key}.{suffix}")
         member.size = len(content)
