@@ -246,8 +246,12 @@ def captions_of(sample: Sample, record: dict[str, Any], *, txt_lines: bool = Fal
 
 def _captions_in(values: list[Any]) -> list[str]:
     """Returns those of some values that are texts and not empty, as `clean` returns them."""
-    captions = [clean(value) for value in values if isinstance(value, str)]
-    return [caption for caption in captions if caption]
+    captions = []
+    for value in values:
+        caption = clean(value) if isinstance(value, str) else ""
+        if caption:
+            captions.append(caption)
+    return captions
 
 
 def label_of(sample: Sample, record: dict[str, Any]) -> str | int | None:
