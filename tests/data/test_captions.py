@@ -18,10 +18,6 @@ def some(captions, groups=None):
     return found
 
 
-def with_txt(numbers, **files):
-    return [(str(n), {"txt": f"caption {n}".encode(), "png": png(), **files}) for n in numbers]
-
-
 def test_examples_are_spread_and_counted():
     found = some([f"caption {n // 2}" for n in range(101)])
     assert found.counts() == "101 images looked at have 51 different captions"
@@ -58,7 +54,8 @@ def test_few_captions_are_a_warning_but_for_groups(found, warning):
 
 def test_captions_of_the_first_to_the_last_tar(tmp_path):
     for number in range(30):
-        samples = with_txt(range(10 * number, 10 * number + 10))
+        numbers = range(10 * number, 10 * number + 10)
+        samples = [(str(n), {"txt": b"caption %d" % n, "png": png()}) for n in numbers]
         write(tmp_path / f"{number:02}.tar", samples)
     found = data.some_captions(str(tmp_path / "*.tar"), most=24)
     first = [int(caption.split()[1]) for caption in found.all]
@@ -96,9 +93,8 @@ def test_captions_beside_damage(tmp_path, monkeypatch):
     shard = write(tmp_path / "a.tar", samples)
     os.truncate(shard, os.path.getsize(shard) - len(large) // 2)
     found = data.some_captions(shard)
-    assert found == SomeCaptions(
-        ["photos/a", "a.tar/e"], [["one", "two"], ["last"]], ["group 7", "image a.tar/e"]
-    )
+    things = ["group 7", "image a.tar/e"]
+    assert found == SomeCaptions(["photos/a", "a.tar/e"], [["one", "two"], ["last"]], things)
     assert not any(whole for name, whole in read if name.endswith("png"))
     assert not data.some_captions("pipe:false").names
     (tmp_path / "side").mkdir()

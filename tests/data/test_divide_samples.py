@@ -174,7 +174,7 @@ def case(number, folder):
 
 @dataclass
 class Reading:
-    """What a rank's loader yields: batches, and the place of each row in its stream."""
+    """What a rank's loader yields: batches, and the epoch of each row."""
 
     rank: int
     reader: data.Loader

@@ -1,31 +1,22 @@
 """Sidecars are joined by key during reading, in order; one that does not fit is noticed."""
 
-import itertools
 import json
 import os
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from simplclip import data
 from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.read_tars import read_tar
 from simplclip.data.samples import digest_of, parse
-from support.data.pairs import keys, loader, npy, one_pass, png, resize, sample, write
-
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+from support.data.pairs import features_of, keys, loader, npy, one_pass, png, sample, take, write
 
 
-def taught(number, captions=3):
-    """Returns the files of a teacher, whose row r of sample n is n + r / 8 everywhere."""
-    rows = number + np.arange(1 + captions)[:, None] / 8 + np.zeros(6)
-    digest = digest_of([f"{number} {letter}" for letter in "abc"[:captions]])
-    return {
-        "teacher.npy": npy(rows.astype(np.float16)),
-        "teacher.json": json.dumps({"captions": digest}).encode(),
-    }
+def taught(number):
+    about = {"captions": digest_of([f"{number} {letter}" for letter in "abc"])}
+    return {"teacher.npy": npy(features_of(number)), "teacher.json": json.dumps(about).encode()}
 
 
 def recaptioned(number):
@@ -33,23 +24,14 @@ def recaptioned(number):
 
 
 def make(folder, out, files=taught, leave=()):
-    """Writes sidecars of the shards in a folder, whose keys are numbers, without the samples to
-    leave out.
-    """
+    """Writes sidecars of the shards in a folder, without the numbers of samples to leave out."""
     out.mkdir(exist_ok=True)
     shards = {}
     for path in sorted(folder.glob("*.tar")):
-        numbers = [
-            int(sample["__key__"][1:]) for sample in read_tar(data.sources_of(path)[0], Skipped())
-        ]
+        numbers = [int(key[1:]) for key in read(path)]
         write(out / path.name, [(f"k{n:03d}", files(n)) for n in numbers if n not in leave])
         shards[path.name] = {"samples": len(numbers), "source": {"bytes": path.stat().st_size}}
-    about = (
-        {"teacher": {"name": "t", "width": 6, "logit_scale": 10.0}}
-        if files is taught
-        else {"caption": {}}
-    )
-    (out / "meta.json").write_text(json.dumps(about | {"splits": {"train": {"shards": shards}}}))
+    (out / "meta.json").write_text(json.dumps({"splits": {"train": {"shards": shards}}}))
     return out
 
 
@@ -69,7 +51,7 @@ def out(folder, tmp_path):
 
 def read(shard, *folders):
     source = data.sources_of(shard)[0]
-    samples = read_tar(source, Skipped(), sidecars=folders)
+    samples = read_tar(source, Skipped(), sidecars=folders or None)
     return {sample["__key__"]: sample for sample in samples}
 
 
@@ -84,9 +66,8 @@ def test_files_are_joined_by_key(folder, out, tmp_path):
 
 
 def test_of_one_suffix_the_last_folder_counts(folder, tmp_path):
-    a, b = (
-        make(folder, tmp_path / name, lambda n, name=name: {"json": name.encode()}) for name in "ab"
-    )
+    a = make(folder, tmp_path / "a", lambda number: {"json": b"a"})
+    b = make(folder, tmp_path / "b", lambda number: {"json": b"b"})
     assert {files["json"] for files in read(folder / "train-0.tar", a, b).values()} == {b"b"}
     assert {files["json"] for files in read(folder / "train-0.tar", b, a).values()} == {b"a"}
     # A later teacher's features replace what belonged to an earlier teacher's, too.
@@ -98,16 +79,8 @@ def test_of_one_suffix_the_last_folder_counts(folder, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 3])
 def test_batches_with_sidecars(folder, out, workers):
-    options = {
-        "teacher": True,
-        "workers": workers,
-        "sidecars": [out],
-        "batch_size": 3,
-        "shuffle_buffer": 4,
-    }
-    reader = loader(str(folder / "*.tar"), **options)
-    batches = list(itertools.islice(reader, 5))
-    for batch in batches:
+    options = {"teacher": True, "sidecars": [out], "batch_size": 3, "shuffle_buffer": 4}
+    for batch in take(loader(str(folder / "*.tar"), workers=workers, **options), 5):
         assert [int(key[1:]) for key in batch["key"]] == batch["teacher_image"][:, 0].tolist()
 
 
@@ -126,19 +99,15 @@ def test_what_is_missing_is_named(folder, out, monkeypatch):
         loader(str(folder / "*.tar"), sidecars=str(out))
     for damaged in (whole[:3000], b"", b"<html>" * 99):
         path.write_bytes(damaged)
-        with pytest.raises(
-            data.ShardError,
-            match=r"sidecar of shard '.*out/train-1.tar' is damaged: .*; remove it",
-        ):
+        message = r"sidecar of shard '.*out/train-1.tar' is damaged: .*; remove it"
+        with pytest.raises(data.ShardError, match=message):
             read(folder / "train-1.tar", out)
 
 
 def test_a_sidecar_of_other_samples_is_noticed(folder, out):
     (out / "train-1.tar").write_bytes((out / "train-0.tar").read_bytes())
-    with pytest.raises(
-        data.ShardError,
-        match="sidecar '.*out/train-1.tar' has the sample 'k000', which its shard does not have",
-    ):
+    message = "sidecar '.*out/train-1.tar' has the sample 'k000', which its shard does not have"
+    with pytest.raises(data.ShardError, match=message):
         read(folder / "train-1.tar", out)
 
 
@@ -160,14 +129,10 @@ def test_a_damaged_shard_with_a_sidecar_is_counted(folder, out, form):
 
 def test_a_sidecar_may_lack_samples(folder, tmp_path):
     out = make(folder, tmp_path / "out", leave=(0, 3, 6))
-    assert ["teacher.npy" in files for files in read(folder / "train-0.tar", out).values()] == [
-        False,
-        True,
-        True,
-    ] * 2 + [False]
-    with pytest.raises(
-        data.ShardError, match=r"sample 'k000' of shard '.*train-0.tar' has no teacher features"
-    ):
+    samples = read(folder / "train-0.tar", out)
+    assert [key for key in samples if "teacher.npy" not in samples[key]] == ["k000", "k003", "k006"]
+    message = r"sample 'k000' of shard '.*train-0.tar' has no teacher features"
+    with pytest.raises(data.ShardError, match=message):
         one_pass(str(folder / "*.tar"), sidecars=[out], teacher=True)
 
 
@@ -187,38 +152,27 @@ def test_broken_samples_have_no_files_and_are_skipped(tmp_path):
 
 def test_shards_that_have_changed_since_are_noticed(folder, out):
     write(folder / "train-1.tar", [sample(i) for i in range(30, 60)])
-    with pytest.raises(
-        data.ShardError,
-        match=r"'.*train-1.tar' has changed since its sidecar '.*out/train-1.tar' was made",
-    ):
+    message = r"'.*train-1.tar' has changed since its sidecar '.*out/train-1.tar' was made"
+    with pytest.raises(data.ShardError, match=message):
         loader(str(folder / "*.tar"), sidecars=[out])
 
 
 def test_a_key_that_comes_again_is_counted_not_mistaken(tmp_path):
     (tmp_path / "in").mkdir()
-    path = write(
-        tmp_path / "in" / "a.tar", [sample(0), sample(2), (sample(0)[0], sample(1)[1]), sample(3)]
-    )
+    samples = [sample(0), sample(2), (sample(0)[0], sample(1)[1]), sample(3)]
+    path = write(tmp_path / "in" / "a.tar", samples)
     (tmp_path / "out").mkdir()
     write(tmp_path / "out" / "a.tar", [(f"k{n:03d}", taught(n)) for n in (0, 2, 3)])
     found, skipped = one_pass(path, sidecars=[tmp_path / "out"], teacher=True)
     assert (found, skipped.counts) == (["k000", "k002", "k003"], {"duplicate key in tar": 1})
-    assert (
-        sum(
-            isinstance(files.get("__double__"), BrokenSample)
-            for files in read(path, tmp_path / "out").values()
-        )
-        == 1
-    )
+    doubles = [files.get("__double__") for files in read(path, tmp_path / "out").values()]
+    assert sum(isinstance(double, BrokenSample) for double in doubles) == 1
 
 
 def test_sidecars_belong_to_tars_of_different_names(folder, out, tmp_path):
     write(((other := tmp_path / "other").mkdir() or other) / "train-0.tar", [sample(30)])
-    with pytest.raises(
-        ValueError,
-        match="expected files of different names, since sidecars go by them, got .*train-0.tar. "
-        "and .*other",
-    ):
+    message = "files of different names, since sidecars go by them, got .*train-0.tar. and .*other"
+    with pytest.raises(ValueError, match=message):
         loader([str(folder / "*.tar"), str(other / "*.tar")], sidecars=[out])
     twice = [{"shards": str(folder / "train-0.tar"), "weight": 2}, str(folder / "train-1.tar")]
     found, _ = one_pass(twice, sidecars=[out], teacher=True)
@@ -226,14 +180,8 @@ def test_sidecars_belong_to_tars_of_different_names(folder, out, tmp_path):
 
 
 def test_streams_have_sidecars_by_their_file_names(folder, out):
-    reader = loader(
-        f"pipe:cat {folder / 'train-1.tar'}",
-        sidecars=[out],
-        teacher=True,
-        batch_size=1,
-        transform=resize,
-    )
-    batches = list(itertools.islice(reader, 5))
+    stream = f"pipe:cat {folder / 'train-1.tar'}"
+    batches = take(loader(stream, sidecars=[out], teacher=True, batch_size=1), 5)
     assert len(set(keys(batches))) == 5
     for batch in batches:
         assert batch["teacher_image"].eq(int(batch["key"][0][1:])).all()

@@ -1,6 +1,4 @@
-"""What names tars: paths, patterns, weights, URLs of a server that fails in every way, and
-commands.
-"""
+"""What names tars: paths, patterns, weights, URLs of a server that fails, commands."""
 
 import contextlib
 import http.server
@@ -23,9 +21,7 @@ FIRST, SECOND = ([f"k{i:03d}" for i in range(start, start + 12)] for start in (0
 def shard(folder, first=0, count=12):
     """Writes a tar of samples with distinct keys."""
     folder.mkdir(parents=True, exist_ok=True)
-    return write(
-        folder / f"train-{first:03d}.tar", [sample(i) for i in range(first, first + count)]
-    )
+    return write(folder / f"train-{first:03d}.tar", map(sample, range(first, first + count)))
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +30,7 @@ def quick(monkeypatch):
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """A server of a folder. faults: name -> faults of its next requests, in order; the last fault
-    stays.
-    """
+    """A server of a folder. faults: name -> faults of its next requests; the last one stays."""
 
     def do_GET(self):
         name = self.path.split("?")[0].strip("/")
@@ -90,9 +84,7 @@ def test_urls_with_brace_patterns_and_signatures(server):
     for number in (0, 12):
         shard(server.folder, number)
     assert one_pass(f"{server.url}/train-0{{00,12}}.tar?signature=a/b")[0] == FIRST + SECOND
-    assert [source.name for source in data.sources_of(f"{server.url}/x.tar?signature=a/b")] == [
-        "x.tar"
-    ]
+    assert names(f"{server.url}/x.tar?signature=a/b") == ["x.tar"]
     assert server.asked == {"train-000.tar": 2, "train-012.tar": 1}  # the next pass has begun
 
 
@@ -105,16 +97,14 @@ def test_a_server_that_fails(server, monkeypatch, fault):
     found, skipped = one_pass(urls)
     assert (found, dict(skipped.counts)) == (FIRST + SECOND, {})
     server.faults["train-000.tar"] = [fault]
-    with pytest.raises(
-        data.ShardError, match=rf"shard '{urls[0]}' cannot be read: curl: \(\d+\) .+"
-    ):
+    message = rf"shard '{urls[0]}' cannot be read: curl: \(\d+\) .+"
+    with pytest.raises(data.ShardError, match=message):
         one_pass(urls)
 
 
 def test_a_server_that_is_not_there():
-    with pytest.raises(
-        data.ShardError, match=r"127\.0\.0\.1:1/a\.tar' cannot be read: curl: \(7\)"
-    ):
+    message = r"127\.0\.0\.1:1/a\.tar' cannot be read: curl: \(7\)"
+    with pytest.raises(data.ShardError, match=message):
         one_pass("http://127.0.0.1:1/a.tar")
 
 
@@ -128,10 +118,8 @@ def test_the_output_of_a_command(tmp_path, command):
 
 @pytest.mark.parametrize("command", ["head -c 9000 {0}; exit 3", "exit 3", "false"])
 def test_a_command_that_fails(tmp_path, command):
-    with pytest.raises(
-        data.ShardError,
-        match=r"shard 'pipe:.*' cannot be read: the command ended with exit code [13]",
-    ):
+    message = r"shard 'pipe:.*' cannot be read: the command ended with exit code [13]"
+    with pytest.raises(data.ShardError, match=message):
         one_pass("pipe:" + command.format(shard(tmp_path)))
 
 
@@ -148,24 +136,12 @@ def urls(what):
 def test_paths_patterns_and_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     a, b = Path(shard(tmp_path)), Path(shard(tmp_path / "more", 12))
-    assert (
-        urls("train-0{00..00}.tar")
-        == urls("*.tar")
-        == urls(Path("train-000.tar"))
-        == ["train-000.tar"]
-    )
+    for what in ("train-0{00..00}.tar", "*.tar", Path("train-000.tar")):
+        assert urls(what) == ["train-000.tar"]
     assert urls(["*.tar", "more/*.tar"]) == ["train-000.tar", "more/train-012.tar"]
     assert urls("http://host/{1..2}.tar") == ["http://host/1.tar", "http://host/2.tar"]
-    for pattern in (
-        "{0..10}",
-        "{10..8}",
-        "{08..11}",
-        "{0..100..50}",
-        "{a,b}-{1..2}",
-        "{x}",
-        "{a,{1..3}}",
-        "{,x}",
-    ):
+    patterns = ("{0..10}", "{10..8}", "{08..11}", "{0..100..50}", "{a,b}-{1..2}", "{x}")
+    for pattern in (*patterns, "{a,{1..3}}", "{,x}"):
         pattern = f"http://host/{pattern}.tar"
         assert urls(pattern) == [*braceexpand(pattern)]
     command = "pipe:cat {a,b}.tar | awk '{ print ${x} }'"
@@ -188,17 +164,11 @@ def test_names_are_the_ends_of_paths_that_differ(tmp_path, monkeypatch):
     for folder in ("a/x", "b/x", "c"):
         shard(tmp_path / folder)
     three = ["a/x/train-000.tar", "b/x/train-000.tar", "c/train-000.tar"]
-    assert names(three) == [
-        "a/x/train-000.tar",
-        "b/x/train-000.tar",
-        f"{tmp_path.name}/c/train-000.tar",
-    ]
+    assert names(three) == [*three[:2], f"{tmp_path.name}/{three[2]}"]
     # however a path is written
     assert names(["c/../a/x/train-000.tar", str(tmp_path / three[1])]) == three[:2]
-    assert names([three[0], three[2], f"./{three[2]}"]) == [
-        "x/train-000.tar",
-        *2 * ["c/train-000.tar"],
-    ]
+    twice = [three[2], f"./{three[2]}"]
+    assert names([three[0], *twice]) == ["x/train-000.tar", *2 * [three[2]]]
     assert names(["http://host/{a,b}/0.tar?signature=c/d"]) == ["a/0.tar", "b/0.tar"]
     assert names(["pipe:aws s3 cp s3://bucket/{a,b}/0.tar -"]) == ["a/0.tar", "b/0.tar"]
     same_path = ["http://host/get?file=0.tar", "http://host/get?file=1.tar"]

@@ -1,5 +1,4 @@
-"""Mutated tars: read in time, with no error but that of damage, and equally from a file and a
-stream.
+"""Mutated tars: read in time, and equally from a file and a stream.
 
 To repeat a case: pytest tests/data/test_fuzz.py --cases 1 --first-case NUMBER
 """

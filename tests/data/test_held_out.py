@@ -1,6 +1,4 @@
-"""Held-out data: the same images in the same order, whatever the workers; layouts; damage;
-pictures.
-"""
+"""Held-out data: the order, whatever the workers; layouts; damage; pictures."""
 
 import gc
 import multiprocessing
@@ -14,13 +12,11 @@ import torch
 from simplclip import data
 from simplclip.commands import options
 from simplclip.common.errors import InputError
+from support.data.packs import write_images
 from support.data.pairs import COUNT, SIZE, augment, png, resize, sample, table, write
 from support.evaluation import batches_of
 
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
-]
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
@@ -57,32 +53,24 @@ def test_the_whole_split_in_order_whatever_the_workers(pattern, workers):
 
 @pytest.mark.parametrize("workers", [0, 3])
 def test_broken_samples_are_counted_once_and_leave_the_order(tmp_path, workers):
-    broken = {
-        3: {"png": b"not an image", "txt": b"x"},
-        4: {"txt": b"x"},
-        7: {"png": png(7), "cls": b"many"},
-    }
+    broken = {3: {"png": b"not an image", "txt": b"x"}, 4: {"txt": b"x"}}
+    broken[7] = {"png": png(7), "cls": b"many"}
     samples = [(f"k{i:03d}", broken.get(i, {"png": png(i), "txt": b"fine"})) for i in range(9)]
     write(tmp_path / "a.tar", samples)
     torn = tmp_path / "b.tar"
     write(torn, [(f"t{i}", {"png": png(i), "txt": b"fine"}) for i in range(5)])
     torn.write_bytes(torn.read_bytes()[:5200])
     batches, skipped = read(str(tmp_path / "*.tar"), workers, batch_size=2)
-    assert skipped.counts == dict.fromkeys(
-        ("not an image", "missing image", "bad cls", "damaged tar"), 1
-    )
+    reasons = ("not an image", "missing image", "bad cls", "damaged tar")
+    assert skipped.counts == dict.fromkeys(reasons, 1)
     assert "a.tar/k003" in skipped.examples["not an image"]
-    assert [row.key for row in rows(batches)] == [f"k{i:03d}" for i in (0, 1, 2, 5, 6, 8)] + [
-        "t0",
-        "t1",
-    ]
+    usable = [f"k{i:03d}" for i in (0, 1, 2, 5, 6, 8)]
+    assert [row.key for row in rows(batches)] == [*usable, "t0", "t1"]
 
 
 def test_classes_of_folders(tmp_path):
-    for name, count in (("big_dog", 2), ("cat", 1)):
-        (tmp_path / "in" / name / "more").mkdir(parents=True)
-        for number in range(count):
-            (tmp_path / "in" / name / "more" / f"{number}.PNG").write_bytes(png(number))
+    names = [f"{name}.PNG" for name in ("big_dog/more/0", "big_dog/more/1", "cat/more/0")]
+    write_images(tmp_path / "in", *names)
     (tmp_path / "in" / "cat" / "broken.jpg").write_bytes(b"x")
     (tmp_path / "in" / "cat" / "gone.jpg").symlink_to("nowhere")
     os.mkfifo(tmp_path / "in" / "cat" / "pipe.jpg")
@@ -90,26 +78,19 @@ def test_classes_of_folders(tmp_path):
     assert found.classes.names == ["big dog", "cat"]
     for workers in (0, 2):
         batches, skipped = read(tmp_path / "in", workers)
-        assert [(row.key, row.label) for row in rows(batches)] == [
-            ("big_dog/more/0", 0), ("big_dog/more/1", 0), ("cat/more/0", 1)
-        ]  # fmt: skip
+        assert [f"{row.key}.PNG" for row in rows(batches)] == names
+        assert [row.label for row in rows(batches)] == [0, 0, 1]
         assert not any(row.captions for row in rows(batches))
         assert skipped.counts == {"not an image": 1, "cannot be read": 2}
     (tmp_path / "empty").mkdir()
-    with pytest.raises(
-        InputError,
-        match="data: expected a folder of images with captions, got .* which has no image",
-    ):
+    message = "data: expected a folder of images with captions, got .* which has no image"
+    with pytest.raises(InputError, match=message):
         data.held_out(tmp_path / "empty")
 
 
 def test_classes_have_the_order_of_their_folders(tmp_path):
-    """As in torchvision's ImageFolder, whose numbers lists of names follow: "_" is behind "T", a
-    space before it.
-    """
-    for name in ("a_early", "aTarget", "b c", "b_c"):
-        (tmp_path / "set#1" / name).mkdir(parents=True)
-        (tmp_path / "set#1" / name / "0.png").write_bytes(png())
+    """As in torchvision's ImageFolder: "_" is behind "T", a space before it."""
+    write_images(tmp_path / "set#1", "a_early/0.png", "aTarget/0.png", "b c/0.png", "b_c/0.png")
     (tmp_path / "set#1" / "empty").mkdir()
     held = data.held_out(tmp_path / "set#1")
     assert held.classes.folders == ("aTarget", "a_early", "b c", "b_c", "empty")
@@ -121,30 +102,20 @@ def test_classes_have_the_order_of_their_folders(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_pack_takes_is_read_as_it_is(tmp_path, workers):
     """All captions of a row count; of a json beside an image the first one, as in shards."""
-    (tmp_path / "texts").mkdir()
-    for name, texts in (
-        ("a.txt", "one\n two"),
-        ("b.json", '{"captions": ["first", "second"], "label": "cat"}'),
-    ):
-        (tmp_path / "texts" / name).write_text(texts)
-        (tmp_path / "texts" / name).with_suffix(".png").write_bytes(png())
+    write_images(tmp_path / "texts", "a.png", "b.png")
+    (tmp_path / "texts/a.txt").write_text("one\n two")
+    (tmp_path / "texts/b.json").write_text('{"captions": ["first", "second"], "label": "cat"}')
     lines = [(f"texts/{name}.png", f"{name} {which}") for name in "ab" for which in (1, 2)]
     table(tmp_path / "rows.csv", [*lines, ("texts/none.png", "x")])
     batches, skipped = read(tmp_path / "texts", workers)
-    assert [(row.captions, row.label) for row in rows(batches)] == [
-        (["one two"], None),
-        (["first"], "cat"),
-    ]
+    found = [(row.captions, row.label) for row in rows(batches)]
+    assert found == [(["one two"], None), (["first"], "cat")]
     batches, skipped = read(tmp_path / "rows.csv", workers, batch_size=2)
-    assert [(row.key, row.captions) for row in rows(batches)] == [
-        ("000000000", ["a 1", "a 2"]),
-        ("000000002", ["b 1", "b 2"]),
-    ]
+    found = [(row.key, row.captions) for row in rows(batches)]
+    assert found == [("000000000", ["a 1", "a 2"]), ("000000002", ["b 1", "b 2"])]
     assert skipped.examples["cannot be read"].startswith("rows.csv/000000004")
-    assert [len(row.captions) for row in rows(read(tmp_path / "rows.csv", captions=1)[0])] == [
-        1,
-        1,
-    ]
+    batches, _ = read(tmp_path / "rows.csv", captions=1)
+    assert [row.captions for row in rows(batches)] == [["a 1"], ["b 1"]]
     assert [*data.held_out(tmp_path / "rows.csv").pictures([1])] == [1]
     with pytest.raises(InputError, match="held: expected a table with a column"):
         data.held_out(table(tmp_path / "other.csv", lines, ("x", "y")), name="held")
@@ -160,9 +131,8 @@ def clip_benchmark(folder, **files):
 
 def test_clip_benchmarks_layout(tmp_path, monkeypatch):
     """Only there each line of a txt is a caption."""
-    clip_benchmark(
-        tmp_path / "set" / "test", classnames="a\n b\n", zeroshot_classification_templates="a {c}"
-    )
+    texts = {"classnames": "a\n b\n", "zeroshot_classification_templates": "a {c}"}
+    clip_benchmark(tmp_path / "set" / "test", **texts)
     clip_benchmark(tmp_path / "set" / "val", dataset_type="retrieval")
     for what in (tmp_path / "set", tmp_path / "set" / "test"):
         found = data.held_out(what)
@@ -171,10 +141,8 @@ def test_clip_benchmarks_layout(tmp_path, monkeypatch):
         assert (row.captions, row.label) == (["one", "two"], 1)
     assert "val/0.tar" in str(data.held_out(tmp_path / "set" / "val"))
     assert rows(read(tmp_path / "set" / "test" / "0.tar")[0])[0].captions == ["one two"]
-    for number, message in (
-        ("2", "expected files, got '.*1.tar', which"),
-        ("9" * 5000, "number of shards, got"),
-    ):
+    messages = {"2": "expected files, got '.*1.tar', which", "9" * 5000: "number of shards, got"}
+    for number, message in messages.items():
         Path(tmp_path, "set", "test", "nshards.txt").write_text(number)
         with pytest.raises(InputError, match=message):
             data.held_out(tmp_path / "set" / "test")
@@ -183,9 +151,7 @@ def test_clip_benchmarks_layout(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("fails", ["the reader", "its caller"])
 def test_the_garbage_collector_does_not_wait_for_processes(pattern, fails):
-    """An error and the frames in its traceback are a cycle. torch would wait 5 s for each process
-    of an iterator in it.
-    """
+    """torch would wait 5 s for each process of an iterator in an error's traceback."""
 
     def transform(image):
         if fails == "the reader":

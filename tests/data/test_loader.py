@@ -18,9 +18,6 @@ from simplclip.data.transforms import ImageTransform
 from support.data.pairs import COUNT, SIZE, keys, loader, png, resize, sample, take, text_of, write
 from support.train.runs import bits
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-
-
 ALL = [f"k{i:03d}" for i in range(COUNT)]
 
 
@@ -39,10 +36,7 @@ def one(tmp_path_factory):
 
 
 def passes(shards, count, *, workers=1, ranks=1, **options):
-    """Returns the keys of the first passes of each worker of each rank: keys[pass][worker].
-
-    No process starts.
-    """
+    """Returns the keys of the first passes of each worker of each rank: keys[pass][worker]."""
     keys = [[] for _ in range(count)]
     options = {"batch_size": 1, "shuffle_buffer": 4, "transform": resize} | options
     for rank in range(ranks):
@@ -61,17 +55,10 @@ def passes(shards, count, *, workers=1, ranks=1, **options):
 def test_batches_hold_what_the_shards_hold(pattern, workers):
     batches = take(loader(pattern, workers=workers), 8)
     assert {len(b["key"]) for b in batches} == {4}
-    shapes = {
-        name: (tuple(value.shape), value.dtype)
-        for name, value in batches[0].items()
-        if isinstance(value, torch.Tensor)
-    }
-    assert shapes == {
-        "image": ((4, 3, SIZE, SIZE), torch.float32),
-        "text": ((4, 12), torch.int64),
-        "group": ((4,), torch.int64),
-    }
     for batch in batches:
+        found = [(batch[name].shape, batch[name].dtype) for name in ("image", "text", "group")]
+        assert found[0] == ((4, 3, SIZE, SIZE), torch.float32)
+        assert found[1:] == [((4, 12), torch.int64), ((4,), torch.int64)]
         for key, row, record in zip(batch["key"], batch["text"], batch["meta"]):
             assert text_of(row) in record["captions"]
             assert record["group"] == int(key[1:]) // 2
@@ -86,27 +73,14 @@ def test_in_a_pass_no_sample_is_lost_doubled_or_shared(pattern, one, shards, wor
         assert sorted(key for of_worker in of_pass for key in of_worker) == ALL
         assert all(of_pass)
         if shards == "one":  # samples are dealt out
-            assert {len({int(key[1:]) % ranks for key in of_worker}) for of_worker in of_pass} == {
-                1
-            }
+            assert all(len({int(key[1:]) % ranks for key in keys}) == 1 for keys in of_pass)
     assert found[0] != found[1]
 
 
-def test_tiny_shards_are_dealt_out_over_all_of_them(tmp_path):
-    for i in range(3):
-        write(tmp_path / f"{i}.tar", [sample(2 * i), sample(2 * i + 1)])
-    (found,) = passes(str(tmp_path / "*.tar"), 1, workers=6)
-    assert sorted(found) == [[key] for key in ALL[:6]]
-
-
 def test_shuffle_mixes_shards_and_differs_by_pass_and_seed(pattern):
-    orders = [
-        passes(pattern, 2, seed=seed, shuffle_buffer=COUNT)[number][0]
-        for seed in (0, 1)
-        for number in (0, 1)
-    ]
-    assert len({tuple(order) for order in orders}) == 4
-    assert all(order != sorted(order) for order in orders)
+    orders = [passes(pattern, 2, seed=seed, shuffle_buffer=COUNT) for seed in (0, 1)]
+    orders = {tuple(keys) for of_seed in orders for (keys,) in of_seed}
+    assert len(orders - {tuple(ALL)}) == 4
     assert passes(pattern, 2, shuffle=False) == [[ALL], [ALL]]
 
 
@@ -114,28 +88,20 @@ def test_shuffle_mixes_shards_and_differs_by_pass_and_seed(pattern):
 def test_weights_say_how_often_shards_come(pattern, one):
     mixed = [{"shards": one, "weight": 2.25}, {"shards": pattern, "weight": 0.5}]
     counts = Counter(key for of_pass in passes(mixed, 40) for key in of_pass[0])
-    assert all(
-        40 * 2.25 + 40 * 0.5 - 40 < count < 40 * 2.25 + 40 * 0.5 + 40 for count in counts.values()
-    )
-    twice = take(
-        loader({"shards": one, "weight": 2}, shuffle_buffer=2 * COUNT, batch_size=2 * COUNT), 1
-    )[0]
+    assert all(abs(count - 40 * 2.75) < 40 for count in counts.values())
+    options = {"shuffle_buffer": 2 * COUNT, "batch_size": 2 * COUNT}
+    (twice,) = take(loader({"shards": one, "weight": 2}, **options), 1)
     assert Counter(twice["key"]) == Counter(ALL * 2)
-    first = {key: twice["key"].index(key) for key in ALL}
-    again = {key: i for i, key in enumerate(twice["key"])}
-    assert any(
-        not torch.equal(twice["image"][first[key]], twice["image"][again[key]]) for key in ALL
-    )
+    images = {image.numpy().tobytes() for image in twice["image"]}
+    assert len(images) > COUNT, "an augmentation of each copy"
 
 
 @pytest.mark.slow
 def test_small_data_give_the_same_batches_with_any_number_of_workers(tmp_path):
     """Of 43 samples three are broken, so a batch has samples of two workers."""
     for shard, (start, stop) in enumerate(((0, 5), (5, 30), (30, 43))):
-        write(
-            tmp_path / f"{shard}.tar",
-            [broken(i) if i in (2, 9, 10) else sample(i) for i in range(start, stop)],
-        )
+        samples = [broken(i) if i in (2, 9, 10) else sample(i) for i in range(start, stop)]
+        write(tmp_path / f"{shard}.tar", samples)
     found = []
     for workers in (0, 3):
         reader = loader(str(tmp_path / "*.tar"), batch_size=20, workers=workers)
@@ -146,24 +112,13 @@ def test_small_data_give_the_same_batches_with_any_number_of_workers(tmp_path):
     assert found[0] == found[1]
 
 
-CASES = [
-    (0, 1),
-    pytest.param(2, 2, marks=pytest.mark.slow),
-    *(pytest.param(*case, marks=pytest.mark.prove) for case in ((1, 1), (1, 2), (3, 1))),
-]
-
-
-@pytest.mark.parametrize(("workers", "ranks"), CASES)
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shards", ["many", "one"])
-def test_a_resumed_loader_goes_on_exactly(pattern, one, shards, workers, ranks):
+def test_a_resumed_loader_goes_on_exactly(pattern, one, shards, workers):
     """The cuts are in the first pass, at its end, and in later ones; a state is plain ints."""
-    options = {
-        "workers": workers,
-        "world_size": ranks,
-        "rank": ranks - 1,
-        "shuffle_buffer": 5,
-        "batch_size": 3,
-    }
+    ranks = 2 if workers else 1
+    ranked = {"workers": workers, "world_size": ranks, "rank": ranks - 1}
+    options = ranked | {"shuffle_buffer": 5, "batch_size": 3}
 
     def make(state=None):
         return loader(pattern if shards == "many" else one, state, **options)
@@ -213,12 +168,8 @@ def test_a_state_belongs_to_the_names_weights_and_sizes_of_its_shards(tmp_path):
     reader = loader(shards("old/a", "old/b"))
     take(reader, 5)
     state = json.loads(json.dumps(reader.state_dict()))
-    others = [
-        shards("old/a"),
-        shards("old/a", "old/c"),
-        shards("old/b", "old/a"),
-        shards("old/a", "old/b", "old/c"),
-    ]
+    others = [[*"a"], [*"ac"], [*"ba"], [*"abc"]]
+    others = [shards(*(f"old/{name}" for name in names)) for names in others]
     for other in (*others, [shards("old/a"), {"shards": shards("old/b"), "weight": 2}]):
         with pytest.raises(ValueError, match="state: expected one of shards_digest "):
             loader(other, state)
@@ -234,22 +185,6 @@ def test_a_state_belongs_to_the_names_weights_and_sizes_of_its_shards(tmp_path):
     write(tmp_path / "new/b/0.tar", [sample(i) for i in range(30)])
     with pytest.raises(ValueError, match="state: expected one of shards_digest "):
         loader(shards("new/a", "new/b"), state)
-
-
-def test_caption_and_augmentation_do_not_depend_on_workers(pattern):
-    alone, several = (
-        {
-            key: (text_of(item.batch["text"][0]), item.batch["image"][0].tolist())
-            for worker in range(workers)
-            for item in itertools.takewhile(
-                lambda item: item.epoch < 1,
-                loader(pattern, workers=workers, batch_size=1).items(worker, workers),
-            )
-            for key in item.batch["key"]
-        }
-        for workers in (1, 2)
-    )
-    assert alone == several
 
 
 def test_every_caption_is_drawn_and_augmentation_changes_by_pass(pattern):
@@ -288,19 +223,15 @@ def test_a_failing_transform_names_the_sample(pattern):
 
     with pytest.raises(TypeError, match="no such image") as caught:
         take(loader(pattern, transform=fail, shuffle=False), 1)
-    assert re.match(
-        r"The transform failed on sample 'k000' of shard '.*train-000000\.tar'",
-        caught.value.__notes__[0],
-    )
+    (note,) = caught.value.__notes__
+    assert re.match(r"The transform failed on sample 'k000' of shard '.*train-000000\.tar'", note)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_data_without_a_usable_sample_say_why(tmp_path, workers):
     path = write(tmp_path / "a.tar", [("broken", {"png": b"", "txt": b"x"})])
-    with pytest.raises(
-        data.EmptyDataError,
-        match=r"got none in '.*a\.tar'; 1 skipped: 1 not an image \(first: a.tar/broken",
-    ):
+    message = r"got none in '.*a\.tar'; 1 skipped: 1 not an image \(first: a.tar/broken"
+    with pytest.raises(data.EmptyDataError, match=message):
         take(loader(path, workers=workers, batch_size=1), 1)
     with pytest.raises(data.EmptyDataError, match=r"got none in '.*b\.tar'; 0 skipped"):
         take(loader(write(tmp_path / "b.tar", []), workers=workers), 1)
@@ -311,52 +242,37 @@ def broken(number):
 
 
 def test_a_broken_shard_does_not_end_the_data(tmp_path):
-    """One of as many shards as workers: in some passes in a row a worker has nothing but the broken
-    one.
-    """
+    """In some passes in a row a worker has nothing but the broken one."""
     write(tmp_path / "bad.tar", [broken(i) for i in range(9)])
     good = write(tmp_path / "good.tar", [sample(i) for i in range(9)])
     mixed = str(tmp_path / "*.tar")
     options = {"workers": 2, "batch_size": 4, "transform": resize}
     longest = Counter()
     for seed, worker in itertools.product(range(4), (0, 1)):
-        numbers = [
-            item.epoch for item in take(loader(mixed, seed=seed, **options).items(worker, 2), 40)
-        ]
-        longest[seed] = max(
-            longest[seed], *(after - before for before, after in itertools.pairwise(numbers))
-        )
+        items = take(loader(mixed, seed=seed, **options).items(worker, 2), 40)
+        gaps = [after.epoch - before.epoch for before, after in itertools.pairwise(items)]
+        longest[seed] = max(longest[seed], *gaps)
     ((seed, passes_in_a_row),) = longest.most_common(1)
     assert passes_in_a_row > 3
-    reader = loader(mixed, seed=seed, **options)
-    whole = take(reader, 30)
-    again = loader(mixed, reader.state_dict(), seed=seed, **options)
-    assert bits(take(reader, 9)) == bits(take(again, 9))
-    assert set(keys(whole)) == {f"k{i:03d}" for i in range(9)}
+    assert {*keys(take(loader(mixed, seed=seed, **options), 30))} == {*ALL[:9]}
     # What comes in few passes only is waited for, too.
     assert take(loader([{"shards": good, "weight": 0.2}, str(tmp_path / "bad.tar")]), 9)
     assert take(loader({"shards": good, "weight": 0.2}), 9)
-    for seldom in (
-        [{"shards": good, "weight": 1e-7}],
-        [{"shards": good, "weight": 1e-7}, str(tmp_path / "bad.tar")],
-    ):
-        with pytest.raises(
-            data.EmptyDataError, match="for worker 1 of 1 in 100 epochs; .* larger weights may help"
-        ):
-            take(loader(seldom), 1)
+    seldom = {"shards": good, "weight": 1e-7}
+    message = "for worker 1 of 1 in 100 epochs; .* larger weights may help"
+    for shards in ([seldom], [seldom, str(tmp_path / "bad.tar")]):
+        with pytest.raises(data.EmptyDataError, match=message):
+            take(loader(shards), 1)
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_rank_whose_share_is_always_broken_says_so(tmp_path, workers):
     path = write(tmp_path / "a.tar", [broken(i) if i % 3 == 2 else sample(i) for i in range(9)])
     options = {"world_size": 3, "workers": workers, "batch_size": 1}
     assert take(loader(path, rank=1, **options), 9)
-    name = (
-        "rank 3 of 3 in 100 epochs; fewer ranks"
-        if workers
-        else "worker 3 of 3 in 100 epochs; fewer data.workers"
-    )
-    with pytest.raises(data.EmptyDataError, match=rf"for {name} .*: 30\d missing caption"):
+    who, fewer = ("rank", "ranks") if workers else ("worker", "data.workers")
+    name = f"for {who} 3 of 3 in 100 epochs; fewer {fewer}"
+    with pytest.raises(data.EmptyDataError, match=rf"{name} .*: 30\d missing caption"):
         take(loader(path, rank=2, **options), 9)
 
 
@@ -368,29 +284,25 @@ def test_a_batch_of_more_samples_than_there_are_is_an_error(one):
         {"batch_size": 24, "world_size": 2, "workers": 2},
     ):
         total = 48 if len(options) > 1 else 47
-        with pytest.raises(
-            ValueError, match=f"data.batch_size: expected at most 46, .*, got {total}; lower it or"
-        ):
+        message = f"data.batch_size: expected at most 46, .*, got {total}; lower it or"
+        with pytest.raises(ValueError, match=message):
             loader(shards, **options)
     assert len(take(loader(shards, batch_size=46), 1)[0]["key"]) == 46
     assert loader(f"pipe:cat {one}", batch_size=99), "nobody knows what a stream has"
 
 
 @pytest.mark.parametrize(
-    ("name", "least", "got"),
+    ("options", "message"),
     [
-        ("batch_size", 1, 2.5),
-        ("workers", 0, -1),
-        ("max_bytes", 1, True),
+        ({"batch_size": 2.5}, "batch_size: expected an integer of at least 1, got 2.5"),
+        ({"workers": -1}, "workers: expected an integer of at least 0, got -1"),
+        ({"max_bytes": True}, "max_bytes: expected an integer of at least 1, got True"),
+        ({"rank": 2, "world_size": 2}, "rank: expected 0 to 1, got 2"),
     ],
 )
-def test_bad_counts(pattern, name, least, got):
-    with pytest.raises(
-        ValueError, match=f"{name}: expected an integer of at least {least}, got {got}"
-    ):
-        loader(pattern, **{name: got})
-    with pytest.raises(ValueError, match="rank: expected 0 to 1, got 2"):
-        loader(pattern, rank=2, world_size=2)
+def test_bad_counts(pattern, options, message):
+    with pytest.raises(ValueError, match=message):
+        loader(pattern, **options)
 
 
 def test_the_functions_that_an_image_passes(one):

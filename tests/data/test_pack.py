@@ -18,7 +18,7 @@ from simplclip.common.errors import InputError
 from simplclip.data import pack, read_csv, readers
 from simplclip.data.rows import Options
 from simplclip.data.transforms import ImageTransform
-from support.data.packs import packed, samples, skipped_of
+from support.data.packs import packed, samples, skipped_of, write_images, write_parquet
 from support.data.pairs import digests, loader, meta, png, table
 from support.evaluation import batches_of
 
@@ -48,42 +48,22 @@ KINDS = {
 def folder(tmp_path_factory):
     """Writes the same images and captions in every form."""
     here = tmp_path_factory.mktemp("forms")
-    for number, name in enumerate(
-        (
-            "img/a",
-            "img/sub/b",
-            "texts/a",
-            "texts/b",
-            "classes/cat_x/1",
-            "classes/cat_x/2",
-            "classes/dog/1",
-        )
-    ):
-        (here / name).parent.mkdir(parents=True, exist_ok=True)
-        (here / f"{name}.png").write_bytes(png(number))
+    pictures = ("img/a", "img/sub/b", "texts/a", "texts/b")
+    pictures += ("classes/cat_x/1", "classes/cat_x/2", "classes/dog/1")
+    write_images(here, *(f"{name}.png" for name in pictures))
     table(here / "rows.csv", ROWS)
     table(here / "rows.tsv", ROWS, separator="\t")
-    table(
-        here / "other.csv",
-        [(text, path.removeprefix("img/")) for path, text in ROWS],
-        ("what", "where"),
-        ";",
-    )
-    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    others = [(text, path.removeprefix("img/")) for path, text in ROWS]
+    table(here / "other.csv", others, ("what", "where"), ";")
     paths, texts = map(list, zip(*ROWS))
-    parquet.write_table(
-        pyarrow.table({"caption": texts, "image_path": paths}),
-        here / "rows.parquet",
-        row_group_size=2,
-    )
+    columns = {"caption": texts, "image_path": paths}
+    write_parquet(here / "rows.parquet", columns, row_group_size=2)
     files = [(here / path).read_bytes() for path in paths]
     # Hugging Face's image, and a plain column
     structs = [{"bytes": file, "path": "x"} for file in files]
     for name, column in (("files", structs), ("bytes", files)):
-        parquet.write_table(
-            pyarrow.table({"file_name": ["elsewhere.png"] * 3, "image": column, "text": texts}),
-            here / f"{name}.parquet",
-        )
+        columns = {"file_name": ["elsewhere.png"] * 3, "image": column, "text": texts}
+        write_parquet(here / f"{name}.parquet", columns)
     for name in ("imagefolder", "imagefolder_csv"):
         shutil.copytree(here / "img", here / name / "img")
     objects = [json.dumps({"file_name": path, "text": text}) for path, text in ROWS]
@@ -103,12 +83,10 @@ def folder(tmp_path_factory):
         ("karpathy", {"images": [gone, *split]}),
         ("coco", {"images": images, "annotations": annotations}),
     ):
-        (here / f"{name}.json").write_text(
-            "\ufeff" * (name == "coco") + json.dumps(content), "utf-8"
-        )
-    (here / "texts/a.json").write_text(
-        json.dumps({"captions": ["one", "two"], "group": "g", "label": "x"})
-    )
+        mark = "\ufeff" if name == "coco" else ""
+        (here / f"{name}.json").write_text(mark + json.dumps(content), "utf-8")
+    record = {"captions": ["one", "two"], "group": "g", "label": "x"}
+    (here / "texts/a.json").write_text(json.dumps(record))
     (here / "texts/b.txt").write_text("\ufefftwo\n lines\n", "utf-8")
     return here
 
@@ -122,15 +100,12 @@ def test_every_form(folder, tmp_path, monkeypatch, kind):
     first, *_ = samples(map(str, (tmp_path / "out").glob("*.tar"))).values()
     assert first["png"] == png({"texts": 2, "classes": 4}.get(kind, 0))  # the file's own bytes
     record = json.loads(first["json"])
-    assert (record.get("group"), record.get("label")) == {
-        "karpathy.json#val": (None, None),
-        "coco.json": (None, None),
-        "texts": ("g", "x"),
-        "classes": ("cat x",) * 2,
-        "other.csv": ("a.png", None),
-        "files.parquet": (DIGEST, None),
-        "bytes.parquet": (DIGEST, None),
-    }.get(kind, ("img/a.png", None))
+    labels = {"texts": "x", "classes": "cat x"}
+    groups = {"texts": "g", "classes": "cat x", "other.csv": "a.png"}
+    groups |= {"karpathy.json#val": None, "coco.json": None}
+    groups |= {"files.parquet": DIGEST, "bytes.parquet": DIGEST}
+    assert record.get("label") == labels.get(kind)
+    assert record.get("group") == groups.get(kind, "img/a.png")
     assert meta(tmp_path / "out")["splits"]["data"]["samples"] == len(wanted)
     assert {*folder.rglob("*")} == before
 
@@ -169,7 +144,6 @@ def test_rows_of_json_lines_and_of_files_that_are_bad(tmp_path):
     assert found == [("000000000", ["one", "two"]), ("000000006", ["\ufffd last"])]
     assert skipped.pop("bad row") == 3
     assert skipped == {"missing image": 1, "missing caption": 1, "cannot be read": 1}
-    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     files = [
         {"bytes": png(), "path": None},
         {"bytes": None, "path": "a.png"},
@@ -177,9 +151,8 @@ def test_rows_of_json_lines_and_of_files_that_are_bad(tmp_path):
         {"bytes": None, "path": None},
         None,
     ]
-    columns = {"image": files, "text": [*"abcde"]}
-    parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
-    found, skipped = packed(tmp_path / "t.parquet", tmp_path / "files")
+    path = write_parquet(tmp_path / "t.parquet", {"image": files, "text": [*"abcde"]})
+    found, skipped = packed(path, tmp_path / "files")
     assert found == [("000000000", ["a"]), ("000000001", ["b"])]
     assert skipped == {"not an image": 1, "missing image": 2}
 
@@ -187,10 +160,9 @@ def test_rows_of_json_lines_and_of_files_that_are_bad(tmp_path):
 @pytest.mark.slow
 def test_files_in_a_table_are_a_stream(tmp_path):
     """Those of a shard are not held at a time."""
-    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     files = [png(number, (64, 64)) for number in range(400)]
     columns = {"image": files, "text": [f"number {number}" for number in range(400)]}
-    parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    write_parquet(tmp_path / "t.parquet", columns)
     tracemalloc.start()
     pack.pack(tmp_path / "t.parquet", tmp_path / "out", workers=4, progress=False)
     _, peak = tracemalloc.get_traced_memory()
@@ -226,72 +198,48 @@ def test_rows_of_every_kind(tmp_path):
     assert skipped == {"caption not UTF-8": 1, "empty caption": 1, "missing image": 1}
 
 
+def refusal(path, **options):
+    """Returns the error of packing `path`, which leaves no folder."""
+    with pytest.raises(InputError) as caught:
+        pack.pack(path, path.parent / "none", Options(**options), progress=False)
+    assert not (path.parent / "none").exists()
+    return str(caught.value)
+
+
 def test_separators_and_wrong_tables(tmp_path):
     (tmp_path / "a.png").write_bytes(png())
     for separator in read_csv.SEPARATORS:
         path = table(tmp_path / "t.csv", [["a.png", "one"]], separator=separator)
         assert packed(path, tmp_path / f"out{ord(separator)}")[0] == [("000000000", ["one"])]
-    for name, content, options, message in (
-        (
-            "t.csv",
-            None,
-            Options(image_key="x"),
-            r"a column x \(image_key\), got '.*t.csv' with the columns 'filepath'",
-        ),
-        (
-            "u.csv",
-            "path,title\n".encode("utf-16"),
-            Options(),
-            "in UTF-16: iconv -f UTF-16 -t UTF-8",
-        ),
-        ("p.parquet", b"PAR1", Options(), "expected a parquet file, got"),
-        ("j.json", b'{"a": 1}', Options(), "Karpathy's or COCO's JSON, got .* with 'a'"),
-        (
-            "list.json",
-            b'[{"a": 1}]',
-            Options(),
-            r"which is a list; .*jq -c '\.\[\]' .*list.json > ",
-        ),
-        ("cut.json", b'{"images": [', Options(), "Karpathy's or COCO's JSON, got .*: Expecting"),
-        ("k.json", b'{"images": [{"sentences": []}]}', Options(), "an entry without 'filename'"),
-        ("n.json", b'{"images": [5]}', Options(), "with an entry of another form"),
-        (
-            "instances.json",
-            b'{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1}]}',
-            Options(),
-            "expected COCO's captions, such as .*instances.json', whose annotations have none",
-        ),
-        ("e.jsonl", b"\n", Options(), "a JSON object on each line, got .*, which has no line"),
-        ("l.jsonl", b'["a"]\n', Options(), "a JSON object on each line, got .*: a list"),
-        ("c.jsonl", b'{"text": "x"}\n', Options(), r"a column filepath or .* the columns 'text'"),
-        ("d.json", b"[" * 100_000, Options(), "nested too deeply"),
-        (
-            "s.json",
-            b'{"images": [{"split": "a"}, {"split": "b"}]}',
-            Options(),
-            "splits a, b, as .*s.json#a, got none",
-        ),
-        (
-            "x.tar",
-            b"",
-            Options(),
-            "in .jsonl, .csv, .tsv, .parquet or .json, got .*; training reads tars as they are",
-        ),
-        ("none.csv", None, Options(), "got '.*none.csv', which does not exist"),
-        (
-            "",
-            None,
-            Options(image_key="x"),
-            "image_key: expected none, as '.*' has no such part, got 'x'",
-        ),
-        ("t.csv", None, Options(split="x"), "split: expected none"),
-        ("", None, Options(), "got none that is usable in .*; 1 skipped: 1 missing caption"),
+    (tmp_path / "list.json").write_bytes(b'[{"a": 1}]')
+    instances = b'{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1}]}'
+    (tmp_path / "instances.json").write_bytes(instances)
+    for name, content, message in (
+        ("u.csv", "path,title\n".encode("utf-16"), "in UTF-16: iconv -f UTF-16 -t UTF-8"),
+        ("p.parquet", b"PAR1", "expected a parquet file, got"),
+        ("j.json", b'{"a": 1}', "Karpathy's or COCO's JSON, got .* with 'a'"),
+        ("cut.json", b'{"images": [', "Karpathy's or COCO's JSON, got .*: Expecting"),
+        ("k.json", b'{"images": [{"sentences": []}]}', "an entry without 'filename'"),
+        ("n.json", b'{"images": [5]}', "with an entry of another form"),
+        ("e.jsonl", b"\n", "a JSON object on each line, got .*, which has no line"),
+        ("l.jsonl", b'["a"]\n', "a JSON object on each line, got .*: a list"),
+        ("c.jsonl", b'{"text": "x"}\n', r"a column filepath or .* the columns 'text'"),
+        ("d.json", b"[" * 100_000, "nested too deeply"),
+        ("s.json", b'{"images": [{"split": "a"}, {"split": "b"}]}', "a, b, as .*#a, got none"),
+        ("x.tar", b"", "in .jsonl, .csv, .tsv, .parquet or .json, got .*; training reads tars as"),
     ):
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=message):
-            pack.pack(tmp_path / name, tmp_path / "out", options, progress=False)
-        assert not (tmp_path / "out").exists()
+        (tmp_path / name).write_bytes(content)
+        assert re.search(message, refusal(tmp_path / name))
+    for name, options, message in (
+        ("list.json", {}, r"which is a list; .*jq -c '\.\[\]' .*list.json > "),
+        ("instances.json", {}, "COCO's captions, such as .*.json', whose annotations have none"),
+        ("none.csv", {}, "got '.*none.csv', which does not exist"),
+        ("t.csv", {"image_key": "x"}, r"a column x \(image_key\), got .* the columns 'filepath'"),
+        ("", {"image_key": "x"}, "image_key: expected none, as '.*' has no such part, got 'x'"),
+        ("t.csv", {"split": "x"}, "split: expected none"),
+        ("", {}, "got none that is usable in .*; 1 skipped: 1 missing caption"),
+    ):
+        assert re.search(message, refusal(tmp_path / name, **options))
 
 
 @pytest.mark.slow
@@ -306,9 +254,7 @@ def test_no_large_table_is_held(tmp_path, kind):
     if kind == "csv":
         table(path, zip(*columns.values()))
     else:
-        pytest.importorskip("pyarrow.parquet").write_table(
-            pytest.importorskip("pyarrow").table(columns), path
-        )
+        write_parquet(path, columns)
     del columns
     tracemalloc.start()
     source = readers.open_source(path, Options())
@@ -347,20 +293,16 @@ def test_images_of_other_formats_are_read_or_counted(tmp_path, captioned):
 
 
 def test_a_folder_of_heic_alone_is_told_how_to_convert_it(tmp_path):
-    (tmp_path / "a.heic").write_bytes(b"")
-    with pytest.raises(InputError, match=r"1 skipped: 1 heic image .*ImageMagick converts it"):
-        packed(tmp_path, tmp_path / "out")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.heic").write_bytes(b"")
+    message = refusal(tmp_path / "photos")
+    assert re.search(r"1 skipped: 1 heic image .*ImageMagick converts it", message)
 
 
 def test_images_of_one_name_are_different_samples(tmp_path):
-    (tmp_path / "in/dog").mkdir(parents=True)
-    for name in ("1.png", "1.JPG", "2.png"):
-        (tmp_path / "in/dog" / name).write_bytes(png())
-    assert packed(tmp_path / "in", tmp_path / "out")[0] == [
-        ("dog/1", ["dog"]),
-        ("dog/1", ["dog"]),
-        ("dog/2", ["dog"]),
-    ]
+    write_images(tmp_path / "in/dog", "1.png", "1.JPG", "2.png")
+    expected = [(name, ["dog"]) for name in ("dog/1", "dog/1", "dog/2")]
+    assert packed(tmp_path / "in", tmp_path / "out")[0] == expected
 
 
 @pytest.mark.parametrize(
@@ -381,9 +323,7 @@ def test_images_of_one_name_are_different_samples(tmp_path):
 )
 def test_parts_of_a_dataset_are_no_classes(tmp_path, images, message):
     folder = tmp_path / "set"
-    for image in images:
-        (folder / image).parent.mkdir(parents=True, exist_ok=True)
-        (folder / f"{image}.png").write_bytes(png())
+    write_images(folder, *(f"{image}.png" for image in images))
     (folder / "annotations").mkdir()
     (folder / "annotations/captions_train2017.json").write_text("{}")
     if message is None:
@@ -391,22 +331,14 @@ def test_parts_of_a_dataset_are_no_classes(tmp_path, images, message):
         found, _ = packed(folder, tmp_path / "out")
         assert {caption for _, (caption,) in found} == names
         return
-    for reads in (
-        lambda: pack.pack(folder, tmp_path / "out", progress=False),
-        lambda: data.held_out(folder),
-    ):
-        with pytest.raises(InputError, match=re.escape(message.format(folder))):
-            reads()
-    assert not (tmp_path / "out").exists()
+    assert message.format(folder) in refusal(folder)
+    with pytest.raises(InputError, match=re.escape(message.format(folder))):
+        data.held_out(folder)
 
 
 def test_links_to_folders(tmp_path):
-    """A class may be a link to a folder; a link to its own parent or to the disk's root costs
-    nothing.
-    """
-    (tmp_path / "all/dog/deep").mkdir(parents=True)
-    for name in ("all/dog/1.png", "all/dog/deep/2.png"):
-        (tmp_path / name).write_bytes(png())
+    """A class may be a link; one to its own parent or to the disk's root costs nothing."""
+    write_images(tmp_path, "all/dog/1.png", "all/dog/deep/2.png")
     (tmp_path / "some").mkdir()
     for name, target in (("dog", "../all/dog"), ("root", "/"), ("self", ".")):
         (tmp_path / "some" / name).symlink_to(target, target_is_directory=True)
@@ -417,23 +349,12 @@ def test_data_with_shards_in_place_of_tables_and_folders(folder, tmp_path, monke
     monkeypatch.chdir(folder)
     tars = ["a.tar", Path("b.tar"), "http://host/rows.csv", "pipe:cat rows.csv"]
     columns = {"image_key": "where", "caption_key": "what", "images": "img"}
-    source = [
-        *tars,
-        "rows.csv",
-        {"shards": ["other.csv", "c.tar"], "weight": 2, **columns},
-        "rows.tsv",
-    ]
+    mapping = {"shards": ["other.csv", "c.tar"], "weight": 2, **columns}
+    source = [*tars, "rows.csv", mapping, "rows.tsv"]
     found = pack.pack_shards(source, tmp_path / "out")
-    shard = {
-        name: [str(tmp_path / f"out/{name}/{name.split('-')[0]}-000000.tar")]
-        for name in ("other", "rows", "rows-2")
-    }
-    assert found == [
-        *tars,
-        *shard["rows"],
-        {"shards": [*shard["other"], "c.tar"], "weight": 2},
-        *shard["rows-2"],
-    ]
+    names = ("other/other", "rows/rows", "rows-2/rows")
+    other, rows, rows_2 = (str(tmp_path / f"out/{name}-000000.tar") for name in names)
+    assert found == [*tars, rows, {"shards": [other, "c.tar"], "weight": 2}, rows_2]
     assert capsys.readouterr().out.count("packed ") == 3
     before = digests(tmp_path / "out", "*/*.tar")
     assert pack.pack_shards(source, tmp_path / "out") == found
@@ -445,6 +366,5 @@ def test_data_with_shards_in_place_of_tables_and_folders(folder, tmp_path, monke
         table(place, [(folder / path, text) for path, text in ROWS])
     found = pack.pack_shards(tables, tmp_path / "several")
     assert [Path(shard).parent.name for shard in found] == ["rows", "rows-2", "rows-2-2"]
-    assert pack.pack_shards("texts", tmp_path / "one") == [
-        str(tmp_path / "one/texts/texts-000000.tar")
-    ]
+    (shard,) = pack.pack_shards("texts", tmp_path / "one")
+    assert shard == str(tmp_path / "one/texts/texts-000000.tar")

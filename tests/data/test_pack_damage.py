@@ -16,16 +16,14 @@ from PIL import ExifTags, Image
 from simplclip.common.errors import InputError
 from simplclip.data import pack, readers, write_tars
 from simplclip.data.rows import Options
-from support.data.packs import packed
+from support.data.packs import packed, write_images, write_parquet
 from support.data.pairs import members, meta, png, table
 from support.data.photos import encode, photo
 from support.programs import call, one_line
 
 
 def test_a_subfolder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
-    for name in ("cat", "dog"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "a.png").write_bytes(png())
+    write_images(tmp_path, "cat/a.png", "dog/a.png")
     scandir = os.scandir
 
     def refuse_dogs(path):
@@ -34,24 +32,21 @@ def test_a_subfolder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse_dogs)  # root may read every folder
-    with pytest.raises(
-        InputError, match=r"folders that can be read, got '.*/dog': Permission denied"
-    ):
+    message = r"folders that can be read, got '.*/dog': Permission denied"
+    with pytest.raises(InputError, match=message):
         readers.open_source(str(tmp_path), Options())
 
 
 # a field of fewer and of more characters than csv's limit
 @pytest.mark.parametrize("rows", [9, 1500])
 def test_a_quote_that_is_never_closed_costs_its_row(tmp_path, rows):
-    path = table(
-        tmp_path / "t.csv", [[f"{number}.png", f"{number} {'x' * 100}"] for number in range(rows)]
-    )
+    lines = [[f"{number}.png", f"{number} {'x' * 100}"] for number in range(rows)]
+    path = table(tmp_path / "t.csv", lines)
     Path(path).write_text(Path(path).read_text().replace("7.png,7 x", '7.png,"7 x', 1))
     found = list(readers.open_source(path, Options()).rows())
     assert [row.name for row in found if row.problem] == ["t.csv/000000007"]
-    assert [row.captions[0].split()[0] for row in found if not row.problem] == [
-        str(n) for n in range(rows) if n != 7
-    ]
+    kept = [int(row.captions[0].split()[0]) for row in found if not row.problem]
+    assert kept == [number for number in range(rows) if number != 7]
 
 
 @pytest.mark.parametrize("below", ['a "quote" inside', '"quoted, whole"', '"text" behind'])
@@ -73,87 +68,49 @@ def test_hostile_rows_are_counted(tmp_path, monkeypatch):
     (tmp_path / "torn.png").write_bytes(png()[:12])
     with open(tmp_path / "huge.jpg", "wb") as file:
         file.truncate(1 << 40)
-    images = [
-        "good.png",
-        "pipe.png",
-        "/dev/zero",
-        "/dev/stdin",
-        "../../../../../../etc/passwd",
-        "text.png",
-        "torn.png",
-        "huge.jpg",
-        "a\0b.png",
-        ".",
-        "",
-        "http://x/y.jpg",
-        "pipe:true",
-        "x" * 5000,
-    ]
+    images = ["good.png", "pipe.png", "/dev/zero", "/dev/stdin", "../../../../../../etc/passwd"]
+    images += ["text.png", "torn.png", "huge.jpg", "a\0b.png", ".", "", "x" * 5000]
+    images += ["http://x/y.jpg", "pipe:true"]
     entries = [{"filename": image, "sentences": [{"raw": image or "none"}]} for image in images]
     (tmp_path / "rows.json").write_text(json.dumps({"images": entries}))
     found, skipped = packed(tmp_path / "rows.json", tmp_path / "out")
     assert found == [("good.png", ["good.png"])]
-    unreadable = {
-        "cannot be read": 7,
-        "file too large": 1,
-        "not a local file": 2,
-        "not an image": 3,
-    }
-    assert skipped == unreadable
-    assert list(members(tmp_path / "out" / "rows-000000.tar")) == [
-        "000000000.png",
-        "000000000.json",
-    ]
+    unreadable = {"cannot be read": 7, "not a local file": 2, "not an image": 3}
+    assert skipped == unreadable | {"file too large": 1}
+    packed_files = members(tmp_path / "out" / "rows-000000.tar")
+    assert [*packed_files] == ["000000000.png", "000000000.json"]
     table(tmp_path / "urls.csv", [(f"https://x/{number}.jpg", "x") for number in range(3000)])
     told = one_line("data", "pack", tmp_path / "urls.csv", "--out", tmp_path / "none")
-    assert (
-        "3000 not a local file (first: urls.csv/000000000: 'https://x/0.jpg', which is not a path; "
-        "of URLs img2dataset" in told
-    )
+    first = "first: urls.csv/000000000: 'https://x/0.jpg', which is not a path; of URLs img2dataset"
+    assert f"3000 not a local file ({first}" in told
 
 
 def test_entries_of_json_files_that_are_incomplete_cost_no_other(tmp_path):
-    (tmp_path / "a.png").write_bytes(png())
-    (tmp_path / "b.png").write_bytes(png())
-    coco = {
-        "images": [{"id": 1, "file_name": "a.png"}],
-        "annotations": [{"image_id": n, "caption": f"{n}"} for n in (1, 2)],
-    }
-    karpathy = {
-        "images": [{"filename": "b.png"}, {"filename": "a.png", "sentences": [{"raw": "1"}]}]
-    }
-    for name, content, reason in (
-        ("c", coco, "cannot be read"),
-        ("k", karpathy, "missing caption"),
-    ):
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
-        assert packed(tmp_path / f"{name}.json", tmp_path / name) == (
-            [("a.png", ["1"])],
-            {reason: 1},
-        )
+    write_images(tmp_path, "a.png", "b.png")
+    images = [{"id": 1, "file_name": "a.png"}]
+    annotations = [{"image_id": number, "caption": f"{number}"} for number in (1, 2)]
+    coco = {"images": images, "annotations": annotations}
+    entry = {"filename": "a.png", "sentences": [{"raw": "1"}]}
+    karpathy = {"images": [{"filename": "b.png"}, entry]}
+    for content, reason in ((coco, "cannot be read"), (karpathy, "missing caption")):
+        path = tmp_path / f"{reason}.json"
+        path.write_text(json.dumps(content))
+        assert packed(path, tmp_path / reason) == ([("a.png", ["1"])], {reason: 1})
 
 
 def test_images_that_lie_elsewhere_are_told_how_to_name_their_folder(tmp_path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.png").write_bytes(png())
-    coco = {
-        "images": [{"id": 1, "file_name": "a.png"}],
-        "annotations": [{"image_id": 1, "caption": "one"}],
-    }
-    (tmp_path / "c.json").write_text(json.dumps(coco))
-    told = one_line("data", "pack", tmp_path / "c.json", "--out", tmp_path / "none")
+    write_images(tmp_path / "in", "a.png")
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"image": "a.png", "caption": "one"}')
+    told = one_line("data", "pack", path, "--out", tmp_path / "none")
     missing = f"'{tmp_path}/a.png' does not exist; try --images (in a config `images`)"
     assert missing in told
-    assert packed(tmp_path / "c.json", tmp_path / "out", Options(images=str(tmp_path / "in"))) == (
-        [("a.png", ["one"])],
-        {},
-    )
+    found, _ = packed(path, tmp_path / "out", Options(images=str(tmp_path / "in")))
+    assert found == [("000000000", ["one"])]
 
 
 def test_pictures_with_transparency_and_of_one_colour_are_told(tmp_path, monkeypatch):
-    """Several shards and processes, and again when nothing is left to pack; a picture that is left
-    out is not counted.
-    """
+    """Also when nothing is left to pack; a picture that is left out is not counted."""
     monkeypatch.setattr(pack, "SAMPLES", 2)
     # black lines, and white where it is transparent
     clear = Image.frombytes("LA", (30, 30), bytes([0, 255, 255, 0]) * 450)
@@ -168,31 +125,21 @@ def test_pictures_with_transparency_and_of_one_colour_are_told(tmp_path, monkeyp
         (tmp_path / f"{name}.png").write_bytes(encode(picture, "PNG"))
         (tmp_path / f"{name}.txt").write_text("a picture" if name != "5" else "")
     command = ("data", "pack", tmp_path, "--out", tmp_path / "out")
+    transparent = "with transparency, which the model does not see"
+    uniform = "of one colour as the model sees them"
+    example = f"such as '{tmp_path}/2.png'; see Pixels in docs/data.md"
     for start in ("packed 4 samples", "kept 4 samples"):
         output = call(*command).output
         assert start in output
-        assert (
-            f"2 with transparency, which the model does not see, such as '{tmp_path}/2.png'; see "
-            "Pixels in docs/" in output
-        )
-        assert (
-            f"warning: 3 of one colour as the model sees them, such as '{tmp_path}/2.png'; see "
-            "Pixels in docs/data.md" in output
-        )
-    remarks = write_tars.skipped_in(
-        meta(tmp_path / "out")["splits"]["data"]["shards"].values(), "remarks"
-    )
-    assert remarks.counts == {
-        "with transparency, which the model does not see": 2,
-        "of one colour as the model sees them": 3,
-    }
+        assert f"warning: 2 {transparent}, {example}" in output
+        assert f"warning: 3 {uniform}, {example}" in output
+    entries = meta(tmp_path / "out")["splits"]["data"]["shards"].values()
+    assert write_tars.skipped_in(entries, "remarks").counts == {transparent: 2, uniform: 3}
     (tmp_path / "photo").mkdir()
     (tmp_path / "photo/1.png").write_bytes(encode(photo(), "PNG"))
     (tmp_path / "photo/1.txt").write_text("a photo")
-    assert (
-        "docs/data.md"
-        not in call("data", "pack", tmp_path / "photo", "--out", tmp_path / "plain").output
-    )
+    output = call("data", "pack", tmp_path / "photo", "--out", tmp_path / "plain").output
+    assert "docs/data.md" not in output
 
 
 def test_photos_that_exif_turns_are_told(tmp_path):
@@ -215,9 +162,8 @@ def test_photos_that_exif_turns_are_told(tmp_path):
 
 @pytest.mark.slow
 def test_a_damaged_parquet_file_is_named(tmp_path):
-    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     texts = [f"a photo of {number % 7}" for number in range(300)]
-    parquet.write_table(pyarrow.table({"filepath": texts, "title": texts}), tmp_path / "t.parquet")
+    write_parquet(tmp_path / "t.parquet", {"filepath": texts, "title": texts})
     whole = (tmp_path / "t.parquet").read_bytes()
     draw = random.Random(0)
     damaged = []
@@ -247,35 +193,29 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
 )
 def test_captions_of_a_parquet_file_are_texts_or_numbers(tmp_path, captions, texts, reason):
     """Paths may be binary too, and files of images stand among them."""
-    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
-    for name in ("a.png", "b.png", "c.png"):
-        (tmp_path / name).write_bytes(png())
+    write_images(tmp_path, "a.png", "b.png", "c.png")
     columns = {
         "image": [b"a.png", b"b.png", png(), b"c.png"],
         "title": [*captions, captions[0], captions[0]],
     }
-    parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
-    rows = list(readers.open_source(tmp_path / "t.parquet", Options()).rows())
-    assert [row.problem and row.problem[0] for row in rows] == [
-        None,
-        reason if reason == "caption not UTF-8" else None,
-        None,
-        None,
-    ]
+    path = write_parquet(tmp_path / "t.parquet", columns)
+    problem = reason if reason == "caption not UTF-8" else None
+    rows = list(readers.open_source(path, Options()).rows())
+    assert [row.problem and row.problem[0] for row in rows] == [None, problem, None, None]
     if texts is None:
         with pytest.raises(InputError, match="4 missing caption"):
-            packed(tmp_path / "t.parquet", tmp_path / "out")
+            packed(path, tmp_path / "out")
         return
-    found, skipped = packed(tmp_path / "t.parquet", tmp_path / "out")
+    found, skipped = packed(path, tmp_path / "out")
     assert found == [("000000000", texts), ("000000002", texts), ("000000003", texts)]
     assert skipped == {reason: 1}
 
 
 def test_a_caption_that_python_cannot_hold_costs_its_row(tmp_path):
-    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    pyarrow = pytest.importorskip("pyarrow")
     times = pyarrow.array([10**17], pyarrow.duration("s"))
-    parquet.write_table(pyarrow.table({"path": ["a.png"], "text": times}), tmp_path / "t.parquet")
-    (row,) = readers.open_source(tmp_path / "t.parquet", Options()).rows()
+    path = write_parquet(tmp_path / "t.parquet", {"path": ["a.png"], "text": times})
+    (row,) = readers.open_source(path, Options()).rows()
     assert row.captions == []
 
 

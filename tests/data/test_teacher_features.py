@@ -4,7 +4,6 @@ import json
 import math
 import zlib
 
-import numpy as np
 import pytest
 import torch
 from open_clip.transform import AugmentationCfg, PreprocessCfg
@@ -13,26 +12,25 @@ from simplclip import data
 from simplclip.data.errors import STALE, ShardError, StaleCount
 from simplclip.data.samples import digest_of, digest_of_features
 from simplclip.data.transforms import ImageTransform
-from support.data.pairs import keys, loader, npy, png, resize, sample, take, text_of, write
+from support.data.pairs import (
+    features_of,
+    keys,
+    loader,
+    npy,
+    png,
+    resize,
+    sample,
+    take,
+    text_of,
+    write,
+)
 from support.train.runs import bits
-
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-
-
-WIDTH = 6  # of the features
-
-
-def features_of(number: int, captions: int) -> np.ndarray:
-    """Returns features whose row r of sample n is n + r / 8 everywhere, so that a row identifies
-    its sample.
-    """
-    return (number + np.arange(1 + captions)[:, None] / 8 + np.zeros(WIDTH)).astype(np.float16)
 
 
 def taught(number, content=None, /, **about):
     key, files = sample(number)
     about = {"teacher.json": json.dumps(about).encode()} if about else {}
-    return key, files | {"teacher.npy": content or npy(features_of(number, 3)), **about}
+    return key, files | {"teacher.npy": content or npy(features_of(number)), **about}
 
 
 @pytest.fixture(scope="module")
@@ -45,59 +43,43 @@ def test_rows_are_those_of_the_image_and_of_the_captions_drawn(shard, captions):
     (batch,) = take(loader(shard, teacher=True, captions_per_image=captions, batch_size=10), 1)
     wanted = (10,) if captions == 1 else (10, captions)
     assert batch["text"].shape == (*wanted, 12)
-    assert batch["teacher_image"].shape == (10, WIDTH)
-    assert batch["teacher_text"].shape == (*wanted, WIDTH)
+    assert batch["teacher_image"].shape == (10, 6)
+    assert batch["teacher_text"].shape == (*wanted, 6)
     assert batch["teacher_text"].dtype == torch.float16
     for i, (key, record) in enumerate(zip(batch["key"], batch["meta"])):
         number = int(key[1:])
         assert batch["teacher_image"][i].eq(number).all()
         texts = [text_of(row) for row in batch["text"][i].reshape(captions, -1)]
         assert len(set(texts)) == min(captions, 3)
-        for text, row in zip(texts, batch["teacher_text"][i].reshape(captions, WIDTH)):
+        for text, row in zip(texts, batch["teacher_text"][i].reshape(captions, 6)):
             assert row.eq(number + (1 + record["captions"].index(text)) / 8).all()
 
 
 def test_one_caption_is_drawn_as_without_a_teacher(shard):
     plain, taught = (take(loader(shard, teacher=teacher), 5) for teacher in (False, True))
-    assert bits(plain) == bits(
-        [{k: v for k, v in batch.items() if not k.startswith("teacher")} for batch in taught]
-    )
+    for batch in taught:
+        del batch["teacher_image"], batch["teacher_text"]
+    assert bits(plain) == bits(taught)
 
 
-CAPTIONS = ["1 a", "1 b", "1 c"]
-
-
-def crc(image):
-    return f"{zlib.crc32(image):08x}"
-
-
-def digest_of_1(views=None):
-    return digest_of_features(npy(features_of(1, 3)), views)
+# of sample 1
+CAPTIONS = digest_of(["1 a", "1 b", "1 c"])
+CRCS = {number: f"{zlib.crc32(png(number)):08x}" for number in (1, 2)}
+DIGESTS = [digest_of_features(npy(features_of(1)), views) for views in (None, [{}])]
+OTHER_CAPTIONS = "teacher features of other captions"
 
 
 @pytest.mark.parametrize(
     ("second", "reason"),
     [
-        (
-            taught(1, npy(features_of(1, 2))),
-            "teacher features of other captions",
-        ),
-        (
-            taught(1, captions=digest_of(["1 a", "1 b", "2 c"])),
-            "teacher features of other captions",
-        ),
-        (taught(1, captions=digest_of(CAPTIONS)), None),
-        (taught(1, captions=digest_of(CAPTIONS), image=crc(png(1))), None),
-        (
-            taught(1, captions=digest_of(CAPTIONS), image=crc(png(2))),
-            "teacher features of another image",
-        ),
-        (
-            taught(1, features=digest_of_1([{}])),
-            "bad teacher features",
-        ),
-        (taught(1, features=digest_of_1()), None),
-        (taught(1, npy(features_of(1, 4)), captions=digest_of(CAPTIONS), views=[{}, {}]), None),
+        (taught(1, npy(features_of(1, 2))), OTHER_CAPTIONS),
+        (taught(1, captions=digest_of(["1 a", "1 b", "2 c"])), OTHER_CAPTIONS),
+        (taught(1, captions=CAPTIONS), None),
+        (taught(1, captions=CAPTIONS, image=CRCS[1]), None),
+        (taught(1, captions=CAPTIONS, image=CRCS[2]), "teacher features of another image"),
+        (taught(1, features=DIGESTS[1]), "bad teacher features"),
+        (taught(1, features=DIGESTS[0]), None),
+        (taught(1, npy(features_of(1, 4)), captions=CAPTIONS, views=[{}, {}]), None),
     ],
 )
 def test_features_that_are_not_the_samples(tmp_path, second, reason):
@@ -111,10 +93,8 @@ def test_features_that_are_not_the_samples(tmp_path, second, reason):
 
 def test_a_sample_without_features_ends_the_run(tmp_path):
     path = write(tmp_path / "a.tar", [taught(0), sample(1)])
-    with pytest.raises(
-        data.ShardError,
-        match=r"sample 'k001' of shard '.*a.tar' has no teacher features .*simplclip teacher",
-    ):
+    message = r"sample 'k001' of shard '.*a.tar' has no teacher features .*simplclip teacher"
+    with pytest.raises(data.ShardError, match=message):
         take(loader(path, teacher=True, batch_size=1), 2)
 
 
@@ -146,44 +126,38 @@ def test_rot_is_not_taken_for_other_data():
 
 
 def test_the_stamp_of_a_folder(tmp_path):
-    wrong = (
-        {},
-        {"logit_scale": math.nan},
-        {"logit_scale": 1, "width": 0},
-        {"logit_scale": 1, "views": {"number": 1}},
-    )
-    stamps = {"a": {"logit_scale": 10}, "b": {"logit_scale": 11}} | {
-        f"c{n}": stamp for n, stamp in enumerate(wrong)
+    wrong = {
+        "c0": {},
+        "c1": {"logit_scale": math.nan},
+        "c2": {"logit_scale": 1, "width": 0},
+        "c3": {"logit_scale": 1, "views": {"number": 1}},
     }
+    stamps = {"a": {"logit_scale": 10}, "b": {"logit_scale": 11}} | wrong
     for name, stamp in stamps.items():
-        write((folder := tmp_path / name).mkdir() or folder / "x.tar", [])
-        (folder / "meta.json").write_text(
-            json.dumps({"teacher": {"name": "t", "width": 6} | stamp})
-        )
+        (tmp_path / name).mkdir()
+        content = {"teacher": {"name": "t", "width": 6} | stamp}
+        (tmp_path / name / "meta.json").write_text(json.dumps(content))
     assert data.teacher_stamp([tmp_path / "a"]) == {"name": "t", "width": 6, "logit_scale": 10.0}
     assert data.teacher_stamp([tmp_path / name for name in stamps])["logit_scale"] == 11.0
     for folders in ([tmp_path / "c0"], []):
-        with pytest.raises(
-            data.ShardError, match=r"data.sidecars: expected a teacher's features, .*got \["
-        ):
+        message = r"data.sidecars: expected a teacher's features, .*got \["
+        with pytest.raises(data.ShardError, match=message):
             data.teacher_stamp(folders)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_features_that_are_not_finite_break_their_sample(tmp_path, value):
-    features = features_of(1, 3)
+    features = features_of(1)
     features[2, 3] = value
-    reader = loader(
-        write(tmp_path / "a.tar", [taught(0), taught(1, npy(features))]), teacher=True, batch_size=1
-    )
+    path = write(tmp_path / "a.tar", [taught(0), taught(1, npy(features))])
+    reader = loader(path, teacher=True, batch_size=1)
     assert set(keys(take(reader, 4))) == {"k000"}
-    assert "bad teacher features (first: a.tar/k001: expected finite numbers)" in str(
-        reader.skipped
-    )
+    reason = "bad teacher features (first: a.tar/k001: expected finite numbers)"
+    assert reason in str(reader.skipped)
 
 
 def test_an_image_that_broke_after_the_teacher_ran_is_counted(tmp_path):
-    key, files = taught(1, captions=digest_of(CAPTIONS), image=crc(png(1)))
+    key, files = taught(1, captions=CAPTIONS, image=CRCS[1])
     path = write(tmp_path / "a.tar", [taught(0), (key, files | {"png": png(1)[:200]})])
     reader = loader(path, teacher=True, batch_size=1)
     assert set(keys(take(reader, 3))) == {"k000"}
@@ -193,23 +167,14 @@ def test_an_image_that_broke_after_the_teacher_ran_is_counted(tmp_path):
 AUGMENTED = ImageTransform(PreprocessCfg(size=8), AugmentationCfg())
 
 
-@pytest.mark.parametrize(
-    "view",
-    [
-        5,
-        {"crop": "x"},
-        {"image": [1, 2], "crop": [5]},
-        {"image": [12, 12], "crop": [0, 0, 400, 12]},
-        {"image": [12, 12], "crop": [0, -1, 12, 12]},
-        {"affine": []},
-        {"colour": [9] * 9},
-    ],
-)
+VIEWS = [5, {"crop": "x"}, {"affine": []}, {"colour": [9] * 9}, {"image": [1, 2], "crop": [5]}]
+VIEWS += [{"image": [12, 12], "crop": crop} for crop in ([0, 0, 400, 12], [0, -1, 12, 12])]
+
+
+@pytest.mark.parametrize("view", VIEWS)
 def test_a_view_that_cannot_be_replayed_breaks_its_sample(tmp_path, view):
-    features = npy(features_of(1, 3))
-    samples = [taught(0), taught(1, features, captions=digest_of(CAPTIONS), views=[view])]
-    reader = loader(
-        write(tmp_path / "a.tar", samples), teacher=True, batch_size=1, transform=AUGMENTED
-    )
-    assert {key for batch in take(reader, 3) for key in batch["key"]} == {"k000"}
+    samples = [taught(0), taught(1, captions=CAPTIONS, views=[view])]
+    path = write(tmp_path / "a.tar", samples)
+    reader = loader(path, teacher=True, batch_size=1, transform=AUGMENTED)
+    assert set(keys(take(reader, 3))) == {"k000"}
     assert reader.skipped.counts["bad teacher features"] >= 2

@@ -9,9 +9,7 @@ GIB = 1 << 20  # in KiB, the unit of ru_maxrss
 
 @pytest.fixture(autouse=True)
 def harmless(tmp_path, monkeypatch):
-    """Runs a test in a folder of its own, and checks that no command made its canary and memory
-    grew by less than 1 GiB.
-    """
+    """Runs a test in a folder of its own; no canary is made, memory grows by less than 1 GiB."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

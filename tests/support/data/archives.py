@@ -16,13 +16,7 @@ from support.data.pairs import png
 BLOCK = tarfile.BLOCKSIZE
 PNG = png()
 # The files of a sample; None: random bytes.
-SAMPLE = {
-    "png": PNG,
-    "txt": b"a caption",
-    "json": b'{"group": 1}',
-    "cls": b"3",
-    "bin": None,
-}
+SAMPLE = {"png": PNG, "txt": b"a caption", "json": b'{"group": 1}', "cls": b"3", "bin": None}
 # Fields of a header: offset and length.
 FIELDS = {
     "name": (0, 100),
@@ -32,65 +26,26 @@ FIELDS = {
     "magic": (257, 8),
     "prefix": (345, 155),
 }
+# fmt: off
 NUMBERS = (
-    b"-0000000001\0",
-    b"-1\0",
-    b"+7\0",
-    b"0o17\0",
-    b"1_0\0",
-    b"8\0",
-    b"abc\0",
-    b" \0",
-    b"\0",
-    b"7" * 12,
-    b"0" * 12,
-    b"\x80" + b"\0" * 10 + b"\x05",
-    b"\x80" + b"\xff" * 11,
-    b"\xff" * 12,
-    b"\xff" + b"\0" * 11,
-    b"\x80\0\0\0\x7f" + b"\xff" * 7,
-    b"00000000644 ",
-    b"\x81" + b"\0" * 11,
-    b"00000001000\0",
-    b"77777777777\0",
-    "\u0663".encode() + b"\0",
+    b"-0000000001\0", b"-1\0", b"+7\0", b"0o17\0", b"1_0\0", b"8\0", b"abc\0", b" \0", b"\0",
+    b"7" * 12, b"0" * 12, b"\x80" + b"\0" * 10 + b"\x05", b"\x80" + b"\xff" * 11, b"\xff" * 12,
+    b"\xff" + b"\0" * 11, b"\x80\0\0\0\x7f" + b"\xff" * 7, b"00000000644 ", b"\x81" + b"\0" * 11,
+    b"00000001000\0", b"77777777777\0", "\u0663".encode() + b"\0",
 )
 RECORDS = (
-    b"0 path=a\n",
-    b"0 size=5\n",
-    b"9z path=a\n",
-    b"-5 path=a\n",
-    b"12 size=abc\n",
-    b"11 size=-5\n",
-    b"9 size=5\n",
-    b"8 size=5\n",
-    b"14 size=99999\n",
-    b"10 path=a\n",
-    b"9 path=\n",
-    b"13 path=a.txt\n",
-    b"18 path=../../a.b\n",
-    b"13 path=/a.tx\n",
-    b"14 path=a\0.txt\n",
-    b"12 path=\xff.jp\n",
-    b"99999999999999999999 path=a\n",
-    b"9" * 5000 + b" path=a\n",
-    b"9999 path=a\n",
-    b"29 size=9223372036854775808888\n",
-    b"1_3 path=a.txt\n",
-    b"22 GNU.sparse.major=1\n",
-    b"22 GNU.sparse.minor=0\n",
-    b"24 GNU.sparse.map=0,5,9\n",
-    b"29 GNU.sparse.size=9999999999\n",
-    b"25 GNU.sparse.name=a.png\n",
-    b"13 path=a.txt\0",
-    b"path=a",
-    b"=path=size=",
-    b" ",
-    b"18 SCHILY.x=\xc3\x28\xff\n",
-    b"17 mtime=1.5e400\n",
-    b"5000 path=" + b"a/" * 2490 + b"\n",
+    b"0 path=a\n", b"0 size=5\n", b"9z path=a\n", b"-5 path=a\n", b"12 size=abc\n",
+    b"11 size=-5\n", b"9 size=5\n", b"8 size=5\n", b"14 size=99999\n", b"10 path=a\n",
+    b"9 path=\n", b"13 path=a.txt\n", b"18 path=../../a.b\n", b"13 path=/a.tx\n",
+    b"14 path=a\0.txt\n", b"12 path=\xff.jp\n", b"99999999999999999999 path=a\n",
+    b"9" * 5000 + b" path=a\n", b"9999 path=a\n", b"29 size=9223372036854775808888\n",
+    b"1_3 path=a.txt\n", b"22 GNU.sparse.major=1\n", b"22 GNU.sparse.minor=0\n",
+    b"24 GNU.sparse.map=0,5,9\n", b"29 GNU.sparse.size=9999999999\n",
+    b"25 GNU.sparse.name=a.png\n", b"13 path=a.txt\0", b"path=a", b"=path=size=", b" ",
+    b"18 SCHILY.x=\xc3\x28\xff\n", b"17 mtime=1.5e400\n", b"5000 path=" + b"a/" * 2490 + b"\n",
     b"21 hdrcharset=BINARY\n",
 )
+# fmt: on
 
 
 class Endless(BaseException):
@@ -120,9 +75,7 @@ def in_time(seconds: float, subject: str = "") -> Iterator[None]:
 def header(
     name: str = "a.png", size: int | bytes = 0, kind: bytes = b"0", **fields: bytes
 ) -> bytes:
-    """Returns a header with these bytes in its fields, and with a fitting checksum unless one is
-    given.
-    """
+    """Returns a header with these bytes in its fields, and with a checksum if none is given."""
     block = bytearray(tarfile.TarInfo("a").tobuf(tarfile.USTAR_FORMAT))
     fields = {"name": name.encode("utf-8", "surrogateescape"), "type": kind} | fields
     if isinstance(size, int):

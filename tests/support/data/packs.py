@@ -1,10 +1,26 @@
-"""Packs data, and reads the shards."""
+"""Writes tables, packs data, and reads the shards."""
 
 import json
 
+import pytest
+
 from simplclip.data import pack, write_tars
 from simplclip.data.rows import Options
-from support.data.pairs import members, meta
+from support.data.pairs import members, meta, png
+
+
+def write_parquet(path, columns, **options):
+    """Writes {name: values} as a parquet file, and returns its path; skips without pyarrow."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table(columns), path, **options)
+    return path
+
+
+def write_images(folder, *names):
+    """Writes a picture of noise at each FOLDER/NAME, the n-th of seed n."""
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(png(number))
 
 
 def samples(shards):

@@ -91,6 +91,11 @@ def table(
     return str(path)
 
 
+def features_of(number: int, captions: int = 3) -> np.ndarray:
+    """Returns a teacher's features whose row r of sample n is n + r / 8 everywhere."""
+    return (number + np.arange(1 + captions)[:, None] / 8 + np.zeros(6)).astype(np.float16)
+
+
 def sample(number: int) -> Sample:
     record = {"captions": [f"{number} {letter}" for letter in "abc"], "group": number // 2}
     return f"k{number:03d}", {

@@ -1,5 +1,6 @@
 """Images that compress like photographs: gradients, and noise of several frequencies."""
 
+import functools
 import io
 import re
 import struct
@@ -10,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 
+@functools.cache
 def photo(seed: int = 0, size: tuple[int, int] = (240, 320)) -> Image.Image:
     """Returns an image, uint8 RGB. size: height and width."""
     rng = np.random.default_rng(seed)
