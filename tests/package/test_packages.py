@@ -27,6 +27,7 @@ BIN = Path(sys.executable).parent
 OTHERS = [
     os.path.abspath(p) for p in os.environ.get("SIMPLCLIP_OTHER_PYTHON", "").split(os.pathsep) if p
 ]
+TRY = [sys.executable, SUPPORT / "package" / "wheel.py"]
 ENVIRONMENT = {
     k: v
     for k, v in os.environ.items()
@@ -123,14 +124,7 @@ def test_wheel_works_in_an_empty_environment(wheel):
     """`simplclip doctor`, `selftest` and a training step, with the packages of this Python but
     without the checkout.
     """
-    run(
-        sys.executable,
-        SUPPORT / "package" / "wheel.py",
-        wheel,
-        "--train",
-        "--packages-of",
-        sys.executable,
-    )
+    run(*TRY, wheel, "--train", "--packages-of", sys.executable)
 
 
 @pytest.mark.prove
@@ -139,18 +133,8 @@ def test_wheel_works_in_an_empty_environment(wheel):
     reason="SIMPLCLIP_OTHER_PYTHON names no Python that has another version or torch (make oldest "
     "does)",
 )
-@pytest.mark.parametrize("python", OTHERS)
-def test_wheel_works_under_other_versions(wheel, python):
+def test_wheel_works_under_other_versions(wheel):
     versions = "import sys, torch; print(torch.__version__, sys.version_info[:2])"
-    assert run(python, "-c", versions) != run(sys.executable, "-c", versions)
-    print(
-        run(
-            sys.executable,
-            SUPPORT / "package" / "wheel.py",
-            wheel,
-            "--python",
-            python,
-            "--packages-of",
-            python,
-        )
-    )
+    for python in OTHERS:
+        assert run(python, "-c", versions) != run(sys.executable, "-c", versions)
+        print(run(*TRY, wheel, "--python", python, "--packages-of", python))
