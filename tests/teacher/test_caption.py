@@ -51,10 +51,8 @@ def source(tmp_path_factory):
     """Writes two shards; the second has captions in txt only."""
     folder = tmp_path_factory.mktemp("in")
     write(folder / "train-0.tar", [sample(i) for i in range(5)])
-    write(
-        folder / "train-1.tar",
-        [(f"t{i}", {"png": png(i), "txt": f" it is {i}\n".encode()}) for i in range(3)],
-    )
+    in_txt = [(f"t{i}", {"png": png(i), "txt": f" it is {i}\n".encode()}) for i in range(3)]
+    write(folder / "train-1.tar", in_txt)
     return folder
 
 
@@ -72,11 +70,12 @@ def run(source, out, weights, **options):
 
 
 def records(folder):
-    written = {
-        name: content for path in folder.glob("*.tar") for name, content in members(path).items()
-    }
-    assert all(name.endswith(".json") for name in written)
-    return {name.removesuffix(".json"): json.loads(content) for name, content in written.items()}
+    records = {}
+    for path in folder.glob("*.tar"):
+        for name, content in members(path).items():
+            assert name.endswith(".json")
+            records[name.removesuffix(".json")] = json.loads(content)
+    return records
 
 
 @pytest.mark.slow
@@ -107,14 +106,9 @@ def test_captions_come_after_the_samples_own(source, captioned, weights):
 def test_duplicates_and_empty_captions_are_dropped():
     counts = Counter()
     own, drawn = ["A red  Cat", "ß"], ["a red cat", "", "a dog", "A DOG", "SS", "ein Hund"]
-    record = json.loads(
-        caption.joined_record({"label": "x", "captions": [*own, 3]}, own, drawn, counts)
-    )
-    assert record == {
-        "label": "x",
-        "captions": ["A red  Cat", "ß", "a dog", "ein Hund"],
-        "synthetic": 2,
-    }
+    record = caption.joined_record({"label": "x", "captions": [*own, 3]}, own, drawn, counts)
+    captions = ["A red  Cat", "ß", "a dog", "ein Hund"]
+    assert json.loads(record) == {"label": "x", "captions": captions, "synthetic": 2}
     assert counts == {"captions": 2, "duplicate": 3, "empty": 1}
 
 
@@ -164,11 +158,8 @@ def test_draws_follow_the_restricted_softmax():
         p = torch.zeros(5)
         p[order[:kept]] = logits.exp()[order[:kept]]
         assert (share - p / p.sum()).abs().max() < 2e-4
-    for u in (0.0, 1 - 2**-53):
-        assert (
-            caption._draw(logits[None], torch.tensor([u]).double(), 1.0).item()
-            == order[0 if u == 0 else -1]
-        )
+    for u, token in ((0.0, order[0]), (1 - 2**-53, order[-1])):
+        assert caption._draw(logits[None], torch.tensor([u]).double(), 1.0).item() == token
 
 
 @pytest.mark.slow
@@ -176,13 +167,12 @@ def test_captions_end_where_the_model_ends_them():
     model = build()
     end, start = 49407, 49406
     # equal probabilities at every place: a quarter for the end, much for the start
+    logits = torch.tensor([1500.0, 1500, 1500, 1500, 1600])
     with torch.no_grad():
         model.text_decoder.ln_final.weight.zero_()
         model.text_decoder.ln_final.bias.fill_(1)
         model.text_decoder.text_projection.fill_(-100)
-        model.text_decoder.text_projection[0, [end, 5, 6, 7, start]] = torch.tensor(
-            [1500.0, 1500, 1500, 1500, 1600]
-        )
+        model.text_decoder.text_projection[0, [end, 5, 6, 7, start]] = logits
     images, draws = torch.randn(4, 3, 32, 32), uniform(4, 12)
     tokens = generate(model, images, draws)
     body = tokens[..., 1:].flatten(0, 1)
@@ -209,9 +199,8 @@ def test_captions_that_go_on_are_not_disturbed_by_those_that_ended():
     tokens = generate(model, images, draws)
     assert (tokens == 49407).sum(-1).unique().numel() > 4
     for i in range(4):
-        assert torch.equal(
-            generate(model, images[i : i + 1], draws[i : i + 1, 3:5])[0], tokens[i, 3:5]
-        )
+        alone = generate(model, images[i : i + 1], draws[i : i + 1, 3:5])
+        assert torch.equal(alone[0], tokens[i, 3:5])
     assert not torch.equal(generate(model, images.flip(0), draws), tokens)
 
 
@@ -220,18 +209,10 @@ def test_a_hub_that_cannot_be_reached_is_one_line(source, tmp_path, monkeypatch)
         raise RuntimeError("Failed to download\nthe weights")
 
     monkeypatch.setattr(open_clip, "create_model", offline)
-    line = one_line(
-        "caption",
-        source / "train-0.tar",
-        "--out",
-        tmp_path / "out",
-        "--pretrained",
-        "laion2b_s13b_b90k",
-    )
-    assert (
-        "pretrained: open_clip could not get coca_ViT-B-32/laion2b_s13b_b90k: Failed to download; "
-        "or name its file" in line
-    )
+    tag = "laion2b_s13b_b90k"
+    command = ("caption", source / "train-0.tar", "--out", tmp_path / "out", "--pretrained", tag)
+    failed = f"pretrained: open_clip could not get coca_ViT-B-32/{tag}: Failed to download; or name"
+    assert failed in one_line(*command)
 
 
 @pytest.mark.slow
@@ -246,28 +227,17 @@ def test_command(source, weights, tmp_path):
     assert "wrote 0 of 1 sidecars" in call(*command, tmp_path / "out", *options, "--n", 1).output
 
     (tmp_path / "text.pt").write_text("no weights")
-    torch.save(
-        {"state_dict": models.create(f"open_clip:{NAME}-wide").state_dict()}, tmp_path / "wide.pt"
-    )
+    torch.save(models.create(f"open_clip:{NAME}-wide").state_dict(), tmp_path / "wide.pt")
     state = torch.load(weights, weights_only=True)["state_dict"]
-    torch.save(
-        {name: torch.full_like(t, torch.nan) for name, t in state.items()}, tmp_path / "nan.pt"
-    )
+    nan = {name: torch.full_like(value, torch.nan) for name, value in state.items()}
+    torch.save(nan, tmp_path / "nan.pt")
+    no_coca = ("--model", "ViT-B-32", "--checkpoint", weights)
+    tags = "pretrained: expected a tag of coca_ViT-B-32, one of laion2b_s13b_b90k, "
     cases = {
-        "model: expected a CoCa model of open_clip, such as coca_": (
-            out,
-            "--model",
-            "ViT-B-32",
-            "--checkpoint",
-            weights,
-        ),
+        "model: expected a CoCa model of open_clip, such as coca_": (out, *no_coca),
         "expected a file or a tag with the weights of coca_ViT-B-32, got neither": (out,),
         "got both": (out, *options, "--pretrained", "x"),
-        "pretrained: expected a tag of coca_ViT-B-32, one of laion2b_s13b_b90k, ": (
-            out,
-            "--pretrained",
-            "x",
-        ),
+        tags: (out, "--pretrained", "x"),
         "checkpoint: expected a file of weights": (out, *tiny(tmp_path / "text.pt")),
         "wide.pt: Missing key(s)": (out, *tiny(tmp_path / "wide.pt")),
         "max_tokens: expected 3 to 12, the context of": (out, *options, "--max-tokens", 13),
@@ -278,7 +248,6 @@ def test_command(source, weights, tmp_path):
     for message, arguments in cases.items():
         assert message in one_line(*command, *arguments)
         assert not out.exists()
-    assert "checkpoint: expected a model with finite logits, got" in one_line(
-        *command, out, *tiny(tmp_path / "nan.pt")
-    )
+    line = one_line(*command, out, *tiny(tmp_path / "nan.pt"))
+    assert "checkpoint: expected a model with finite logits, got" in line
     assert not list(out.glob("*.tar"))

@@ -18,6 +18,8 @@ from support.models.open_clip_models import write_models
 from support.programs import call, one_line
 from support.train import tiny
 
+TINY = "open_clip:tiny --checkpoint tiny.pt"
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -35,20 +37,15 @@ def load(folder, **options):
     return simplclip.load("open_clip:tiny", folder / "tiny.pt", device="cpu", **options)
 
 
+def given(folder):
+    return "--teacher", "open_clip:tiny", "--checkpoint", folder / "tiny.pt"
+
+
 @pytest.mark.slow
 def test_features_are_those_of_the_model(folder, tmp_path):
     source = str(folder / "in" / "*.tar")
-    options = (
-        "--teacher",
-        "open_clip:tiny",
-        "--checkpoint",
-        folder / "tiny.pt",
-        "--batch-size",
-        5,
-        "--precision",
-        "fp32",
-    )
-    result = call("teacher", source, "--out", tmp_path / "two", *options, "--workers", 2)
+    options = ("--batch-size", 5, "--precision", "fp32", "--workers", 2)
+    result = call("teacher", source, "--out", tmp_path / "two", *given(folder), *options)
     assert result.exit_code == 0, result.output
     printed = " ".join(result.output.split())
     assert "48 samples with features of open_clip:tiny, width 16" in printed
@@ -121,16 +118,7 @@ def test_a_table_becomes_shards_beside_the_sidecars(folder, tmp_path, monkeypatc
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(png(number))
     path = table(tmp_path / "t.csv", [(f"{number}.png", f"number {number}") for number in range(3)])
-    options = (
-        "--teacher",
-        "open_clip:tiny",
-        "--checkpoint",
-        folder / "tiny.pt",
-        "--device",
-        "cpu",
-        "--workers",
-        0,
-    )
+    options = (*given(folder), "--device", "cpu", "--workers", 0)
     for words in (
         ("packed 3 samples of t.csv", "3 samples with features"),
         ("kept 3 samples of t.csv", "1 of 1 sidecars"),
@@ -139,9 +127,8 @@ def test_a_table_becomes_shards_beside_the_sidecars(folder, tmp_path, monkeypatc
         assert result.exit_code == 0, result.output
         assert all(word in result.output for word in words)
     shards = str(tmp_path / "~out/shards/t/*.tar")
-    assert sorted(
-        keys([next(iter(loader(shards, sidecars=["~out"], teacher=True, batch_size=3)))])
-    ) == ["000000000", "000000001", "000000002"]
+    batch = next(iter(loader(shards, sidecars=["~out"], teacher=True, batch_size=3)))
+    assert sorted(keys([batch])) == ["000000000", "000000001", "000000002"]
 
 
 def test_equal_teachers_have_equal_fingerprints(folder, tmp_path):
@@ -155,10 +142,8 @@ def test_equal_teachers_have_equal_fingerprints(folder, tmp_path):
     state = torch.load(folder / "tiny.pt", weights_only=True)
     state["logit_scale"] += 1e-3
     torch.save(state, tmp_path / "changed.pt")
-    assert (
-        simplclip.load("open_clip:tiny", tmp_path / "changed.pt").fingerprint()
-        != first.fingerprint()
-    )
+    changed = simplclip.load("open_clip:tiny", tmp_path / "changed.pt")
+    assert changed.fingerprint() != first.fingerprint()
     first.preprocess, again.preprocess = Named(), Named()
     assert repr(first.preprocess) != repr(again.preprocess)
     assert first.fingerprint() == again.fingerprint()
@@ -169,11 +154,8 @@ def test_a_tag_beside_a_checkpoint_gives_its_preprocessing(folder, monkeypatch):
         return repr(simplclip.load(name, folder / "tiny.pt").preprocess)
 
     plain = transform("open_clip:tiny")
-    known = {
-        "tiny": {
-            "ours": {"url": "https://nowhere", "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-        }
-    }
+    ours = {"url": "https://nowhere", "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    known = {"tiny": {"ours": ours}}
     monkeypatch.setattr(open_clip.pretrained, "_PRETRAINED", known)
     assert "mean=(0.0, 0.0, 0.0)" in transform("open_clip:tiny/ours") != plain
     assert transform("open_clip:tiny") == transform("open_clip:tiny/ours")  # it has only this tag
@@ -184,35 +166,18 @@ def test_a_tag_beside_a_checkpoint_gives_its_preprocessing(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            "siclip-tiny --checkpoint tiny.pt",
-            "checkpoint: expected weights that fit the model, got tiny.pt",
-        ),
-        (
-            "open_clip:tiny --checkpoint nan.pt",
-            "open_clip:tiny: expected finite features, got text features",
-        ),
-        (
-            "open_clip:tiny --checkpoint tiny.pt --precision int8",
-            "precision: expected fp32, bf16, fp16 or auto, got 'int8'",
-        ),
-        (
-            "open_clip:tiny --checkpoint tiny.pt --views 2",
-            "views, config: expected both or none, got 2 views",
-        ),
-        (
-            "open_clip:tiny --checkpoint tiny.pt --config siclip-tiny",
-            "views, config: expected both or none, got 0 views",
-        ),
+        ("siclip-tiny --checkpoint tiny.pt", "checkpoint: expected weights that fit the model, "),
+        ("open_clip:tiny --checkpoint nan.pt", "open_clip:tiny: expected finite features, got "),
+        (f"{TINY} --precision int8", "precision: expected fp32, bf16, fp16 or auto, got 'int8'"),
+        (f"{TINY} --views 2", "views, config: expected both or none, got 2 views"),
+        (f"{TINY} --config siclip-tiny", "views, config: expected both or none, got 0 views"),
     ],
 )
 def test_wrong_arguments_end_in_one_line(folder, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(folder)
     state = torch.load("tiny.pt", weights_only=True)
-    torch.save(
-        state | {"text_projection": torch.full_like(state["text_projection"], torch.nan)}, "nan.pt"
-    )
-    assert message in one_line(
-        "teacher", "in/train-0.tar", "--out", tmp_path / "out", "--teacher", *arguments.split()
-    )
+    state["text_projection"].fill_(torch.nan)
+    torch.save(state, "nan.pt")
+    command = ("teacher", "in/train-0.tar", "--out", tmp_path / "out", "--teacher")
+    assert message in one_line(*command, *arguments.split())
     assert not (tmp_path / "out").exists()
