@@ -7,9 +7,7 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Base class of errors that a user can fix; the message says what was expected and what it
-    got.
-    """
+    """Base class; the message says what was expected and what it got."""
 
 
 class InputError(UserError, ValueError):
@@ -17,10 +15,7 @@ class InputError(UserError, ValueError):
 
 
 def check_count(name: str, value: int, least: int) -> None:
-    """Raises InputError unless `value` is an int (no bool) of at least `least`.
-
-    name: the argument, for the message.
-    """
+    """Raises InputError unless `value` is an int (no bool) of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{name}: expected an integer of at least {least}, got {value!r}")
 
@@ -28,8 +23,7 @@ def check_count(name: str, value: int, least: int) -> None:
 def visible(text: str, keep: str = "") -> str:
     """Returns `text` with `repr`'s escapes in place of unprintable characters, for a terminal.
 
-    Escape sequences, for example, have no effect then. keep: characters that stay as they are, such
-    as line ends.
+    keep: characters that stay as they are, such as line ends.
     """
     if text.isprintable():
         return text

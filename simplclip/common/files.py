@@ -36,10 +36,9 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
 
 
 def write_csv(path: Path, columns: list[str], rows: Iterable[Mapping[str, object]]) -> None:
-    """Replaces `path` by a CSV file of `rows`, with a header line of `columns`.
+    """Replaces `path` by a CSV file, completely or not at all.
 
-    A row is {column: value}; a column that it lacks is empty, a key that is no column raises
-    ValueError. The file is written completely or not at all.
+    A column that a row lacks is empty; a key that is no column raises ValueError.
     """
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -51,8 +50,7 @@ def write_csv(path: Path, columns: list[str], rows: Iterable[Mapping[str, object
 def read_csv(path: Path) -> list[dict[str, str]]:
     """Returns the rows of a CSV file as {column: text}; [] if there is no file.
 
-    Its first line names the columns. Leaves out a last line that a crash cut short, and rows with
-    more or fewer values than columns.
+    Leaves out a last line that a crash cut short, and rows with more or fewer values than columns.
     """
     if not path.exists():
         return []
@@ -65,8 +63,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """Context that opens a temporary file for bytes, and at the end renames it to `path`.
 
-    It lies beside `path`. After an error the temporary file is removed, and `path` stays as it was.
-    `remove_leftovers` removes the temporary file of a process that was killed.
+    After an error it is removed, and `path` stays as it was; see also `remove_leftovers`.
     """
     path = Path(path)
     temporary = _temporary(path)
@@ -119,11 +116,10 @@ def _temporary(path: Path) -> Path:
 def remove_leftovers(
     folder: str | Path, removable: Callable[[str], object], seconds: float = 0.0
 ) -> None:
-    """Removes temporary files and folders that killed processes left in `folder`.
+    """Removes files of `replacing` and `temporary_folder` that killed processes left in `folder`.
 
-    They are those of `replacing` and `temporary_folder`. removable: gets the final name of a file
-    or folder; only if the result is true may it be removed. seconds: files that were written to
-    within this time stay, since another process may still be writing.
+    removable: whether it may be removed, by its final name. seconds: what was written to within
+    this time stays, since another process may still be writing.
     """
     for path in Path(folder).glob(".*.tmp"):
         match = _TEMPORARY.fullmatch(path.name)
@@ -154,9 +150,9 @@ os.register_at_fork(after_in_child=_close_inherited_locks)
 def locked(folder: Path, name: str) -> Iterator[None]:
     """Context in `folder` that one process at a time can enter; makes the folder and its parents.
 
-    Of these, folders that are empty at the end are removed. The system releases the lock when the
-    process ends, however it ends. A file system without locks locks nothing. name: the argument, in
-    errors. Raises FileExistsError while another process is inside, InputError for a file.
+    Of these, folders that are empty at the end are removed. The lock ends with the process; a file
+    system without locks locks nothing. Raises FileExistsError while another process is inside,
+    InputError for a file.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{name}: expected a folder, got the file {folder}")
@@ -184,10 +180,7 @@ def locked(folder: Path, name: str) -> Iterator[None]:
 
 
 def check_writable(folder: Path, name: str) -> None:
-    """Raises InputError if nothing can be written to a folder, or to where it would be made.
-
-    name: the argument, in errors.
-    """
+    """Raises InputError if nothing can be written to a folder, or to where it would be made."""
     existing = next(filter(os.path.exists, (folder, *folder.absolute().parents)))
     if not os.access(existing, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         raise InputError(f"{name}: expected a folder that can be written to, got {existing}")
@@ -206,10 +199,7 @@ def size_and_time(path: str | os.PathLike) -> dict[str, int]:
 
 
 def identity(path: str | os.PathLike) -> dict[str, int | str]:
-    """Returns {"bytes": size, "sha256": hexadecimal digits} of a file.
-
-    The export.json of exports holds it.
-    """
+    """Returns {"bytes": size, "sha256": hexadecimal digits} of a file, for an export.json."""
     return {"bytes": os.path.getsize(path), "sha256": sha256(path)}
 
 
@@ -218,7 +208,7 @@ def differences(
 ) -> dict[str, tuple[Any, Any]]:
     """Returns the dotted keys whose values differ between two nested dicts: key -> (old, new).
 
-    A key that one of them lacks counts as None there. prefix: what comes before each key.
+    A key that one of them lacks counts as None there.
     """
     changed: dict[str, tuple[Any, Any]] = {}
     for name in dict.fromkeys([*old, *new]):

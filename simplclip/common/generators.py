@@ -24,10 +24,7 @@ def states() -> States:
 
 
 def restore(former: States) -> None:
-    """Sets the generators to states that `states` returned.
-
-    Those of CUDA devices are skipped if the number of devices differs.
-    """
+    """Sets the generators; those of CUDA devices only if the number of devices is the same."""
     torch.set_rng_state(former["torch"])
     if "cuda" in former and torch.cuda.device_count() == len(former["cuda"]):
         torch.cuda.set_rng_state_all(former["cuda"])

@@ -64,10 +64,9 @@ def native_bf16(device: torch.device) -> bool:
 
 
 def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
-    """Returns the precision, "fp32", "bf16" or "fp16", and a few words on why.
+    """Returns the precision, one of DTYPES, and a few words on why.
 
-    name: one of these, or "auto": bf16 if the device has it, else fp32. Raises InputError for
-    others.
+    "auto" is bf16 if the device has it, else fp32. Raises InputError for another name.
     """
     if name in DTYPES:
         return name, "as configured"
@@ -86,10 +85,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 @contextlib.contextmanager
 def timed_algorithms(enabled: bool) -> Iterator[None]:
-    """Context in which cuDNN times the algorithms of each convolution once and takes the fastest.
-
-    It changes nothing unless `enabled`.
-    """
+    """Context in which cuDNN times each convolution's algorithms once, if `enabled`."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = before or enabled
     try:
@@ -99,10 +95,9 @@ def timed_algorithms(enabled: bool) -> Iterator[None]:
 
 
 def total_memory(device: torch.device) -> int:
-    """Returns the bytes of the GPU's memory or, on a CPU, of a rank's share of the machine's.
+    """Returns the bytes of the GPU's memory or, on a CPU, of a rank's equal share of the machine's.
 
-    In a container with a limit, that is the limit. The ranks that torchrun started on the machine
-    (LOCAL_WORLD_SIZE) have equal shares.
+    In a container with a limit, the limit is shared.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
@@ -114,10 +109,9 @@ def total_memory(device: torch.device) -> int:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Returns the peak memory in MiB since the start, or since torch's statistics were reset.
+    """Returns the peak in MiB since the start, or since torch's statistics were reset.
 
-    On a GPU it is that of torch's allocator, on a CPU the resident set of the process (0 outside
-    Linux).
+    Of a GPU's allocator, or on a CPU of the process's resident set (0 outside Linux).
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
@@ -129,10 +123,9 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def describe_gpu(device: torch.device) -> str:
-    """Returns a text on the GPU memory that all processes use; "" for a CPU.
+    """Returns the GPU memory of all processes as "  GPU 3.1 of 23.7 GiB"; "" for a CPU.
 
-    It is "GPU 3.1 of 23.7 GiB" after two spaces and, with nvidia-ml-py, the GPU's utilization: ",
-    97% busy".
+    With nvidia-ml-py the GPU's utilization follows: ", 97% busy".
     """
     if device.type != "cuda":
         return ""

@@ -16,9 +16,7 @@ TIE = 0.05  # largest addition for a similar section, and for a name that is ask
 def nearest(asked: str, meanings: Mapping[str, str]) -> str | None:
     """Returns the name that is most like `asked`, by spelling or by meaning; None if none is near.
 
-    meanings: name -> its help. A name may have a section before a dot, which counts little. Words
-    of `asked` are looked for in the name and its help, and initials stand for words: lr for
-    learning_rate.
+    meanings: name -> its help. A section before a dot counts little; initials stand for words.
     """
     scores = {name: _score(asked, name, meaning) for name, meaning in meanings.items()}
     best = max(scores, key=lambda name: scores[name], default=None)

@@ -65,7 +65,6 @@ class Sheet:
     """
 
     def __init__(self) -> None:
-        """Makes an empty picture; nothing is written before `write`."""
         self.figure = Figure(figsize=(WIDTH, 1), dpi=DPI, facecolor="white")
         self.axis = self.figure.add_axes((0, 0, 1, 1), autoscale_on=False, xlim=(0, WIDTH))
         self.axis.axis("off")
@@ -82,9 +81,9 @@ class Sheet:
         lines: int = 1,
         align: str = "left",
     ) -> float:
-        """Draws text in at most `lines` lines of `width` inches; returns its height in inches.
+        """Draws text in at most `lines` lines of `width` inches below y; returns its height.
 
-        y: top, in inches. x: left, center or right, as `align` says. `self.y` stays.
+        x: left, center or right, as `align` says. `self.y` stays.
         """
         # bytes of a file's name that are no UTF-8 have lone surrogates, which matplotlib refuses
         text = re.sub("[\ud800-\udfff]", "\ufffd", text)
@@ -108,17 +107,11 @@ class Sheet:
         return LINE * font.size * len(rows)
 
     def draw_line(self, text: str, font: Font = PLAIN, lines: int = 1) -> None:
-        """Draws text below everything else, as wide as the sheet, and moves `y` below it.
-
-        lines: the most lines.
-        """
+        """Draws text below everything else, as wide as the sheet, and moves `y` below it."""
         self.y += self.draw_text(MARGIN, self.y, text, WIDTH - 2 * MARGIN, font, lines)
 
     def draw_tile(self, image: Image, x: float, y: float, side: float, right: bool = False) -> None:
-        """Draws a PIL image, whole and centred, in a square of `side` inches with a frame.
-
-        x, y: its left upper corner. right: whether it is the right answer, whose frame is green.
-        """
+        """Draws a PIL image, whole and centred, in a square frame, green if it is `right`."""
         width, height = (side * length / max(image.size) for length in image.size)
         left, top = x + (side - width) / 2, y + (side - height) / 2
         self.axis.imshow(
@@ -128,23 +121,16 @@ class Sheet:
             aspect="auto",
         )
         if right:
-            self.draw_box(x, y, side, side, RIGHT, 3)
+            self.draw_box(x, y, (side, side), RIGHT, 3)
         else:
-            self.draw_box(x, y, side, side, FRAME, 0.8)
+            self.draw_box(x, y, (side, side), FRAME, 0.8)
 
     def draw_box(
-        self,
-        x: float,
-        y: float,
-        width: float,
-        height: float,
-        colour: str = RIGHT,
-        line: float = 1.5,
+        self, x: float, y: float, size: tuple[float, float], colour: str = RIGHT, line: float = 1.5
     ) -> None:
-        """Draws a frame whose left upper corner is x, y, in inches; line: its width in points."""
-        self.axis.add_patch(
-            Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=line)
-        )
+        """Draws a frame whose left upper corner is x, y; line: its width in points."""
+        box = Rectangle((x, y), *size, fill=False, edgecolor=colour, linewidth=line)
+        self.axis.add_patch(box)
 
     def fit(self) -> None:
         """Makes the picture as high as what is drawn, up to `y` and a margin."""
@@ -160,8 +146,7 @@ class Sheet:
 def wrapped(text: str, fits: Callable[[str], bool], lines: int) -> list[str]:
     """Returns text wrapped into at most `lines` lines; if more are needed, the last ends with "…".
 
-    fits: whether a line is short enough. Words that do not fit are divided; white space becomes
-    single spaces.
+    Words that do not fit are divided; white space becomes single spaces.
     """
     parts: list[str] = []
     for word in re.findall(r"[^\s/]+[\s/]*|[\s/]+", " ".join(text.split())):
@@ -201,7 +186,7 @@ class Panel:
 def write_panels(path: Path, panels: Sequence[Panel], best: int | None = None) -> Path:
     """Draws panels below each other, with one axis of steps, into a PNG file; returns its path.
 
-    path is replaced. best: a step at which a dashed line is drawn; None: no line.
+    best: a step at which a dashed line is drawn.
     """
     # inches, and columns of labels
     left = 0.62
@@ -307,7 +292,7 @@ def _any_letters() -> Iterator[None]:
 
 
 def png(figure: Figure) -> bytes:
-    """Returns the figure as the bytes of a PNG file."""
+    """Returns the bytes of a PNG file."""
     image = io.BytesIO()
     with _any_letters():
         figure.savefig(image, format="png")

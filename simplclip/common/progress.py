@@ -34,11 +34,7 @@ def _clock(seconds: float) -> str:
 
 
 def print_lines(text: str, console: Console | None = None) -> None:
-    """Prints text as it is, with escapes in place of control characters; one line or several.
-
-    Lines that warn have a colour if the console is a terminal and NO_COLOR is not set. console: by
-    default the standard output.
-    """
+    """Prints text with escapes in place of control characters, on a terminal warnings in yellow."""
     console = console or Console()
     for line in text.split("\n"):
         style = "yellow" if WARNING.match(line) else ""
@@ -53,20 +49,17 @@ def _first_rank() -> bool:
 
 
 class Pace:
-    """Times at which a log gets a line: 10 seconds after the start, later less often, but at least
-    once a minute.
+    """Times at which a log gets a line: FIRST seconds after the start, later less often.
 
     at_most: largest number of seconds between two lines.
     """
 
     def __init__(self, at_most: float = LATER) -> None:
-        """Starts the clock; the first line is due after 10 seconds, or `at_most`."""
         self.at_most = at_most
         self.began = self._last = time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """The seconds since the start."""
         return time.monotonic() - self.began
 
     def due(self) -> bool:
@@ -79,14 +72,10 @@ class Pace:
 
 
 class Progress:
-    """Context that shows how much of `total` is done, how fast it goes and when it ends.
+    """Context that shows on stderr how much of `total` is done, how fast it goes and when it ends.
 
-    Args:
-        title: name of the work.
-        total: number of units of the whole work; None if it is not known.
-        done: number of units that an earlier run has done.
-        unit: plural noun of what is counted.
-        shown: False shows nothing. Ranks other than the first never show anything.
+    done: what an earlier run has done. unit: plural noun of what is counted. Ranks other than the
+    first never show anything.
     """
 
     def __init__(
@@ -98,7 +87,6 @@ class Progress:
         unit: str = "samples",
         shown: bool = True,
     ) -> None:
-        """Shows an empty bar on stderr if that is a terminal; for the arguments see the class."""
         self.title = title
         self.total = total
         self.done = done

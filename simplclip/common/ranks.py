@@ -95,9 +95,8 @@ def join(minutes: float | None = None) -> Iterator[None]:
 def _attempt_store(store: dist.Store, rank: int, size: int) -> dist.Store:
     """Returns the part of torchrun's store that only these processes use.
 
-    The store outlives a restart of the ranks, and keeps the addresses of ended ones.
-    TORCHELASTIC_RESTART_COUNT does not tell attempts apart, since nodes count differently. So each
-    rank writes a random word, and the first rank answers each with its own, the attempt's name.
+    The store outlives a restart of the ranks, and nodes count restarts differently. So each rank
+    writes a random word, and the first rank answers each with its own, the attempt's name.
     """
     word = secrets.token_hex(8)
     if rank:
@@ -122,10 +121,7 @@ def _attempt_store(store: dist.Store, rank: int, size: int) -> dist.Store:
 
 
 def as_rank_error(error: Exception) -> Exception:
-    """Returns a RankError for an error of torch.distributed or gloo; other errors as they are.
-
-    It raises nothing.
-    """
+    """Returns a RankError for an error of torch.distributed or gloo; other errors as they are."""
     if isinstance(error, UserError):
         return error
     text = str(error)
@@ -142,10 +138,7 @@ def as_rank_error(error: Exception) -> Exception:
 
 
 def set_device(name: str) -> torch.device:
-    """Returns the device `name`; of several ranks on GPUs, the GPU of this rank.
-
-    With several ranks that GPU becomes torch's current one. name: as for `hardware.pick_device`.
-    """
+    """As `hardware.pick_device`; of several ranks on GPUs, the GPU of this rank, made current."""
     picked = hardware.pick_device(name)
     if count() > 1 and picked.type == "cuda":
         picked = hardware.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
@@ -154,10 +147,7 @@ def set_device(name: str) -> torch.device:
 
 
 def all_gather(value: Item) -> list[Item]:
-    """Returns the values of all ranks, in the order of the ranks, on each rank.
-
-    All ranks have to call it, and wait for each other. Values are pickled.
-    """
+    """Returns the values of all ranks, which are pickled, in their order; all have to call it."""
     if count() == 1:
         return [value]
     values = [value] * count()
@@ -199,8 +189,7 @@ def fail_together() -> Iterator[None]:
 def on_first(function: Callable[[*Arguments], Result], *args: *Arguments) -> Result:
     """Calls `function` on the first rank; returns its result on all ranks, which wait for it.
 
-    If it fails, all end, as in `fail_together`. The function must not exchange anything with other
-    ranks.
+    If it fails, all end, as in `fail_together`. It must not exchange anything with other ranks.
     """
     if count() == 1:
         return function(*args)
@@ -252,10 +241,9 @@ def _broadcast_from_first(value: Item) -> Item:
 
 
 def gather_to_first(items: Iterable[Item]) -> Iterator[Item]:
-    """Yields the items of all ranks on the first rank, one of each rank in turn.
+    """Yields the items of all ranks on the first rank, one of each in turn; nothing on others.
 
-    It yields nothing on other ranks. All ranks have to iterate over the result to its end. An error
-    of one rank ends all.
+    All ranks have to iterate over the result to its end. An error of one rank ends all.
     """
     if count() == 1:
         yield from items
@@ -274,8 +262,7 @@ def gather_to_first(items: Iterable[Item]) -> Iterator[Item]:
 def map_to_first(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Yields `function(item)` of each item, in order, on the first rank; nothing on others.
 
-    The ranks divide the items, which must be the same on all. All have to iterate over the result
-    to its end.
+    The ranks divide the items, which must be the same on all.
     """
     return gather_to_first(function(item) for item in islice(items, number(), None, count()))
 
@@ -284,7 +271,7 @@ def seed_apart(seed: int) -> None:
     """Seeds torch's generator of each rank but the first differently, e.g. for dropout.
 
     To be called at each step, so that a checkpoint needs no states of these ranks, and after the
-    weights, equal on all ranks, are drawn. On the first rank, or the only one, nothing changes.
+    weights, equal on all ranks, are drawn.
     """
     if not first():
         torch.manual_seed(seed + 1_000_003 * number())

@@ -13,8 +13,7 @@ from simplclip.evaluation.retrieval import KS
 def table(results: Results) -> Table:
     """Returns a table of all figures in per cent, which fits a terminal of 80 columns.
 
-    Each row is a direction of retrieval or an accuracy of a split, each column a k of KS. Figures
-    of several models stand above their common chance.
+    Each column is a k of KS. Figures of several models stand above their common chance.
     """
     models = results.models
     several = len(models) > 1
@@ -23,12 +22,8 @@ def table(results: Results) -> Table:
         title += f", step {results.step}"
     if several:
         title = f"{len(models)} models"
-    shown = Table(
-        title=title,
-        caption="share found among the first k",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
+    caption = "share found among the first k"
+    shown = Table(title=title, caption=caption, box=SIMPLE_HEAD, pad_edge=False)
     shown.add_column("split", overflow="fold", max_width=14)
     shown.add_column("among", no_wrap=True)
     shown.add_column("model" if several else "", overflow="fold")
@@ -65,10 +60,7 @@ def _rows(result: SplitResult) -> dict[str, list[Figure]]:
 
 
 def percent(share: float) -> str:
-    """Returns a share as text in per cent, as "12.3%".
-
-    A share below 0.0005 has one significant digit, as "0.002%".
-    """
+    """Returns a share as "12.3%"; below 0.0005 with one significant digit, as "0.002%"."""
     if share >= 5e-4 or not share:
         return f"{share:.1%}"
     digit = float(f"{100 * share:.1g}")
@@ -76,10 +68,7 @@ def percent(share: float) -> str:
 
 
 def in_words(figures: Recall, among: int) -> str:
-    """Returns R@k of one direction as a line, e.g. "R@1 12.3%, ... of 1000 (chance 0.1, ...%)".
-
-    among: number of the candidates.
-    """
+    """Returns R@k of one direction as a line, e.g. "R@1 12.3%, ... of 1000 (chance 0.1, ...%)"."""
     values = ", ".join(f"{name} {percent(figure.value)}" for name, figure in figures.items())
     chance = ", ".join(percent(figure.chance).rstrip("%") for figure in figures.values())
     return f"{values} of {among} (chance {chance}%)"

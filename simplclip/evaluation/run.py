@@ -209,13 +209,10 @@ def file_name(name: str) -> str:
 def _evaluate_split(
     encoder: Encoder, index: Index, name: str, templates: list[str], picture: Path
 ) -> SplitResult:
-    """Returns the figures of a split, and writes its picture if it has captions.
+    """Returns the figures of a split, and writes `picture` if it has captions.
 
-    name: of the split. templates: phrases around the names of classes. picture: path of the PNG,
-    which is replaced; it becomes the result's `contact_sheet`.
-    Raises InputError if the split has neither captions nor labels of at least two classes, or a
-    label of an unknown class; NamelessError if it has no captions, and labels that are numbers
-    without names.
+    Raises InputError if it has neither captions nor labels of at least two classes, or a label of
+    an unknown class; NamelessError if it has no captions, and numbers without names as labels.
     """
     retrieval = index.retrieval(encoder.device)
     classification = None

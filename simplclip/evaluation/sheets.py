@@ -41,11 +41,7 @@ class Answers(NamedTuple):
     missed: bool  # whether none of the nearest is right
 
     def shown(self) -> list[tuple[int, str]]:
-        """Returns the rows of the candidates to draw, each with its label.
-
-        These are the nearest, labelled by their similarity ("0.31"), and, if the right one is
-        missed, that one, labelled by its rank and similarity ("#23: 0.18").
-        """
+        """Returns the rows to draw with their labels: "0.31", of a missed right one "#23: 0.18"."""
         shown = [(row, f"{score:.2f}") for row, score in zip(self.rows, self.scores)]
         if self.missed:
             shown.append((self.right, f"#{self.rank:,}: {self.right_score:.2f}"))
@@ -55,21 +51,20 @@ class Answers(NamedTuple):
 def contact_sheet(
     path: str | Path, index: Index, title: str, subtitles: Sequence[str] = ("", "")
 ) -> Path:
-    """Writes a PNG of queries with their nearest answers to `path`; returns the path.
+    """Writes a PNG of queries with their nearest answers to `path`, replacing it; returns the path.
 
-    It shows captions with their TOP nearest images, and images with their nearest captions. A file
-    at `path` is replaced. index, title, subtitles: see `sheet_of`.
+    It shows captions with their TOP nearest images, and images with their nearest captions: some of
+    the best, of the middle and of the worst, by the rank of the right answer (same group), which is
+    framed green and, where it is not among the nearest, comes last with its rank. index: one with
+    captions, whose images are read again. subtitles: a line for each half, e.g. its metrics.
     """
     return sheet_of(index, title, subtitles).write(path)
 
 
 def sheet_of(index: Index, title: str, subtitles: Sequence[str] = ("", "")) -> Sheet:
-    """Returns the drawing that `contact_sheet` writes; it writes nothing itself.
+    """Returns the drawing that `contact_sheet` writes.
 
-    index: one with captions, whose images are read again. Of all queries it shows some
-    of the best, of the middle and of the worst, by the rank of the right answer (same group), which
-    is framed green and, where it is not among the nearest, comes last with its rank. subtitles: a
-    line for each half, e.g. its metrics.
+    index: one with captions, whose images are read again. subtitles: a line for each half.
     """
     texts = (index.text_features, index.caption_groups)
     images = (index.image_features, index.groups)
@@ -130,7 +125,7 @@ def _draw_captions(sheet: Sheet, index: Index, pictures: Pictures, answers: Answ
         weight = "normal"
         if index.caption_groups[row] == index.groups[answers.query]:
             weight = "bold"
-            sheet.draw_box(x, y, WIDTH - MARGIN - x, step - 0.01)
+            sheet.draw_box(x, y, (WIDTH - MARGIN - x, step - 0.01))
         caption = index.captions[row]
         font = Font(9.5, weight)
         sheet.draw_text(x + 0.06, y + 0.015, caption, WIDTH - MARGIN - x - 1.05, font)
@@ -141,13 +136,9 @@ def _draw_captions(sheet: Sheet, index: Index, pictures: Pictures, answers: Answ
 def _chosen(
     queries: Tensor, groups: Tensor, candidates: Tensor, candidate_groups: Tensor
 ) -> list[tuple[str, Answers]]:
-    """Returns the queries to show, with their answers, each with a heading.
+    """Returns the queries to show in the order of their ranks, each after its part in PARTS or "".
 
-    The heading is "Best", "Middle" or "Worst" at the first of each kind, otherwise "". Of fewer
-    than 12 queries all are returned, without headings. They are in the order of the rank of the
-    right answer, then of its similarity.
-    queries, candidates: features [n, D] and [m, D]. groups, candidate_groups: int64 [n] and [m];
-    the right answers are the candidates of the query's group.
+    Only the first of a part has its heading, and of fewer than 12 queries none.
     """
     answers = list(_answers(queries, groups, candidates, candidate_groups))
     answers.sort(key=lambda answer: (answer.rank, -answer.right_score))
@@ -170,10 +161,9 @@ def _chosen(
 def _answers(
     queries: Tensor, groups: Tensor, candidates: Tensor, candidate_groups: Tensor
 ) -> Iterator[Answers]:
-    """Yields the answers of each query that has a right one, in the order of the queries.
+    """Yields the answers of each query that has a right one, a candidate of its group.
 
-    The arguments are those of `_chosen`. A wrong candidate of the same similarity as the right one
-    ranks before it.
+    A wrong candidate of the same similarity ranks before it.
     """
     near_scores: list[list[float]] = []
     near_rows: list[list[int]] = []
