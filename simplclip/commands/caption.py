@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from simplclip.commands.app import app
-from simplclip.commands.options import Device, Pairs, Precision, Sidecars, check_data
+from simplclip.commands.options import (
+    Decoders,
+    Device,
+    Pairs,
+    Precision,
+    SidecarFolder,
+    Sidecars,
+    check_data,
+)
 
 
 @app.command(
@@ -17,12 +25,7 @@ from simplclip.commands.options import Device, Pairs, Precision, Sidecars, check
 )
 def caption(
     source: Pairs,
-    out: Annotated[
-        Path,
-        typer.Option(
-            help="Folder for the sidecars; pairs other than tars become shards in OUT/shards."
-        ),
-    ],
+    out: SidecarFolder,
     *,
     model: Annotated[str, typer.Option(help="An open_clip CoCa model.")] = "coca_ViT-B-32",
     checkpoint: Annotated[Path | None, typer.Option(help="File with its weights.")] = None,
@@ -42,7 +45,7 @@ def caption(
     ] = 30,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images captioned at a time.")] = 32,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: none.")] = 4,
+    workers: Decoders = 4,
     sidecars: Sidecars = None,
     device: Device = "auto",
     precision: Precision = "fp32",

@@ -34,11 +34,7 @@ def doctor(
 
 
 def render(machine: dict[str, Any], why: bool = False) -> str:
-    """Returns the report as text for a terminal.
-
-    machine: what `simplclip.ops.report.report` returns. why: list each op with the reasons why the
-    other backends do not run it.
-    """
+    """Returns the report of `simplclip.ops.report` as text for a terminal; why: as `--why`."""
     cpu = machine["cpu"]
     gpu = machine["gpu"]
     extension = machine["extension"]
@@ -56,7 +52,7 @@ def render(machine: dict[str, Any], why: bool = False) -> str:
     packages = [
         f"{name} {version or '(not installed)'}" for name, version in machine["packages"].items()
     ]
-    cpu_words = f"{cpu['threads']} threads on {cpu['cores']} cores, torch uses"
+    threads = f"{cpu['threads']} threads on {cpu['cores']} cores"
     card = gpu.get("reason")
     if gpu["available"]:
         card = (
@@ -66,7 +62,7 @@ def render(machine: dict[str, Any], why: bool = False) -> str:
     rows = [
         ("simplclip", f"{machine['simplclip']}, Python {machine['python']}, {machine['platform']}"),
         ("packages", ", ".join(packages)),
-        ("CPU", f"{cpu_words} {cpu['torch_instruction_set']}"),
+        ("CPU", f"{threads}, torch uses {cpu['torch_instruction_set']}"),
         ("CPU kernels", cpu_kernels),
         ("CUDA kernels", cuda_kernels),
         ("GPU", card),

@@ -130,11 +130,10 @@ def _with_images(splits: dict[str, Any], images: str) -> dict[str, Any]:
 
 
 def splits_of(model: str) -> dict[str, Any]:
-    """Returns a run's splits, eval.splits and the share of eval.hold_out; {} if there are none.
+    """Returns a run's eval.splits and the share of eval.hold_out; {} without a config.yaml.
 
-    model: the folder of a run, or a checkpoint in it, whose config.yaml is read; without one, {}.
-    The result maps a split's name to its data. The folder may come from elsewhere, so its splits
-    may be local files alone. Raises InputError for commands and URLs.
+    model: the folder of a run, or a checkpoint in it. Since it may come from elsewhere, its splits
+    may be local files alone: raises InputError for commands and URLs.
     """
     settings = _config_of(model)
     if settings is None:
@@ -145,8 +144,7 @@ def splits_of(model: str) -> dict[str, Any]:
         if remote:
             raise InputError(
                 f"data: expected local files in the eval.splits of {_file_of(model)}, got "
-                f"{remote[1]!r}; "
-                f"name the data by --data {name}=DATA"
+                f"{remote[1]!r}; name the data by --data {name}=DATA"
             )
     return splits
 
@@ -176,10 +174,7 @@ def _config_of(model: str) -> Config | None:
 
 
 def trained_on(models: list[str]) -> Iterator[str]:
-    """Yields a line for each run that has, or may have, trained on what the first run holds out.
-
-    models: as of the command; those that are no runs get no line.
-    """
+    """Yields a line for each run that has, or may have, trained on what the first run holds out."""
     from simplclip.data.overlap import overlap
 
     first, *others = models

@@ -36,6 +36,13 @@ Last = Annotated[
         "--last", help="Of a run's folder last.pt, the last step's weights, where it has a best.pt."
     ),
 ]
+SidecarFolder = Annotated[
+    Path,
+    typer.Option(
+        help="Folder for the sidecars; pairs other than tars become shards in OUT/shards."
+    ),
+]
+Decoders = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: none.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
@@ -53,10 +60,7 @@ Sidecars = Annotated[
 
 
 def fail(message: str, code: int) -> None:
-    """Prints the message to stderr and ends the command: raises typer.Exit with this exit code.
-
-    Ranks but the first put their number before the message.
-    """
+    """Prints the message, of ranks but the first with their number, and raises typer.Exit(code)."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         message = f"rank {rank}: {message}"
@@ -65,10 +69,7 @@ def fail(message: str, code: int) -> None:
 
 
 def unknown_option(name: str, context: typer.Context) -> str:
-    """Returns the message about an option that a command does not have, with the nearest one.
-
-    If the command takes --set, keys of the config count too.
-    """
+    """Returns the message about an unknown option, with the nearest one or, for --set, key."""
     meanings = {}
     for parameter in context.command.params:
         for option in parameter.opts:
@@ -87,10 +88,9 @@ def unknown_option(name: str, context: typer.Context) -> str:
 
 
 def check_data(source: Any, name: str) -> None:
-    """Raises InputError, which names the argument `name`, for data that are not there.
+    """Raises InputError for data that are not there; opens no file, and needs no slow imports.
 
-    source: a text as the commands take it (tars, table, JSON, folder), a list of these, or
-    {"shards": one of them, ...}. Opens no file, and needs no seconds of imports.
+    source: a text as the commands take it, a list of these, or {"shards": one of them, ...}.
     """
     from simplclip.data.find_sources import sources_of
     from simplclip.data.readers import is_source, split_of
@@ -107,11 +107,10 @@ def check_data(source: Any, name: str) -> None:
 
 
 def named_splits(items: list[str]) -> dict[str, Any]:
-    r"""Returns split name -> data, of items NAME=DATA, or DATA alone.
+    r"""Returns split name -> data, of items NAME=DATA, or DATA alone, named after file or folder.
 
-    DATA alone is named after its file or folder, without a shard's number or wildcard. A name is
-    anything without the characters of paths and patterns: / \ * ? [ ] { } # and =; pipe: begins
-    DATA. Raises InputError for an empty item, or for a name that comes twice.
+    A name has no characters of paths and patterns: / \ * ? [ ] { } # and =; pipe: begins DATA.
+    Raises InputError for an empty item, or for a name that comes twice.
     """
     from simplclip.data.readers import ENDINGS, split_of
 

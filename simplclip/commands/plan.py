@@ -9,6 +9,7 @@ import typer
 
 from simplclip.commands.app import app
 from simplclip.commands.options import Overrides
+from simplclip.common.errors import InputError
 
 # Required keys, which a config or a model that is only planned may lack.
 REQUIRED = {"data": {"train": "planned/*.tar"}, "run": {"out": "runs/planned"}}
@@ -61,7 +62,6 @@ def plan(
     """Predict the memory and the time of a training step without the card, and the largest batches
     that fit.
     """
-    from simplclip.common.errors import InputError
     from simplclip.models.model_names import check_name
     from simplclip.plan.cards import named, parse_memory
     from simplclip.train import config as configs
@@ -108,12 +108,7 @@ def _read_planned_config(source: str) -> dict[str, Any]:
 
 
 def parse_count(text: str | None) -> int | None:
-    """Returns the integer that a text such as "12.4M", "500k" or "1,000" means; None for None.
-
-    Raises InputError if it is no number, or is below 1.
-    """
-    from simplclip.common.errors import InputError
-
+    """Returns the integer that "12.4M", "500k" or "1,000" means; InputError if it is below 1."""
     if text is None:
         return None
     number = text.replace(",", "")

@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from simplclip.commands.app import app
-from simplclip.commands.options import Device, Pairs, Precision, Sidecars, check_data
+from simplclip.commands.options import (
+    Decoders,
+    Device,
+    Pairs,
+    Precision,
+    SidecarFolder,
+    Sidecars,
+    check_data,
+)
 
 
 @app.command(
@@ -18,12 +26,7 @@ from simplclip.commands.options import Device, Pairs, Precision, Sidecars, check
 )
 def teacher(
     source: Pairs,
-    out: Annotated[
-        Path,
-        typer.Option(
-            help="Folder for the sidecars; pairs other than tars become shards in OUT/shards."
-        ),
-    ],
+    out: SidecarFolder,
     teacher: Annotated[
         str,
         typer.Option(
@@ -47,7 +50,7 @@ def teacher(
         str | None, typer.Option(help="Config of the student, whose augmentation the views have.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples encoded at a time.")] = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: none.")] = 4,
+    workers: Decoders = 4,
     sidecars: Sidecars = None,
     device: Device = "auto",
     precision: Precision = "auto",

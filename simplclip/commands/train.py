@@ -103,10 +103,8 @@ def _largest_micro_batch(config: Config, device: torch.device, ranks: int) -> in
 
 
 def check(config: Config, resume: bool) -> None:
-    """Raises InputError or OSError for a wrong name, folder or file; changes nothing.
-
-    resume: whether run.out may have a run to continue. A missing tensorboard raises
-    ModuleNotFoundError. Only a run.device of a GPU needs seconds of imports.
+    """Raises InputError or OSError for a wrong name, folder or file, ModuleNotFoundError for a
+    missing tensorboard; changes nothing. Only a run.device of a GPU needs seconds of imports.
     """
     from simplclip.models.model_names import check_name
     from simplclip.models.source import parse_weights
@@ -141,10 +139,7 @@ def _has_driver() -> bool:
 
 
 def check_sources(config: Config) -> None:
-    """Raises InputError for training data, eval.splits or sidecars that are not there.
-
-    Splits are checked only if eval.every is set.
-    """
+    """Raises InputError for training data, eval.splits (if used) or sidecars that are not there."""
     check_data(config.data.train, "data.train")
     if config.eval.every:
         for name, split in config.eval.splits.items():

@@ -67,8 +67,7 @@ class Prepare:
     def __call__(self, sample: Pair) -> tuple[Tensor, Tensor, list[str], dict[str, Any]]:
         """Returns (pixels uint8 [3, S, S], draws, captions, json) of a sample.
 
-        draws: float64 [n, max_tokens], uniform in [0, 1), by the seed and the sample's name: a row
-        for each caption that is to be drawn. captions: the sample's own. Raises BrokenSample.
+        draws: float64 [n, max_tokens], in [0, 1), by seed and sample's name. Raises BrokenSample.
         """
         seed = stable_hash(f"{self.sampling.seed}/{sample.name}") >> 1
         draws = torch.rand(
@@ -79,10 +78,7 @@ class Prepare:
         return self.transform(sample.encoded), draws, sample.captions, sample.record
 
     def collate(self, prepared: list[tuple]) -> tuple[Tensor, Tensor, tuple, tuple]:
-        """Joins the results of N calls to (pixels, draws, captions, jsons).
-
-        pixels: [N, 3, S, S]. draws: [N, n, max_tokens]. captions, jsons: tuples of N.
-        """
+        """Joins the results of N calls: [N, 3, S, S], [N, n, max_tokens], two tuples of N."""
         images, draws, captions, records = zip(*prepared)
         return stack_pixels(images), torch.stack(draws), captions, records
 
@@ -183,10 +179,9 @@ def run(
 def load_model(
     name: str, *, checkpoint: str | os.PathLike | None = None, pretrained: str | None = None
 ) -> CoCa:
-    """Returns a CoCa of open_clip in eval mode, on the CPU, with given weights.
+    """Returns a CoCa of open_clip in eval mode, with the weights of a file or of a tag.
 
-    name: with or without "open_clip:". checkpoint, pretrained: a local file, or a tag that
-    open_clip downloads if needed; exactly one of them. Raises the errors of `run`.
+    name: with or without "open_clip:". Raises the errors of `run`.
     """
     plain = name.removeprefix(models.PLAIN)
     if "multimodal_cfg" not in (open_clip.get_model_config(plain) or {}):
@@ -275,10 +270,7 @@ def _draw(logits: Tensor, uniform: Tensor, top_p: float) -> Tensor:
 
 
 def decode(rows: list[list[int]], tokenizer: SimpleTokenizer) -> list[str]:
-    """Returns the text of each row of tokens, with single spaces between words.
-
-    rows: tokens with start of text first and an end of text, after which all is left out.
-    """
+    """Returns the text of each row between start and end, with single spaces between words."""
     end = tokenizer.eot_token_id
     return [" ".join(tokenizer.decode(row[1 : row.index(end)]).split()) for row in rows]
 
@@ -286,11 +278,9 @@ def decode(rows: list[list[int]], tokenizer: SimpleTokenizer) -> list[str]:
 def joined_record(
     record: dict[str, Any], captions: list[str], drawn: list[str], counts: Counter[str]
 ) -> bytes:
-    """Returns the json of a sample, encoded, with its own captions and the drawn ones that are new.
+    """Returns a sample's json with its own captions and the drawn ones that are new.
 
-    record: its json so far, which is not changed. captions: its own. drawn: those of the model.
-    "synthetic" in it counts the new ones, and those of an earlier run. Adds to `counts` the
-    "captions" that are new, "empty" and "duplicate" ones.
+    "synthetic" in it counts the new ones, and those of an earlier run. Adds to `counts`.
     """
     seen = {_normal(caption) for caption in captions}
     new = []
@@ -305,7 +295,7 @@ def joined_record(
             new.append(caption)
     counts["captions"] += len(new)
     synthetic = len(new)
-    earlier = record.get("synthetic")  # from an earlier captioning
+    earlier = record.get("synthetic")
     if isinstance(earlier, int):
         synthetic += earlier
     return json.dumps({**record, "captions": [*captions, *new], "synthetic": synthetic}).encode()

@@ -111,10 +111,9 @@ class Prepare:
     views: Views | None
 
     def __call__(self, sample: Pair) -> tuple[list[Tensor], Tensor, dict[str, Any]]:
-        """Returns (images, tokens, about) of a sample with C captions.
+        """Returns the images of a sample, uint8 [3, S, S], its tokens [C, L], and `Batch.about`.
 
-        images: uint8 [3, S, S] of each view, or of the plain image. tokens: int64 [C, L]. about: as
-        in `Batch`. Raises BrokenSample.
+        Raises BrokenSample.
         """
         about: dict[str, Any] = digests_of(sample)
         if self.views is None:
@@ -190,10 +189,9 @@ def write_features(
 
 
 def encode_tokens(teacher: Encoder, tokens: Tensor, batch_size: int) -> Tensor:
-    """Returns a teacher's features of N captions, float32 [N, D], on its device.
+    """Returns a teacher's features of captions, float32 [N, D], on its device.
 
-    tokens: int64 [N, L], 0 where a caption is padded. batch_size: captions encoded at a time. Equal
-    captions are encoded once, long ones together.
+    tokens: int64 [N, L], padded by 0. Equal captions are encoded once, long ones together.
     """
     different, rows = tokens.unique(dim=0, return_inverse=True)
     order = (different != 0).sum(1).argsort(stable=True)
@@ -299,9 +297,7 @@ def run(
 def own_recall(shards: Any, sidecars: Folders, most: int = 1000) -> str:
     """Returns a sentence on how well a teacher finds the first pairs by its stored features.
 
-    It shows whether the teacher is of any use, and ends in a warning if it is hardly any. shards:
-    as `sources_of` takes them. sidecars: folders with the features. most: number of pairs that are
-    read.
+    It ends in a warning if the teacher is hardly of any use. most: pairs that are read.
     """
     pairs = _taught_pairs(shards, sidecars, most)
     if not pairs:
