@@ -17,6 +17,7 @@ from simplclip import gradient_cache
         nn.SyncBatchNorm(4),
         EvoNorm2dB0(4),
         nn.InstanceNorm2d(4, track_running_stats=True),
+        BatchNormAct2d(4),
     ],
     ids=lambda norm: type(norm).__name__,
 )
@@ -30,86 +31,31 @@ def test_statistics_of_batches_are_refused(norm):
 
 
 def test_frozen_norms_and_those_without_statistics_pass():
-    norms = [
-        nn.BatchNorm2d(4).eval(),
-        nn.LayerNorm(4),
-        nn.GroupNorm(2, 4),
-        nn.InstanceNorm2d(4),
-        EvoNorm2dB0(4).eval(),
-    ]
-    gradient_cache.check(nn.Sequential(*norms))
-    with pytest.raises(ValueError, match="BatchNormAct2d"):
-        gradient_cache.check(BatchNormAct2d(4))
+    frozen = nn.BatchNorm2d(4).eval(), EvoNorm2dB0(4).eval()
+    without = nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4)
+    gradient_cache.check(nn.Sequential(*frozen, *without))
 
 
 TWO = dict.fromkeys("ab", nn.Identity())
 NAMED = dict.fromkeys("ab", lambda batch: {"x": batch})
+ONES = [torch.ones(2, 2)]
+IDS = torch.ones(2, 2).long()
 
 
 @pytest.mark.parametrize(
     ("encode", "batches", "error", "message"),
     [
         (nn.Identity(), [], ValueError, "micro_batches: expected at least one, got none"),
-        (
-            nn.Identity(),
-            iter([1]),
-            TypeError,
-            "micro_batches: expected a sequence, since .*got list_iterator",
-        ),
-        (
-            lambda b: None,
-            [1],
-            TypeError,
-            "encode: expected a tensor, or a sequence or mapping of them, got NoneType",
-        ),
-        (
-            lambda b: {"ids": torch.ones(2, 2).long()},
-            [1],
-            TypeError,
-            "output 'ids' of encode: expected float32",
-        ),
-        (
-            lambda b: (torch.ones(3, 1),) * b,
-            [2, 1],
-            ValueError,
-            r"first micro-batch, {0: \['m', 1\], 1: \['m', 1\]}, got",
-        ),
-        (
-            lambda b: b,
-            [torch.ones(2, 3), torch.ones(2, 4)],
-            ValueError,
-            r"first .*, {0: \['m', 3\]}, got {0: \['m', 4\]}",
-        ),
-        (
-            lambda b: b,
-            [torch.ones(2, 3), torch.ones(1)],
-            ValueError,
-            r"first micro-batch, {0: \['m', 3\]}, got {0: \[\]}",
-        ),
-        (
-            TWO,
-            [[1]],
-            ValueError,
-            r"micro_batches: expected one for each tower in a mapping, \['a', 'b'\], got list",
-        ),
-        (
-            {"a": lambda b: [b]},
-            {"a": [1]},
-            TypeError,
-            r"encode\['a'\]: expected a tensor, or a mapping of them",
-        ),
-        (
-            NAMED,
-            dict.fromkeys("ab", [torch.ones(2, 2)]),
-            ValueError,
-            "encode.'b'.: expected outputs that no other tower",
-        ),
-        (
-            [nn.Identity()],
-            [1],
-            TypeError,
-            "encode: expected a function, or a mapping of them, got list",
-        ),
+        (nn.Identity(), iter([1]), TypeError, "micro_batches: .* sequence, since .*list_iterator"),
+        (lambda b: None, [1], TypeError, "encode: .* sequence or mapping of them, got NoneType"),
+        (lambda b: {"ids": IDS}, [1], TypeError, "output 'ids' of encode: expected float32"),
+        (lambda b: (torch.ones(3, 1),) * b, [2, 1], ValueError, r"{0: \['m', 1\], 1: .*}, got"),
+        (lambda b: b, [torch.ones(2, 3), *ONES], ValueError, r"{0: \['m', 3\]}, got .*'m', 2\]}"),
+        (lambda b: b, [torch.ones(2, 3), torch.ones(1)], ValueError, r"first .*, got {0: \[\]}"),
+        (TWO, [[1]], ValueError, r"one for each tower in a mapping, \['a', 'b'\], got list"),
+        ({"a": lambda b: [b]}, {"a": [1]}, TypeError, r"encode\['a'\]: .* or a mapping of them"),
+        (NAMED, dict.fromkeys("ab", ONES), ValueError, "encode.'b'.: .* outputs that no other"),
+        ([nn.Identity()], [1], TypeError, "encode: expected a function, or a mapping .* got list"),
     ],
 )
 def test_bad_arguments(encode, batches, error, message):

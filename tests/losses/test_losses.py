@@ -12,7 +12,6 @@ from simplclip.losses import (
     ClipPMLoss,
     CoCaLoss,
     MatryoshkaLoss,
-    RowwiseLoss,
     SigLipLoss,
     WIKDLoss,
 )
@@ -26,27 +25,16 @@ TERMS = {
 }
 KEYS = {"sigmoid": "contrastive_loss", "relational": "distill_loss"}
 WEIGHTS = {"relational": 0.8, "interactive": 0.6, "feature": 0.4, "pair_matching": 0.5}
-EVERY_TERM = {
-    "relational_weight": 0.8,
-    "interactive_weight": 0.6,
-    "feature_weight": 0.4,
-    "pm_weight": 0.5,
-    "embed_dim": 16,
-}
+EVERY_TERM = {f"{term}_weight": WEIGHTS[term] for term in ("relational", "interactive", "feature")}
+EVERY_TERM |= {"pm_weight": 0.5, "embed_dim": 16}
 CASES = [
     (ClipPMLoss, {"pm_weight": 0.5}),
     (ClipPMLoss, {"pm_weight": 0.5, "plane": "hadamard", "embed_dim": 16}),
     (SigLipLoss, {"pm_weight": 0.5}),
 ]
-for form, divergence, width in itertools.product(
-    ("infonce", "kl"), ("kl", "cross_entropy"), (16, 20)
-):
-    CASES.append(
-        (
-            WIKDLoss,
-            EVERY_TERM | {"interactive": form, "divergence": divergence, "teacher_dim": width},
-        )
-    )
+for values in itertools.product(("infonce", "kl"), ("kl", "cross_entropy"), (16, 20)):
+    options = dict(zip(("interactive", "divergence", "teacher_dim"), values))
+    CASES.append((WIKDLoss, EVERY_TERM | options))
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES)
@@ -92,105 +80,64 @@ def test_terms_equal_the_definition(kind, options):
     )
 
 
+COCA = {"caption_loss_weight": 2.0, "clip_loss_weight": 1.0}
+
+
+# a loss, its arguments, and what is expected of the last one, or, where it contains a colon, the
+# whole message
 @pytest.mark.parametrize(
     ("cls", "arguments", "message"),
     [
-        (ClipPMLoss, {"pm_weight": -1}, "pm_weight: expected a weight of 0 or more, got -1"),
-        (ClipPMLoss, {"pm_weight": math.inf}, "pm_weight: expected a finite number, got inf"),
-        (ClipPMLoss, {"embed_dim": -2}, "embed_dim: expected an integer of at least 1, got -2"),
-        (ClipPMLoss, {"embed_dim": 16.0}, "embed_dim: expected an integer of at least 1, got 16.0"),
-        (
-            ClipPMLoss,
-            {"plane": "affine"},
-            "plane: expected one of 'scalar', 'hadamard', got 'affine'",
-        ),
+        (ClipPMLoss, {"pm_weight": -1}, "a weight of 0 or more, got -1"),
+        (ClipPMLoss, {"pm_weight": math.inf}, "a finite number, got inf"),
+        (ClipPMLoss, {"embed_dim": -2}, "an integer of at least 1, got -2"),
+        (ClipPMLoss, {"embed_dim": 16.0}, "an integer of at least 1, got 16.0"),
+        (ClipPMLoss, {"plane": "affine"}, "one of 'scalar', 'hadamard', got 'affine'"),
         (ClipPMLoss, {"plane": "hadamard"}, "embed_dim: expected the width D"),
-        (ClipPMLoss, {"world_size": 2, "use_horovod": True}, "use_horovod: expected False"),
-        (
-            SigLipLoss,
-            {"dist_impl": "ring"},
-            "dist_impl: expected one of 'bidir', 'shift', 'reduce', 'gather', got 'ring'",
-        ),
-        (SigLipLoss, {"chunk_size": -1}, "chunk_size: expected an integer of at least 0, got -1"),
-        (
-            CoCaLoss,
-            {"caption_loss_weight": "2", "clip_loss_weight": 1.0},
-            "caption_loss_weight: expected a number, got str",
-        ),
-        (
-            ClipLoss,
-            {"label_smoothing": 0.1},
-            "ClipLoss: expected arguments .*, got label_smoothing; docs/recipes.md",
-        ),
-        (
-            SigLipLoss,
-            {"positives": 2, "margin": 1},
-            "SigLipLoss: expected arguments .*, got positives, margin; ",
-        ),
-        (
-            RowwiseLoss,
-            {"fn": math.exp, "pm_weight": 1.0},
-            "RowwiseLoss.* unexpected keyword argument 'pm_weight'",
-        ),
-        (ClipPMLoss, {"local_loss": 0.5}, "local_loss: expected a bool, got float"),
-        (ClipLoss, {"gather_with_grad": "yes"}, "gather_with_grad: expected a bool, got str"),
-        (ClipLoss, {"cache_labels": 1}, "cache_labels: expected a bool, got int"),
-        (ClipLoss, {"use_horovod": "no"}, "use_horovod: expected a bool, got str"),
+        (ClipPMLoss, {"world_size": 2, "use_horovod": True}, "False"),
+        (SigLipLoss, {"dist_impl": "ring"}, "one of 'bidir', 'shift', .*, got 'ring'"),
+        (SigLipLoss, {"chunk_size": -1}, "an integer of at least 0, got -1"),
+        (CoCaLoss, {"clip_loss_weight": 1.0, "caption_loss_weight": "2"}, "a number, got str"),
+        (ClipLoss, {"label_smoothing": 0.1}, "ClipLoss: .*, got label_smoothing; docs/recipes.md"),
+        (SigLipLoss, {"positives": 2, "margin": 1}, "SigLipLoss: .*, got positives, margin; "),
+        (ClipPMLoss, {"local_loss": 0.5}, "a bool, got float"),
+        (ClipLoss, {"gather_with_grad": "yes"}, "a bool, got str"),
+        (ClipLoss, {"cache_labels": 1}, "a bool, got int"),
+        (ClipLoss, {"use_horovod": "no"}, "a bool, got str"),
         (SigLipLoss, {"local_loss": True}, "SigLipLoss: expected arguments .*, got local_loss; "),
         (SigLipLoss, {"use_horovod": True}, "SigLipLoss: expected arguments .*, got use_horovod; "),
-        (ClipLoss, {"rank": 3, "world_size": 2}, "rank: expected less than world_size = 2, got 3"),
-        (ClipLoss, {"rank": 1}, "rank: expected less than world_size = 1, got 1"),
-        (SigLipLoss, {"rank": -1}, "rank: expected an integer of at least 0, got -1"),
-        (WIKDLoss, {"world_size": "2"}, "world_size: expected an integer of at least 0, got '2'"),
-        (
-            CoCaLoss,
-            {"caption_loss_weight": 2.0, "clip_loss_weight": 1.0, "pad_id": "a"},
-            "pad_id: expected an integer, got str",
-        ),
-        (
-            MatryoshkaLoss,
-            {"loss": math.exp, "widths": (4,)},
-            "loss: expected an nn.Module, got builtin_function_or_method",
-        ),
-        (
-            WIKDLoss,
-            {"contrastive_weight": math.nan},
-            "contrastive_weight: expected a finite number, got nan",
-        ),
+        (ClipLoss, {"world_size": 2, "rank": 3}, "less than world_size = 2, got 3"),
+        (ClipLoss, {"rank": 1}, "less than world_size = 1, got 1"),
+        (SigLipLoss, {"rank": -1}, "an integer of at least 0, got -1"),
+        (WIKDLoss, {"world_size": "2"}, "an integer of at least 0, got '2'"),
+        (CoCaLoss, COCA | {"pad_id": "a"}, "an integer, got str"),
+        (MatryoshkaLoss, {"widths": (4,), "loss": math.exp}, "an nn.Module, got builtin_function"),
+        (WIKDLoss, {"contrastive_weight": math.nan}, "a finite number, got nan"),
         (
             WIKDLoss,
             {"contrastive_weight": 0, "relational_weight": 0},
             "contrastive_weight and the other weights: expected",
         ),
-        (
-            WIKDLoss,
-            {"embed_dim": 16, "teacher_dim": -1},
-            "teacher_dim: expected an integer of at least 1, got -1",
-        ),
-        (
-            WIKDLoss,
-            {"interactive": "mse"},
-            "interactive: expected one of 'infonce', 'kl', got 'mse'",
-        ),
-        (
-            WIKDLoss,
-            {"divergence": "js"},
-            "divergence: expected one of 'kl', 'cross_entropy', got 'js'",
-        ),
+        (WIKDLoss, {"embed_dim": 16, "teacher_dim": -1}, "an integer of at least 1, got -1"),
+        (WIKDLoss, {"interactive": "mse"}, "one of 'infonce', 'kl', got 'mse'"),
+        (WIKDLoss, {"divergence": "js"}, "one of 'kl', 'cross_entropy', got 'js'"),
         (WIKDLoss, {"teacher_dim": 20, "feature_weight": 1}, "embed_dim: expected the width D"),
+        (WIKDLoss, {"pm_weight": torch.tensor(1.0)}, "a number, got Tensor"),
         *(
-            (WIKDLoss, {"pm_weight": v}, f"pm_weight: expected a number, got {type(v).__name__}")
+            (WIKDLoss, {"pm_weight": v}, f"a number, got {type(v).__name__}")
             for v in (None, "1", True)
         ),
-        (WIKDLoss, {"pm_weight": torch.tensor(1.0)}, "pm_weight: expected a number, got Tensor"),
     ],
 )
 def test_bad_arguments(cls, arguments, message):
+    if ": " not in message:
+        message = f"{list(arguments)[-1]}: expected {message}"
     with pytest.raises((TypeError, ValueError), match=message):
         cls(**arguments)
 
 
 TOKENS = torch.randn(4, 3, 5), torch.ones(4, 3, dtype=torch.int64)
+coca = CoCaLoss(**COCA)
 
 
 @pytest.mark.parametrize(
@@ -199,66 +146,47 @@ TOKENS = torch.randn(4, 3, 5), torch.ones(4, 3, dtype=torch.int64)
         ClipLoss(),
         SigLipLoss(),
         ClipPMLoss(),
-        lambda *features: CoCaLoss(1.0, 1.0)(*features[:2], *TOKENS, *features[2:]),
+        lambda image, text, scale: coca(image, text, *TOKENS, scale),
         lambda *features: WIKDLoss(interactive_weight=1, relational_weight=0)(*features, *features),
         lambda *features: ClipLoss().terms(*features, weights={"contrastive": 1.0}),
     ],
     ids=("ClipLoss", "SigLipLoss", "ClipPMLoss", "CoCaLoss", "WIKDLoss", "terms"),
 )
 def test_features_that_do_not_fit_each_other(call):
-    """open_clip's losses raise an error for several texts an image.
-
-    With rows in order, image 1 would get image 0's text.
-    """
+    """With several texts an image, image 1 would get image 0's text."""
     image, text = torch.randn(4, 8), torch.randn(8, 8)
     several = (
         r"got shape \[8, 8\]; with k captions an image, "
         r"pass image_features.repeat_interleave\(k, 0\), and ids equal"
     )
     for features, message in (
-        ((image, text), f"text_features: expected the 4 rows of image_features, {several}"),
-        (
-            (text, image),
-            r"text_features: expected the 8 rows of image_features, got shape \[4, 8\]$",
-        ),
-        (
-            (image, image.double()),
-            "text_features: expected the dtype of image_features, torch.float32, got torch.float64",
-        ),
-        ((image, image[:, :7]), "text_features: expected the width of image_features, 8, got 7"),
+        ((image, text), f"the 4 rows of image_features, {several}"),
+        ((text, image), r"the 8 rows of image_features, got shape \[4, 8\]$"),
+        ((image, image.double()), "the dtype of image_features, torch.float32, got torch.float64"),
+        ((image, image[:, :7]), "the width of image_features, 8, got 7"),
     ):
-        with pytest.raises((TypeError, ValueError), match=message):
+        with pytest.raises((TypeError, ValueError), match=f"text_features: expected {message}"):
             call(*features, 10.0)
+
+
+LOGITS, LABELS = TOKENS
+OF_LABELS = r"labels: expected an int64 tensor \[N, L\], got NoneType"
+SHORT = r"labels: .* of logits \[4, 3, 5\], got shape \[4, 2\]"
+MATRIX = r"logits: expected a tensor \[N, L, V\], got shape \[3, 5\]"
+NO_MAPPING = "weights: expected a mapping of terms to numbers, got list"
+NO_TENSOR = r"image_features: expected a tensor \[N, D\], got NoneType"
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x, s: CoCaLoss(1.0, 1.0)(x, x, None, TOKENS[1], s), "logits: expected a tensor"),
-        (
-            lambda x, s: CoCaLoss(1.0, 1.0)(x, x, TOKENS[0][0], TOKENS[1], s),
-            r"logits: expected a tensor \[N, L, V\], got shape \[3, 5\]",
-        ),
-        (
-            lambda x, s: CoCaLoss(1.0, 1.0)(x, x, *TOKENS[:1], None, s),
-            r"labels: expected an int64 tensor \[N, L\], got NoneType",
-        ),
-        (
-            lambda x, s: CoCaLoss(1.0, 1.0)(x, x, TOKENS[0], TOKENS[1].float(), s),
-            "labels: expected int64, got torch.float32",
-        ),
-        (
-            lambda x, s: CoCaLoss(1.0, 1.0)(x, x, TOKENS[0], TOKENS[1][:, :2], s),
-            r"labels: .* of logits \[4, 3, 5\], got shape \[4, 2\]",
-        ),
-        (
-            lambda x, s: ClipLoss().terms(x, x, s, weights=[1.0]),
-            "weights: expected a mapping of terms to numbers, got list",
-        ),
-        (
-            lambda x, s: MatryoshkaLoss(ClipLoss(), (4,))(None, x, s),
-            r"image_features: expected a tensor \[N, D\], got NoneType",
-        ),
+        (lambda x, s: coca(x, x, None, LABELS, s), "logits: expected a tensor"),
+        (lambda x, s: coca(x, x, LOGITS[0], LABELS, s), MATRIX),
+        (lambda x, s: coca(x, x, LOGITS, None, s), OF_LABELS),
+        (lambda x, s: coca(x, x, LOGITS, LABELS.float(), s), "labels: .* int64, got torch.float32"),
+        (lambda x, s: coca(x, x, LOGITS, LABELS[:, :2], s), SHORT),
+        (lambda x, s: ClipLoss().terms(x, x, s, weights=[1.0]), NO_MAPPING),
+        (lambda x, s: MatryoshkaLoss(ClipLoss(), (4,))(None, x, s), NO_TENSOR),
     ],
 )
 def test_bad_calls(call, message):

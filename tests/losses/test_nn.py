@@ -37,22 +37,7 @@ def test_a_block_is_the_definition_of_its_parameters(options, drop_path):
     for parameter in block.parameters():
         nn.init.normal_(parameter)
     x, lengths = torch.randn(2, 6, 12, dtype=torch.float64), torch.tensor([4, 6])
-    weights = {
-        f"{name}_weight": getattr(block, name).weight for name in ("qk", "fc1", "fc2", "norm")
-    }
-    weights |= {
-        f"{name}_bias": getattr(getattr(block, name), "bias", None)
-        for name in ("fc1", "fc2", "norm")
-    }
-    weights |= {
-        f"{name}_weight": getattr(block, name).weight
-        for name in ("value", "output")
-        if options.get(name)
-    }
-    weights |= {
-        name: getattr(block, name)
-        for name in ("alpha", "beta", "gamma", "attention_gain", "mlp_gain")
-    }
+    weights = {name.replace(".", "_"): p for name, p in block.named_parameters()}
     modes = {name: value for name, value in options.items() if name in ("causal", "norm", "act")}
     torch.testing.assert_close(
         block(x, lengths), plain.simplified_block(x, **weights, **modes, lengths=lengths)
@@ -97,45 +82,34 @@ def test_signal_and_gradient_keep_their_size_through_a_deep_skipless_stack():
     assert similarity.abs().mean() < 0.5  # tokens have not collapsed into one
 
 
+def block(*shape, **options):
+    return SimplifiedBlock(*shape or (12, 3), **options)
+
+
+TOKENS = torch.zeros(2, 5, 12)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: SimplifiedBlock(12, 5), "heads: expected a divisor of the width 12, got 5"),
-        (lambda: SimplifiedBlock(12, 0), "heads: expected an integer of at least 1, got 0"),
-        (lambda: SimplifiedBlock(12.0, 3), "width: expected an integer of at least 1, got 12.0"),
-        (lambda: SimplifiedBlock(12, 3, gamma="x"), "gamma: expected a number, got str"),
-        (lambda: SimplifiedBlock(12, 3, mlp_ratio="4"), "mlp_ratio: expected a number, got str"),
-        (lambda: SimplifiedBlock(12, 3)(None), r"x: expected \[B, L, 12\], got NoneType"),
+        (lambda: block(12, 5), "heads: expected a divisor of the width 12, got 5"),
+        (lambda: block(12, 0), "heads: expected an integer of at least 1, got 0"),
+        (lambda: block(12.0, 3), "width: expected an integer of at least 1, got 12.0"),
+        (lambda: block(gamma="x"), "gamma: expected a number, got str"),
+        (lambda: block(mlp_ratio="4"), "mlp_ratio: expected a number, got str"),
+        (lambda: block()(None), r"x: expected \[B, L, 12\], got NoneType"),
         *(
-            (
-                lambda name=name: SimplifiedBlock(12, 3, **{name: "no"}),
-                f"{name}: expected a bool, got str",
-            )
+            (lambda name=name: block(**{name: "no"}), f"{name}: expected a bool, got str")
             for name in ("causal", "value", "output", "recompute")
         ),
-        (
-            lambda: SimplifiedBlock(12, 3, norm="batchnorm"),
-            "norm: expected one of .*'layernorm'.*got 'batchnorm'",
-        ),
-        (lambda: SimplifiedBlock(12, 3, act="tanh"), "act: expected one of .*'gelu'.*got 'tanh'"),
-        (lambda: SimplifiedBlock(12, 3, drop_path=1.0), "drop_path: expected a probability"),
-        (
-            lambda: SimplifiedBlock(12, 3, mlp_ratio=0.0),
-            "mlp_ratio: expected at least one hidden unit",
-        ),
-        (
-            lambda: SimplifiedBlock(12, 3)(torch.zeros(2, 5, 8)),
-            r"x: expected \[B, L, 12\], got \[2, 5, 8\]",
-        ),
-        (
-            lambda: SimplifiedBlock(12, 3)(torch.zeros(2, 5, 12), torch.ones(1).long()),
-            r"lengths: expected one per .*, \[2\]",
-        ),
-        (lambda: SimplifiedBlock(12, 3)(torch.zeros(1, 5, 12).to_mkldnn()), "the layout mkldnn"),
-        (
-            lambda: SimplifiedBlock(12, 3)(torch.nested.nested_tensor([torch.zeros(5, 12)])),
-            "x: expected a tensor with strides, got the layout nested",
-        ),
+        (lambda: block(norm="batchnorm"), "norm: expected one of .*'layernorm'.*got 'batchnorm'"),
+        (lambda: block(act="tanh"), "act: expected one of .*'gelu'.*got 'tanh'"),
+        (lambda: block(drop_path=1.0), "drop_path: expected a probability"),
+        (lambda: block(mlp_ratio=0.0), "mlp_ratio: expected at least one hidden unit"),
+        (lambda: block()(TOKENS[:, :, 4:]), r"x: expected \[B, L, 12\], got \[2, 5, 8\]"),
+        (lambda: block()(TOKENS, torch.ones(1).long()), r"lengths: expected one per .*, \[2\]"),
+        (lambda: block()(TOKENS.to_mkldnn()), "the layout mkldnn"),
+        (lambda: block()(torch.nested.nested_tensor([TOKENS[0]])), "x: .*, got the layout nested"),
         (lambda: neighbour_groups(4, 0), "size: expected an integer of at least 1, got 0"),
         (lambda: neighbour_groups(-4), "count: expected an integer of at least 0, got -4"),
         (lambda: share_weights([nn.Linear(2, 2)], [[0]]), "blocks: expected SimplifiedBlocks, got"),
@@ -174,23 +148,12 @@ def test_attention_and_mlp_may_be_shared_among_different_groups(norms_and_gains)
         for name in ("qk", "value", "output"):
             assert len({id(getattr(block, name)) for block in blocks}) == 1
         for name in ("fc1", "fc2"):
-            assert [getattr(b, name) is getattr(blocks[0], name) for b in blocks] == [
-                True,
-                True,
-                False,
-                False,
-            ]
-            assert getattr(blocks[2], name) is getattr(blocks[3], name)
+            first, second, third, fourth = (getattr(block, name) for block in blocks)
+            assert first is second is not third is fourth
         for name in ("alpha", "beta", "gamma", "attention_gain"):
-            assert [getattr(b, name) is getattr(blocks[0], name) for b in blocks] == [True] + [
-                norms_and_gains
-            ] * 3
-        assert [b.mlp_gain is blocks[0].mlp_gain for b in blocks] == [
-            True,
-            norms_and_gains,
-            False,
-            False,
-        ]
+            count = len({id(getattr(block, name)) for block in blocks})
+            assert count == (1 if norms_and_gains else 4)
+        assert len({id(block.mlp_gain) for block in blocks}) == (2 if norms_and_gains else 4)
         assert len({id(block.norm) for block in blocks}) == 4  # attention and MLP share the norm
     torch.testing.assert_close(torch.compile(stack, fullgraph=True, backend="eager")(x), stack(x))
     stack(x).sum().backward()

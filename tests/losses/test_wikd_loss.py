@@ -33,71 +33,27 @@ def test_teachers_and_widths_that_do_not_fit():
     wide = batch(teacher_width=20)[1]
     image_20, text_20, scale_20 = wide
     narrow = (student[0], student[1][:, 1:], student[2])
-    only_interactive = {"contrastive_weight": 0, "relational_weight": 0, "interactive_weight": 1}
-    of_16 = {"embed_dim": 16}
-    of_20 = {"embed_dim": 16, "teacher_dim": 20, "interactive_weight": 1, "relational_weight": 0}
+    interactive = {"contrastive_weight": 0, "relational_weight": 0, "interactive_weight": 1}
+    projecting = {"embed_dim": 16, "teacher_dim": 20, "interactive_weight": 1}
     unprojected = "expected the width 16 of image_features, without a projection"
-    rows = "the 24 rows of image_features"
-    for options, given, message in (
-        (
-            {},
-            (*student, image[1:], text, scale),
-            rf"dist_image_features: expected {rows}, got shape \[23, 16\]",
-        ),
-        (
-            only_interactive,
-            (*student, image[1:], text, scale),
-            f"dist_image_features: expected {rows}, got",
-        ),
-        (
-            {},
-            (*student, image, None, scale),
-            "dist_text_features: expected a value, since .* 'relational' needs it, got",
-        ),
-        (
-            {"interactive_weight": 1.0},
-            (*student, *wide),
-            rf"{unprojected} .*, got shape \[24, 20\]",
-        ),
-        ({"feature_weight": 1.0}, (*student, *wide), rf"{unprojected} .*, got shape \[24, 20\]"),
-        (
-            only_interactive,
-            (*student, None, text, scale),
-            "dist_image_features: expected a value, since .* 'interactive'",
-        ),
-        (
-            only_interactive,
-            (*student, image.numpy(), text, scale),
-            "dist_image_features: expected a tensor .* got ndarray",
-        ),
-        (
-            only_interactive,
-            (*student, image.int(), text, scale),
-            "dist_image_features: expected float32, .* got torch.int32",
-        ),
-        (
-            {"embed_dim": 12},
-            (*student, *wide),
-            r"image_features: expected the width embed_dim = 12, got shape \[24, 16\]",
-        ),
-        (
-            of_16,
-            (*narrow, *wide),
-            r"text_features: expected the width embed_dim = 16, got shape \[24, 15\]",
-        ),
-        (
-            of_20 | {"teacher_dim": 24},
-            (*student, *wide),
-            r"dist_image_features: .* teacher_dim = 24, got shape \[24, 20\]",
-        ),
-        (
-            of_20,
-            (*student, image_20, text_20[:, 1:], scale_20),
-            "dist_text_features: expected the width .*, 20, got 19",
-        ),
+    no_projection = rf"{unprojected} .*, got shape \[24, 20\]"
+    rows = r"dist_image_features: expected the 24 rows of image_features, got shape \[23, 16\]"
+    for options, features, teacher, message in (
+        ({}, student, (image[1:], text, scale), rows),
+        (interactive, student, (image[1:], text, scale), rows),
+        ({}, student, (image, None, scale), "dist_text_features: .* 'relational' needs it, got"),
+        ({"interactive_weight": 1.0}, student, wide, no_projection),
+        ({"feature_weight": 1.0}, student, wide, no_projection),
+        (interactive, student, (None, text, scale), "dist_image_features: .* term 'interactive'"),
+        (interactive, student, (image.numpy(), text, scale), "a tensor .* got ndarray"),
+        (interactive, student, (image.int(), text, scale), "expected float32, .* got torch.int32"),
+        ({"embed_dim": 12}, student, wide, r"^image_features: .* = 12, got shape \[24, 16\]"),
+        ({"embed_dim": 16}, narrow, wide, r"^text_features: .* = 16, got shape \[24, 15\]"),
+        (projecting | {"teacher_dim": 24}, student, wide, r"teacher_dim = 24, got .*24, 20\]"),
+        (projecting, student, (image_20, text_20[:, 1:], scale_20), "dist_text.* 20, got 19"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
-            WIKDLoss(**options)(*given)
+            WIKDLoss(**options)(*features, *teacher)
     for teacher in ({}, {"teacher": (image, text)}):
         with pytest.raises(
             ValueError, match="teacher: expected .*, since the term 'interactive' needs it, got"
@@ -109,7 +65,7 @@ def test_teachers_and_widths_that_do_not_fit():
         )
     # the relational term compares similarities, so that widths may differ
     WIKDLoss()(*student, *wide)
-    WIKDLoss(**only_interactive)(*student, image, text, None)  # of a scale that no term needs
+    WIKDLoss(**interactive)(*student, image, text, None)  # of a scale that no term needs
 
 
 def test_prefixes_need_a_projection():
