@@ -2,6 +2,7 @@ import importlib
 import json
 import pkgutil
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -27,23 +28,20 @@ def loss(x=FEATURES):
     return similarity_loss(x, x, 10.0)["contrastive"]
 
 
+def selected(op, dtype=torch.float32, spec=None, device=CPU, facts=backends.NO_FACTS, **options):
+    """Returns the name of the backend that is selected."""
+    spec = backends.forced() if spec is None else spec
+    return backends.select(op, device, dtype, spec, facts, **options).name
+
+
 def test_forcing_is_scoped_and_named():
     with simplclip.backend("reference"):
-        assert (
-            backends.select("similarity_loss_fwd", CPU, torch.float32, backends.forced()).name
-            == "reference"
-        )
+        assert selected("similarity_loss_fwd") == "reference"
         loss()
         with simplclip.backend(similarity_loss="cpu"):
             assert backends.forced() == "reference,similarity_loss=cpu"
-            assert (
-                backends.select("parallel_mlp_fwd", CPU, torch.float32, backends.forced()).name
-                == "reference"
-            )
-            assert (
-                backends.select("similarity_sigmoid", CPU, torch.float32, backends.forced()).name
-                == "cpu"
-            )
+            assert selected("parallel_mlp_fwd") == "reference"
+            assert selected("similarity_sigmoid") == "cpu"
     assert backends.forced() == ""
     got_gpu = "backend: expected one of cuda, triton, cpu, sdpa, xformers, reference, got 'gpu'"
     with pytest.raises(ValueError, match=got_gpu), simplclip.backend("gpu"):
@@ -53,16 +51,12 @@ def test_forcing_is_scoped_and_named():
         backends.forced_for("parallel_mlp_fwd", "mlp=reference")
     with pytest.raises(TypeError, match="mlp"), simplclip.backend(mlp="reference"):
         pass
-
-
-def test_every_op_can_be_forced_by_name():
     names = {backends.public_name(op) for op in backends.TABLE}
     with simplclip.backend(**dict.fromkeys(names, "reference")):
         assert {backends.forced_for(op, backends.forced()) for op in names} == {"reference"}
 
 
 def test_every_class_of_a_backend_is_listed():
-    """In BACKENDS of its op; and its methods have the names of ops."""
     for module in pkgutil.walk_packages(ops.__path__, "simplclip.ops."):
         importlib.import_module(module.name)
     classes, bases = set(), [backends.Backend]
@@ -79,18 +73,14 @@ def test_every_class_of_a_backend_is_listed():
 
 
 def test_a_backend_forced_for_all_ops_spares_parts_that_lack_it():
-    facts = backends.Facts(length=4, width=64)
-    for spec, part, expected in (("triton", True, "cpu"), ("reference", True, "reference")):
-        assert (
-            backends.select("shaped_attention_fwd", CPU, torch.float32, spec, facts, part=part).name
-            == expected
-        )
-    with pytest.raises(
-        RuntimeError, match="backend 'cuda' was forced but cannot serve shaped_attention_fwd"
-    ):
-        backends.select(
-            "shaped_attention_fwd", CPU, torch.float32, "shaped_attention=cuda", facts, part=True
-        )
+    attention = partial(
+        selected, "shaped_attention_fwd", facts=backends.Facts(length=4, width=64), part=True
+    )
+    assert attention(spec="triton") == "cpu"
+    assert attention(spec="reference") == "reference"
+    message = "backend 'cuda' was forced but cannot serve shaped_attention_fwd"
+    with pytest.raises(RuntimeError, match=message):
+        attention(spec="shaped_attention=cuda")
 
 
 @pytest.mark.parametrize(
@@ -104,10 +94,10 @@ def test_a_forced_backend_never_falls_back(name, features):
 
 @needs_cpu_kernels
 def test_backward_keeps_the_backend_of_forward(monkeypatch):
-    selected, select = [], backends.select
+    chosen, select = [], backends.select
 
     def recorded(op, *args, **options):
-        selected.append((op, select(op, *args, **options).name))
+        chosen.append((op, select(op, *args, **options).name))
         return select(op, *args, **options)
 
     monkeypatch.setattr(backends, "select", recorded)
@@ -117,12 +107,18 @@ def test_backward_keeps_the_backend_of_forward(monkeypatch):
         value = loss(x)
     with simplclip.backend("reference"):
         value.backward()
-    assert selected == [("similarity_loss_fwd", "cpu"), ("similarity_loss_bwd", "cpu")]
+    assert chosen == [("similarity_loss_fwd", "cpu"), ("similarity_loss_bwd", "cpu")]
 
 
 OF_THE_ENVIRONMENT = """
-import torch
-from simplclip.ops import backends, registry, similarity_loss
+import sys, simplclip
+heavy = ("torch", "triton", "open_clip", "timm")
+print("load" in dir(simplclip), [m for m in heavy if m in sys.modules])
+import importlib.util, simplclip.ops, torch
+if importlib.util.find_spec("triton"):
+    import simplclip.kernels.similarity.launch
+print(torch.cuda.is_initialized(), "open_clip" in sys.modules)
+from simplclip.ops import backends, similarity_loss
 calls = [lambda: similarity_loss(torch.eye(3), torch.eye(3), 1.0)]
 for call in calls + ([backends.extension.cpu_isa] if backends.extension else []):
     try:
@@ -133,19 +129,18 @@ for call in calls + ([backends.extension.cpu_isa] if backends.extension else [])
 
 
 @pytest.mark.slow
-def test_forcing_by_the_environment_names_what_cannot_serve(monkeypatch):
-    errors = run_python(
-        OF_THE_ENVIRONMENT, SIMPLCLIP_BACKEND="triton", SIMPLCLIP_CPU_ISA="mmx"
-    ).stdout
-    assert "backend 'triton' was forced but cannot serve similarity_loss_fwd" in errors
-    assert backends.extension is None or re.search(
-        "SIMPLCLIP_CPU_ISA: expected one of .* got 'mmx'", errors
-    )
+def test_a_process_imports_what_it_needs_and_names_what_its_environment_forces(monkeypatch):
+    """No torch before a submodule is named, and then no GPU context and no open_clip."""
+    forced = {"SIMPLCLIP_BACKEND": "triton", "SIMPLCLIP_CPU_ISA": "mmx"}
+    first, then, *errors = run_python(OF_THE_ENVIRONMENT, **forced).stdout.splitlines()
+    assert (first, then) == ("True []", "False False")
+    assert "backend 'triton' was forced but cannot serve similarity_loss_fwd" in errors[0]
+    if backends.extension:
+        assert re.match("SIMPLCLIP_CPU_ISA: expected one of .* got 'mmx'", errors[1])
     # the value of SIMPLCLIP_BACKEND is read once
     monkeypatch.setattr(backends, "_forced", "fastest")
-    with pytest.raises(
-        ValueError, match="backend: expected one of cuda, .*, reference, got 'fastest'"
-    ):
+    message = "backend: expected one of cuda, .*, reference, got 'fastest'"
+    with pytest.raises(ValueError, match=message):
         loss()
 
 
@@ -167,26 +162,10 @@ print(entry["backend"], "|", entry["others"]["cpu"])
 
 @pytest.mark.slow
 def test_without_extension_and_triton_the_reference_serves():
-    done = run_python(WITHOUT_EXTENSION)
-    value, serves = done.stdout.splitlines()
+    value, serves = run_python(WITHOUT_EXTENSION).stdout.splitlines()
     x = torch.eye(4)
     assert float(value) == pytest.approx(float(similarity_loss(x, x, 5.0)["contrastive"]), rel=1e-5)
     assert serves == "reference | simplclip._C was not built"
-
-
-@pytest.mark.slow
-def test_import_loads_no_torch_before_a_submodule_is_named():
-    """No compiler, no GPU context, no open_clip, and not even torch before a submodule is named."""
-    code = """
-import sys, simplclip
-heavy = ("torch", "triton", "open_clip", "timm")
-print("load" in dir(simplclip), [m for m in heavy if m in sys.modules])
-import importlib.util, simplclip.ops, torch
-if importlib.util.find_spec("triton"):
-    import simplclip.kernels.similarity.launch
-print(torch.cuda.is_initialized(), "open_clip" in sys.modules)
-"""
-    assert run_python(code).stdout.splitlines() == ["True []", "False False"]
 
 
 def test_report_is_json_and_names_a_backend_for_every_op():
@@ -225,18 +204,15 @@ def test_report_has_the_dtype_of_training(monkeypatch, capability, dtype):
 @pytest.mark.skipif(backends.cuda_extension is None, reason=str(backends.cuda_extension_error))
 def test_the_cuda_kernels_of_attention_name_what_they_do_not_serve(monkeypatch):
     def why_not(dtype=torch.bfloat16, device=CUDA, **call):
-        return backends.why_not(
-            "shaped_attention_fwd", "cuda", device, dtype, backends.Facts(**call)
-        )
+        facts = backends.Facts(**call)
+        return backends.why_not("shaped_attention_fwd", "cuda", device, dtype, facts) or ""
 
     monkeypatch.setattr(backends, "capability", lambda device: (8, 6))
     monkeypatch.setattr(backends, "_has_binary", lambda index: True)
-    assert why_not(length=80, width=128) is None
+    widths = "serves heads of width 16, 32, ... or 128; got 77 tokens, width 40"
+    assert why_not(length=80, width=128) == ""
     assert why_not(length=81, width=64) == "serves 1 to 80 tokens; got 81 tokens, width 64"
-    assert (
-        why_not(length=77, width=40)
-        == "serves heads of width 16, 32, ... or 128; got 77 tokens, width 40"
-    )
+    assert why_not(length=77, width=40) == widths
     assert why_not(device=CPU) == "serves cuda tensors, not cpu"
     assert "float64 is for the reference" in why_not(torch.float64)
     before = torch.backends.cuda.matmul.fp32_precision
@@ -244,10 +220,9 @@ def test_the_cuda_kernels_of_attention_name_what_they_do_not_serve(monkeypatch):
         torch.backends.cuda.matmul.fp32_precision = "ieee"
         assert "only through TF32" in why_not(torch.float32)
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-        assert why_not(torch.float32, length=80, width=64) is None
-        assert "that fit in shared memory; got 80 tokens, width 128" in why_not(
-            torch.float32, length=80, width=128
-        )
+        assert why_not(torch.float32, length=80, width=64) == ""
+        memory = "that fit in shared memory; got 80 tokens, width 128"
+        assert memory in why_not(torch.float32, length=80, width=128)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
@@ -259,17 +234,15 @@ def test_a_device_without_a_binary_gets_the_next_backend(monkeypatch):
     )
     monkeypatch.setattr(backends, "cuda_extension", extension)
     monkeypatch.setattr(backends, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "_has_binary", lambda index: index == 1)
+    facts = backends.Facts(length=77, width=64)
     for has_binary in (True, False):
-        monkeypatch.setattr(
-            backends, "_has_binary", lambda index, has_binary=has_binary: has_binary
-        )
-        chosen = backends.select(
-            "shaped_attention_fwd", CUDA, torch.bfloat16, facts=backends.Facts(length=77, width=64)
-        )
-        assert (chosen.name == "cuda") == has_binary
+        device = torch.device("cuda", int(has_binary))
+        name = selected("shaped_attention_fwd", torch.bfloat16, device=device, facts=facts)
+        assert (name == "cuda") == has_binary
     reason = backends.why_not("shaped_attention_bwd", "cuda", CUDA, torch.bfloat16)
-    assert (
-        reason == "was built for 8.6, the device has compute capability 9.0: rebuild with "
+    assert reason == (
+        "was built for 8.6, the device has compute capability 9.0: rebuild with "
         "TORCH_CUDA_ARCH_LIST=9.0"
     )
 
@@ -283,5 +256,5 @@ def test_triton_asks_for_a_capability_that_the_kernels_were_compiled_for(
 ):
     monkeypatch.setattr(backends, "capability", lambda device: capability)
     monkeypatch.setattr(backends, "installed", lambda package: True)
-    chosen = backends.select("similarity_loss_fwd", CUDA, torch.bfloat16)
-    assert chosen.name == ("triton" if serves else "reference")
+    name = selected("similarity_loss_fwd", torch.bfloat16, device=CUDA)
+    assert name == ("triton" if serves else "reference")

@@ -36,14 +36,9 @@ def value_and_grads(function, tensors, autocast):
 
 # The form, the calls, and the call for torch's own compiler in the suite; `make prove` takes all.
 SUITE = "float32", True
-CALLS = {
-    "similarity_loss sigmoid",
-    "similarity_loss hadamard",
-    "shaped_attention lengths",
-    "parallel_mlp",
-}
-# which contain the other ops
-CALLS |= {"simplified_block recompute", "SimplifiedBlock", "WIKDLoss"}
+CALLS = {f"similarity_loss {terms}" for terms in ("sigmoid", "hadamard")}
+# the last two contain the other ops
+CALLS |= {"shaped_attention lengths", "parallel_mlp", "simplified_block recompute", "WIKDLoss"}
 OF_INDUCTOR = "parallel_mlp"  # compiles the least C++
 AROUND_SDPA = {("autocast bfloat16", "simplified_block"), ("float32", "shaped_attention lengths")}
 

@@ -10,8 +10,9 @@ from support.ranks.launch import forked_ranks, torchrun
 pytestmark = pytest.mark.long
 
 
-# parts for three ranks, in make prove
-OF_THREE = ("open_clip", "one process", "learned parameters")
+# Parts for three ranks, in make prove. Statistics of one column a rank ("one pair") have strides by
+# which a kernel must not read them.
+OF_THREE = ("open_clip", "one process", "one pair", "learned parameters")
 PARTS = {
     2: (*OF_THREE, "exchanges", "gradient caching", "transformers", "fully_shard"),
     3: OF_THREE,
@@ -33,19 +34,12 @@ def of_ranks():
     ],
 )
 def test_losses_on_ranks_equal_open_clip_or_one_process(ranks, part, of_ranks):
-    """Values and gradients on ranks equal those of open_clip's losses, or of one process."""
     if part == "transformers":
         pytest.importorskip(
             "transformers",
             reason="transformers is not installed: pip install 'simplclip[transformers]'",
         )
     assert of_ranks(ranks).stdout.count(f"{part} passed") == ranks, of_ranks(ranks).stderr[-5000:]
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_one_pair_a_rank(ranks):
-    """Statistics of one column a rank have strides by which a kernel must not read them."""
-    forked_ranks("losses.py", "one pair", ranks=ranks, check=True)
 
 
 @pytest.mark.slow

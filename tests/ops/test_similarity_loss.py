@@ -2,6 +2,7 @@
 without negatives.
 """
 
+import functools
 import math
 from fractions import Fraction
 
@@ -19,18 +20,18 @@ from support.devices import BACKENDS, DTYPES, needs_cpu_kernels
 from support.ops import plain
 from support.ops.calls import recorded_calls
 from support.ops.compare import PLAIN, check, function_of
+from support.ops.small_calls import SIGMOIDS
 
 
-def of_ones(call, backend):
+def one(name, result):
+    return torch.ones_like(result)
+
+
+def of_ones(call, backend, need=None):
     """Returns results in float32 and the gradients of their sum."""
+    tensors = call.typed(torch.float32)
     with simplclip.backend(backend):
-        return run(
-            function_of(call),
-            call,
-            call.typed(torch.float32),
-            call.needed(),
-            lambda name, t: torch.ones_like(t),
-        )
+        return run(function_of(call), call, tensors, need or call.needed(), one)
 
 
 @pytest.mark.slow
@@ -43,18 +44,12 @@ def test_chunks_and_stored_rows_change_nothing(plane, dtype):
     rows = ((0, 0), (64, 0), (128, 0), (128, 64), (128, 192))
     budgets = [(scratch * row, store * row) for scratch, store in rows] + [(1 << 20, 1 << 20)]
     for scratch, store in budgets if dtype == torch.float32 else budgets[1::2]:
-        call = similarity_call(
-            300,
-            310,
-            7,
-            terms=TERMS,
-            plane=plane,
-            ids=True,
-            teacher_width=20,
-            scratch_bytes=scratch,
-            store_bytes=store,
+        options = {"scratch_bytes": scratch, "store_bytes": store, "teacher_width": 20}
+        check(
+            similarity_call(300, 310, 7, terms=TERMS, plane=plane, ids=True, **options),
+            dtype,
+            "cpu",
         )
-        check(call, dtype, "cpu")
 
 
 @needs_cpu_kernels
@@ -93,13 +88,7 @@ def test_logits_of_any_size_have_the_gradients_of_plain_torch(scale, backend):
     """As features that nobody normalised have: a logit's rounding error is then far above 1."""
     call = similarity_call(65, 65, terms=("contrastive", "relational"), scale=scale)
     out = of_ones(call, backend)
-    exact = run(
-        PLAIN[call.op],
-        call,
-        call.tensors,
-        call.needed(),
-        lambda name, t: torch.ones_like(t),
-    )
+    exact = run(PLAIN[call.op], call, call.tensors, call.needed(), one)
     for name, value in exact.items():
         error = (out[name] - value).abs().max()
         assert error <= 1e-5 * value.abs().max(), name
@@ -119,15 +108,8 @@ def test_numbers_of_numpy_and_fractions_are_scales():
     image, text = torch.randn(4, 8), torch.randn(4, 8)
     terms = {"terms": ("sigmoid",), "logit_bias": np.float32(-2.0)}
     expected = similarity_loss(image, text, 10.0, terms=("sigmoid",), logit_bias=-2.0)
-    for scale in (
-        np.float32(10),
-        np.float64(10),
-        np.float16(10),
-        np.int64(10),
-        np.array(10.0),
-        Fraction(10),
-    ):
-        assert similarity_loss(image, text, scale, **terms) == expected
+    for kind in (np.float32, np.float64, np.float16, np.int64, np.array, Fraction):
+        assert similarity_loss(image, text, kind(10), **terms) == expected
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -155,35 +137,32 @@ def test_a_small_kl_has_the_documented_error(scale, n, scratch, backend):
             kl = similarity_loss(
                 *tensors[:2], 1.0, terms=("relational",), **teacher, scratch_bytes=scratch
             )
-        wide = {name: t.double() for name, t in zip(teacher, tensors[2:])} | {
-            "teacher_scale": scale
-        }
-        exact = plain.similarity_loss(
-            *(t.double() for t in tensors[:2]), 1.0, terms=("relational",), **wide
-        )
+        image, text, *wide = (t.double() for t in tensors)
+        teacher |= zip(("teacher_image", "teacher_text"), wide)
+        exact = plain.similarity_loss(image, text, 1.0, terms=("relational",), **teacher)
         largest = scale * (tensors[2] @ tensors[3].T).abs().max()
         assert abs(kl["relational"] - exact["relational"]) < 2**-23 * largest
 
 
+OF_LARGE = ["logit_scale", "plane_weight", "plane_bias"]
+
+
+@functools.cache
+def large(term):
+    """Returns a call of 2048² pairs, and its gradients of OF_LARGE in float64."""
+    call = similarity_call(2048, 2048, terms=(term, "pair_matching"), width=32)
+    return call, run(PLAIN[call.op], call, call.typed(torch.float64), OF_LARGE, one)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("terms", [("contrastive", "pair_matching"), ("sigmoid", "pair_matching")])
-def test_gradients_of_scale_and_plane_have_the_digits_of_float32(terms, backend):
+@pytest.mark.parametrize("term", ["contrastive", "sigmoid"])
+def test_gradients_of_scale_and_plane_have_the_digits_of_float32(term, backend):
     """They are sums over N² pairs."""
-    call = similarity_call(2048, 2048, terms=terms, width=32)
-    wide = call.typed(torch.float64)
-    need = ["logit_scale", "plane_weight", "plane_bias"]
-    with simplclip.backend(backend):
-        got = run(
-            function_of(call),
-            call,
-            call.typed(torch.float32),
-            need,
-            lambda name, t: torch.ones_like(t),
-        )
-    exact = run(PLAIN[call.op], call, wide, need, lambda name, t: torch.ones_like(t))
-    for name in need:
-        torch.testing.assert_close(got[f"d_{name}"].double(), exact[f"d_{name}"], rtol=2e-6, atol=0)
+    call, exact = large(term)
+    got = of_ones(call, backend, OF_LARGE)
+    for name in (f"d_{name}" for name in OF_LARGE):
+        torch.testing.assert_close(got[name].double(), exact[name], rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -210,27 +189,18 @@ def test_int32_ids_equal_int64_ids(backend):
         assert narrow[term] == wide[term] != without[term]
 
 
+SOFTMAX, SIGMOID = "similarity_loss_fwd", "similarity_sigmoid"
+
+
 @pytest.mark.parametrize(
     ("asked", "sweeps"),
     [
-        ({"terms": ("contrastive", "pair_matching")}, ["similarity_loss_fwd"]),
-        ({"terms": ("relational", "pair_matching")}, ["similarity_loss_fwd"]),
-        (
-            {"terms": ("contrastive", "sigmoid", "pair_matching")},
-            ["similarity_loss_fwd", "similarity_sigmoid"],
-        ),
-        (
-            {"terms": ("contrastive", "pair_matching"), "plane": "hadamard"},
-            ["similarity_loss_fwd", "similarity_sigmoid"],
-        ),
-        (
-            {
-                "terms": ("pair_matching", "sigmoid"),
-                "weights": {"pair_matching": 1.0, "sigmoid": 2.0},
-            },
-            ["similarity_sigmoid"],
-        ),
-        ({"terms": ("pair_matching", "sigmoid")}, ["similarity_sigmoid", "similarity_sigmoid"]),
+        ({"terms": ("contrastive", "pair_matching")}, [SOFTMAX]),
+        ({"terms": ("relational", "pair_matching")}, [SOFTMAX]),
+        ({"terms": ("contrastive", "sigmoid", "pair_matching")}, [SOFTMAX, SIGMOID]),
+        ({"terms": ("contrastive", "pair_matching"), "plane": "hadamard"}, [SOFTMAX, SIGMOID]),
+        ({"terms": tuple(SIGMOIDS), "weights": SIGMOIDS}, [SIGMOID]),
+        ({"terms": tuple(SIGMOIDS)}, [SIGMOID, SIGMOID]),
     ],
 )
 def test_pair_matching_joins_the_sweep_of_a_softmax(asked, sweeps, monkeypatch):
