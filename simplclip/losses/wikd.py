@@ -173,8 +173,10 @@ class WIKDLoss(SimilarityLoss):
         if not others:
             return Values(total, values)
         projected = self._in_teachers_width(pairs)
+        # The terms share it, so that their gradients are summed in float32, and then clamped.
+        wide = replace(projected, image=widen(projected.image), text=widen(projected.text))
         for name in others:
-            value = getattr(self, f"_{name}")(projected)
+            value = getattr(self, f"_{name}")(projected, wide)
             if weights is not None:
                 weighted = weights[name] * value
                 total = weighted if total is None else total + weighted
@@ -182,7 +184,7 @@ class WIKDLoss(SimilarityLoss):
             values[name] = value
         return Values(total, values)
 
-    def _interactive(self, pairs: Pairs) -> Tensor:
+    def _interactive(self, pairs: Pairs, wide: Pairs) -> Tensor:
         """Returns the interactive term []: own rows against the teacher's columns, gathered."""
         teacher: Any = pairs.teacher
         if self.interactive == "kl" and teacher.scale is None:
@@ -212,12 +214,12 @@ class WIKDLoss(SimilarityLoss):
         by_text = compute(rows.swapped().against(columns.swapped()), settings).terms[term]
         return 0.5 * by_image + 0.5 * by_text
 
-    def _feature(self, pairs: Pairs) -> Tensor:
+    def _feature(self, pairs: Pairs, wide: Pairs) -> Tensor:
         """Returns the feature term [], the mean of image and text."""
-        teacher: Any = pairs.teacher
-        with no_autocast(pairs.image.device):
-            image_distance = ops.feature_loss(widen(pairs.image), teacher.image)
-            text_distance = ops.feature_loss(widen(pairs.text), teacher.text)
+        teacher: Any = wide.teacher
+        with no_autocast(wide.image.device):
+            image_distance = ops.feature_loss(wide.image, teacher.image)
+            text_distance = ops.feature_loss(wide.text, teacher.text)
         return 0.5 * (image_distance + text_distance)
 
     def _in_teachers_width(self, pairs: Pairs) -> Pairs:
