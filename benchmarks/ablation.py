@@ -134,9 +134,7 @@ def recall(result: ModelResult, split: str) -> float:
 
 
 def rows_of(effect: Effect, pairs: list[list[ModelResult]]) -> Iterator[dict[str, Any]]:
-    """Yields a row for all splits and for each. pairs: results of base and variant by seed, at
-    least two.
-    """
+    """Yields a row for all splits and for each. pairs: results of base and variant by seed."""
     from scipy import stats  # here, since it takes a second to import
 
     for split in (ALL, *pairs[0][0].splits):

@@ -22,9 +22,7 @@ def plain(
     gamma: Tensor,
     causal: bool = False,
 ) -> Tensor:
-    """Computes the formula: products in the inputs' dtype, softmax and mixing weights in float32,
-    one product with v.
-    """
+    """Computes the formula with softmax and mixing weights in float32 and one product with v."""
     length = q.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -127,10 +125,7 @@ def _step(
 def measure(
     shape: Shape, dtype: str, backward: bool, device: str, repeats: int, strict: bool = True
 ) -> list[dict]:
-    """Returns a row for each form.
-
-    Compares results with the formula's in float64 first. strict: as for `compare`.
-    """
+    """Returns a row for each form, first compared in float64. strict: as for `compare`."""
     torch.compiler.reset()
     tensors, grad = inputs(shape, getattr(torch, dtype), device)
     few = [t[:2] if t.dim() == 4 else t for t in tensors]  # two sequences

@@ -99,10 +99,7 @@ def _step(form: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor, backward: b
 def measure(
     dtype: str, backward: bool, batch: int, device: str, repeats: int, strict: bool = True
 ) -> list[dict]:
-    """Returns a row for each form.
-
-    Compares the simplified blocks' results first. strict: as for `compare`.
-    """
+    """Returns a row for each form, whose results are compared first. strict: as for `compare`."""
     torch.compiler.reset()
     torch_dtype = getattr(torch, dtype)
     by_name = forms(torch_dtype, device)

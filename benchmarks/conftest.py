@@ -29,9 +29,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def measured(benchmark, request):
-    """Runs a function once, with `repeats` as its last argument, and keeps the rows that it
-    returns.
-    """
+    """Runs a function once, with `repeats` as its last argument, and keeps its rows."""
     rows = request.config.stash.setdefault(ROWS, [])
 
     def run(function, *arguments):

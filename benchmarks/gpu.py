@@ -79,13 +79,12 @@ def training(o: argparse.Namespace, dtype: str) -> Iterator[Case]:
 
 
 def small_calls(o: argparse.Namespace, dtype: str) -> Iterator[Case]:
+    def measure() -> list[dict]:
+        rows = host.measure(20 * o.repeats, o.device)
+        return [{"op": "host", "form": row["call"], **row} for row in rows]
+
     if dtype == o.dtypes.split(",")[0]:  # in float32, once
-        yield Case("host", o.device, partial(measure_small_calls, o))
-
-
-def measure_small_calls(o: argparse.Namespace) -> list[dict]:
-    rows = host.measure(20 * o.repeats, o.device)
-    return [{"op": "host", "form": row["call"], **row} for row in rows]
+        yield Case("host", o.device, measure)
 
 
 def steps(o: argparse.Namespace, dtype: str) -> Iterator[Case]:
@@ -181,9 +180,7 @@ def write_bundle(folder: Path, rows: list[dict], left: int, where: dict[str, str
             failed.append({name: row[name] for name in ("case", "form", "note")})
     if failed:
         lines += ["", f"{len(failed)} forms have no figure:", *table(failed)]
-    packages = {
-        package.metadata["Name"]: package.version for package in importlib.metadata.distributions()
-    }
+    packages = {p.metadata["Name"]: p.version for p in importlib.metadata.distributions()}
     environment = {
         "command": sys.argv,
         "where": where,

@@ -24,9 +24,7 @@ from simplclip.ops import shaped_attention
 
 
 def cases(device: str) -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
-    """Returns pairs of functions that compute a number: ours, and the baseline in plain torch or
-    open_clip.
-    """
+    """Returns pairs of functions that compute a number: ours, and a baseline."""
     with torch.device(device):
         image, text = (torch.randn(16, 32).requires_grad_() for _ in range(2))
         scale = torch.tensor(10.0, requires_grad=True)
@@ -43,6 +41,12 @@ def cases(device: str) -> dict[str, tuple[Callable[[], Tensor], Callable[[], Ten
         gains = [torch.ones(1, requires_grad=True) for _ in range(3)]
         counts = torch.arange(1, 5)[:, None, None]
 
+    def shaped() -> Tensor:
+        return shaped_attention(q, k, v, *gains, causal=True).sum()
+
+    def dense_contrastive() -> Tensor:
+        return plain_loss(image, text, scale)
+
     def plain_attention() -> Tensor:
         alpha, beta, gamma = (gain[:, None] for gain in gains)
         heads = (t.transpose(1, 2) for t in (q, k, v))
@@ -50,19 +54,10 @@ def cases(device: str) -> dict[str, tuple[Callable[[], Tensor], Callable[[], Ten
         return (alpha * v + beta * attended - gamma * (v.cumsum(1) / counts)).sum()
 
     return {
-        "contrastive": (
-            lambda: contrastive(image, text, scale),
-            lambda: plain_loss(image, text, scale),
-        ),
-        "with pair matching": (
-            lambda: with_plane(image, text, scale),
-            lambda: plain_loss(image, text, scale),
-        ),
+        "contrastive": (lambda: contrastive(image, text, scale), dense_contrastive),
+        "with pair matching": (lambda: with_plane(image, text, scale), dense_contrastive),
         "block": (lambda: block(x).sum(), lambda: plain_block(x, attn_mask=mask).sum()),
-        "attention": (
-            lambda: shaped_attention(q, k, v, *gains, causal=True).sum(),
-            plain_attention,
-        ),
+        "attention": (shaped, plain_attention),
     }
 
 

@@ -41,9 +41,7 @@ TOKENIZER = "ViT-B-32"
 
 
 def simplclip_batches(shards: str, size: int, workers: int, batch: int) -> Iterator[int]:
-    """Returns the sizes of the batches of this library's loader, which like open_clip's has no
-    end.
-    """
+    """Returns the sizes of the batches of this library's loader, which has no end."""
     loader = data.Loader(
         shards,
         tokenizer=open_clip.get_tokenizer(TOKENIZER),
@@ -167,10 +165,8 @@ def make(folder: Path, count: int, shards: int = 4) -> None:
 def _picture(rng: np.random.Generator) -> Image.Image:
     total = np.zeros((SIDE, SIDE, 3), np.float32)
     for cells in (2, 4, 8, 16, 32, 64, 128, 256):
-        noise = (
-            rng.random((cells, cells, 3), np.float32) * 0.4
-            + rng.random((cells, cells, 1), np.float32) * 0.6
-        )
+        noise = rng.random((cells, cells, 3), np.float32) * 0.4
+        noise += rng.random((cells, cells, 1), np.float32) * 0.6
         channels = [
             Image.fromarray(noise[..., i]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
             for i in range(3)
@@ -206,18 +202,8 @@ def main() -> None:
         torch.set_num_threads(1)
         logging.disable(logging.WARNING)
         workers = sorted({1, *map(int, options.workers.split(","))})
-        print(
-            json.dumps(
-                measure(
-                    options.shards,
-                    options.size,
-                    workers,
-                    options.batch,
-                    options.seconds,
-                    options.repeats,
-                )
-            )
-        )
+        how = options.batch, options.seconds, options.repeats
+        print(json.dumps(measure(options.shards, options.size, workers, *how)))
     elif not options.make:
         parser.error("expected --shards PATTERN or --make FOLDER")
 

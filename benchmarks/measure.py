@@ -18,9 +18,7 @@ PASSES = {False: "forward", True: "forward + backward"}
 
 @dataclass
 class Times:
-    """Seconds of each run of a form; on a GPU also until its last kernel starts (`host`), and of
-    its kernels (`device`).
-    """
+    """Seconds of each run; on a GPU also until its last kernel starts, and of its kernels."""
 
     whole: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
@@ -28,9 +26,7 @@ class Times:
 
 
 def choose_clock() -> tuple[str, Callable[[], float]]:
-    """Returns name and clock: with one thread processor time, which other processes change little;
-    else wall time.
-    """
+    """Returns name and clock: with one thread processor time, which others change little."""
     if torch.get_num_threads() == 1 and not torch.cuda.is_available():
         return "processor", time.process_time
     return "wall", time.perf_counter
@@ -39,11 +35,9 @@ def choose_clock() -> tuple[str, Callable[[], float]]:
 def interleaved_times(
     cases: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1, strict: bool = True
 ) -> tuple[dict[str, Times], dict[str, str]]:
-    """Times `repeats` runs of each case, taken in turn (A B C A B C ...) so that drift of the
-    machine hits all cases alike.
+    """Times runs of the cases, which take turns so that drift of the machine hits all alike.
 
-    Returns the times, and the reasons of cases that failed and are left out. strict: an error of a
-    case is raised.
+    Returns the times, and the reasons of cases that failed. strict: an error of a case is raised.
     """
     _, clock = choose_clock()
     times, reasons = {name: Times() for name in cases}, dict[str, str]()
@@ -96,10 +90,7 @@ def _first_runs(
     base: str,
     strict: bool,
 ) -> dict[str, str]:
-    """Runs each case once.
-
-    Returns the reasons of those that are left out: out of memory, and if not strict any error.
-    """
+    """Runs each case once; returns the reasons of those that are left out."""
     values, reasons = dict[str, Any](), dict[str, str]()
     for name, run in cases.items():
         try:
@@ -131,9 +122,7 @@ def compare(
     warmup: int = 1,
     strict: bool = True,
 ) -> list[dict[str, Any]]:
-    """Measures cases that take turns.
-
-    Returns a row of a result file for each: `what`, its form, and its quantiles.
+    """Measures cases that take turns; returns a row of a result file for each.
 
     first: what to run of each case before, in place of the case itself. wrong(form, value, value of
     `base`) says what is wrong with the value that this returns, "" if nothing is. strict: errors
@@ -175,9 +164,7 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def peak_mib(run: Callable[[], object], device: str = "cpu") -> float:
-    """Returns the highest sum of live MiB of torch's allocator on the device during `run`, above
-    those before it.
-    """
+    """Returns the highest sum of live MiB on the device during `run`, above those before it."""
     if device == "cpu":
         return cpu_peak_bytes(run) / 2**20
     torch.cuda.synchronize()

@@ -18,15 +18,7 @@ from simplclip.common.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-STATE = (
-    "driver_version",
-    "power.limit",
-    "power.draw",
-    "clocks.sm",
-    "clocks.mem",
-    "clocks.max.sm",
-    "temperature.gpu",
-)
+STATE = "driver_version power.limit power.draw clocks.sm clocks.mem clocks.max.sm temperature.gpu"
 
 
 def result_path(op: str, where: dict[str, str], suffix: str = ".csv") -> Path:
@@ -109,12 +101,8 @@ def cpu_name() -> str:
 def versions() -> dict[str, str]:
     """Returns the columns of a result that does not depend on this machine."""
     today = datetime.date.today().isoformat()
-    return {
-        "torch": torch.__version__,
-        "simplclip": simplclip.__version__,
-        "commit": commit(),
-        "date": today,
-    }
+    library = {"torch": torch.__version__, "simplclip": simplclip.__version__}
+    return library | {"commit": commit(), "date": today}
 
 
 def describe(device: str = "cpu") -> dict[str, str]:
@@ -132,10 +120,10 @@ def gpu_state() -> dict[str, str]:
     """Returns driver, power, clocks and temperature as nvidia-smi reports them; nothing where
     nvidia-smi does not run.
     """
-    command = ["nvidia-smi", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader"]
+    command = ["nvidia-smi", f"--query-gpu={','.join(STATE.split())}", "--format=csv,noheader"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return {}
     first = run.stdout.splitlines()[0]
-    return dict(zip(STATE, (value.strip() for value in first.split(","))))
+    return dict(zip(STATE.split(), (value.strip() for value in first.split(","))))

@@ -42,9 +42,7 @@ SHARED_LAYERS = {"attention": ("qk",), "mlp": ("fc1", "fc2"), "all": ("qk", "fc1
 def inputs_of(
     encoder: Any, tower: str, split: HeldOut, samples: int
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yields inputs of a tower for the first samples and captions, and how many first tokens count
-    in each (None: all).
-    """
+    """Yields inputs of a tower, and how many first tokens count in each (None: all)."""
     text_tower = vars(getattr(encoder.model, "text", None) or encoder.model)
     argmax = text_tower.get("pool_type", text_tower.get("text_pool_type", "argmax")) == "argmax"
     for images, rows, _ in split.batches(encoder.preprocess, BATCH):
@@ -74,17 +72,14 @@ def divergences(
     batches: Iterable[tuple[Tensor, Tensor | None]],
     encode: Callable[[Tensor], Any],
 ) -> Tensor:
-    """Computes the Jensen-Shannon divergence of the attention maps of all pairs of n blocks of a
-    tower, float64 [n, n].
+    """Computes the Jensen-Shannon divergence of the attention maps of each two of n blocks, [n, n].
 
     It is H((p + q) / 2) - (H(p) + H(q)) / 2 in nats, where p and q are the attention of two blocks
     for one query and H is the entropy. The result is the mean over queries, heads (compared by
     their index) and samples; NaN for two blocks with different numbers of heads or tokens.
 
-    model: in eval mode. batches: inputs of the tower, "text" or "image", and for each the number of
-    first tokens that are queries (None: all). encode: runs the tower on inputs. Raises InputError
-    if the tower has fewer than two blocks, or attention of an unknown kind, or if there is no
-    sample.
+    model: in eval mode. batches: as of `inputs_of`. encode: runs the tower on inputs. Raises
+    InputError for fewer than two blocks, attention of an unknown kind, or no sample.
     """
     sites = block_sites(model, tower)
     if len(sites) < 2:
@@ -123,9 +118,7 @@ def divergences(
 
 
 def _sample_divergences(maps: list[Tensor]) -> Tensor:
-    """Computes the divergences above the diagonal of [n, n]. maps: [heads, queries, keys] of each
-    block.
-    """
+    """Computes the divergences above the diagonal of [n, n] of n maps [heads, queries, keys]."""
     divergence = torch.zeros(len(maps), len(maps), dtype=torch.float64, device=maps[0].device)
     entropies = [torch.special.entr(p).sum(-1) for p in maps]
     for i, j in combinations(range(len(maps)), 2):
@@ -147,9 +140,7 @@ def _map(q: Tensor, k: Tensor, causal: bool) -> Tensor:  # [H, L, K] -> [H, L, L
 
 
 def _queries_keys(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes q and k [B, H, L, K] of a simplified block, or of another block's attention, for its
-    input x [B, L, C].
-    """
+    """Computes q and k [B, H, L, K] of a simplified block or an attention from its input."""
     if getattr(module, "logit_scale", None) is not None:
         raise InputError("attention: expected products of q and k, got scaled cosine attention")
     if isinstance(module, SimplifiedBlock):
@@ -186,26 +177,24 @@ def parse_budget(text: str, whole: int) -> int:
 
 
 def propose(model: nn.Module, tower: str, divergence: Tensor, budget: int) -> list[dict[str, Any]]:
-    """Proposes which weights the simplified blocks of a tower share, so that the tower is within
-    the budget.
+    """Proposes which weights the simplified blocks of a tower share to keep within the budget.
 
     The two neighbouring groups of lowest mean divergence, over all pairs of a block of one and a
     block of the other, are merged until the tower is within the budget. Blocks of different shapes
     or numbers of tokens never share.
 
     Returns for each of "attention", "mlp" and "all" that reaches the budget: "what", the argument
-    "share" of `simplify`, and the "parameters" of the tower. Raises InputError if none of the three
-    reaches the budget.
+    "share" of `simplify`, and the "parameters" of the tower. Raises InputError if none does.
     """
     sites = block_sites(model, tower)
     blocks = [build_block(site) for site in sites]
     shapes = [(block.width, block.heads, block.hidden, block.act, block.causal) for block in blocks]
-    replaced = {p for site in sites for p in site.block.parameters()}
-    unshared = count_parameters(model)[tower] - _size(replaced) + sum(map(_module_size, blocks))
+    unshared = count_parameters(model)[tower] + sum(map(_size, blocks))
+    unshared -= _size(nn.ModuleList(site.block for site in sites))
     merges = _merges(divergence, shapes)
     proposals, least = [], unshared
     for part, names in SHARED_LAYERS.items():
-        sizes = [sum(_module_size(getattr(block, name)) for name in names) for block in blocks]
+        sizes = [sum(_size(getattr(block, name)) for name in names) for block in blocks]
         for groups in merges:
             parameters = unshared - sum(sizes[i] for group in groups for i in group[1:])
             least = min(least, parameters)
@@ -239,16 +228,8 @@ def _merges(divergence: Tensor, shapes: list[tuple]) -> list[list[list[int]]]:
         merges.append(groups)
 
 
-def _size(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(p.numel() for p in parameters)
-
-
-def _module_size(module: nn.Module) -> int:
-    return _size(module.parameters())
-
-
-def _without_nan(values: list[float]) -> list[float | None]:
-    return [None if math.isnan(x) else x for x in values]
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -295,7 +276,9 @@ def main(arguments: list[str] | None = None) -> None:
         "samples": samples,
         "tower": tower,
         "parameters": size,
-        "attention_divergence": [_without_nan(row) for row in divergence.tolist()],
+        "attention_divergence": [
+            [None if math.isnan(x) else x for x in row] for row in divergence.tolist()
+        ],
         "proposals": proposals,
     }
     options.out.mkdir(parents=True, exist_ok=True)

@@ -97,9 +97,7 @@ def _sum(values: Tensor) -> Tensor:
 
 
 def _siglip_loss_in_chunks(b: Batch) -> Tensor:
-    """SigLipLoss(chunk_size=CHUNK) of open_clip's main branch (4.2.0.dev0), which open_clip 3.3
-    does not have.
-    """
+    """SigLipLoss(chunk_size=CHUNK) of open_clip's main branch (4.2.0.dev0), not in 3.3."""
     total = torch.zeros((), device=b.image.device)
     for first in range(0, b.image.shape[0], CHUNK):
         logits = b.scale * b.image[first : first + CHUNK] @ b.text.T
@@ -150,9 +148,7 @@ def _interactive(b: Batch) -> Tensor:
 
 
 def _open_clip_all(b: Batch) -> Tensor:
-    """Adds open_clip.DistillClipLoss, pair matching over one more product, and cross-entropies
-    across modalities.
-    """
+    """open_clip.DistillClipLoss, pair matching by one more product, and the interactive term."""
     student = b.image, b.text, b.scale
     teacher = b.teacher_image, b.teacher_text, b.teacher_scale
     distilled = sum(DistillClipLoss()(*student, *teacher))
@@ -173,8 +169,7 @@ def _fewest_products_all(b: Batch) -> Tensor:
 
 
 def _products(features: Tensor, terms: tuple[str, ...]) -> float:
-    """Returns the matrix products of N·N·D of the terms, forward and backward, with a scalar plane
-    and "infonce".
+    """Returns the matrix products of N·N·D of the terms, forward and backward, with defaults.
 
     Forward and backward of a softmax compute each similarity matrix, but for the rows that a CPU
     keeps; the gradients of image and text need two products more. Each direction of interactive is
@@ -272,8 +267,7 @@ class Problem:
 def measure(
     problem: Problem, dense_up_to: int, device: str, repeats: int, strict: bool = True
 ) -> list[dict]:
-    """Returns a row of a result file for each form, also for a form that is left out or does not
-    fit. Compares values first.
+    """Returns a row of a result file for each form, also if it is left out or does not fit.
 
     Dense forms are measured up to N = dense_up_to. strict: as for `compare`.
     """
@@ -305,7 +299,7 @@ def measure(
     products = three_products(features)
     what = asdict(problem)
     cases: dict[str, Callable[[], Any]] = {PRODUCTS: products}
-    first: dict[str, Callable[[], Any]] = {PRODUCTS: products}
+    first = dict(cases)
     for name, form in used.items():
         cases[name] = partial(features.step, form.run)
         first[name] = partial(first_step, form)
@@ -330,9 +324,7 @@ def measure(
 
 
 def three_products(b: Batch) -> Callable[[], None]:
-    """Returns a function that computes S = X Yᵀ, G Y and Gᵀ X in chunks of 1024 rows and allocates
-    nothing.
-    """
+    """Returns a function that computes S = X Yᵀ, G Y and Gᵀ X in chunks and allocates nothing."""
     x, y = b.image.detach(), b.text.detach()
     rows = min(1024, x.shape[0])
     s = x.new_empty(rows, y.shape[0])

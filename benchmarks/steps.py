@@ -30,12 +30,11 @@ ORIGINALS = {"siclip-s0": "mobileclip-s0", "siclip2-s0": "open_clip:MobileCLIP2-
 
 
 class OpenClipStep:
-    """A step of open_clip's trainer on a model, with its loss for that model or with stored teacher
-    features.
+    """A step of open_clip's trainer on a model.
 
-    name, options: as for `models.create`. teacher_width: the width of a teacher's features for
-    DistillClipLoss; None: SigLipLoss for a model with a logit bias, else ClipLoss. No teacher is in
-    memory, unlike in open_clip's own trainer.
+    name, options: as for `models.create`. teacher_width: of stored features for DistillClipLoss;
+    None: SigLipLoss for a model with a logit bias, else ClipLoss. Unlike in open_clip's trainer, no
+    teacher is in memory.
     """
 
     def __init__(
@@ -53,12 +52,10 @@ class OpenClipStep:
         self.options = options | {"output_dict": True}
         with torch.device("meta"):
             self.model: Any = models.create(name, device="meta", **self.options).train()
+        has_bias = getattr(self.model, "logit_bias", None) is not None
+        self.loss: nn.Module = SigLipLoss() if has_bias else ClipLoss()
         if teacher_width is not None:
-            self.loss: Any = DistillClipLoss()
-        else:
-            self.loss = (
-                ClipLoss() if getattr(self.model, "logit_bias", None) is None else SigLipLoss()
-            )
+            self.loss = DistillClipLoss()
         self.modules, self.averages = [self.model, self.loss], list[Tensor]()
 
     def place(self, device: torch.device, observer: Observer | None) -> None:
@@ -73,10 +70,9 @@ class OpenClipStep:
             image, text = inputs(self.name, self.model, self.batch_size, 1, real)
             batch = {"image": image.float(), "text": text}
             if self.teacher_width is not None:
+                shape = self.batch_size, self.teacher_width
                 for name in ("dist_image_features", "dist_text_features"):
-                    batch[name] = torch.ones(
-                        self.batch_size, self.teacher_width, dtype=torch.float16
-                    )
+                    batch[name] = torch.ones(shape, dtype=torch.float16)
         return [batch]
 
     def run(self, batches: list[dict[str, Tensor]]) -> None:
@@ -88,12 +84,9 @@ class OpenClipStep:
                 outputs = self.model(batch.pop("image"), batch.pop("text"))
             with self.during("loss"):
                 if batch:
-                    batch = {
-                        name: t.to(outputs["image_features"].dtype) for name, t in batch.items()
-                    }
-                    outputs |= batch | {
-                        "dist_logit_scale": torch.full((), 100.0, device=self.device)
-                    }
+                    dtype = outputs["image_features"].dtype
+                    outputs |= {name: t.to(dtype) for name, t in batch.items()}
+                    outputs["dist_logit_scale"] = torch.full((), 100.0, device=self.device)
                 loss = sum(self.loss(**outputs, output_dict=True).values())
         del outputs, batch
         loss.backward()
@@ -106,20 +99,15 @@ class OpenClipStep:
 def beside_original(
     name: str, pairs: int, dtype: str, device: torch.device, repeats: int, strict: bool = True
 ) -> list[dict]:
-    """Returns a row for a step of a config's model and one for the model that it was made from:
-    time, and peak memory beside its prediction. strict: as for `measure.compare`.
+    """Returns a row for a step of a config's model and one for the model that it was made from.
 
-    Weights are random. A step of a SiCLIP is a step of `simplclip train`, with unchanged parts
-    inherited and frozen, pair matching and distillation from stored features; a step of the other
-    model is open_clip's, with all weights trained.
+    They have time, and peak memory beside its prediction. Weights are random. A step of a SiCLIP is
+    a step of `simplclip train`, with unchanged parts inherited and frozen, pair matching and
+    distillation from stored features; a step of the other model is open_clip's, with all weights
+    trained. strict: as for `compare`.
     """
-    changes = [
-        "data.micro_batch=null",
-        "data.captions_per_image=1",
-        f"data.batch_size={pairs}",
-        "loss.pm_weight=1",
-    ]
-    values = config.load(name, changes)
+    changes = ["data.micro_batch=null", "data.captions_per_image=1", "loss.pm_weight=1"]
+    values = config.load(name, [*changes, f"data.batch_size={pairs}"])
     model, original = values.model.name, ORIGINALS.get(values.model.name)
     made: dict[str, Callable[[], Step]] = {
         model: lambda: TrainerStep(values, PRECISION[dtype], TEACHER_WIDTH)
@@ -135,22 +123,13 @@ def beside_original(
 
     what = {"op": "steps", "shape": f"{pairs} pairs", "n": pairs, "dtype": dtype, "pass": "step"}
     cases = {form: lambda form=form: placed(form)() for form in made}
-    rows = compare(
-        what,
-        cases,
-        repeats,
-        first={form: partial(first, form) for form in made},
-        base=model,
-        strict=strict,
-    )
+    firsts = {form: partial(first, form) for form in made}
+    rows = compare(what, cases, repeats, first=firsts, base=model, strict=strict)
+    planned_on = torch.device("cuda", 0) if device.type == "cuda" else device
     for row in rows:
         if "p50_ms" in row:
-            planned = predict(
-                made[row["form"]](), torch.device("cuda", 0) if device.type == "cuda" else device
-            ).peak
+            planned = predict(made[row["form"]](), planned_on).peak
             row["samples_per_s"] = round(1e3 * pairs / row["p50_ms"], 1)
-            row |= {
-                "mib": round(peaks[row["form"]] / 2**20, 1),
-                "planned_mib": round(planned / 2**20, 1),
-            }
+            row["mib"] = round(peaks[row["form"]] / 2**20, 1)
+            row["planned_mib"] = round(planned / 2**20, 1)
     return rows

@@ -80,11 +80,9 @@ def newest(pattern: str) -> Path:
 
 
 def read(op: str, **where: str) -> tuple[Path, list[Row]]:
-    """Returns the newest result file and its rows with these values, "A|B" for either; `passes`
-    stands for column "pass".
-    """
+    """Returns the newest result file and its rows with these values, "A|B" for either."""
     path = newest(f"{op}-*.csv")
-    if "passes" in where:
+    if "passes" in where:  # column "pass"
         where["pass"] = where.pop("passes")
     values = {name: text.split("|") for name, text in where.items()}
     rows = []
@@ -144,9 +142,7 @@ def cell(column: str, value: str) -> str:
 
 
 def ablation() -> list[str]:
-    """Returns a table with a row for each of EFFECTS: R@1 of base and variant, and the paired
-    difference.
-    """
+    """Returns a table with a row for each of EFFECTS."""
     path, rows = read("ablation", measure="R@1", split="all", effect=EFFECTS)
     lines = []
     names = ("base", "base std", "variant", "variant std", "difference", "low", "high", "p")
@@ -164,11 +160,8 @@ def ablation() -> list[str]:
         "standard deviation of the seeds, the paired difference, and p of the paired t-test, not "
         "corrected for the number of effects. siclip-lite0 on the built-in data"
     )
-    return [
-        *markdown(head, lines, ("effect",)),
-        "",
-        f"{note}; {origin(path, rows, 'make ablation')}",
-    ]
+    below = f"{note}; {origin(path, rows, 'make ablation')}"
+    return [*markdown(head, lines, ("effect",)), "", below]
 
 
 def demo() -> list[str]:
@@ -194,9 +187,7 @@ def demo() -> list[str]:
 
 
 def figures() -> list[str]:
-    """Returns the README's table: a loss, a block and a training step, beside an eager and a
-    compiled baseline.
-    """
+    """Returns the README's table: figures beside an eager and a compiled baseline."""
     lines = []
     for title, (op, where), baselines, shown in FIGURES:
         _, rows = read(op, **where)

@@ -13,11 +13,10 @@ import torch
 import simplclip
 from benchmarks import training_forms
 from benchmarks.measure import compare
-from benchmarks.steps import beside_original
+from benchmarks.steps import ORIGINALS, beside_original
 from simplclip import models
 
 DTYPES = ("float32", "bfloat16")
-PAIRS = {"siclip-s0": "mobileclip-s0", "siclip2-s0": "open_clip:MobileCLIP2-S0"}
 TEXTS, IMAGES = 64, 8
 
 
@@ -31,7 +30,7 @@ def test_siclip_s0(measured, dtype):
     measured(beside_original, "siclip-s0", 16, dtype, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("student", PAIRS)
+@pytest.mark.parametrize("student", ORIGINALS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_inference(measured, dtype, student):
     measured(inference, dtype, student)
@@ -48,7 +47,7 @@ def inference(dtype: str, student: str, repeats: int) -> list[dict]:
             model.encode_image(image)
 
     cases = {}
-    for name in (student, PAIRS[student]):
+    for name in (student, ORIGINALS[student]):
         model = simplclip.fold(models.create(name).eval().to(image.dtype))
         model.visual.to(memory_format=torch.channels_last)
         cases[name] = lambda model=model: run(model)

@@ -17,51 +17,25 @@ from simplclip.models.crop import TextCrop
 TEXTS = 64
 CONTEXT = 77
 END = 49407
-# How many of 1,000 captions have so many tokens, start and end included.
+# Tokens, start and end included, and how many of 1,000 captions have so many.
 HISTOGRAMS = {
-    "COCO": {
-        9: 20,
-        10: 90,
-        11: 180,
-        12: 200,
-        13: 175,
-        14: 120,
-        15: 80,
-        16: 50,
-        17: 30,
-        18: 20,
-        20: 15,
-        22: 10,
-        26: 6,
-        32: 4,
-    },
-    "CC12M": {
-        6: 10,
-        8: 40,
-        10: 85,
-        12: 110,
-        14: 110,
-        16: 100,
-        18: 85,
-        20: 70,
-        23: 75,
-        26: 60,
-        30: 55,
-        35: 60,
-        41: 50,
-        48: 35,
-        56: 15,
-        64: 10,
-        70: 5,
-        77: 25,
-    },
+    "COCO": (
+        "9:20 10:90 11:180 12:200 13:175 14:120 15:80 16:50 17:30 18:20 20:15 22:10 26:6 32:4"
+    ),
+    "CC12M": (
+        "6:10 8:40 10:85 12:110 14:110 16:100 18:85 20:70 23:75 26:60 30:55 35:60 41:50 48:35 "
+        "56:15 64:10 70:5 77:25"
+    ),
 }
 CROPS = {"padded": None, "four groups": 4}
 
 
 def captions(kind: str) -> torch.Tensor:
     """Returns token ids [TEXTS, CONTEXT], with the quantiles of a histogram as lengths."""
-    lengths = [length for length, count in HISTOGRAMS[kind].items() for _ in range(count)]
+    lengths = list[int]()
+    for pair in HISTOGRAMS[kind].split():
+        length, count = map(int, pair.split(":"))
+        lengths += [length] * count
     chosen = torch.tensor(lengths)[torch.linspace(0, len(lengths) - 1, TEXTS).round().long()]
     text = torch.zeros(TEXTS, CONTEXT, dtype=torch.long)
     for row, length in zip(text, chosen[torch.randperm(TEXTS)].tolist()):

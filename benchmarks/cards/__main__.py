@@ -60,9 +60,7 @@ def steps_of(options: argparse.Namespace) -> list[Measured]:
 
 
 def count(steps: Sequence[Measured]) -> list[Measured]:
-    """Counts the kernels of the steps; returns those whose model runs on fake tensors, and prints a
-    line for each other.
-    """
+    """Counts the kernels of the steps; returns those whose model runs on fake tensors."""
     counted = dict[tuple, list]()
     for number, step in enumerate(steps):
         key = step.model, step.batch, step.size, step.mode, step.layout
@@ -93,9 +91,7 @@ def summary(
 
 
 def compare(steps: Sequence[Measured]) -> list[dict]:
-    """Returns a row for each step, with the likely and the least milliseconds that are
-    predicted.
-    """
+    """Returns a row for each step, with the likely and the least milliseconds predicted."""
     rows = []
     for step in steps:
         time = step_time(step.kernels, CARDS[step.card])
@@ -121,9 +117,7 @@ def columns(rows: Sequence[dict]) -> tuple[tuple[float, ...], ...]:
 
 
 def write_fit(steps: Sequence[Measured]) -> dict[str, float]:
-    """Fits the constants, writes them as a result file and prints them; returns the summary of
-    families held out.
-    """
+    """Fits the constants, writes and prints them; returns the summary of families held out."""
     fitted, where = fit(steps), versions()
     rows = [row | {"likely_ms": ms} for row, ms in zip(compare(steps), held_out(steps))]
     errors = held_out_errors(rows)
@@ -150,9 +144,7 @@ def write_fit(steps: Sequence[Measured]) -> dict[str, float]:
 
 
 def held_out_errors(rows: Sequence[dict]) -> dict[str, tuple[float | None, ...]]:
-    """Returns median_error and within_35 of training and inference, for each card of FITTED; None
-    where unmeasured.
-    """
+    """Returns median_error and within_35 of both modes for each card of FITTED, where measured."""
     figures: dict[str, list[float | None]] = {}
     for mode, card in itertools.product(("train", "infer"), FITTED):
         part = [row for row in rows if (row["card"], row["mode"]) == (card, mode)]

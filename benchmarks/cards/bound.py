@@ -16,34 +16,22 @@ from simplclip.plan.kernels import Kernel
 from simplclip.plan.measure import on_card
 from simplclip.plan.time import least_ms
 
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "tf32": torch.float32,
-    "float32": torch.float32,
-}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES |= {"tf32": torch.float32, "float32": torch.float32}
 SHOWN = ("rtx-3090", "rtx-4090", "rtx-5090", "a100-80", "h100")
 
 
 def lower_bound(kernels: Sequence[Kernel], card: Card) -> tuple[list[dict], dict]:
-    """Returns a row for each name of a kernel, the slowest first; and the columns of the whole
-    call.
-    """
+    """Returns a row for each name of a kernel, the slowest first; and those of the whole call."""
     rows: dict[tuple[str, str], dict] = {}
     bounds = dict.fromkeys(("products", "bytes", "launches"), 0.0)
     for kernel in (kernel for kernel in kernels if kernel.by != "host"):
         times = least_ms(kernel, card)
         ms = kernel.times * max(times.values())
         bounds[max(times, key=lambda name: times[name])] += ms
-        zero = {
-            "kernel": kernel.name,
-            "by": kernel.by,
-            "launches": 0,
-            "ms": 0.0,
-            "gflop": 0.0,
-            "mb": 0.0,
-        }
-        row = rows.setdefault((kernel.by, kernel.name), zero)
+        row = rows.setdefault((kernel.by, kernel.name), {"kernel": kernel.name, "by": kernel.by})
+        for column in ("launches", "ms", "gflop", "mb"):
+            row.setdefault(column, 0)
         row["launches"] += kernel.times
         row["ms"] += ms
         row["gflop"] += 2e-9 * kernel.multiply_adds * kernel.times
@@ -69,14 +57,8 @@ def predicted(case: calls.Case, dtype: str, backward: bool, card: str) -> tuple[
     with on_card(CARDS[card]) as kernels:
         case.run(DTYPES[dtype], backward)
     rows, total = lower_bound(kernels, CARDS[card])
-    what = {
-        "call": case.name,
-        "shape": case.shape,
-        "dtype": dtype,
-        "pass": PASSES[backward],
-        "card": card,
-    }
-    return rows, what | total
+    what = {"call": case.name, "shape": case.shape, "dtype": dtype, "pass": PASSES[backward]}
+    return rows, what | {"card": card} | total
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,4 @@
-"""The calls whose cost is predicted: losses, attention, MLP and block at the sizes of CLIP's
-models, on fake tensors.
-"""
+"""The calls whose cost is predicted, on fake tensors: ops at the sizes of CLIP's models."""
 
 from __future__ import annotations
 
@@ -21,10 +19,7 @@ LOSSES = {
 }
 WIDTH = 512
 LENGTHS = (50, 77, 197)
-# of attention
-BATCH = 64
-HEADS = 12
-HEAD = 64
+BATCH, HEADS, HEAD = 64, 12, 64  # of attention
 # Sequences, tokens, C, F and heads: the text tower of siclip-s0 (causal), SigLIP's So400m at 224
 # pixels, ViT-B/16.
 TOWERS = {
@@ -59,11 +54,8 @@ def _step(call: Callable[[], Tensor], backward: bool) -> None:
 def loss(
     terms: tuple[str, ...], n: int, width: int, dtype: torch.dtype, backward: bool, **options
 ) -> None:
-    tensors = {
-        "image": _leaf(n, width, dtype=dtype),
-        "text": _leaf(n, width, dtype=dtype),
-        "logit_scale": _leaf(),
-    }
+    tensors = {name: _leaf(n, width, dtype=dtype) for name in ("image", "text")}
+    tensors["logit_scale"] = _leaf()
     if "pair_matching" in terms:
         tensors["plane"] = (_leaf(), _leaf())
     if "sigmoid" in terms:
@@ -103,13 +95,10 @@ def block(tower: tuple, dtype: torch.dtype, backward: bool) -> None:
         for shape in ((b, length, c), (2 * c, c), (f, c), (f,), (c, f), (c,))
     ]
     gains = {name: _leaf(heads) for name in ("alpha", "beta", "gamma")}
-    rest = {
-        "norm_weight": _leaf(c),
-        "norm_bias": _leaf(c),
-        "attention_gain": _leaf(),
-        "mlp_gain": _leaf(),
-    }
-    _step(lambda: ops.simplified_block(*matrices, **gains, **rest, causal=causal), backward)
+    norm = {name: _leaf(c) for name in ("norm_weight", "norm_bias")}
+    scalars = {name: _leaf() for name in ("attention_gain", "mlp_gain")}
+    tensors = gains | norm | scalars
+    _step(lambda: ops.simplified_block(*matrices, **tensors, causal=causal), backward)
 
 
 def losses(sizes: tuple[int, ...], width: int = WIDTH) -> list[Case]:
@@ -125,9 +114,7 @@ def others() -> list[Case]:
     made = []
     for length in LENGTHS:
         causal = length == 77
-        text = f"B={BATCH} L={length} H={HEADS} K={HEAD}"
-        if causal:
-            text += " causal"
+        text = f"B={BATCH} L={length} H={HEADS} K={HEAD}" + " causal" * causal
         run = functools.partial(attention, (BATCH, length, HEADS, HEAD), causal)
         made.append(Case(f"attention-{length}", text, run))
     for name, tower in TOWERS.items():
@@ -135,8 +122,6 @@ def others() -> list[Case]:
         made.append(
             Case(f"mlp-{name}", f"T={b * length} C={c} F={f}", functools.partial(mlp, tower))
         )
-        text = f"B={b} L={length} C={c} F={f} H={heads}"
-        if causal:
-            text += " causal"
+        text = f"B={b} L={length} C={c} F={f} H={heads}" + " causal" * causal
         made.append(Case(f"block-{name}", text, functools.partial(block, tower)))
     return made

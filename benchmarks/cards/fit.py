@@ -24,9 +24,7 @@ STEPS = 500
 
 @dataclass
 class Measured:
-    """A step that others measured on a card, and its kernels. likely, least, held_out: predicted
-    milliseconds.
-    """
+    """A step that others measured on a card, and its kernels."""
 
     card: str
     mode: str
@@ -46,9 +44,7 @@ class Measured:
 
 @dataclass
 class Fit:
-    """Shares of rates by kind, of RATES and of TRAFFIC, and milliseconds of a launch: a number for
-    each card of FITTED.
-    """
+    """What RATES, TRAFFIC and LAUNCHES_MS hold: a number for each card of FITTED."""
 
     rates: dict[str, tuple[float, ...]]
     traffic: dict[str, tuple[float, ...]]
@@ -69,8 +65,7 @@ class Fit:
 
 
 def fit(steps: Sequence[Measured]) -> Fit:
-    """Returns the shares with the smallest errors |log(predicted / measured)|, large ones counted
-    less than squared.
+    """Returns the shares with the smallest errors |log(predicted / measured)|, damped.
 
     Shares stay near what is expected, and those of a kind on different cards near each other,
     unless steps say otherwise.

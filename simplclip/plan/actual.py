@@ -20,10 +20,9 @@ STEPS = 2  # measured ones; in the second one the optimizer's state exists from 
 
 
 def runner(step: Step, device: torch.device) -> Callable[[], object]:
-    """Returns a function without arguments that runs the step once, on real tensors on `device`.
+    """Returns a function that runs the step once, on real tensors on `device`.
 
-    Before, moves the step's modules there in place, with random weights, and makes the batches (in
-    the host's memory), the loss and the optimizer.
+    Before, moves the step's modules there in place, with random weights.
     """
     return _place_and_fill(step, device)[1]
 
@@ -53,28 +52,28 @@ def peak_bytes(step: Step, device: torch.device) -> int:
 
 
 def _place_and_fill(step: Step, device: torch.device) -> tuple[list[Tensor], Callable[[], object]]:
-    """Moves a step to `device`; returns the tensors that it begins with, and what runs it once.
-
-    The tensors are parameters, buffers, averages and batches; the function has no arguments. The
-    step's modules are moved in place and get random weights; the step itself is copied.
-    """
+    """Moves a step to `device`; returns the tensors that it begins with, and what runs it once."""
     step = copy.copy(step)  # what `place` makes is of this run
     for module in step.modules:
         fill(module.to_empty(device=device))
     step.place(device, None)
     batches = step.batches(real=True)
-    weights = [
+    before = tree_leaves([weights_of(step), step.averages, batches])
+    return before, partial(step.run, batches)
+
+
+def weights_of(step: Step) -> list[Tensor]:
+    """Returns the parameters and buffers of all modules of the step."""
+    return [
         tensor for module in step.modules for tensor in (*module.parameters(), *module.buffers())
     ]
-    return tree_leaves([weights, step.averages, batches]), partial(step.run, batches)
 
 
 @torch.no_grad()
 def fill(module: nn.Module) -> None:
     """Overwrites a module's parameters and buffers by values with which a step runs.
 
-    Norms get weights and variances of 1, `attn_mask` a causal mask, other parameters normal values
-    of standard deviation 0.02, and other buffers 0.
+    Norms get weights and variances of 1, other parameters normal values, other buffers 0.
     """
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         # of a norm

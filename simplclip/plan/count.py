@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import Counter as Bag
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses import fake_tensor as fakes
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -91,14 +92,14 @@ class Counter(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device, waits: bool = False) -> None:
-        """Makes a mode that counts nothing yet; device need not exist. waits: see the class."""
+        """Makes a mode that counts nothing yet; device need not exist."""
         super().__init__()
         self.device = device
         self.waits = waits
         self.usage = Usage()
         self.times = 1  # the number of runs for which the next kernels count
         # ops that are no compositions: name, and whether it starts a kernel
-        self._leaf_ops: dict[Any, tuple[str, bool]] = {}
+        self._leaf_ops: dict[OpOverload, tuple[str, bool]] = {}
         # torch's allocator rounds sizes up to multiples of this
         self.block = 512 if device.type == "cuda" else 1
         self.kind = "temporaries"
@@ -169,11 +170,7 @@ class Counter(TorchDispatchMode):
         self.times = times
 
     def _few_first_rows(self, size: int, step: int) -> Iterator[int]:
-        """Yields the first rows of the first two chunks of similarities and of the last.
-
-        The others would do the same as the second, which therefore stands for them; in place of
-        `first_rows` of kernels/similarity/plan.py.
-        """
+        """In place of `first_rows`: the second chunk stands for those between it and the last."""
         rows = range(0, size, step)
         if len(rows) < 4:
             yield from rows
@@ -189,7 +186,11 @@ class Counter(TorchDispatchMode):
         self.usage.kernels.append(Kernel("host", name, times=self.times))
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func is _DEVICE:
@@ -224,7 +225,7 @@ class Counter(TorchDispatchMode):
             self._record(func, args, kwargs, out)
         return out
 
-    def _decomposed(self, func: Any, args: tuple, options: dict[str, Any]) -> Any:
+    def _decomposed(self, func: OpOverload, args: tuple, options: dict[str, Any]) -> Any:
         """Returns the results of an op that is composed of others; else NotImplemented."""
         name = func.name()
         if func.namespace == "simplclip" and _has_kernel(name, "CompositeExplicitAutograd"):
@@ -233,11 +234,8 @@ class Counter(TorchDispatchMode):
             return NotImplemented
         return func.decompose(*args, **options)
 
-    def _record_extension(self, func: Any, args: tuple, out: Any) -> None:
-        """Counts the workspace and the kernel of a function of C++ or CUDA that has run.
-
-        func: its op, as simplclip::parallel_mlp_fwd_cpu; args: its arguments; out: its results.
-        """
+    def _record_extension(self, func: OpOverload, args: tuple, out: object) -> None:
+        """Counts the workspace and the kernel of a function of C++ or CUDA that has run."""
         op, _, backend = func._opname.rpartition("_")
         self.count_workspace(workspace_bytes(func._opname, args))
         names = [argument.name for argument in func._schema.arguments]
@@ -245,16 +243,10 @@ class Counter(TorchDispatchMode):
         stands = [v for v in tree_leaves((fields, results)) if isinstance(v, Stand)]
         call = ExtensionCall(op, SimpleNamespace(**fields))
         work = *extension_work(call), sum(t.bytes for t in stands)
-        self.usage.kernels.append(
-            Kernel(backend, op, stands[0].dtype, *work, launch=call, times=self.times)
-        )
+        self.usage.kernels.append(Kernel(backend, op, stands[0].dtype, *work, call, self.times))
 
-    def _record(self, func: Any, args: tuple, options: dict[str, Any], out: Any) -> None:
-        """Adds the kernels of an op of torch that has run to `usage`.
-
-        func: the op's overload; args, options: its arguments; out: its result. A copy between
-        devices counts as a wait of the host; a view or an op on other devices counts as nothing.
-        """
+    def _record(self, func: OpOverload, args: tuple, options: dict[str, Any], out: object) -> None:
+        """Adds the kernels of an op of torch that has run to `usage`."""
         name, starts_kernel = self._leaf_ops[func]
         if not starts_kernel:
             return
@@ -262,8 +254,7 @@ class Counter(TorchDispatchMode):
         if "copy" in name and len({t.device.type for t in tensors}) > 1:
             self.count_wait(func.name())
             return
-        on_device = any(t.device.type == self.device.type and t.numel() for t in tensors)
-        if not on_device:
+        if not any(t.device.type == self.device.type and t.numel() for t in tensors):
             return
         args, options, out = tree_map_only(Tensor, self.stand, (args, options, out))
         results = [t for t in tree_leaves(out) if isinstance(t, Stand)]
@@ -300,23 +291,13 @@ class Counter(TorchDispatchMode):
     def _count_launch(
         self, kernel: Any, programs: int, args: tuple, options: dict[str, Any]
     ) -> None:
-        """Counts a Triton kernel instead of starting it; in place of `kernels.runtime.start`.
-
-        kernel: the jitted function; programs: the size of its grid; args, options: its arguments.
-        """
+        """Counts a Triton kernel instead of starting it; in place of `kernels.runtime.start`."""
         name = kernel.__name__.strip("_").removesuffix("_kernel")
         args, options = tree_map_only(Tensor, self.stand, (args, options))
         first = next(t for t in tree_leaves((args, options)) if isinstance(t, Stand))
         launch = Launch(kernel, (programs,), args, options)
         self.usage.kernels.append(
-            Kernel(
-                "triton",
-                name,
-                first.dtype,
-                *launch_work(name, launch),
-                launch=launch,
-                times=self.times,
-            )
+            Kernel("triton", name, first.dtype, *launch_work(name, launch), launch, self.times)
         )
 
     def _select(
@@ -329,12 +310,7 @@ class Counter(TorchDispatchMode):
         facts: backends.Facts,
         part: bool,
     ) -> type[backends.Backend]:
-        """Selects a backend by `select`, that of ops.backends, and returns it observed.
-
-        What it allocates counts as workspace, unless it is C++ or the reference. Of those that are
-        neither, the first stands for all that can run the call: another library's attention needs
-        the same memory as torch's, but does not run on fake tensors.
-        """
+        """Selects a backend by `select`; what one in Python allocates counts as workspace."""
         in_python = [
             backend
             for name, backend in backends.TABLE[op].items()
@@ -343,6 +319,8 @@ class Counter(TorchDispatchMode):
         backend = select(op, device, dtype, spec, facts, part=part)
         if backend not in in_python:
             return backend
+        # The first stands for all that can run the call: another library's attention needs the
+        # same memory as torch's, but does not run on fake tensors.
         backend = next(b for b in in_python if b.why_not(device, dtype, facts) is None)
         run = staticmethod(partial(self._run_in_workspace, getattr(backend, op)))
         return type(backend.__name__, (backend,), {op: run})
@@ -361,11 +339,7 @@ class Counter(TorchDispatchMode):
         self._change(kind, -size)
 
     def _change(self, kind: str, size: int) -> None:
-        """Adds `size` bytes, which may be negative, to the live bytes of `kind`.
-
-        Appends an event to `usage` and raises its peak if the total is a new one; 0 bytes are no
-        event.
-        """
+        """Adds `size` bytes, which may be negative, to the live bytes of `kind`."""
         if not size:
             return
         self.live[kind] += size
@@ -395,15 +369,14 @@ def workspace_bytes(native: str, args: tuple) -> int:
 
 
 def _flash_scratch(q: Tensor, bounds: Tensor | None) -> int:
-    """Returns the bytes of the workspace of FlashAttention's backward.
+    """Returns the bytes of FlashAttention's backward: sums of dq and a number a head, in float32.
 
-    q: queries [B, L, H, K] or, of packed sequences, [T, H, K]. bounds: where packed sequences begin
-    and end, [B + 1], else None. For each row, of sequences padded to tiles, it holds the float32
-    sums of dq and one number for each head.
+    bounds: where packed sequences begin and end, [B + 1].
     """
     heads, width = q.shape[-2:]
     width += -width % (32 if width <= 128 else 64)
-    if bounds is not None:  # of packed sequences
+    # rows of sequences are padded to tiles
+    if bounds is not None:
         rows = q.shape[0] + 128 * (len(bounds) - 1)
     else:
         rows = q.shape[0] * (q.shape[1] + -q.shape[1] % 128)

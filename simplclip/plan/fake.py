@@ -12,7 +12,7 @@ import functools
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -132,9 +132,7 @@ def _properties(card: Card) -> list[tuple[Any, str, Any]]:
 
 
 def _clear_device_caches() -> None:
-    """Clears the caches of launchers, backends and selected functions, which hold properties of a
-    device.
-    """
+    """Clears the caches of launchers and backends, which hold properties of a device."""
     registry._selected.clear()
     for module in (launching, backends):
         for value in vars(module).values():
@@ -142,26 +140,14 @@ def _clear_device_caches() -> None:
                 value.cache_clear()
 
 
-def product_of_card(plain: Callable) -> Callable:
+def product_of_card(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Returns a function in place of torch.addmm, `plain`, whose fake fails with `out_dtype`.
 
     That is in torch 2.11. With `out_dtype` the function returns `out` as it is.
     """
 
-    def addmm(
-        input: Tensor,
-        mat1: Tensor,
-        mat2: Tensor,
-        *,
-        beta: float = 1,
-        alpha: float = 1,
-        out: Tensor | None = None,
-        out_dtype: torch.dtype | None = None,
-    ) -> Tensor | None:
-        """Returns `out` if `out_dtype` is given, otherwise what torch.addmm returns."""
-        if out_dtype is not None:
-            return out
-        return plain(input, mat1, mat2, beta=beta, alpha=alpha, out=out)
+    def addmm(*args: Tensor, out_dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+        return plain(*args, **options) if out_dtype is None else options["out"]
 
     return addmm
 
@@ -200,11 +186,7 @@ def attention_of_card(plain: Callable) -> Callable:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """Computes attention of query, key and value [B, H, L, K], with SDPA's arguments.
-
-        Calls `plain` if `enable_gqa`, or if they have not four dimensions.
-        """
-        inputs = (query, key, value)
+        inputs = (query, key, value)  # [B, H, L, K]
         if enable_gqa or query.dim() != 4:
             options = {"scale": scale, "enable_gqa": enable_gqa}
             return plain(*inputs, attn_mask, dropout_p, is_causal, **options)
@@ -233,7 +215,7 @@ class Engine:
     """
 
     def __init__(self, on_gradient: Callable[[Tensor], None]) -> None:
-        """Stores `on_gradient`, see the class; `installed` is what replaces torch's engine."""
+        """`installed` is what replaces torch's engine."""
         self._on_gradient = on_gradient
         self._unpacked: list[list[Tensor]] = []
         self._task = 0
@@ -262,10 +244,7 @@ class Engine:
             yield
 
     def _unpack(self, saved: list[Tensor]) -> Tensor:
-        """Returns the tensor in a list that autograd saved, and notes the list, to clear it later.
-
-        Raises RuntimeError if the list was cleared, since its graph has run.
-        """
+        """Returns the tensor in a list that autograd saved; notes the list, to clear it later."""
         if not saved:
             raise RuntimeError(
                 "backward: expected a graph that has not run yet, got one whose saved tensors are "
@@ -277,18 +256,16 @@ class Engine:
     @torch.no_grad()
     def backward(
         self,
-        tensors: Any,
-        grad_tensors: Any = None,
+        tensors: Tensor | Sequence[Tensor],
+        grad_tensors: Tensor | Sequence[Tensor | None] | None = None,
         retain_graph: bool | None = None,
         create_graph: bool = False,
-        grad_variables: Any = None,
-        inputs: Any = None,
+        grad_variables: None = None,
+        inputs: object = None,
     ) -> None:
-        """Runs a backward pass; it replaces `torch.autograd.backward` and so `Tensor.backward`.
+        """In place of `torch.autograd.backward`, and so of `Tensor.backward`.
 
-        Adds the gradients to `.grad` of the leaves and frees the graph's saved tensors. Arguments
-        are those of torch; grad_tensors None means ones. Raises NotImplementedError for
-        retain_graph, create_graph or inputs.
+        Raises NotImplementedError for retain_graph, create_graph or inputs.
         """
         if retain_graph or create_graph or inputs is not None:
             raise NotImplementedError(
@@ -296,13 +273,16 @@ class Engine:
             )
         self._task += 1
         buffers: Buffers = {}
-        roots, gradients = ([x] if isinstance(x, Tensor) else x for x in (tensors, grad_tensors))
-        for root, gradient in zip(roots, gradients or [None] * len(roots)):
+        roots = [tensors] if isinstance(tensors, Tensor) else tensors
+        if isinstance(grad_tensors, Tensor):
+            grad_tensors = [grad_tensors]
+        for root, gradient in zip(roots, grad_tensors or [None] * len(roots)):
             node, output = get_gradient_edge(root)[:2]
             if gradient is None:
                 gradient = torch.ones_like(root)
+            assert node is not None  # of a root
             _add(buffers.setdefault(node, {}), output, gradient)
-        del tensors, grad_tensors, roots, root, gradients, gradient
+        del tensors, grad_tensors, roots, root, gradient
         waiting = _edges_to(list(buffers))
         ready = [node for node in buffers if node not in waiting]
         while ready:
@@ -315,36 +295,29 @@ class Engine:
                     ready.append(following)
 
     def _run_node(self, node: Node, buffer: dict[int, Tensor], buffers: Buffers) -> list[Node]:
-        """Runs a node and passes its gradients on; returns the nodes at its edges, one per edge.
-
-        buffer: the gradients that have arrived at the node, by the output they belong to; it is
-        emptied. buffers: those of the other nodes, to which gradients are added. At a leaf, adds to
-        its `.grad` and, of a parameter, calls `on_gradient`.
-        """
+        """Runs a node and passes its gradients on; returns the nodes at its edges, one per edge."""
         if hasattr(node, "variable"):
             if buffer:
                 _accumulate(node.variable, buffer.pop(0))
-                if isinstance(node.variable, nn.Parameter):
-                    self._on_gradient(node.variable.grad)
+                gradient = node.variable.grad
+                if isinstance(node.variable, nn.Parameter) and gradient is not None:
+                    self._on_gradient(gradient)
             return []
-        edges = [edge for edge in node.next_functions if edge[0] is not None]
-        for (following, output), gradient in zip(edges, self._call(node, buffer)):
-            if gradient is not None:
+        edges = [(following, output) for following, output in node.next_functions if following]
+        for (following, output), arrived in zip(edges, self._call(node, buffer)):
+            if arrived is not None:
                 meta = following._input_metadata[output]
-                if list(gradient.shape) != list(meta.shape):  # meta.shape is a list
+                if list(arrived.shape) != list(meta.shape):  # meta.shape is a list
                     # over the dimensions that were broadcast
-                    gradient = gradient.sum_to_size(meta.shape)
-                _add(buffers.setdefault(following, {}), output, gradient.to(meta.dtype))
+                    arrived = arrived.sum_to_size(meta.shape)
+                _add(buffers.setdefault(following, {}), output, arrived.to(meta.dtype))
         return [following for following, _ in edges]
 
     def _call(self, node: Any, buffer: dict[int, Tensor]) -> list[Tensor | None]:
-        """Runs a node and clears the tensors that it had saved; returns a gradient for each edge.
-
-        buffer: the gradients by output of the node, which is emptied. A gradient is None where the
-        node has none. Returns [] if no gradient has arrived.
-        """
+        """Runs a node and clears the tensors that it saved; returns a gradient for each edge."""
         if not buffer:
             return []
+        # popped, so that they are freed as in autograd
         inputs = [buffer.pop(output, None) for output in range(len(node._input_metadata))]
         is_python = isinstance(node, torch.autograd.function.BackwardCFunction)
         outputs = node.apply(*inputs) if is_python else node(*inputs)
@@ -362,10 +335,7 @@ class Engine:
 
 
 def _edges_to(roots: list[Node]) -> Counter[Node]:
-    """Returns how many edges lead to each node that is reachable from `roots`.
-
-    Roots to which no edge leads are not in it.
-    """
+    """Returns how many edges lead to each node that is reachable from `roots`."""
     uses: Counter[Node] = Counter()
     seen, stack = set(roots), list(roots)
     while stack:
@@ -377,26 +347,20 @@ def _edges_to(roots: list[Node]) -> Counter[Node]:
 
 
 def _add(buffer: dict[int, Tensor], output: int, gradient: Tensor) -> None:
-    """Adds a gradient to the sum in `buffer`, {output of a node: sum}, for one of its outputs.
-
-    It adds in place if only the buffer refers to that sum, as in autograd's input buffers.
-    """
+    """Adds a gradient to the sum in `buffer`, {output of a node: sum}, for one of its outputs."""
     total = buffer.get(output)
     if total is None:
         buffer[output] = gradient
-    elif _is_unshared(total, calls=1):
+    elif _is_unshared(total, calls=1):  # as in autograd's input buffers
         total.add_(gradient)
     else:
         buffer[output] = total + gradient
 
 
 def _is_unshared(tensor: Tensor, calls: int) -> bool:
-    """Whether only a buffer refers to this tensor and its storage, so that it may be overwritten.
-
-    It counts references, up to four of which are the callers' and this call's. calls: how many
-    calls have passed the tensor on, this one included. The tensor must also fill its storage.
-    """
+    """Whether only a buffer refers to a tensor and its storage, so that it may be overwritten."""
     storage = tensor.untyped_storage()
+    # Four references are the callers' and this call's; `calls` calls have passed the tensor on.
     # Calls that the interpreter does not inline keep one more reference to an argument, as after
     # torch.compile has set its evaluation of frames.
     probe = object()
@@ -412,11 +376,7 @@ def _references(value: object) -> int:
 
 
 def _accumulate(leaf: Tensor, gradient: Tensor) -> None:
-    """Adds `gradient` to leaf.grad.
-
-    A first gradient becomes leaf.grad itself if nothing else refers to it and it has the leaf's
-    strides; otherwise a copy of it becomes leaf.grad.
-    """
+    """Adds `gradient` to leaf.grad."""
     if leaf.grad is not None:
         leaf.grad.add_(gradient)
     elif _is_unshared(gradient, calls=2) and gradient.stride() == leaf.stride():

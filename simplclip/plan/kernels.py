@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
-
-Touched = tuple[int, int]  # the number of a storage, and its bytes that are accessed
 
 
 @dataclass
@@ -67,10 +67,6 @@ class Stand:
         """Whether an image [N, C, H, W] has its channels next to each other."""
         return math.prod(self.shape[2:]) == 1 or self.strides[1] == 1 < self.shape[1]
 
-    def touched(self) -> Touched:
-        """Returns the number of the storage and the bytes of it that are accessed."""
-        return self.storage, self.bytes
-
     def stride(self) -> Sequence[int]:
         """Returns the strides, like torch.Tensor.stride."""
         return self.strides
@@ -99,15 +95,22 @@ class Kernel:
     multiply_adds: int = 0
     traffic: str = "elementwise"
     bytes: int = 0  # what it reads, each tensor once, and what it writes
-    launch: Any = None  # Launch or ExtensionCall, for kernels of this library
+    launch: Launch | ExtensionCall | None = None  # of kernels of this library
     times: int = 1
+
+
+class JITFunction(Protocol):
+    """A Triton kernel."""
+
+    __name__: str
+    arg_names: list[str]
 
 
 @dataclass
 class Launch:
     """A kernel that a launcher of Triton started, and its arguments."""
 
-    kernel: Any
+    kernel: JITFunction
     grid: tuple[int, ...]
     args: tuple
     options: dict[str, Any] = field(default_factory=dict)
@@ -115,80 +118,35 @@ class Launch:
 
 @dataclass
 class ExtensionCall:
-    """A call of a function of the CUDA extension: its op, and its fields with a Stand for each
-    tensor.
-    """
+    """A call of a C++ or CUDA function: its op, and its fields with a Stand for each tensor."""
 
     op: str
-    call: Any
+    call: SimpleNamespace
 
 
-PRODUCTS = (
-    "linear",
-    "mm",
-    "addmm",
-    "addmm_",
-    "bmm",
-    "baddbmm",
-    "baddbmm_",
-    "mv",
-    "addmv",
-    "dot",
-    "vdot",
-)
-NO_KERNEL = (
-    "empty",
-    "new_empty",
-    "resize_",
-    "set_",
-    "record_stream",
-    "_unsafe_view",
-    "_reshape_alias",
-    "lift_fresh",
-    "prim",
-    "as_strided_",
+def _words(*lines: str) -> tuple[str, ...]:
+    """Returns the words of the lines."""
+    return tuple(" ".join(lines).split())
+
+
+PRODUCTS = _words("linear mm addmm addmm_ bmm baddbmm baddbmm_ mv addmv dot vdot")
+# By the beginnings of names, as are MOVES and REDUCTIONS.
+NO_KERNEL = _words(
+    "empty new_empty resize_ set_ as_strided_ record_stream prim",
+    "_unsafe_view _reshape_alias lift_fresh",
 )
 COPIES = ("clone", "copy_", "_to_copy", "contiguous")
-# Ops that write some elements from others, by the beginnings of their names.
-MOVES = (
-    "cat",
-    "stack",
-    "roll",
-    "constant_pad_nd",
-    "index",
-    "_index",
-    "_unsafe_index",
-    "gather",
-    "unbind_copy",
-    "im2col",
-    "col2im",
-    "repeat",
-    "flip",
-    "slice_scatter",
-    "select_scatter",
-    "as_strided_scatter",
-    "pixel_",
-    "reflection_pad",
-    "upsample",
-    "embedding",
-    "split_with_sizes_copy",
-    "scatter",
+# They write some elements from others.
+MOVES = _words(
+    "cat stack roll repeat flip constant_pad_nd reflection_pad pixel_ im2col col2im upsample",
+    "index _index _unsafe_index gather embedding scatter unbind_copy split_with_sizes_copy",
+    "slice_scatter select_scatter as_strided_scatter",
 )
-REDUCTIONS = (
-    "sum",
-    "mean",
-    "var",
-    "std",
-    "amax",
-    "amin",
-    "argmax",
-    "linalg_vector_norm",
-    "_foreach_norm",
-)
+REDUCTIONS = _words("sum mean var std amax amin argmax linalg_vector_norm _foreach_norm")
 NORMS = ("batch_norm", "layer_norm", "group_norm")
 
 
-def started_by(op: Any) -> tuple[str, bool]:
+def started_by(op: OpOverload) -> tuple[str, bool]:
     """Returns the name of an op's overload and whether it starts kernels; views start none.
 
     The name is without "aten::" and the overload: "add" for aten::add.Tensor.
@@ -268,10 +226,7 @@ def _rounded_to_8(n: int) -> int:
 
 
 def _product(name: str, inputs: list[Stand], out: Stand) -> Kernel:
-    """Returns the kernel of an op in PRODUCTS. inputs: its tensor arguments in their order.
-
-    Its multiply-adds are those of sizes rounded up to multiples of 8.
-    """
+    """Returns the kernel of an op in PRODUCTS. inputs: its tensor arguments in their order."""
     touched = 0
     left, right = inputs[:2]  # mm.out has `out` last, linear its bias
     if name.startswith(("add", "badd")):  # these ops add their first input
@@ -286,11 +241,7 @@ def _product(name: str, inputs: list[Stand], out: Stand) -> Kernel:
 
 
 def _attention(name: str, inputs: list[Stand], results: list[Stand]) -> Kernel:
-    """Returns the kernel of one of torch's fused attention ops, forward or backward.
-
-    inputs, results: its tensors in their order. It has two products of [L, L, K] for each head,
-    five backward; of packed sequences none is counted.
-    """
+    """Returns the kernel of one of torch's fused attention ops, forward or backward."""
     rate = "attention"
     products = 2
     q, k = inputs[:2]
@@ -308,16 +259,14 @@ def _attention(name: str, inputs: list[Stand], results: list[Stand]) -> Kernel:
 
 
 def _convolutions(name: str, args: Sequence[Any], results: list[Stand]) -> list[Kernel]:
-    """Returns the kernels of "convolution" or "convolution_backward"; args: the op's arguments.
-
-    Backward has one for each gradient that is wanted: of the input, the weight and the bias.
-    results: the result, read forward only.
-    """
+    """Returns the kernels of "convolution" or "convolution_backward"; args: the op's arguments."""
     if name == "convolution":
         x, weight, bias, _, _, _, transposed, _, groups = args
         y = results[0]
-        kernel = _convolution(name, x, weight, y, transposed, groups, "")
-        return [kernel, *_bias_kernels(bias, y)]
+        kernels = [_convolution(name, x, weight, y, transposed, groups, "")]
+        if bias is not None:  # cuDNN adds it after the convolution
+            kernels.append(Kernel("torch", "bias", y.dtype, bytes=2 * y.bytes))
+        return kernels
     gradient, x, weight, _, _, _, _, transposed, _, groups, output_mask = args
     kernels = [
         _convolution(name, x, weight, gradient, transposed, groups, " backward")
@@ -333,11 +282,7 @@ def _convolutions(name: str, args: Sequence[Any], results: list[Stand]) -> list[
 def _convolution(
     name: str, x: Stand, weight: Stand, y: Stand, transposed: bool, groups: int, direction: str
 ) -> Kernel:
-    """Returns one of a convolution's kernels; each touches `x`, `weight` and `y`.
-
-    x: images [N, C, H, W]. y: the result, or backward its gradient. direction: "" or " backward".
-    Each has the same multiply-adds. Its rate and traffic are keys of time.py's tables.
-    """
+    """Returns one of a convolution's kernels; backward, `y` is the result's gradient."""
     taps = math.prod(weight.shape[2:])
     if transposed:
         inputs, outputs = weight.shape[0] // groups, weight.shape[1]
@@ -359,10 +304,7 @@ def _convolution(
 
 
 def _convolution_kind(groups: int, inputs: int, taps: int) -> str:
-    """Returns "depthwise", "grouped", "stem", "pointwise" or "dense".
-
-    inputs: the input channels of a group. taps: the positions of the filter, 9 for 3 x 3.
-    """
+    """Returns the kind of products, by the input channels of a group and the filter's positions."""
     if groups > 1:
         return "depthwise" if inputs == 1 else "grouped"
     if inputs <= 4:
@@ -370,23 +312,11 @@ def _convolution_kind(groups: int, inputs: int, taps: int) -> str:
     return "pointwise" if taps == 1 else "dense"
 
 
-def _bias_kernels(bias: Stand | None, y: Stand) -> list[Kernel]:
-    """Returns the kernel that adds a bias after a convolution of cuDNN; [] if `bias` is None.
-
-    y: the convolution's result.
-    """
-    return [] if bias is None else [Kernel("torch", "bias", y.dtype, bytes=2 * y.bytes)]
-
-
 CUDA_PRODUCTS = {"shaped_attention_fwd": 2, "shaped_attention_bwd": 5}  # of [L, L, K] for each head
 
 
 def extension_work(started: ExtensionCall) -> tuple[str, int, str]:
-    """Returns rate, multiply-adds and traffic of a call of the library's C++ or CUDA functions.
-
-    rate, traffic: keys of time.py's tables. Multiply-adds of ops other than attention are not
-    counted: 0.
-    """
+    """Returns rate, multiply-adds (of attention alone) and traffic of a C++ or CUDA function."""
     if started.op not in CUDA_PRODUCTS:
         return "own", 0, "own"
     batch, length, heads, width = started.call.q.shape
@@ -396,8 +326,7 @@ def extension_work(started: ExtensionCall) -> tuple[str, int, str]:
 def launch_work(name: str, launch: Launch) -> tuple[str, int, str, int]:
     """Returns rate, multiply-adds, traffic and bytes of a Triton kernel of the library.
 
-    name: that of its function, without "_kernel" and underscores around it. rate, traffic: keys of
-    time.py's tables. Multiply-adds are 0 where bytes bound the kernel.
+    Multiply-adds are 0 where bytes bound it. name: as in `Kernel`.
     """
     arguments = {**dict(zip(launch.kernel.arg_names, launch.args)), **launch.options}
     tensors = [t for t in tree_leaves(list(arguments.values())) if isinstance(t, Stand)]

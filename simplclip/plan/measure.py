@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from simplclip.plan import fake
+from simplclip.plan.actual import weights_of
 from simplclip.plan.cards import Card
 from simplclip.plan.count import Counter, Usage
 from simplclip.plan.kernels import Kernel
@@ -21,9 +22,8 @@ from simplclip.plan.step import Step
 def predict(step: Step, device: torch.device, card: Card | None = None) -> Usage:
     """Predicts the memory and the kernels of one step on `device`, which need not be there.
 
-    Runs the step on fake tensors, once the optimizer's state exists: the peak includes it,
-    `kernels` are those of the step alone. card: as for `fake_step`. The step's modules have their
-    tensors back at the end; meanwhile functions of torch are replaced. Raises UncountedOp.
+    Runs it on fake tensors, once the optimizer's state exists: the peak includes it, `kernels` are
+    those of the step alone. card: as for `fake_step`. Raises UncountedOp.
     """
     step = copy.copy(step)  # what `place` makes is of this run
     # Fallback kernels would run ops that have no fake implementation on real tensors.
@@ -31,11 +31,11 @@ def predict(step: Step, device: torch.device, card: Card | None = None) -> Usage
     batches = tree_map_only(Tensor, fake.faker(mode, torch.device("cpu")), step.batches(real=False))
     engine = fake.Engine(lambda gradient: counter.hold(gradient, "gradients"))
     with fake.fake_weights(step.modules, fake.faker(mode, device)):
-        counter.hold(_weights(step), "parameters")
+        counter.hold(weights_of(step), "parameters")
         counter.hold(batches, "batch")
         with fake.fake_step(mode, device, card), engine.installed(), counter.counting():
             step.place(device, counter)
-            counter.hold(_weights(step), "parameters")
+            counter.hold(weights_of(step), "parameters")
             counter.hold(step.averages, "averages")
             _make_state(step.optimizer, counter)
             counter.usage.kernels.clear()
@@ -58,10 +58,7 @@ def on_card(card: Card) -> Iterator[list[Kernel]]:
 
 
 def _make_state(optimizer: torch.optim.Optimizer, counter: Counter) -> None:
-    """Makes the optimizer's state by one update with empty gradients, which are dropped again.
-
-    Counts gradients and state, the state also after each later update, by a hook that stays.
-    """
+    """Makes the optimizer's state by an update with empty gradients, and counts it by a hook."""
     optimizer.register_step_post_hook(
         lambda *_: counter.hold(list(optimizer.state.values()), "optimizer state")
     )
@@ -71,10 +68,3 @@ def _make_state(optimizer: torch.optim.Optimizer, counter: Counter) -> None:
             counter.hold(parameter.grad, "gradients")
     optimizer.step()
     optimizer.zero_grad()
-
-
-def _weights(step: Step) -> list[Tensor]:
-    """Returns the parameters and buffers of all modules of the step."""
-    return [
-        tensor for module in step.modules for tensor in (*module.parameters(), *module.buffers())
-    ]

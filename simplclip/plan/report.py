@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from rich.console import Console
 
@@ -80,17 +79,25 @@ def run(
 ) -> None:
     """Prints the plan for `memory` bytes to stdout, and its progress to stderr.
 
-    memory: of the card or the machine; a part of it is taken for the driver and fragmentation.
-    card: a key of CARDS, for times; None: without times, as on a CPU. device: "cuda" or "cpu",
-    which need not be there. teacher_width: of the teacher's stored features; None: as the shards
-    say. pairs: of an epoch; None: as the config or the shards say. as_json: prints one JSON object,
-    with sizes in bytes, in place of a table. Raises as `Planner`.
+    card: a key of CARDS, for times. device: "cuda" or "cpu", which need not be there.
+    teacher_width: of the teacher's stored features; None: as the shards say. pairs: of an epoch;
+    None: as the config or the shards say. Raises as `Planner`.
     """
     card = card if device == "cuda" else None
     with Output(config.model.name) as output:
         planner = Planner(config, Budget(memory), device, teacher_width, output.tell, card)
         if as_json:
-            lines = [json.dumps(_values(planner, card), indent=2)]
+            values = {
+                "model": config.model.name,
+                "precision": planner.precision,
+                "device": device,
+                "card": card,
+                "memory": memory,
+                "usable": planner.budget.usable,
+                "rows": [asdict(row) for row in planner.rows()],
+                "assumptions": planner.assumptions,
+            }
+            lines = [json.dumps(values, indent=2)]
         else:
             lines = [""]
             rows = _print_rows(planner, card, output)
@@ -104,20 +111,6 @@ def run(
             lines.append(f"measured   {measured}")
             lines += [f"assumed    {assumption}" for assumption in planner.assumptions]
     print("\n".join(lines))
-
-
-def _values(planner: Planner, card: str | None) -> dict[str, Any]:
-    """Returns a plan as values for JSON; card: as in `run`."""
-    return {
-        "model": planner.config.model.name,
-        "precision": planner.precision,
-        "device": planner.device.type,
-        "card": card,
-        "memory": planner.budget.memory,
-        "usable": planner.budget.usable,
-        "rows": [asdict(row) for row in planner.rows()],
-        "assumptions": planner.assumptions,
-    }
 
 
 def _print_rows(planner: Planner, card: str | None, output: Output) -> list[Row]:
@@ -141,10 +134,7 @@ def _print_rows(planner: Planner, card: str | None, output: Output) -> list[Row]
 
 
 def line(row: Row) -> str:
-    """Returns a row of the table as text: what, pairs, pairs at a time, GiB by COLUMNS, and fits.
-
-    If the row has a time, the likely and the least milliseconds and images a second follow.
-    """
+    """Returns a row of the table as text."""
     pairs = f"{row.batch_size:,}"
     if row.at_least:
         pairs += "+"
@@ -170,19 +160,16 @@ def answers(
 ) -> Iterator[tuple[str, str]]:
     """Yields (topic, text) for each line on the run that the plan suggests, for a card.
 
-    rows: all of `planner.rows()`, with times. pairs: of an epoch; None: as the config or the shards
-    say. Topics: run, bound by, loader, error, paste; only "run" if no step fits. Decodes images for
-    SECONDS where the shards are here, and may predict one more step.
+    rows: all of `planner.rows()`. Decodes images for SECONDS where the shards are here.
     """
     row = chosen(planner, rows)
     if row is None:
         yield "run", "no step fits; a smaller model, or frozen parts, may"
         return
-    yield (
-        "run",
-        f"of {row.batch_size:,} pairs, {row.micro_batch or 'all'} at a time: "
-        f"{_run_length_text(config, row, pairs)}",
-    )
+    assert row.time is not None
+    assert planner.card is not None
+    at_a_time = f"of {row.batch_size:,} pairs, {row.micro_batch or 'all'} at a time"
+    yield "run", f"{at_a_time}: {_run_length_text(config, row, pairs)}"
     yield "bound by", bounds(row.time)
     yield "loader", loader_text(row.images_per_s, loader_rate(config))
     yield "error", errors(planner.card)
@@ -193,7 +180,7 @@ def answers(
 def chosen(planner: Planner, rows: list[Row]) -> Row | None:
     """Returns the fastest step of the configured batch that fits, else the largest batch that fits.
 
-    None if none does. rows: all of `planner.rows()`. It may predict other steps by the planner.
+    It may predict other steps by the planner.
     """
     configured, whole, *cached = rows
     size = planner.config.data.batch_size
@@ -202,37 +189,32 @@ def chosen(planner: Planner, rows: list[Row]) -> Row | None:
     else:
         steps = [planner.predict_row("in one graph", size, None), configured]
     if cached and cached[0].batch_size >= size and not configured.fits:
-        micro = next(n for n in range(cached[0].micro_batch, 0, -1) if size % n == 0)
+        largest = cached[0].micro_batch or size
+        micro = next(n for n in range(largest, 0, -1) if size % n == 0)
         steps = [planner.predict_row("by gradient caching", size, micro), *steps]
     return next((row for row in steps if row.fits and row.batch_size), None)
 
 
 def _run_length_text(config: Config, row: Row, pairs: int | None) -> str:
-    """Returns a text with the time of an epoch and of the run, as far as their lengths are known.
-
-    pairs: of an epoch; None: as the config or the shards say.
-    """
+    """Returns a text with the time of an epoch and of the run, as far as it is known."""
     pairs = _epoch_pairs(config, pairs)
     epoch = "the number of pairs is not known (--pairs)"
     if pairs:
         epoch = f"an epoch of {pairs:,} pairs takes {_duration_text(pairs / row.images_per_s)}"
-    if config.run.epochs is None:
+    if config.run.steps is not None:
         steps = config.run.steps
-        length = f"{config.run.steps:,} steps"
-    elif pairs:
+        length = f"{steps:,} steps"
+    elif config.run.epochs and pairs:
         steps = round(config.run.epochs * pairs / row.batch_size)
         length = f"{config.run.epochs:g} epochs"
     else:
         return epoch
+    assert row.time is not None
     return f"{epoch}, the run of {length} {_duration_text(steps * row.time.ms / 1e3)}"
 
 
 def _epoch_pairs(config: Config, pairs: int | None) -> int | None:
-    """Returns `pairs` or, of None, the pairs of an epoch as the config or the shards say.
-
-    Of the shards' pairs those count that are not held out. None if the shards are not here, or do
-    not say how many they have.
-    """
+    """Returns `pairs` or, of None, the pairs of an epoch that are not held out, if known."""
     if pairs or config.data.samples:
         return pairs or config.data.samples
     try:
@@ -263,10 +245,7 @@ def bounds(step: StepTime) -> str:
 
 
 def errors(card: Card) -> str:
-    """Returns a text on how well other models were predicted.
-
-    That is trained on a 3090, and in inference on the fitted card whose architecture is `card`'s.
-    """
+    """Returns a text on how well other models were predicted."""
     parts = []
     for mode, words, index in (("train", "trained", 0), ("infer", "in inference", column(card))):
         median = HELD_OUT[f"{mode} median_error"][index]
@@ -280,8 +259,7 @@ def errors(card: Card) -> str:
 def loader_text(needed: float, measured: float | None) -> str:
     """Returns a text on the loader of a step that needs so many images a second.
 
-    measured: images a second of a worker; None: they are assumed. Where even WORKERS do not bring
-    enough, it says what they bring.
+    measured: images a second of a worker; None: they are assumed.
     """
     rate = measured or ASSUMED_RATE
     origin = "measured here on its shards" if measured else "assumed: its shards are not here"
@@ -298,7 +276,7 @@ def loader_text(needed: float, measured: float | None) -> str:
 def loader_rate(config: Config) -> float | None:
     """Returns the images a second that one process decodes of the run's training shards.
 
-    It decodes for SECONDS, with the run's augmentation. None if the shards cannot be read here.
+    None if the shards cannot be read here.
     """
     section = config.model.model_dump()
     try:
@@ -323,9 +301,8 @@ def loader_rate(config: Config) -> float | None:
 def run_all(config: Config, *, teacher_width: int | None = None, pairs: int | None = None) -> None:
     """Prints a row for each card that runs the library's Triton kernels; progress to stderr.
 
-    teacher_width, pairs: as in `run`. The cards share the fake runs, which are those of an RTX
-    3090: the step as configured, and a few batches in one graph, between which memory and time are
-    interpolated.
+    The cards share the fake runs, which are those of an RTX 3090; teacher_width, pairs: as in
+    `run`.
     """
     cards = {name: card for name, card in CARDS.items() if card.triton}
     limits = {name: Budget(card.memory * GIB).usable for name, card in cards.items()}
@@ -357,7 +334,10 @@ def run_all(config: Config, *, teacher_width: int | None = None, pairs: int | No
             cells[2:] = "no", "-"
             rate = largest_rate
             replaced = replaced or bool(largest)
-        hours = _hours_text(images / rate / 3600) if images and rate else "-"
+        hours = "-"
+        if images and rate:
+            needed = images / rate / 3600
+            hours = f"{needed:,.1f}" if needed >= 0.05 else "<0.1"
         row = _card_line(name, str(card.memory), (*cells, hours))
         print(row if name in FITTED else f"{row}  *")
         fastest = max(fastest, rate)
@@ -372,25 +352,16 @@ def run_all(config: Config, *, teacher_width: int | None = None, pairs: int | No
 
 
 def _run_images(config: Config, pairs: int | None) -> tuple[float | None, str]:
-    """Returns the images of a run and what they are; None if they are not known.
-
-    pairs: of an epoch; the run has EPOCHS then unless run.epochs is set. None: the run is that of
-    the config.
-    """
+    """Returns the images of a run and what they are; None if they are not known."""
     epochs = config.run.epochs
-    if epochs is None and not pairs:
-        steps = config.run.steps
+    steps = config.run.steps
+    if steps is not None and not pairs:
         return steps * config.data.batch_size, f"of the run's {steps:,} steps (--pairs: of epochs)"
     stored = _epoch_pairs(config, pairs)
     if not stored:
         return None, "not known without the number of pairs (--pairs)"
     text = f"{epochs:g} epochs" if epochs else f"{EPOCHS} epochs (the default)"
     return (epochs or EPOCHS) * stored, f"of {text} of {stored:,} pairs"
-
-
-def _hours_text(hours: float) -> str:
-    """Returns a number of hours as text, "12.3" or "<0.1"."""
-    return f"{hours:,.1f}" if hours >= 0.05 else "<0.1"
 
 
 def _card_line(card: str, memory: str, cells: Sequence[str]) -> str:

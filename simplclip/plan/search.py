@@ -7,7 +7,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -98,8 +97,7 @@ class Graphs:
     def largest_batch(self, limit: int, card: Card) -> tuple[int, float]:
         """Returns the largest batch that takes at most `limit` bytes, and its images/s on a card.
 
-        The batch is a little smaller, within WITHIN, and at most MOST_PAIRS; (0, 0.0) if not even
-        one pair fits.
+        It is within WITHIN, and at most MOST_PAIRS; (0, 0.0) if not even one pair fits.
         """
         peaks = {size: usage.peak for size, usage in self.usages.items()}
         size = min(int((1 - WITHIN / 4) * _crossing(peaks, limit)), MOST_PAIRS)
@@ -152,10 +150,7 @@ class Planner:
         tell: Callable[[str], object] = lambda line: None,
         card: str | None = None,
     ) -> None:
-        """Makes the model on the meta device and picks the precision; predicts nothing yet.
-
-        The arguments are in the docstring of the class, and what it raises.
-        """
+        """Makes the model on the meta device and picks the precision; predicts nothing yet."""
         if device == "cuda" and torch.version.cuda is None:
             raise InputError(
                 f"device: expected cpu, got cuda: torch {torch.__version__} is a build without "
@@ -168,7 +163,7 @@ class Planner:
         self.budget = budget
         self.tell = tell
         self.card = CARDS[card] if card else None
-        self._usages: dict[tuple[int, Any], Usage] = {}  # by batch_size and micro_batch
+        self._usages: dict[tuple[int, int | None], Usage] = {}  # by batch_size and micro_batch
         self.device = torch.device(device, 0) if device == "cuda" else torch.device(device)
         if device == "cuda" and config.run.precision == "auto" and not torch.cuda.is_available():
             self.precision = "bf16"
@@ -194,12 +189,12 @@ class Planner:
         """Yields the step as configured, then the largest batch in one graph, then with caching.
 
         The last one is missing if the model does not allow gradient caching, or one pair does not
-        fit. Each is predicted when it is asked for. A micro-batch "auto" in `config` is replaced
-        for good.
+        fit. A micro-batch "auto" in `config` is replaced for good.
         """
         if self.config.data.micro_batch == "auto":
             self.config = self.config.replaced(data={"micro_batch": self.find_micro_batch()})
         data = self.config.data
+        assert data.micro_batch != "auto"
         yield self.predict_row("as configured", data.batch_size, data.micro_batch)
         whole = self.find_largest("largest in one graph", None)
         yield whole
@@ -214,8 +209,7 @@ class Planner:
     def find_micro_batch(self) -> int | None:
         """Returns the largest micro-batch whose step fits, or None if the whole batch fits.
 
-        It is a divisor of data.batch_size. Calls `tell` after each prediction. Raises ConfigError
-        if not even the smallest micro-batch fits.
+        It is a divisor of data.batch_size. Raises ConfigError if not even the smallest one fits.
         """
         size = self.config.data.batch_size
         peak = self.predict_usage(size, None).peak
@@ -227,7 +221,6 @@ class Planner:
             divisors = [micro for micro in range(1, size) if size % micro == 0]
 
         def predict_peak(micro: int) -> int:
-            """Returns the bytes predicted with this micro-batch, which `tell` gets as a line."""
             peak = self.predict_usage(size, micro).peak
             self.tell(f"data.micro_batch = {micro}: {gib(peak)}")
             return peak
@@ -248,10 +241,7 @@ class Planner:
         return self.predict_usage(pairs, None)
 
     def predict_usage(self, batch_size: int, micro_batch: int | None) -> Usage:
-        """Predicts the step of the config with these values in its section `data`.
-
-        Results are cached. The planner's `step` keeps the changed config.
-        """
+        """Predicts the step of the config with these values in its section `data`, each once."""
         size = batch_size, micro_batch
         data = {"batch_size": batch_size, "micro_batch": micro_batch}
         self.step.config = self.config.replaced(data=data)
@@ -262,13 +252,11 @@ class Planner:
     def find_largest(self, what: str, micro_batch: int | None) -> Row:
         """Returns the row of the largest batch that fits, up to the share WITHIN.
 
-        what: the row's name. micro_batch: pairs at a time, of which the batch is a multiple; None:
-        one graph. If none fits, the row has a batch size of 0. `at_least` is True if the batch is
-        the largest that is tried. Calls `tell` after each prediction.
+        micro_batch: pairs at a time, of which the batch is a multiple; None: one graph. If none
+        fits, the row has a batch size of 0.
         """
 
         def predict_peak(pairs: int) -> int:
-            """Returns the bytes predicted for so many pairs, which `tell` gets as a line."""
             peak = self.predict_usage(pairs, micro_batch).peak
             self.tell(f"{what}: {pairs:,} pairs take {gib(peak)}")
             return peak
@@ -285,30 +273,18 @@ class Planner:
             return Row(what, 0, micro_batch, 0, False)
         return self.predict_row(what, size, micro_batch, at_least=size == sizes[-1])
 
-    def predict_row(self, what: str, size: int, micro_batch: Any, at_least: bool = False) -> Row:
-        """Predicts a step of `size` pairs and returns it as a row named `what`.
-
-        micro_batch: pairs at a time; None: all. at_least: whether larger batches were not tried.
-        """
+    def predict_row(
+        self, what: str, size: int, micro_batch: int | None, at_least: bool = False
+    ) -> Row:
+        """Predicts a step of `size` pairs and returns it as a row named `what`."""
         usage = self.predict_usage(size, micro_batch)
         time = step_time(usage.kernels, self.card) if self.card else None
-        return Row(
-            what,
-            size,
-            micro_batch,
-            usage.peak,
-            usage.peak <= self.budget.usable,
-            usage.at_peak,
-            at_least,
-            time,
-        )
+        fits = usage.peak <= self.budget.usable
+        return Row(what, size, micro_batch, usage.peak, fits, usage.at_peak, at_least, time)
 
 
 def _assumptions(budget: Budget, device: str) -> list[str]:
-    """Returns lines of text that say what the plan assumes, such as "4% of the rest lost ...".
-
-    device: "cuda" or "cpu".
-    """
+    """Returns lines of text that say what the plan assumes."""
     chunks = f"chunks of {SCRATCH_BYTES_ELSEWHERE >> 20} MiB"
     if device == "cpu":
         chunks = (
@@ -330,11 +306,9 @@ def _assumptions(budget: Budget, device: str) -> list[str]:
 def largest_micro_batch(config: Config, device: torch.device, ranks: int = 1) -> int | None:
     """Returns the largest data.micro_batch that fits on `device`, for a config that says "auto".
 
-    None means the whole batch. ranks: the number of ranks, which share data.batch_size. Each of
-    them gets the same answer on equal machines. The texts that a rank gets from the others are not
-    counted. Nothing runs on the device.
-
-    Raises ConfigError if not even one pair at a time fits; UncountedOp.
+    None means the whole batch. ranks: the number of ranks, which share data.batch_size; the texts
+    that a rank gets from the others are not counted. Nothing runs on the device. Raises ConfigError
+    if not even one pair at a time fits; UncountedOp.
     """
     share = config.replaced(
         data={"batch_size": config.data.batch_size // ranks, "micro_batch": None}
@@ -394,13 +368,9 @@ def search_largest(
 
 
 def _crossing(peaks: dict[int, int], limit: int) -> float:
-    """Returns the size at which the line through the two peaks nearest to the limit crosses it.
-
-    peaks: {size: bytes}. Of a single peak the line goes through 0. Where the peaks do not grow, it
-    is twice the larger size or half the smaller one.
-    """
+    """Returns the size at which the line through the two peaks nearest to the limit crosses it."""
     nearest, *others = sorted(peaks, key=lambda size: abs(peaks[size] - limit))
-    if not others:
+    if not others:  # through 0
         return nearest * limit / peaks[nearest]
     a, b = sorted((nearest, others[0]))
     rise = (peaks[b] - peaks[a]) / (b - a)

@@ -70,10 +70,7 @@ class Step(Protocol):
         """
 
     def run(self, batches: list[Batch]) -> object:
-        """Runs one training step on fake or real tensors, with an update of the weights.
-
-        batches: the micro-batches of the step. What it returns is not used.
-        """
+        """Runs one training step, with an update of the weights."""
 
 
 class TrainerStep:
@@ -121,11 +118,7 @@ class TrainerStep:
             )
 
     def _teacher(self, width: int | None) -> dict[str, Any]:
-        """Returns what the loss needs to know of a teacher: {"name", "width", "logit_scale"}.
-
-        width: of its features; None: reads the stamp in the folders data.sidecars or, if it cannot
-        be read, assumes the student's width and adds that to `assumed`.
-        """
+        """Returns what the loss needs to know of a teacher; `width` comes before the stamp's."""
         if width is None:
             try:
                 return data.teacher_stamp(self.config.data.sidecars)
@@ -137,18 +130,13 @@ class TrainerStep:
         return {"name": "a teacher", "width": width, "logit_scale": 100.0}
 
     def place(self, device: torch.device, observer: Observer | None) -> None:
-        """Makes the training state on `device`: loss, optimizer, averages and kept frozen outputs.
-
-        Sets `state`, `optimizer`, `modules` and `averages`; observer: as in `Step.place`. The
-        model's texts are cropped to one length.
-        """
-        prepared = self.prepared
-        crop = self.prepared.crop
+        """Makes the training state on `device`; see `Step.place`."""
         self.observer = observer
+        crop = self.prepared.crop
         if crop is not None:  # all texts have one length
             crop.undo()
-            crop = TextCrop(prepared.model, 1, 1) if self.tokens else None
-        prepared = replace(prepared, crop=crop)
+            crop = TextCrop(self.prepared.model, 1, 1) if self.tokens else None
+        prepared = replace(self.prepared, crop=crop)
         self.state = setup.make_state(
             self.config, device, self.precision, prepared=prepared, teacher=self.teacher
         )
@@ -166,15 +154,15 @@ class TrainerStep:
     def run(self, batches: list[Batch]) -> None:
         """Runs one step of the trainer on the state that `place` made; updates its weights."""
         if self.observer:
-            self._skip_micro_batches(batches)
+            self._skip_micro_batches(batches, self.observer)
         steps.train_step(self.state, batches)
 
-    def _skip_micro_batches(self, batches: list[Batch]) -> None:
+    def _skip_micro_batches(self, batches: list[Batch], observer: Observer) -> None:
         """Leaves out the micro-batches between the first and the last in both towers."""
         beginnings = self.state.beginnings
         for tower in ("image", "text"):
             found = beginnings.get(tower)
-            beginnings[tower] = FewMicroBatches(tower, batches, found, self.observer)
+            beginnings[tower] = FewMicroBatches(tower, batches, found, observer)
 
     @property
     def tokens(self) -> int | None:
@@ -192,24 +180,16 @@ class TrainerStep:
         return math.ceil(config.mean_tokens * 9 / 8 + 8)
 
     def batches(self, real: bool) -> list[Batch]:
-        """Returns the micro-batches of a step, on the CPU or, unless `real`, on the meta device.
-
-        If not real, and there are at least four, those between the first and the last one are a
-        single one of their size, since it need not run.
-        """
+        """Returns the micro-batches of a step, on the CPU or, unless `real`, on the meta device."""
         size = self.config.data.images_at_a_time
         count = self.config.data.batch_size // size
         sizes = [size] * count
-        if not real and count >= 4:
+        if not real and count >= 4:  # those between the first and the last need not run
             sizes = [size, (count - 2) * size, size]
         return [self._batch(images, real) for images in sizes]
 
     def _batch(self, size: int, real: bool) -> Batch:
-        """Returns a batch of `size` images as the loader gives it; without values if not `real`.
-
-        Keys: image, text, group and, with a teacher, teacher_image and teacher_text. Texts are
-        [size, L], with k captions of an image [size, k, L].
-        """
+        """Returns a batch as the loader gives it; texts are [size, L], or [size, k, L]."""
         k, model = self.config.data.captions_per_image, self.prepared.model
         captions = (k,) if k > 1 else ()
         with torch.device("cpu" if real else "meta"):
@@ -254,14 +234,16 @@ def busiest_step(config: Config) -> int:
     STORE_BYTES, that this step does not.
     """
     schedules, steps = config.loss.weights.values(), config.run.steps
+    assert steps is not None  # epochs are steps by now
     candidates = {0, steps - 1}
     for schedule in schedules:
         candidates |= {schedule.start, schedule.start + 1}
-
-    def active_terms(step: int) -> int:
-        return sum(schedule.at(step, steps) > 0 for schedule in schedules)
-
-    return max(sorted(step for step in candidates if step < steps), key=active_terms)
+    active = {
+        step: sum(schedule.at(step, steps) > 0 for schedule in schedules)
+        for step in sorted(candidates)
+        if step < steps
+    }
+    return max(active, key=lambda step: active[step])
 
 
 class _Tower(nn.Module):
@@ -338,9 +320,8 @@ def inputs(
 ) -> tuple[Tensor, Tensor]:
     """Returns images, uint8 [size, 3, H, W], and token ids, int64 [size * captions, L].
 
-    name: the model's name, for its tokenizer. captions: the number of an image. real: whether the
-    tokens are a caption, at whose end some models pool; otherwise the tokens are zeros. Images are
-    zeros. tokens: L, if it is less than the model's context length; None: that length.
+    real: whether the tokens are a caption, at whose end some models pool; else they are zeros, as
+    images are. tokens: L, if it is less than the model's context length.
     """
     height, width = to_2tuple(model.visual.image_size)
     image = torch.zeros(size, 3, height, width, dtype=torch.uint8)

@@ -86,10 +86,7 @@ ASSUMED_TRAFFIC = {"own": 0.7}
 
 
 def column(card: Card) -> int:
-    """Returns the index of a card's architecture in the fitted constants, as in FITTED.
-
-    Architectures that are not among them have the 3090's, 0.
-    """
+    """Returns the index of the card in FITTED with this card's architecture, else the 3090's."""
     return {89: 1, 120: 2}.get(card.architecture, 0)
 
 
@@ -104,25 +101,9 @@ def peak(card: Card, dtype: torch.dtype | None) -> float:
 
 
 def at_rates(kernel: Kernel, card: Card) -> tuple[float, float]:
-    """Returns the milliseconds of a kernel's multiply-adds, and of its bytes, by the data sheet.
-
-    They are those of one run, whatever `kernel.times`.
-    """
+    """Returns the milliseconds of a kernel's multiply-adds, and of its bytes, by the data sheet."""
     products = 2 * kernel.multiply_adds / peak(card, kernel.dtype) / 1e9
     return products, kernel.bytes / card.bandwidth / 1e6
-
-
-def efficiency(
-    kind: str, fitted: dict[str, tuple[float, float, float]], assumed: dict[str, float], card: Card
-) -> float:
-    """Returns the share of the data sheet's rate that kernels of a kind reach on a card.
-
-    kind: a Kernel's `rate` or `traffic`. fitted: kind -> the share on each card of FITTED. assumed:
-    shares that hold on all cards, which come first.
-    """
-    if kind in assumed:
-        return assumed[kind]
-    return fitted[kind][column(card)]
 
 
 def likely_ms(kernel: Kernel, card: Card) -> dict[str, float]:
@@ -131,9 +112,10 @@ def likely_ms(kernel: Kernel, card: Card) -> dict[str, float]:
     These are what its multiply-adds, bytes and launch take, of which the longest counts.
     """
     products, moved = at_rates(kernel, card)
-    products /= efficiency(kernel.rate, RATES, ASSUMED_RATES, card)
-    moved /= efficiency(kernel.traffic, TRAFFIC, ASSUMED_TRAFFIC, card)
-    return {"products": products, "bytes": moved, "launches": LAUNCHES_MS[column(card)]}
+    index = column(card)
+    products /= ASSUMED_RATES.get(kernel.rate) or RATES[kernel.rate][index]
+    moved /= ASSUMED_TRAFFIC.get(kernel.traffic) or TRAFFIC[kernel.traffic][index]
+    return {"products": products, "bytes": moved, "launches": LAUNCHES_MS[index]}
 
 
 def least_ms(kernel: Kernel, card: Card) -> dict[str, float]:

@@ -1,6 +1,4 @@
-"""How benchmarks measure: forms that fail become rows with their reason, and rows of earlier
-measurements stay.
-"""
+"""How benchmarks measure: forms that fail are rows with a reason, and earlier rows stay."""
 
 import pytest
 import torch
@@ -30,44 +28,31 @@ def wrong(name, value, ours):
 
 
 def test_forms_that_fail_are_rows_with_their_reason():
-    cases = {
-        "simplclip": lambda: 1.0,
-        "large": does_not_fit,
-        "late": failing(1),
-        "early": failing(0),
-        "other": lambda: 2.0,
-    }
+    cases = {"simplclip": lambda: 1.0, "large": does_not_fit, "other": lambda: 2.0}
+    cases |= {"late": failing(1), "early": failing(0)}
     rows = {row["form"]: row for row in compare({"op": "a"}, cases, 3, wrong=wrong, strict=False)}
     error = "RuntimeError: an illegal memory access was encountered"
-    notes = {
-        "large": "out of memory",
-        "late": error,
-        "early": error,
-        "other": "other: expected 1.0, got 2.0",
-    }
+    notes = {"large": "out of memory", "other": "other: expected 1.0, got 2.0"}
+    notes |= {"late": error, "early": error}
     assert {form: row["note"] for form, row in rows.items()} == {"simplclip": "", **notes}
     assert [form for form, row in rows.items() if "p50_ms" in row] == ["simplclip"]
     assert (rows["simplclip"]["times_ours"], rows["simplclip"]["repeats"]) == (1.0, 3)
 
 
 @pytest.mark.parametrize(
-    ("form", "error"), [("early", RuntimeError), ("late", RuntimeError), ("other", AssertionError)]
+    ("form", "error"),
+    [(failing(0), RuntimeError), (failing(1), RuntimeError), (lambda: 2.0, AssertionError)],
 )
 def test_a_strict_comparison_raises(form, error):
-    cases = {
-        "simplclip": lambda: 1.0,
-        form: {"early": failing(0), "late": failing(1), "other": lambda: 2.0}[form],
-    }
     with pytest.raises(error):
-        compare({}, cases, 3, wrong=wrong)
+        compare({}, {"simplclip": lambda: 1.0, "other": form}, 3, wrong=wrong)
     compare({}, {"simplclip": lambda: 1.0, "large": does_not_fit}, 3)
 
 
 def test_forms_take_turns():
     turns = []
-    compare(
-        {}, {name: lambda name=name: turns.append(name) for name in "ab"}, 2, base="a", warmup=1
-    )
+    cases = {name: lambda name=name: turns.append(name) for name in "ab"}
+    compare({}, cases, 2, base="a", warmup=1)
     assert turns == [*"ab"] * 4  # the first runs, a round to warm up, two repeats
 
 

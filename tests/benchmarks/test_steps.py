@@ -1,6 +1,4 @@
-"""Steps of open_clip's trainer: its loss is that of the model, and its peak is predicted as ours
-is.
-"""
+"""Steps of open_clip's trainer: the loss of the model, and a peak that is predicted as ours is."""
 
 from functools import partial
 

@@ -12,7 +12,7 @@ import re
 import subprocess
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gates.gate import BIN, OPCODE, Row, blocks_per_multiprocessor, gated, spills_and_tensor_cores
 from simplclip.ops import backends
@@ -43,10 +43,8 @@ def why_not() -> str | None:
 
 def built() -> set[int]:
     """The architectures that this machine's build has machine code for."""
-    return {
-        int(part.split("+")[0].replace(".", ""))
-        for part in backends.cuda_extension.architectures().split(";")
-    }
+    parts = backends.cuda_extension.architectures().split(";")
+    return {int(part.split("+")[0].replace(".", "")) for part in parts}
 
 
 def demangled(symbol: str) -> str:
@@ -59,13 +57,8 @@ def demangled(symbol: str) -> str:
 
 
 def dump(option: str, architecture: int) -> Iterable[str]:
-    command = [
-        BIN / "cuobjdump",
-        option,
-        "-arch",
-        f"sm_{architecture}",
-        backends.cuda_extension.__file__,
-    ]
+    where = ["-arch", f"sm_{architecture}", backends.cuda_extension.__file__]
+    command = [BIN / "cuobjdump", option, *where]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         yield from process.stdout
     if process.returncode:
@@ -85,60 +78,32 @@ def compiled(architectures: Iterable[int]) -> dict[int, list[Compiled]]:
             elif "Function : " in line:
                 counter = codes[line.split()[-1]] = Counter()
         usage = "".join(dump("-res-usage", architecture))
+        found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
         kernels_of[architecture] = [
             Compiled(demangled(symbol), *map(int, numbers), codes[symbol])
-            for symbol, *numbers in re.findall(
-                r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage
-            )
+            for symbol, *numbers in found
         ]
     return kernels_of
 
 
-def row(
-    kernel: Compiled,
-    architecture: int,
-    dtype: str = "",
-    tile: str = ".cu",
-    shared: int = 0,
-    warps: int = 0,
-) -> Row:
-    spills, tensor_core = spills_and_tensor_cores(list(kernel.opcodes.elements()))
-    shared = shared or kernel.shared
-    blocks = (
-        blocks_per_multiprocessor(architecture, kernel.registers, shared, warps) if warps else 0
-    )
-    return gated(
-        Row(
-            kernel.name,
-            "",
-            dtype,
-            architecture,
-            tile,
-            kernel.registers,
-            shared,
-            kernel.stack,
-            spills,
-            warps,
-            blocks,
-            kernel.opcodes.total(),
-            tensor_core,
-        )
-    )
+def row(kernel: Compiled, architecture: int, dtype: str = "", **planned) -> Row:
+    """Returns a kernel's row. planned: tile, shared and warps of a launch."""
+    row = Row(kernel.name, "", dtype, architecture, ".cu", kernel.registers, kernel.shared)
+    row = replace(row, stack=kernel.stack, instructions=kernel.opcodes.total(), **planned)
+    row.spills, row.tensor_core = spills_and_tensor_cores(list(kernel.opcodes.elements()))
+    if row.warps:
+        resources = row.registers, row.shared, row.warps
+        row.blocks = blocks_per_multiprocessor(architecture, *resources)
+    return gated(row)
 
 
 def rows(kernels_of: dict[int, list[Compiled]]) -> list[Row]:
     """Returns a row for each kernel."""
-    return [
-        row(kernel, architecture)
-        for architecture, kernels in kernels_of.items()
-        for kernel in kernels
-    ]
+    return [row(kernel, sm) for sm, kernels in kernels_of.items() for kernel in kernels]
 
 
 def padding(plan: dict, direction: str, tokens: int) -> float:
-    """Returns the planned launch's work over attention's own, both in multiply-adds of tensor
-    cores, without causal mask.
-    """
+    """Returns the planned launch's work over attention's own, both without causal mask."""
     return plan["products"] * 256 / (PRODUCTS[direction] * tokens**2)
 
 
@@ -154,26 +119,20 @@ def launches(kernels_of: dict[int, list[Compiled]]) -> list[Row]:
             tokens, width, dtype == "tf32", direction == "backward"
         )
         start = f"shaped_attention_{plan['kernel']}_kernel<{dtype},"
-        kernel = next(
-            kernel for kernel in kernels_of[architecture] if kernel.name.startswith(start)
-        )
-        result = row(
-            kernel, architecture, dtype, f"{tokens}x{width}", plan["shared"], plan["threads"] // 32
-        )
+        kernel = next(k for k in kernels_of[architecture] if k.name.startswith(start))
+        resources = {"shared": plan["shared"] or kernel.shared, "warps": plan["threads"] // 32}
+        result = row(kernel, architecture, dtype, tile=f"{tokens}x{width}", **resources)
+        fail, blocks = result.failures.append, f"{result.blocks} blocks per multiprocessor"
         if result.blocks < plan["resident"] or not plan["resident"]:
-            result.failures.append(
-                f"{result.blocks} blocks per multiprocessor, planned {plan['resident']}"
-            )
+            fail(f"{blocks}, planned {plan['resident']}")
         if not result.tensor_core:
-            result.failures.append("no tensor-core instructions")
-        if (tokens, width) == (TEXT_TOWER["tokens"], TEXT_TOWER["width"]):
-            if dtype != "tf32" and result.blocks < TEXT_TOWER["resident"]:
-                result.failures.append(
-                    f"fewer than {TEXT_TOWER['resident']} blocks per multiprocessor"
-                )
-            if dtype != "tf32" and padding(plan, direction, tokens) > TEXT_TOWER["padding"]:
-                result.failures.append(
-                    f"{padding(plan, direction, tokens):.2f} times attention's work"
-                )
+            fail("no tensor-core instructions")
+        text_tower = (tokens, width) == (TEXT_TOWER["tokens"], TEXT_TOWER["width"])
+        if text_tower and dtype != "tf32":
+            if result.blocks < TEXT_TOWER["resident"]:
+                fail(f"fewer than {TEXT_TOWER['resident']} blocks per multiprocessor")
+            work = padding(plan, direction, tokens)
+            if work > TEXT_TOWER["padding"]:
+                fail(f"{work:.2f} times attention's work")
         results.append(result)
     return results

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import triton
@@ -40,12 +40,12 @@ class Row:
     tile: str
     registers: int
     shared: int
-    stack: int
-    spills: int
-    warps: int
-    blocks: int  # blocks that a multiprocessor can hold at a time
-    instructions: int
-    tensor_core: int
+    stack: int = 0
+    spills: int = 0
+    warps: int = 0
+    blocks: int = 0  # blocks that a multiprocessor can hold at a time
+    instructions: int = 0
+    tensor_core: int = 0
     failures: list[str] = field(default_factory=list)
 
 
@@ -80,9 +80,7 @@ def gated(row: Row) -> Row:
 def disassemble(path: Path) -> tuple[str, str]:
     """Returns resource usage and machine code of a cubin or an extension."""
     return tuple(
-        subprocess.run(
-            [BIN / "cuobjdump", option, path], capture_output=True, text=True, check=True
-        ).stdout
+        subprocess.check_output([BIN / "cuobjdump", option, path], text=True)
         for option in ("-res-usage", "-sass")
     )
 
@@ -96,28 +94,15 @@ def measure(kernel: Kernel, architecture: int) -> Row:
         usage, sass = disassemble(Path(file.name))
     codes = OPCODE.findall(sass)
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    shared, warps = compiled.metadata.shared, kernel.tile.warps
-    tile = (
-        f"{kernel.tile.block_m}x{kernel.tile.block_n}x{kernel.tile.block_k}/{kernel.tile.stages}"
-        if kernel.tile[0]
-        else ""
-    )
+    shared, warps, tile = compiled.metadata.shared, kernel.tile.warps, ""
+    if kernel.tile[0]:
+        tile = f"{'x'.join(map(str, kernel.tile[:3]))}/{kernel.tile.stages}"
+    name = re.sub(r"^_(similarity_)?|_kernel$", "", kernel.name)
+    about = name, kernel.matrices, kernel.dtype, architecture, tile
     spills, tensor_core = spills_and_tensor_cores(codes)
-    row = Row(
-        re.sub(r"^_(similarity_)?|_kernel$", "", kernel.name),
-        kernel.matrices,
-        kernel.dtype,
-        architecture,
-        tile,
-        registers,
-        shared,
-        stack,
-        spills,
-        warps,
-        blocks_per_multiprocessor(architecture, registers, shared, warps),
-        len(codes),
-        tensor_core,
-    )
+    blocks = blocks_per_multiprocessor(architecture, registers, shared, warps)
+    counts = spills, warps, blocks, len(codes), tensor_core
+    row = Row(*about, registers, shared, stack, *counts)
     if row.blocks < kernel.tile.blocks:
         row.failures.append(f"{row.blocks} blocks per multiprocessor, planned {kernel.tile.blocks}")
     if kernel.tensor_cores and kernel.dtype != "float32" and not row.tensor_core:
@@ -130,38 +115,14 @@ def measure_all(architecture: int, dtype: str, everything: bool) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    head = (
-        "kernel",
-        "matrices",
-        "dtype",
-        "sm",
-        "tile",
-        "regs",
-        "shared",
-        "stack",
-        "spills",
-        "warps",
-    )
-    head += ("blocks/SM", "SASS", "MMA", "")
-    lines = [head] + [
-        (
-            r.kernel,
-            r.matrices,
-            r.dtype,
-            r.architecture,
-            r.tile,
-            r.registers,
-            r.shared,
-            r.stack,
-            r.spills,
-            r.warps or "",
-            r.blocks or "",
-            r.instructions or "",
-            r.tensor_core,
-            "; ".join(r.failures),
-        )
-        for r in rows
-    ]
+    head = ["kernel", "matrices", "dtype", "sm", "tile", "regs", "shared", "stack", "spills"]
+    head += ["warps", "blocks/SM", "SASS", "MMA", ""]
+    lines = [head]
+    for row in rows:
+        cells = asdict(row) | {"failures": "; ".join(row.failures)}
+        for name in ("warps", "blocks", "instructions"):
+            cells[name] = cells[name] or ""
+        lines.append(list(cells.values()))
     widths = [max(len(str(line[i])) for line in lines) for i in range(len(head) - 1)] + [0]
     left = (0, 1, 2, 4, 13)
     return "\n".join(

@@ -42,48 +42,31 @@ DTYPES = {
 _TYPES = {
     **dict.fromkeys(("image", "text", "teacher_image", "teacher_text", "out"), "*element"),
     **dict.fromkeys(("scale", "teacher_scale", "plane", "sigmoids", "factor"), "*fp32"),
-    **dict.fromkeys(
-        (
-            "rows",
-            "columns",
-            "grad_rows",
-            "grad_columns",
-            "row_parts",
-            "column_parts",
-            "parts",
-            "sums",
-        ),
-        "*fp32",
-    ),
+    **dict.fromkeys(("rows", "columns", "grad_rows", "grad_columns"), "*fp32"),
+    **dict.fromkeys(("row_parts", "column_parts", "parts", "sums"), "*fp32"),
     **dict.fromkeys(("ids", "text_ids"), "*i64"),
     "entropy": "fp32",
 }
 # Arguments that are multiples of 16 in any call that tables are made for, like the strides.
-_ALIGNED = (
-    "width",
-    "teacher_width",
-    "hidden",
-    "out_stride",
-    "h_stride",
-    "weight_stride",
-    "grad_stride",
-)
+_ALIGNED = {"width", "teacher_width", "hidden"}
+_ALIGNED |= {f"{name}_stride" for name in ("out", "h", "weight", "grad")}
 
 
 @dataclass
 class Kernel:
-    """A specialisation to compile. constants: by argument name; None stands for a tensor that is
-    not given.
-    """
+    """A specialisation to compile."""
 
-    name: str
     function: object
-    constants: dict[str, object]
+    constants: dict[str, object]  # by argument; None stands for a tensor that is not given
     tile: tuning.Tile
     dtype: str
     matrices: str = ""
     tensor_cores: bool = True
     types: dict[str, str | tuple] = field(default_factory=dict)  # override the types in the table
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
 
 
 class Form(NamedTuple):
@@ -113,9 +96,9 @@ def forms(everything: bool) -> list[Form]:
     every = [Form(*flags) for flags in itertools.product((True, False), repeat=5)]
     # the op has a sweep of its own for the plane then
     every = [form for form in every if not (form.teacher and form.plane)]
-    return (
-        every if everything else [form for form in every if form.ids and not form.even] + [SIMPLEST]
-    )
+    if everything:
+        return every
+    return [form for form in every if form.ids and not form.even] + [SIMPLEST]
 
 
 def absent(names: str, missing: bool) -> dict[str, None]:
@@ -146,7 +129,7 @@ def similarity(
         function = _similarity_statistics_kernel
         constants |= {"ROW_SLOTS": ROW_SLOTS, "COLUMN_SLOTS": 5 if form.teacher else 2}
         constants |= absent("column_parts", not form.columns)
-    return Kernel(function.__name__, function, constants, tile, dtype, str(form))
+    return Kernel(function, constants, tile, dtype, str(form))
 
 
 def sigmoid_kernels(dtype: str, architecture: int, everything: bool) -> Iterator[Kernel]:
@@ -157,51 +140,28 @@ def sigmoid_kernels(dtype: str, architecture: int, everything: bool) -> Iterator
         (1, 2), (True, False), (True, False), (True, False)
     ):
         if everything or (ids and not even):
-            constants = {
-                "TERMS": terms,
-                "GRADIENT": gradient,
-                "TILE": tiling(tile, even, precision),
-            }
-            constants |= absent("ids text_ids", not ids) | absent(
-                "factor", not gradient or dtype != "float16"
-            )
+            constants = {"TERMS": terms, "GRADIENT": gradient}
+            constants |= {"TILE": tiling(tile, even, precision), **absent("ids text_ids", not ids)}
+            constants |= absent("factor", not gradient or dtype != "float16")
             what = f"{terms} terms" + "+ids" * ids + " gradient" * gradient + " odd D" * (not even)
-            function = _similarity_sigmoid_kernel
-            yield Kernel(function.__name__, function, constants, tile, dtype, what)
+            yield Kernel(_similarity_sigmoid_kernel, constants, tile, dtype, what)
 
 
 def small_kernels(dtype: str) -> Iterator[Kernel]:
     tile, types = tuning.Tile(0, 0, 0, 4, 3), {"out": "*fp32"}
     eight = tile._replace(warps=8)
     for of_rows in (True, False):
-        function = _similarity_merge_kernel
-        constants = {
-            "SLOTS": ROW_SLOTS if of_rows else 5,
-            "HAS_TEACHER": True,
-            "HAS_PLANE": of_rows,
-            "PREVIOUS": not of_rows,
-        }
-        what = "rows" if of_rows else "columns"
+        constants = {"SLOTS": ROW_SLOTS if of_rows else 5, "HAS_TEACHER": True, **MERGE}
+        constants |= {"HAS_PLANE": of_rows, "PREVIOUS": not of_rows}
+        what = "rows" if of_rows else "columns", False, types
         merge = tile._replace(warps=MERGE_WARPS)
-        yield Kernel(
-            function.__name__,
-            function,
-            {**constants, **MERGE},
-            merge,
-            "float32",
-            what,
-            False,
-            types,
-        )
+        yield Kernel(_similarity_merge_kernel, constants, merge, "float32", *what)
     for terms in (0, 2):
-        function = _similarity_range_kernel
         constants = {"HAS_TEACHER": True, "TERMS": terms, **RANGE, **absent("sigmoids", not terms)}
         constants |= absent("scale plane grad_rows grad_columns", terms > 0)
-        yield Kernel(
-            function.__name__, function, constants, eight, "float32", f"{terms} terms", False, types
-        )
-    function = _similarity_diagonal_kernel
-    yield Kernel(function.__name__, function, dict(DIAGONAL), tile, dtype, "", False)
+        what = f"{terms} terms", False, types
+        yield Kernel(_similarity_range_kernel, constants, eight, "float32", *what)
+    yield Kernel(_similarity_diagonal_kernel, dict(DIAGONAL), tile, dtype, "", False)
 
 
 def products(tile: tuning.Tile, precision: str) -> dict[str, object]:
@@ -221,29 +181,12 @@ def mlp_kernels(
     types = dict.fromkeys(("h", "activated", "weight", "grad"), "*element")
     tile = tuning.lookup("parallel_mlp", precision, architecture)
     for act in acts:
-        function, constants = mlp._parallel_mlp_activate_kernel, {"ACT": act, "BLOCK": mlp.BLOCK}
-        yield Kernel(
-            function.__name__,
-            function,
-            constants,
-            tuning.Tile(0, 0, 0, 4, 3),
-            dtype,
-            act,
-            False,
-            types,
-        )
-        function = mlp._parallel_mlp_hidden_kernel
+        activate, constants = mlp._parallel_mlp_activate_kernel, {"ACT": act, "BLOCK": mlp.BLOCK}
+        yield Kernel(activate, constants, tuning.Tile(0, 0, 0, 4, 3), dtype, act, False, types)
         for whole in even:
             constants = {"ACT": act, "EVEN": whole, "GROUP": mlp.GROUP, **products(tile, precision)}
-            yield Kernel(
-                function.__name__,
-                function,
-                constants,
-                tile,
-                dtype,
-                act + " odd C" * (not whole),
-                types=types,
-            )
+            what = act + " odd C" * (not whole), True, types
+            yield Kernel(mlp._parallel_mlp_hidden_kernel, constants, tile, dtype, *what)
 
 
 def attention_kernels(dtype: str) -> Iterator[Kernel]:
@@ -258,16 +201,9 @@ def attention_kernels(dtype: str) -> Iterator[Kernel]:
             attention._shaped_attention_terms_kernel,
             attention._shaped_attention_gradients_kernel,
         ):
-            yield Kernel(
-                function.__name__,
-                function,
-                constants,
-                tuning.Tile(0, 0, 0, attention.WARPS, 3),
-                dtype,
-                f"K={width}" + " causal" * causal,
-                False,
-                types,
-            )
+            tile = tuning.Tile(0, 0, 0, attention.WARPS, 3)
+            what = f"K={width}" + " causal" * causal, False, types
+            yield Kernel(function, constants, tile, dtype, *what)
 
 
 def compile_kernel(kernel: Kernel, architecture: int):
