@@ -79,7 +79,8 @@ def test_memory_of_a_container(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_batches_that_fit(tiny, monkeypatch):
     """Of a run of epochs, whose data is elsewhere."""
-    monkeypatch.setattr(search, "WITHIN", 1.0)  # fewer predictions
+    monkeypatch.setattr(search, "WITHIN", 0.5)  # fewer predictions
+    monkeypatch.setattr(search, "MOST_PAIRS", 4096)
     options = ["--memory", "1200MiB", "--device", "cpu", "--json"]
     for change in ("data.batch_size=64", "data.micro_batch=16", "run.epochs=3"):
         options += ["--set", change]
