@@ -22,6 +22,7 @@ from open_clip.model import get_model_preprocess_cfg, get_model_tokenize_cfg
 from open_clip.transform import PreprocessCfg
 from open_clip.utils import to_2tuple
 from safetensors.torch import save
+from torch import nn
 
 import simplclip
 from simplclip import models
@@ -61,6 +62,7 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
     name = config["model"]["name"]
     options = model_options(config["model"], config["loss"]["base"])
     about = open_clip_config(model, name, options)
+    lines = loading(out, needs_simplclip="simplclip" in about["model_cfg"])
     summary = {
         "model": name,
         "options": options,
@@ -75,10 +77,8 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
     with temporary_folder(place) as work:
         (work / "open_clip_config.json").write_text(json.dumps(about, indent=2) + "\n")
         # The format has neither shared memory nor strides.
-        tensors = {
-            name: t.clone(memory_format=torch.contiguous_format)
-            for name, t in model.state_dict().items()
-        }
+        named = model.state_dict().items()
+        tensors = {key: t.clone(memory_format=torch.contiguous_format) for key, t in named}
         metadata = {"format": "pt", "model": name, "step": str(state["step"])}
         (work / EXPORTED_WEIGHTS).write_bytes(save(tensors, metadata))
         length = about["model_cfg"]["text_cfg"]["context_length"]
@@ -86,7 +86,6 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
         if (out / CARD).exists():
             print(f"kept {out / CARD}, a model card of before")
         else:
-            lines = loading(out, needs_simplclip="simplclip" in about["model_cfg"])
             (work / CARD).write_text(card(model, state, Path(file), lines), "utf-8")
         summary["files"] = {EXPORTED_WEIGHTS: identity(work / EXPORTED_WEIGHTS)}
         (work / EXPORT).write_text(json.dumps(summary, indent=2) + "\n")
@@ -103,16 +102,14 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
 
     for name in written:
         print(f"wrote {out / name}: {(out / name).stat().st_size:,} bytes")
-    print(loading(out, needs_simplclip="simplclip" in about["model_cfg"]))
+    print(lines)
     return summary
 
 
 def write_preprocessing(folder: Path, model: Any, tokenizer: Any) -> None:
     """Writes preprocessing.json into a folder, and the files of a tokenizer of Hugging Face.
 
-    model: an open_clip model, whose preprocessing and context length are written. tokenizer: one
-    with `save_pretrained` writes its files, of which open_clip reads tokenizer.json too; of another
-    one only the class name is written. Files of these names are overwritten.
+    model: an open_clip model. tokenizer: one without `save_pretrained` is only named.
     """
     text = {
         "context_length": get_model_tokenize_cfg(model)["context_length"],
@@ -125,12 +122,10 @@ def write_preprocessing(folder: Path, model: Any, tokenizer: Any) -> None:
     (folder / "preprocessing.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
-def card(model: Any, state: dict[str, Any], file: Path, lines: str) -> str:
-    """Returns a model card in Markdown; writes nothing.
+def card(model: nn.Module, state: dict[str, Any], file: Path, lines: str) -> str:
+    """Returns a model card in Markdown, with figures found beside the checkpoint `file`.
 
-    model: of it the parameters are counted. state: the checkpoint's content, as `load_model`
-    returns it. file: the checkpoint, beside which an evaluation.json of this step, or else the
-    run's evaluation.csv, has the figures. lines: that load the export.
+    state: the checkpoint's content, as `load_model` returns it. lines: that load the export.
     """
     config = state["config"]
     text = TEMPLATE.format(
@@ -207,9 +202,9 @@ It knows what its captions say, and may repeat what prejudice they hold.
 
 
 def loading(out: Path, needs_simplclip: bool) -> str:
-    """Returns the lines of text and Python that load an export, for the card and the terminal.
+    """Returns the lines of text and Python that load an export.
 
-    out: the export's folder. needs_simplclip: whether open_clip needs `register_models` for it.
+    needs_simplclip: whether open_clip needs `register_models` for it.
     """
     lines = ["import open_clip"]
     if needs_simplclip:
@@ -236,14 +231,12 @@ def _literal(text: str) -> str:
 def open_clip_config(model: Any, name: str, options: dict[str, Any]) -> dict[str, Any]:
     """Returns the content of open_clip_config.json, for a model as it was before it was simplified.
 
-    name, options: as `models.create` took them. Keys: "model_cfg", "preprocess_cfg". From the part
-    "simplclip" of model_cfg `register_models` makes the model. An unchanged model of open_clip
-    has none, unless its trunk of timm was made for another image size.
+    name, options: as `models.create` took them. From the part "simplclip" of model_cfg
+    `register_models` makes the model. An unchanged model of open_clip has none, unless its trunk of
+    timm was made for another image size.
     """
     ours = {key: options[key] for key in ("simplified", "simplify_options") if key in options}
-    overrides = {
-        key: value for key, value in options.items() if key not in ours and key != "preprocess"
-    }
+    overrides = {key: options[key] for key in options if key not in ours and key != "preprocess"}
     config = configuration(models.spec_of(name), overrides)
     height, width = to_2tuple(model.visual.image_size)
     config["vision_cfg"]["image_size"] = height if height == width else [height, width]

@@ -39,7 +39,7 @@ class TransformerBlock(SimplifiedBlock):
         return {}
 
     def get_weight_dtype(self) -> torch.dtype:
-        """Returns the dtype of the block's weights, which open_clip asks for."""
+        """Returns what open_clip asks for."""
         return self.fc1.weight.dtype
 
     def forward(
@@ -52,7 +52,7 @@ class TransformerBlock(SimplifiedBlock):
         """Returns the block's output [B, L, C] for x [B, L, C].
 
         k_x, v_x: None. attn_mask: the causal mask [L, L] of a causal block (see `is_causal_mask`),
-        the lengths [B] of one with masks_padding, else None. Raises InputError for anything else.
+        the lengths [B] of one with masks_padding, else None.
         """
         if k_x is not None or v_x is not None:
             raise InputError(
@@ -81,8 +81,7 @@ class TransformerBlock(SimplifiedBlock):
 
     def _check_causal_and_cache(self, mask: Tensor) -> bool:
         """Whether a mask [L, L] is causal, or is a tensor without values, seen by `simplify`."""
-        # While tracing and for fake tensors, which have no values, the check made by `simplify` has
-        # to suffice; so it has for inference tensors, which have no version.
+        # Traced and fake tensors have no values, and inference tensors no version.
         if torch.compiler.is_compiling() or not has_values(mask) or mask.is_inference():
             return True
         key = mask.data_ptr(), mask.shape, mask.stride(), mask._version
@@ -102,10 +101,7 @@ class TimmBlock(SimplifiedBlock):
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """Returns the block's output [B, L, C] for x [B, L, C].
-
-        Raises InputError for an attn_mask or is_causal=True, which other blocks of timm take.
-        """
+        """Returns [B, L, C]; refuses a mask and is_causal, which other blocks of timm take."""
         if attn_mask is not None or is_causal:
             raise InputError(
                 "attn_mask, is_causal: expected None and False, since this block attends to every "
@@ -118,7 +114,6 @@ class MapBlock(SimplifiedBlock):
     """A block on timm's feature maps [B, C, H, W] (FastViT): full attention over H·W positions."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Returns the block's output [B, C, H, W] for x [B, C, H, W]."""
         batch, width, height, breadth = x.shape
         tokens = super().forward(x.permute(0, 2, 3, 1).reshape(batch, height * breadth, width))
         return tokens.reshape(batch, height, breadth, width).permute(0, 3, 1, 2)

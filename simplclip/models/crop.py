@@ -58,10 +58,7 @@ class TextCrop:
     """
 
     def __init__(self, model: nn.Module, multiple: int = 8, groups: int = 4) -> None:
-        """Replaces the model's `encode_text` at once, until `undo`; see `crop_texts`, which checks.
-
-        With open_clip 4 it is `_encode_text`. The model gets it as an attribute of the instance.
-        """
+        """Replaces the model's `encode_text`, until `undo`; see `crop_texts`, which checks."""
         # Since open_clip 4 forward() and encode_text() call _encode_text().
         self.name = "_encode_text" if hasattr(type(model), "_encode_text") else "encode_text"
         self.model = model
@@ -73,23 +70,20 @@ class TextCrop:
         """Restores the model's own `encode_text`; a second call does nothing."""
         vars(self.model).pop(self.name, None)
 
-    def __call__(self, text: Tensor, *args: Any, **options: Any) -> Any:
-        """Returns the model's result for token ids [N, L]: features [N, D] in the same order.
-
-        args, options: further arguments of `encode_text`, e.g. normalize. While torch exports,
-        texts are not cropped.
-        """
+    def __call__(self, text: Tensor, *args: Any, **options: Any) -> Tensor:
+        """Returns features [N, D] of token ids [N, L], in the same order, as `encode_text` does."""
         checks.check_instance("text", text, Tensor, "token ids [N, L], made by a tokenizer")
         if torch.compiler.is_exporting():
             return self._encode(text, args, options)
         return self._cropped(text, args, options)
 
     @torch.compiler.disable(recursive=False)
-    def _cropped(self, text: Tensor, args: tuple, options: dict[str, Any]) -> Any:
+    def _cropped(self, text: Tensor, args: tuple, options: dict[str, Any]) -> Tensor:
         """Returns features [N, D] of texts [N, L], cropped and grouped by length; others wait."""
         device = next(_tower(self.model).parameters()).device
         with _LOCK:
-            if not _has_lengths(text):
+            # fake and traced texts have no values
+            if not has_values(text) or torch.jit.is_tracing() or text.ndim != 2 or not len(text):
                 return self._encode(text.to(device), args, options)
             lengths = self.rounded(text)
             cuts = _cuts(lengths, self.groups)
@@ -140,7 +134,7 @@ class TextCrop:
         rounded = (lengths + self.multiple - 1) // self.multiple * self.multiple
         return rounded.clamp(max=text.shape[1])
 
-    def _encode(self, text: Tensor, args: tuple, options: dict[str, Any]) -> Any:
+    def _encode(self, text: Tensor, args: tuple, options: dict[str, Any]) -> Tensor:
         """Returns the result of the model's own function; one thread at a time may call it."""
         encode = getattr(type(self.model), self.name)
         tower = _tower(self.model)
@@ -159,13 +153,6 @@ class TextCrop:
         finally:
             for name in cropped:
                 del vars(tower)[name]
-
-
-def _has_lengths(text: Tensor) -> bool:
-    """Whether the lengths of texts can be read: fake tensors and traced ones have no values."""
-    if not has_values(text) or text.ndim != 2:
-        return False
-    return len(text) > 0 and not torch.jit.is_tracing()
 
 
 def _why_not(model: Any) -> str:
@@ -198,7 +185,7 @@ def _why_not(model: Any) -> str:
 
 def _tower(model: Any) -> Any:
     """Returns the text tower of an open_clip model; open_clip's CLIP is its own."""
-    return getattr(model, "text", model)  # open_clip's CLIP is its own text tower
+    return getattr(model, "text", model)
 
 
 def _cuts(lengths: Tensor, groups: int) -> list[int]:
@@ -207,12 +194,10 @@ def _cuts(lengths: Tensor, groups: int) -> list[int]:
     # the end of the texts of each length -> the length
     length_at = dict(zip(itertools.accumulate(counts.tolist()), values.tolist()))
 
-    def cost(cuts: list[int]) -> int:  # in tokens
-        """Returns the tokens, with padding, of groups that end at these cuts and their calls."""
-        return sum(
-            (stop - start) * length_at[stop] + GROUP_TOKENS
-            for start, stop in itertools.pairwise((0, *cuts))
-        )
+    def cost(cuts: list[int]) -> int:
+        """Returns the cost, in tokens, of groups that end at these cuts."""
+        groups = itertools.pairwise((0, *cuts))
+        return sum((stop - start) * length_at[stop] + GROUP_TOKENS for start, stop in groups)
 
     cuts = [len(lengths)]
     while len(cuts) < groups:

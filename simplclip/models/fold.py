@@ -73,8 +73,9 @@ def fold(model: Model) -> Model:
 
 
 class _Tracer(fx.Tracer):
+    """A tracer into no child."""
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        """Whether a child is not traced into: True for every child."""
         return True
 
 
@@ -122,13 +123,9 @@ def _pairs(module: nn.Module, owners: Counter[int]) -> list[tuple[str, str]]:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module has forward or backward hooks, or a forward set on the instance."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return any(hooks) or "forward" in vars(module)
+    forward = module._forward_hooks or module._forward_pre_hooks
+    backward = module._backward_hooks or module._backward_pre_hooks
+    return bool(forward or backward) or "forward" in vars(module)
 
 
 def _merge(module: nn.Module, conv_name: str, norm_name: str) -> None:
@@ -139,11 +136,8 @@ def _merge(module: nn.Module, conv_name: str, norm_name: str) -> None:
     conv.weight, conv.bias = fuse_conv_bn_weights(
         conv.weight, conv.bias, *statistics, norm.weight, norm.bias
     )
-    rest = [
-        part
-        for part in (getattr(norm, "drop", None), getattr(norm, "act", None))
-        if part is not None
-    ]
+    parts = (getattr(norm, "drop", None), getattr(norm, "act", None))
+    rest = [part for part in parts if part is not None]
     setattr(module, norm_name, nn.Sequential(*rest) if rest else nn.Identity())
 
 
@@ -151,17 +145,14 @@ def fold_frozen(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str,
     """Lets frozen modules of a model (see `freeze`) run as folded copies from now on.
 
     These are the modules with convolutions and without hooks, the largest that are frozen as one.
-    Their `forward` is replaced, in place. The copies run in channels_last. Returns them by the
-    modules' names.
+    Their `forward` is replaced, in place. Returns the copies by the modules' names.
 
     dtype: the dtype of the run's autocast, None for fp32. Convolutions and linear layers of the
-    copies are stored in it, and pointwise convolutions run as products on a GPU. Other tensors stay
-    in fp32. In bfloat16 layer scales are multiplied into the layer before them. A module that runs
-    under another autocast does not use its copy.
+    copies are stored in it, other tensors in fp32. A module that runs under another autocast does
+    not use its copy.
 
-    Gradients pass through a copy to its input if the input needs a gradient. The weights must not
-    change afterwards. The copies belong to no module, so that no state dict has them, and have to
-    be moved to a device by themselves.
+    The weights must not change afterwards. The copies belong to no module, so that no state dict
+    has them, and have to be moved to a device by themselves.
     """
     copies: dict[str, nn.Module] = {}
     for name, module in frozen_modules(model):
@@ -250,12 +241,10 @@ class _Pointwise(nn.Module):
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        """Stores a convolution for which `_is_pointwise` is true; it becomes a submodule."""
         super().__init__()
         self.conv = conv
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns [N, C', H, W] for x [N, C, H, W]; a product on a GPU for x in channels_last."""
         if not x.is_cuda or not x.is_contiguous(memory_format=torch.channels_last):
             return self.conv(x)
         pixels = x.permute(0, 2, 3, 1)

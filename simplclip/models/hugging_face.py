@@ -25,7 +25,6 @@ class _WithoutLayer(nn.Module):
     """A base class to name before transformers' layer, which then makes no modules of its own."""
 
     def __init__(self) -> None:
-        """Initialises a bare nn.Module; transformers' layer makes nothing."""
         nn.Module.__init__(self)
 
 
@@ -38,7 +37,7 @@ class EncoderBlock(SimplifiedBlock, _WithoutLayer):
     layers to checkpoint, and the layers whose hidden states it returns. mask: the name of the
     tower's argument from which a mask comes, for errors. pools_last: whether the tower pools the
     last token, which then has to be valid. checkpointing: transformers' function for gradient
-    checkpointing, if it is enabled.
+    checkpointing, if it is enabled. config: the tower's, which may ask for attention weights.
     """
 
     # whether to check the mask's values: only in a tower's first block, since a check makes a GPU
@@ -57,12 +56,7 @@ class EncoderBlock(SimplifiedBlock, _WithoutLayer):
         checkpointing: Callable | None = None,
         **options: Any,
     ) -> None:
-        """Makes the block, see the class; initial weights are drawn from torch's generator.
-
-        width, heads, mlp_ratio, options: as in `SimplifiedBlock`. config: that of the tower, which
-        says whether attention weights are asked for. checkpointing: None if gradient checkpointing
-        is disabled.
-        """
+        """width, heads, mlp_ratio, options: as in `SimplifiedBlock`; the others: see the class."""
         super().__init__(width, heads, mlp_ratio, **options)
         # makes a block that has just begun
         self.fresh = partial(SimplifiedBlock, width, heads, mlp_ratio, **options)
@@ -76,11 +70,9 @@ class EncoderBlock(SimplifiedBlock, _WithoutLayer):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        """Returns the block's output [B, L, C] for hidden_states [B, L, C].
+        """Returns the block's output [B, L, C]; kwargs are ignored but for output_attentions.
 
-        attention_mask: as in `_lengths`; None if all tokens are valid. kwargs: ignored but for
-        output_attentions. Raises InputError for output_attentions=True, also of the config, or a
-        mask that is refused.
+        attention_mask: as in `_lengths`; None if all tokens are valid.
         """
         if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
             raise InputError(
@@ -151,11 +143,9 @@ _BLOCKS |= {entry[0]: entry for entry in _BLOCKS.values()}  # a block can be rep
 def encoder_layers(
     model: nn.Module, tower: str
 ) -> Iterator[tuple[str, nn.Module, type[EncoderBlock], dict[str, Any]]]:
-    """Yields (path, layer, class, options) for each encoder layer of a tower.
+    """Yields (path, layer, class, options) for each encoder layer of a tower, "text" or "image".
 
-    tower: "text" or "image". class, options: of the block that may replace the layer, and its
-    keyword arguments beside `SimplifiedBlock`'s. A layer that is an `EncoderBlock` counts, too.
-    Raises InputError for another encoder. Nothing is replaced.
+    class, options: of the block that may replace it, and arguments beside `SimplifiedBlock`'s.
     """
     encoder_model: Any = getattr(model, TOWERS[tower], None)
     layers = getattr(getattr(encoder_model, "encoder", None), "layers", None)
@@ -171,47 +161,35 @@ def encoder_layers(
         yield f"{TOWERS[tower]}.encoder.layers.{index}", layer, block, options
 
 
-class InitWeights:
-    """A model's `_init_weights`, which from_pretrained calls for modules that a checkpoint lacks.
+def _init_weights(model: PreTrainedModel, module: nn.Module) -> None:
+    """Initialises a module that a checkpoint lacks, of a block only what was not loaded, in place.
 
-    transformers knows its own modules; without this a block's gains would be uninitialised memory.
+    transformers knows its own modules alone, and would leave a block's gains uninitialised.
     """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Stores the model; `prepare_loading` sets the object as its `_init_weights`."""
-        self.model = model
-
-    def __call__(self, module: nn.Module) -> None:
-        """Initialises a module's parameters in place, of a block only those that were not loaded.
-
-        Other modules are left to the model's class. Random numbers come from torch's generator.
-        """
-        if not isinstance(module, EncoderBlock):
-            type(self.model)._init_weights(self.model, module)
-            return
-        fresh = module.fresh().state_dict()
-        for name, parameter in module.named_parameters():
-            # transformers' mark of what was loaded
-            if not getattr(parameter, "_is_hf_initialized", False):
-                parameter.copy_(fresh[name])
+    if not isinstance(module, EncoderBlock):
+        type(model)._init_weights(model, module)
+        return
+    fresh = module.fresh().state_dict()
+    for name, parameter in module.named_parameters():
+        # transformers' mark of what was loaded
+        if not getattr(parameter, "_is_hf_initialized", False):
+            parameter.copy_(fresh[name])
 
 
 def prepare_loading(model: Any) -> None:
     """Tells transformers which parameters a model shares, and how its blocks begin, in place.
 
-    Sets `_init_weights` of each PreTrainedModel in it, and `_tied_weights_keys` and
-    `all_tied_weights_keys` (name -> the first name of the same parameter) of the model. So
-    save_pretrained writes one of those that are shared, and from_pretrained sets the others.
-    transformers 5.0 needs both attributes for it; 5.24 needs only the first.
+    So save_pretrained writes one of those that are shared, and from_pretrained sets the others.
     """
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
-            part._init_weights = InitWeights(part)  # type: ignore[method-assign]
+            part._init_weights = partial(_init_weights, part)  # type: ignore[method-assign]
     first: dict[Tensor, str] = {}
     shared: dict[str, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         source = first.setdefault(parameter, name)
         if source != name:
             shared[name] = source
+    # name -> the first name of the same parameter; transformers 5.24 needs only this attribute
     model._tied_weights_keys = shared
     model.all_tied_weights_keys = dict(shared)

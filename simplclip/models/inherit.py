@@ -143,9 +143,8 @@ def _start_blocks(
 
 def _inside(path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the tensors of the module at `path`, by their names in it; without any, {}."""
-    prefix = f"{path}."
-    names = [name for name in state if name.startswith(prefix)]
-    return {name.removeprefix(prefix): state[name] for name in names}
+    inside = [name for name in state if name.startswith(f"{path}.")]
+    return {name.removeprefix(f"{path}."): state[name] for name in inside}
 
 
 def _matches(pattern: str, unit: str, names: list[str]) -> bool:
@@ -191,10 +190,7 @@ def freeze_norms(model: nn.Module) -> None:
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether `freeze` froze all of a module.
-
-    It then has parameters, none of them gets a gradient, and it stays in eval mode.
-    """
+    """Whether a module has parameters, and `freeze` froze all of it."""
     parameters = list(module.parameters())
     if not parameters or any(parameter.requires_grad for parameter in parameters):
         return False

@@ -122,17 +122,11 @@ def is_block(tensors: Collection[str]) -> bool:
 def start(
     blocks: Mapping[str, tuple[SimplifiedBlock, Mapping[str, Tensor]]], merge: str = "first"
 ) -> None:
-    """Starts simplified blocks from pretrained blocks, in place.
+    """Starts simplified blocks from pretrained blocks, in place, or raises before it changes any.
 
-    blocks: path -> block, and the argument for `convert`: the old block's tensors by names relative
-    to it.
-
+    blocks: path -> block, and the argument for `convert`.
     merge: the value of a tensor that blocks share: the "average" of their folded tensors, or the
-    tensor of the "first" block. The two differ in meaning: units of two blocks' attention or MLP
-    need not correspond to each other.
-
-    Raises InputError, before anything is changed, if a block is of no known kind or has other
-    shapes.
+        tensor of the "first" block. Units of two blocks need not correspond to each other.
     """
     values: dict[nn.Parameter, list[Tensor]] = {}
     for path, (block, tensors) in blocks.items():
@@ -165,11 +159,8 @@ def start(
 def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns float32 tensors by name with which a `SimplifiedBlock` starts as a pretrained block.
 
-    They are qk, fc1, fc2 and the outer gains; no argument is changed.
-
     tensors: those of a block of _KINDS by names relative to the block; of a simplified block they
-    are returned as they are. Raises InputError for another block, or one whose q, k or MLP have
-    more parts (qk norms, gated MLPs); KeyError for a part that is missing.
+    are returned as they are. Raises KeyError for a part that is missing.
     """
     if "qk.weight" in tensors:
         return dict(tensors)
@@ -189,9 +180,8 @@ def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         spread = (variance + (mean - level).square()).mean().sqrt()
         tap = t[kind.conv].flatten(1)
         tap = tap[:, tap.shape[1] // 2]
-        shift2 = (
-            shift2 + factor2 * t[f"{kind.mlp_norm}.running_mean"] + factor2 * tap * (level - mean)
-        )
+        shift2 = shift2 + factor2 * t[f"{kind.mlp_norm}.running_mean"]
+        shift2 = shift2 + factor2 * tap * (level - mean)
         factor1, factor2 = factor1 * spread, factor2 * tap * spread
     fc1, bias1 = _linear(t, kind.fc[0])
     fc2, bias2 = _linear(t, kind.fc[1])

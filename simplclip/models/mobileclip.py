@@ -57,7 +57,6 @@ class RepMixer(nn.Module):
     """
 
     def __init__(self, width: int) -> None:
-        """Makes the parameters for C = width; initial weights are drawn from torch's generator."""
         super().__init__()
         self.layer_scale = nn.Parameter(torch.full((width, 1, 1), 1e-5))
         self.norm, self.skip = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
@@ -93,7 +92,6 @@ class RepMixerBlock(nn.Module):
     """
 
     def __init__(self, width: int) -> None:
-        """Makes the parameters for C = width; initial weights are drawn from torch's generator."""
         super().__init__()
         self.mixer = RepMixer(width)
         self.conv = _conv_norm(width)
@@ -139,20 +137,9 @@ class TextTower(TextTransformer):
         *,
         output_dim: int,
     ) -> None:
-        """Makes the tower; initial weights are drawn from torch's generator.
-
-        context_length: L at most. width: C, a multiple of heads. layers: transformer layers,
-        without the two RepMixer blocks. output_dim: D.
-        """
-        super().__init__(
-            context_length,
-            vocab_size,
-            width,
-            heads,
-            layers,
-            output_dim=output_dim,
-            no_causal_mask=True,
-        )
+        """layers: transformer layers, without the two RepMixer blocks."""
+        sizes = context_length, vocab_size, width, heads, layers
+        super().__init__(*sizes, output_dim=output_dim, no_causal_mask=True)
         self.first, self.last = RepMixerBlock(width), RepMixerBlock(width)
 
     def forward(self, text: Tensor) -> Tensor:
@@ -182,8 +169,7 @@ def create(
 ) -> CustomTextCLIP:
     """Makes an open_clip model with a `TextTower` and random weights.
 
-    embed_dim: D. vision_cfg: open_clip's, of a timm model. text_cfg: arguments of `TextTower`.
-    options: of CustomTextCLIP.
+    vision_cfg: of a timm model. text_cfg: arguments of `TextTower`. options: of CustomTextCLIP.
     """
     # open_clip's tower, which ours replaces
     placeholder = {"layers": 1, "width": 8, "heads": 1, "vocab_size": 1}
@@ -197,28 +183,26 @@ def create(
 def from_published(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a state dict of the published layout by the names of `model`, in a new dict.
 
-    A state dict of another layout keeps its names, and so does any state dict if the model has no
-    `TextTower`.
+    One of another layout keeps its names, and so does any if the model has no `TextTower`.
     """
     published = any(name.startswith((IMAGE, TEXT)) for name in state)
     if not published or not isinstance(getattr(model, "text", None), TextTower):
         return dict(state)
-    image = {
-        name.removeprefix(IMAGE): value for name, value in state.items() if name.startswith(IMAGE)
-    }
-    image = checkpoint_filter_fn(image, model.get_submodule("visual.trunk"))
-    renamed = {f"visual.trunk.{name}": value for name, value in image.items()}
-    renamed.pop("visual.trunk.head.fc.bias", None)  # zeros, which checkpoint_filter_fn adds
     count = len(model.get_submodule("text.transformer.resblocks"))  # type: ignore[arg-type]
+    image = {}
+    renamed = {}
     for name, value in state.items():
         if name.startswith(IMAGE):
+            image[name.removeprefix(IMAGE)] = value
             continue
         if name.startswith(TEXT):
             if name.endswith(_SQUEEZED) and not name.endswith("token_mixer.layer_scale"):
                 value = value.squeeze()
             name = _text_name(name, count)
         renamed[name] = value
-    return renamed
+    image = checkpoint_filter_fn(image, model.get_submodule("visual.trunk"))
+    image.pop("head.fc.bias", None)  # zeros, which checkpoint_filter_fn adds
+    return {f"visual.trunk.{name}": value for name, value in image.items()} | renamed
 
 
 def _text_name(name: str, count: int) -> str:

@@ -14,11 +14,7 @@ PLAIN = "open_clip:"  # begins the names of open_clip's models
 
 
 def open_clip_names() -> list[str]:
-    """Returns the names of open_clip's models, without the prefix "open_clip:".
-
-    They are those of its configuration files while it is not imported. Raises ModuleNotFoundError
-    if it is not installed.
-    """
+    """Returns the names of open_clip's models, of its configuration files until it is imported."""
     if "open_clip" in sys.modules:  # perhaps with names that this process has added
         return sys.modules["open_clip"].list_models()
     package = importlib.util.find_spec("open_clip")
@@ -29,10 +25,7 @@ def open_clip_names() -> list[str]:
 
 
 def check_name(name: str, argument: str = "name") -> None:
-    """Raises InputError, with the nearest names, for a name of no model.
-
-    name: one of NAMES or "open_clip:NAME". argument: its name in errors.
-    """
+    """Raises InputError, with the nearest names, unless `name` is in NAMES or "open_clip:NAME"."""
     names = [*NAMES, *(PLAIN + plain for plain in open_clip_names())]
     if name not in names:
         near = get_close_matches(name, names, 3) or get_close_matches(PLAIN + name, names, 3)

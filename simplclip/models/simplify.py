@@ -39,10 +39,7 @@ class SimplifyReport:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Counts the parameters of a model: the keys are "image", "text", "other" and "total".
-
-    "other" has scale, bias and a decoder. A shared parameter counts once.
-    """
+    """Returns the parameters of "image", "text", "other" (scale, bias, decoder), and in "total"."""
     named = list(model.named_parameters(remove_duplicate=False))
     every = {p for _, p in named}
     image = {p for name, p in named if name.startswith(("visual", "vision_model."))}
@@ -133,7 +130,7 @@ def simplify(
             text_blocks = new
         if encoders is not None:
             new[0].checks_mask = True
-        for part, groups in groups_of(share.get(tower, ()), chosen).items():
+        for part, groups in _groups(share.get(tower, ()), chosen).items():
             share_weights(new, [list(map(chosen.index, group)) for group in groups], part)
 
     causal = bool(text_blocks) and all(block.causal for block in text_blocks)
@@ -189,14 +186,10 @@ def _check_maskable(model: nn.Module, replaced: int) -> None:
     )
 
 
-def groups_of(
-    share: Groups | Mapping[str, Groups], chosen: list[int]
-) -> dict[str, list[list[int]]]:
+def _groups(share: Groups | Mapping[str, Groups], chosen: list[int]) -> dict[str, list[list[int]]]:
     """Returns a tower's groups of block indices by what they share: "attention", "mlp" or "all".
 
-    share: groups (of "all"), or such a mapping. chosen: the indices of the replaced blocks. Parts
-    without groups are left out. Raises InputError for another part, or if the groups are not
-    disjoint groups of `chosen`.
+    share: groups (of "all"), or such a mapping. chosen: the indices of the replaced blocks.
     """
     parts: Mapping[str, Groups] = share if isinstance(share, Mapping) else {"all": share}
     unknown = sorted({*parts} - {*SHARED_PARTS})

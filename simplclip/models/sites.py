@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, Transformer
@@ -48,18 +49,14 @@ class Site:
 
 
 def block_sites(model: nn.Module, tower: str) -> list[Site]:
-    """Returns the blocks of a tower that `simplify` can replace, in the order of their indices.
-
-    tower: "text" or "image". Nothing is replaced. Raises InputError for a tower without such
-    blocks, or with a mask that is not causal.
-    """
+    """Returns the blocks of a tower, "text" or "image", that `simplify` can replace, by index."""
     encoders = module_for_transformers(model)
     if encoders is not None:
         return [Site(*layer) for layer in encoders.encoder_layers(model, tower)]
     return list(_text_sites(model) if tower == "text" else _image_sites(model))
 
 
-def module_for_transformers(model: nn.Module) -> Any:
+def module_for_transformers(model: nn.Module) -> ModuleType | None:
     """Returns the module `hugging_face`, imported then, for a model of transformers, else None."""
     # imported already if `model` is of transformers
     transformers = sys.modules.get("transformers.modeling_utils")
@@ -87,7 +84,7 @@ def _text_sites(model: nn.Module) -> Iterable[Site]:
         raise InputError(
             "text: expected no mask or a causal one, got a tower with class token or padding masks"
         )
-    mask: Any = tower.attn_mask
+    mask = tower.attn_mask
     if mask is not None and has_values(mask) and not is_causal_mask(mask):
         raise InputError(
             "text: expected no mask or a causal one, got a tower with another attn_mask"
@@ -139,24 +136,15 @@ def _transformer_sites(
 
 
 def attention_of(block: Any) -> Any:
-    """Returns the attention module of a block of open_clip, timm or transformers.
-
-    It is the attribute "attn", "self_attn" or "token_mixer"; StopIteration for other blocks, also
-    simplified ones.
-    """
-    return next(
-        getattr(block, name)
-        for name in ("attn", "self_attn", "token_mixer")
-        if hasattr(block, name)
-    )
+    """Returns the attention module of a block of open_clip, timm or transformers."""
+    names = ("attn", "self_attn", "token_mixer")
+    return next(getattr(block, name) for name in names if hasattr(block, name))
 
 
 def build_block(site: Site, mlp_ratio: float | None = None, gamma: float = 1.0) -> SimplifiedBlock:
     """Returns a new block with random weights for the place of a site; replaces nothing.
 
-    It has the old block's width, heads, activation, drop path, eps, device, dtype and mode.
-    mlp_ratio: F / C, None for that of the old block. gamma: the initial value of the new block's
-    gamma. Raises InputError for an activation that simplified blocks do not have.
+    mlp_ratio: F / C, None for that of the old block. gamma: the initial value of its gamma.
     """
     block: Any = site.block
     norm = "layernorm"
@@ -187,7 +175,7 @@ def build_block(site: Site, mlp_ratio: float | None = None, gamma: float = 1.0) 
     return new.train(block.training)
 
 
-def _first_dense(mlp: nn.Module) -> Any:
+def _first_dense(mlp: nn.Module) -> nn.Linear | nn.Conv2d:
     """Returns the first layer of an MLP that mixes channels: FastViT's begins depthwise."""
     layers = (m for m in mlp.modules() if isinstance(m, nn.Linear | nn.Conv2d))
     return next(layer for layer in layers if layer.weight.shape[1] > 1)

@@ -24,16 +24,15 @@ def small_spec(
     text: Mapping[str, Any],
     tokenizer: Callable[..., Tokenizer],
     preprocess: Mapping[str, Any] | None = None,
-    embed_dim: int = 256,
 ) -> Spec:
-    """Returns the recipe of a small SiCLIP: images of 48 x 48, 16 tokens, D = embed_dim.
+    """Returns the recipe of a small SiCLIP: images of 48 x 48, 16 tokens, D = 256.
 
     trunk: the name of a timm model that `vit_over` makes. text: open_clip's text_cfg beside length
     and layers. tokenizer, preprocess: as in `Spec`; None means open_clip's preprocessing.
     """
     return Spec(
         config={
-            "embed_dim": embed_dim,
+            "embed_dim": 256,
             "vision_cfg": {"timm_model_name": trunk, "image_size": 48},
             "text_cfg": {"context_length": 16, "layers": 2, **text},
             "custom_text": True,
@@ -52,17 +51,13 @@ def vit_over(
     """Builds timm's VisionTransformer over the feature map of a conv net, with random weights.
 
     net: [B, 3, S, S] -> [B, C', H, W], whose positions are the tokens. name: the registered
-    trunk's. pretrained: False. options: arguments of VisionTransformer, before the defaults here
-    (48 px, width 256, 8 heads, average pooling).
+    trunk's. pretrained: False. options: arguments of VisionTransformer, before the defaults here.
     """
     size: dict[str, Any] = {"img_size": 48, "patch_size": 1, "embed_dim": 256, "num_heads": 8}
     options = size | {"class_token": False, "global_pool": "avg"} | dict(options)
+    embed = partial(HybridEmbed, backbone=net)
     vit: VisionTransformer = build_model_with_cfg(
-        VisionTransformer,
-        name,
-        pretrained,
-        embed_layer=partial(HybridEmbed, backbone=net),
-        **options,
+        VisionTransformer, name, pretrained, embed_layer=embed, **options
     )
     return vit
 
@@ -78,7 +73,7 @@ class ShortVocabTokenizer(SimpleTokenizer):
     encoder: dict[str, int]
 
     def __init__(self, vocab_size: int, context_length: int = 77) -> None:
-        """Makes a tokenizer of vocab_size ids, at least 514, whose texts have context_length."""
+        """vocab_size: at least 514."""
         super().__init__(context_length=context_length)
         merges = vocab_size - 2 * len(self.byte_encoder) - 2
         self.bpe_ranks = dict(list(self.bpe_ranks.items())[:merges])

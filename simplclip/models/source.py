@@ -44,10 +44,7 @@ class Source:
         """Raises FileNotFoundError or InputError for what is not there; opens no file."""
 
     def load(self, argument: str = "source") -> Mapping[str, Any] | nn.Module:
-        """Reads the weights to the CPU: a state dict, which may be nested, or a model.
-
-        Raises FileNotFoundError, CheckpointError.
-        """
+        """Reads the weights to the CPU: a state dict, which may be nested, or a model."""
         raise NotImplementedError
 
 
@@ -130,7 +127,7 @@ class Tag(Source):
             parse_weights(self.checkpoint).check("checkpoint")
 
     def load(self, argument: str = "source") -> nn.Module:
-        from simplclip.models.tags import download
+        from simplclip.models.weights import download
 
         return download(self.name, self.tag, argument)
 
@@ -194,10 +191,7 @@ def parse_model(
 
 
 def parse_checkpoint(source: Text, *, last: bool = False) -> Checkpoint | Run:
-    """Returns the trainer's checkpoint that a path names; raises nothing.
-
-    last: of a run the last step's weights.
-    """
+    """Returns the checkpoint that a path names; last: of a run the last step's weights."""
     text = os.fspath(source)
     return Run(text, last) if Path(text).is_dir() else Checkpoint(text)
 
@@ -211,10 +205,9 @@ def _stored(path: str, exported: str, last: bool = False) -> Checkpoint | Run | 
 
 
 def check_export(out: Path, force: bool) -> None:
-    """Raises FileExistsError unless an export may be written to `out`.
+    """Raises FileExistsError unless an export may be written to the folder `out`.
 
-    It may be a folder that is missing or empty but for a model card and hidden files, or with
-    `force` one with an export.
+    It may be missing, empty but for a model card and hidden files, or with `force` an export.
     """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"out: expected a folder, got the file {out}")
@@ -233,10 +226,7 @@ def check_export(out: Path, force: bool) -> None:
 
 
 def about_best(file: Text, step: int) -> str:
-    """Returns the line for the terminal which says that a run's best weights were chosen.
-
-    file: that best.pt. step: the step of its weights.
-    """
+    """Returns the line for the terminal which says that a run's best weights were chosen."""
     return f"weights: {os.fspath(file)}, of the best evaluation, step {step}; --last takes last.pt"
 
 

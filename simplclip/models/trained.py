@@ -14,6 +14,7 @@ A checkpoint is one dict that torch.save wrote:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -42,8 +43,12 @@ from simplclip.models.source import (
     parse_model,
     parse_weights,
 )
-from simplclip.models.tags import needs_quick_gelu
-from simplclip.models.weights import CheckpointError, load_error, read_weights
+from simplclip.models.weights import (
+    CheckpointError,
+    load_error,
+    needs_quick_gelu,
+    read_weights,
+)
 
 FORMAT, VERSION = "simplclip", 1
 # initial values of SigLIP, arXiv 2303.15343
@@ -73,10 +78,7 @@ _WIDEST, _DEEPEST = 1_000_000, 1000  # the largest width and number of layers th
 
 
 def shape_of(section: Mapping[str, Any], name: str) -> Any:
-    """Returns a size of the model of a config's part "model": its own key, or that of its options.
-
-    name: "image_size" or "context_length". None means the model's own.
-    """
+    """Returns "image_size" or "context_length" of a config's part "model"; None: the model's."""
     options = section.get("options") or {}
     return section.get(name) or (options.get(_SHAPE[name]) or {}).get(name)
 
@@ -97,13 +99,10 @@ def model_options(section: Mapping[str, Any], base: str = "contrastive") -> dict
 
 
 def build_model(section: Mapping[str, Any], base: str = "contrastive") -> nn.Module:
-    """Makes the model of a config's part "model", with random weights.
+    """Makes the model of a config's part "model", with random weights; reads and fetches no file.
 
-    Nothing is fetched, and no file is read.
-
-    section: name, options, image_size and context_length, see `simplclip train --help-config`.
-    base: loss.base of the config. Raises InputError for an unknown name, for options or sizes that
-    the model does not take, and as `check_options` does.
+    base: loss.base of the config. Raises InputError for options or sizes that the model does not
+    take, and as `check_options` does.
     """
     name = section["name"]
     options = model_options(section, base)
@@ -138,10 +137,7 @@ def tokenizer(section: Mapping[str, Any]) -> Tokenizer:
 def image_transform(
     section: Mapping[str, Any], train: bool = False, augment: str | Mapping[str, Any] | None = None
 ) -> ImageTransform:
-    """Returns the image transform of a config's part "model", see `models.transforms`.
-
-    augment: as there; it counts only if `train`, which says whether the transform is for training.
-    """
+    """Returns the image transform of a config's part "model", see `models.transforms`."""
     return registry.transforms(
         section["name"],
         train=train,
@@ -152,10 +148,9 @@ def image_transform(
 
 
 def other_pixels(source: str, transform: ImageTransform) -> str | None:
-    """Returns how the images of an open_clip tag are normalised if not as by `transform`, in words.
+    """Returns model.options.preprocess for an open_clip tag with other pixels than `transform`'s.
 
-    None for equal mean and std, and for a source other than NAME/TAG. The words are a value of
-    model.options.preprocess.
+    None for equal mean and std, and for a source other than NAME/TAG.
     """
     parsed = parse_weights(source)
     if not isinstance(parsed, Tag):
@@ -168,11 +163,10 @@ def other_pixels(source: str, transform: ImageTransform) -> str | None:
 
 
 def check_options(options: Mapping[str, Any], file: str) -> None:
-    """Raises InputError unless model.options only describe an architecture.
+    """Raises InputError, with `file`'s name, unless model.options only describe an architecture.
 
-    options: as `models.create` takes them. file: the file that has them, for the message. Refused
-    are options that could fetch, unpickle or run files (pretrained, weights_only, hf_model_name, a
-    path or a URL in place of a model's name), and a model of absurd size.
+    Refused are options that could fetch, unpickle or run files (pretrained, weights_only,
+    hf_model_name, a path or a URL in place of a model's name), and a model of absurd size.
     """
     values = {key: (key, value) for key, value in options.items()}
     for key, part in options.items():
@@ -205,9 +199,7 @@ def _fetches(name: str, value: Any) -> bool:
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint, or the best.pt or else last.pt of a run's folder, to the CPU.
 
-    Returns the dict that the module describes, checked for "model", "config" and "step". Raises
-    FileNotFoundError; CheckpointError for a file that is damaged, no checkpoint, or of a newer
-    version.
+    Returns the dict that the module describes, checked for "model", "config" and "step".
     """
     parsed = parse_checkpoint(path)
     parsed.check("checkpoint")
@@ -221,27 +213,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(version, int) or version > VERSION:
         got = f"{str(version)[:100]!r}, maybe of a newer simplclip"
         raise CheckpointError(f"{path}: expected checkpoint version {VERSION} or lower, got {got}")
-    try:
-        complete = (
-            "model" in state
-            and isinstance(state["config"]["model"]["name"], str)
-            and isinstance(state["step"], int)
-        )
-    except (LookupError, TypeError):
-        complete = False
-    if not complete:
-        raise CheckpointError(
-            f"{path}: expected a checkpoint with a config and weights, got one without"
-        )
-    return state
+    with contextlib.suppress(LookupError, TypeError):
+        known = isinstance(state["config"]["model"]["name"], str)
+        if known and "model" in state and isinstance(state["step"], int):
+            return state
+    raise CheckpointError(
+        f"{path}: expected a checkpoint with a config and weights, got one without"
+    )
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Loads the model of a checkpoint, or of a run's folder.
+    """Loads the model of a checkpoint, or of a run's folder; with averages if the run has them.
 
-    Its weights are the averages if the run has averages. Returns the model in eval mode on the CPU,
-    and what `read_checkpoint` returns. Raises as `read_checkpoint`, also for options that are
-    refused and for weights that do not fit.
+    Returns the model in eval mode on the CPU, and what `read_checkpoint` returns.
     """
     state = read_checkpoint(path)
     section = state["config"]["model"]
@@ -261,22 +245,13 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 def load_source(
     source: str | os.PathLike, checkpoint: str | os.PathLike | None = None
 ) -> dict[str, Any]:
-    """Loads the model that `source` names:
+    """Loads the model that `source` names, see `simplclip.models.source` and `simplclip.load`.
 
-    PATH                    a checkpoint of `simplclip train`, the folder of a run (its best.pt,
-                            else last.pt) or an export
-    open_clip:NAME/TAG      open_clip's pretrained weights, which it downloads if necessary
-    open_clip:NAME/FILE     weights of that model, .pt or .safetensors. A model with a single known
-                            tag gets its preprocessing
-    siclip-tiny/FILE, ...   weights of that model, for mobileclip-s0 also the published file
-
-    checkpoint: FILE, if `source` does not have it. Beside a TAG, which then says only the
-    preprocessing.
+    checkpoint: a file of its weights, if `source` does not have it. Beside a TAG, which then says
+    only the preprocessing. A model of open_clip with a single known tag gets its preprocessing.
 
     Returns: "name", "model", "preprocess" (RGB image -> float32 [3, S, S]), "tokenizer" (texts ->
     int64 [N, L]); also "step" of a checkpoint or export, and "config" of a checkpoint.
-    Raises: InputError for an unknown model, FileNotFoundError, CheckpointError for a file that is
-    no checkpoint of the model.
     """
     parsed = parse_model(source, checkpoint)
     parsed.check()

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -88,7 +87,6 @@ class Transfer:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Lists the tensors of a model, its units and blocks; nothing is taken yet."""
         self.model = model
         self.tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
         self.units: dict[str, list[str]] = {}
@@ -122,18 +120,14 @@ class Transfer:
         """Notes the tensors of each unit that fits and has none from an earlier source.
 
         state: the source's tensors by the model's names. label: the source, for errors. The model
-        changes only in `copy`. A resized positional embedding gives way to an exact one. Raises
-        CheckpointError if too few tensors fit for a model of the same architecture.
+        changes only in `copy`. A resized positional embedding gives way to an exact one.
         """
-        match = self.match(state)
+        match = self._match(state)
         self._check_enough(match, label)
         self._apply(match)
 
-    def match(self, state: dict[str, Tensor]) -> Match:
-        """Compares the tensors of a source with those of the model; takes nothing.
-
-        state: the source's tensors by the model's names.
-        """
+    def _match(self, state: dict[str, Tensor]) -> Match:
+        """Compares the tensors of a source with those of the model; takes nothing."""
         resized: dict[str, Tensor] = {}
         differing: set[str] = set()
         for name, tensor in self.tensors.items():
@@ -206,10 +200,7 @@ class Transfer:
         return all(name.endswith(_COUNTERS) for name in unequal)
 
     def drop_half_tied(self) -> None:
-        """Resets units that own the same tensor, unless all of them take the same value for it.
-
-        A reset unit is new, and takes nothing.
-        """
+        """Resets units that own the same tensor, unless all of them take the same value for it."""
         owners: dict[int, list[tuple[str, str]]] = defaultdict(list)
         for unit, names in self.units.items():
             for name in names:
@@ -225,10 +216,7 @@ class Transfer:
 
     @torch.no_grad()
     def copy(self, labels: Sequence[str]) -> WeightTable:
-        """Copies what the units take into the model, in place, and returns the table.
-
-        labels: the sources, for the table.
-        """
+        """Copies what the units take into the model, in place; `labels` name the sources."""
         for name, value in self.taken.items():
             self.tensors[name].copy_(value.reshape(self.tensors[name].shape))
         counted: set[Tensor] = set()
@@ -242,9 +230,8 @@ class Transfer:
                 size = sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter))
                 yield path, (self.status[inside[0]], size)
                 return
-            depth = path.count(".") + 1 if path else 0
-            prefix = partial(_first_names, count=depth + 1)
-            for child, units in groupby(inside, prefix):
+            depth = path.count(".") + 2 if path else 1
+            for child, units in groupby(inside, lambda unit: ".".join(unit.split(".")[:depth])):
                 yield from rows(child, list(units))
 
         return WeightTable(dict(rows("", list(self.units))), labels)
@@ -286,8 +273,3 @@ def _alike(target: Tensor, value: Tensor) -> bool:
         return False
     scalar = target.numel() == value.numel() == 1 and max(target.dim(), value.dim()) <= 1
     return scalar or target.shape == value.shape
-
-
-def _first_names(path: str, count: int) -> str:
-    """Returns the first `count` names of a dotted path: "a.b" of "a.b.c" for 2."""
-    return ".".join(path.split(".")[:count])

@@ -1,4 +1,4 @@
-"""Files of weights, and their tensors by a model's names.
+"""Weights of files and of open_clip's tags, and their tensors by a model's names.
 
 Files are read without running code from them, and without filling the memory from a small file.
 """
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
@@ -40,11 +41,9 @@ class UnreadableError(CheckpointError):
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Any] | nn.Module, label: str) -> None:
-    """Loads weights that must fit exactly into a model, in place.
+    """Loads weights, as `renamed` takes them, that must fit exactly into a model, in place.
 
-    state: as `renamed` takes it. A model without a bias gets one if its weights have one (of a
-    sigmoid loss). Raises CheckpointError for weights that do not fit, which names `label`, and as
-    `_check_activation`.
+    A model without a bias gets one if its weights have one (of a sigmoid loss).
     """
     tensors = renamed(state, model)
     if "logit_bias" in tensors and getattr(model, "logit_bias", None) is None:
@@ -64,15 +63,12 @@ def renamed(source: Mapping[str, Any] | nn.Module, model: nn.Module) -> dict[str
     """Returns the tensors of a state dict or module by their names in `model`, in a new dict.
 
     The state dict is bare or under "state_dict" or "model". Averages under "ema", as a run has
-    them, replace weights; DistributedDataParallel's prefix "module." is removed. Values that are no
-    tensors are left out. Raises CheckpointError as `_check_activation`.
+    them, replace weights; DistributedDataParallel's prefix "module." is removed.
     """
-    state: Mapping[str, Any]
-    if isinstance(source, nn.Module):
-        _check_activation(source, model)
-        state = source.state_dict()
-    else:
-        state = source
+    state = source
+    if isinstance(state, nn.Module):
+        _check_activation(state, model)
+        state = state.state_dict()
     averages = state.get("ema")
     for key in ("state_dict", "model"):
         if isinstance(state.get(key), Mapping):
@@ -92,11 +88,10 @@ def renamed(source: Mapping[str, Any] | nn.Module, model: nn.Module) -> dict[str
 
 def _check_activation(source: nn.Module, model: nn.Module) -> None:
     """Raises CheckpointError if only one of two models has QuickGELU in a common place."""
-    activations = [
+    theirs, ours = (
         {name.removeprefix("text."): type(module).__name__ for name, module in part.named_modules()}
         for part in (source, model)
-    ]
-    theirs, ours = activations
+    )
     for name, ours_there in ours.items():
         pair = {ours_there, theirs.get(name, ours_there)}
         if len(pair) > 1 and "QuickGELU" in pair:
@@ -105,6 +100,36 @@ def _check_activation(source: nn.Module, model: nn.Module) -> None:
                 f"{theirs[name]}; quick_gelu={ours_there != 'QuickGELU'} makes a model that fits "
                 "(in a config model.options.quick_gelu)"
             )
+
+
+def download(name: str, tag: str, argument: str = "source") -> nn.Module:
+    """Returns an open_clip model with the weights of a tag, which open_clip downloads if needed.
+
+    Its activation is that of the weights. argument: its name in errors. Raises CheckpointError for
+    an unknown tag or a failed download.
+    """
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if tag not in tags:
+        raise CheckpointError(
+            f"{argument}: expected a tag of {name}, one of {', '.join(tags) or 'none'}, got {tag!r}"
+        )
+    options = {"force_quick_gelu": True} if needs_quick_gelu(name, tag) else {}
+    try:
+        return open_clip.create_model(name, pretrained=tag, **options)
+    except Exception as error:  # the download may raise many types
+        reason = first_line(error)
+        raise CheckpointError(
+            f"{argument}: open_clip could not get {name}/{tag}: {reason}; or name its file"
+        ) from None
+
+
+def needs_quick_gelu(name: str, tag: str) -> bool:
+    """Whether a tag's weights were trained with QuickGELU, but the model's configuration lacks it.
+
+    open_clip itself then only warns, and computes other features.
+    """
+    trained_with: bool = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
+    return trained_with and "quick_gelu" not in open_clip.get_model_config(name)
 
 
 def read_state(path: str | os.PathLike[str], argument: str = "source") -> Mapping[str, Any]:
@@ -120,9 +145,8 @@ def read_state(path: str | os.PathLike[str], argument: str = "source") -> Mappin
 def read_weights(path: str | os.PathLike, argument: str = "checkpoint") -> Any:
     """Reads a file NAME.safetensors, or of torch.save with weights_only, to the CPU.
 
-    Returns what was saved, of safetensors a dict of tensors. argument: its name in errors. Raises
-    FileNotFoundError; CheckpointError, also for a flipped bit in an export, or in a file of
-    torch.save, which has checksums.
+    Returns what was saved, of safetensors a dict of tensors. Raises CheckpointError also for a
+    flipped bit in an export, or in a file of torch.save, which has checksums.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{argument}: expected a file of weights, got no such file: {path}")
@@ -150,10 +174,7 @@ def read_weights(path: str | os.PathLike, argument: str = "checkpoint") -> Any:
 
 
 def check_digest(path: str | os.PathLike) -> None:
-    """Raises CheckpointError for weights with another digest than in an export.json beside them.
-
-    Nothing is checked if there is no export.json that lists the file.
-    """
+    """Raises CheckpointError for weights with another digest than in an export.json beside them."""
     try:
         about = json.loads(Path(path).with_name(EXPORT).read_text("utf-8"))
         expected = about["files"][Path(path).name]["sha256"]
@@ -196,31 +217,25 @@ def _check_contents(contents: Any) -> None:
 
     def count(value: Any) -> int:
         """Returns the number of values inside; checks the storage of tensors."""
-        if isinstance(value, Tensor):
-            _check_storage(value)
+        if isinstance(value, Tensor) and _exceeds_storage(value):
+            shape = list(value.shape)
+            raise InputError(f"a tensor of shape {shape} is stored with fewer numbers")
         if not isinstance(value, (Mapping, list, tuple, set)):
             return 1
         if id(value) not in counts:
             # while the container is counted, since it may hold itself
             counts[id(value)] = _MOST_VALUES + 1
-            counts[id(value)] = 1 + sum(map(count, _parts(value)))
+            parts = value if not isinstance(value, Mapping) else [*value.keys(), *value.values()]
+            counts[id(value)] = 1 + sum(map(count, parts))
         return counts[id(value)]
 
     if count(contents) > _MOST_VALUES:
         raise InputError(f"more than {_MOST_VALUES:,} values, some in each other")
 
 
-def _check_storage(tensor: Tensor) -> None:
-    """Raises InputError for a tensor of more than 16 MiB that is larger than its storage."""
+def _exceeds_storage(tensor: Tensor) -> bool:
+    """Whether a tensor of more than 16 MiB is larger than its storage."""
     size = tensor.numel() * tensor.element_size()
     if size <= _SMALL or tensor.layout != torch.strided:
-        return
-    if size > tensor.untyped_storage().nbytes():
-        raise InputError(f"a tensor of shape {list(tensor.shape)} is stored with fewer numbers")
-
-
-def _parts(container: Any) -> list[Any]:
-    """Returns the items of a container, of a mapping the keys, then the values."""
-    if isinstance(container, Mapping):
-        return [*container.keys(), *container.values()]
-    return list(container)
+        return False
+    return size > tensor.untyped_storage().nbytes()

@@ -27,7 +27,7 @@ from simplclip.data.pack import pack_shards
 from simplclip.data.samples import Pair, stable_hash
 from simplclip.data.transforms import ImageTransform, finish_on_device, stack_pixels
 from simplclip.data.write_sidecars import write_sidecars
-from simplclip.models.tags import download
+from simplclip.models.weights import download
 
 
 @dataclass(frozen=True)

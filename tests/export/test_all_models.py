@@ -15,36 +15,31 @@ from simplclip import export, models
 from support.models.exported_models import HF, VIT
 from support.train.runs import save_run
 
+
+def sizes(image_size, **text):
+    return {"vision_cfg": {"image_size": image_size}, "text_cfg": text}
+
+
 SHORT = {"context_length": 20, "layers": 1}
 # this library's models, and open_clip's, plain and simplified; most have other sizes, as after a
 # warm start
 MODELS = {
     "siclip-tiny": {
-        "vision_cfg": {"image_size": 64},
-        "text_cfg": {"context_length": 12},
+        **sizes(64, context_length=12),
         "simplify_options": {"share": {"text": [[0, 1]]}},
     },
-    "siclip-lite0": {"vision_cfg": {"image_size": 64}, "text_cfg": {"context_length": 20}},
-    "mobileclip-s0": {"vision_cfg": {"image_size": 128}, "text_cfg": SHORT},
-    "siclip-s0": {"vision_cfg": {"image_size": 128}, "text_cfg": SHORT, "init_logit_bias": -3.0},
+    "siclip-lite0": sizes(64, context_length=20),
+    "mobileclip-s0": sizes(128, **SHORT),
+    "siclip-s0": {**sizes(128, **SHORT), "init_logit_bias": -3.0},
     "siclip2-s0": {
-        "vision_cfg": {"image_size": 128},
-        "text_cfg": SHORT,
+        **sizes(128, **SHORT),
         "simplify_options": {"share": {}, "mask_padding": True},
     },
-    f"open_clip:{VIT}": {
-        "vision_cfg": {"image_size": 48},
-        "text_cfg": {"context_length": 20},
-        "quick_gelu": True,
-    },
+    f"open_clip:{VIT}": {**sizes(48, context_length=20), "quick_gelu": True},
     f"open_clip:{HF}": {
-        "simplify_options": {
-            "share": {"text": {"mlp": [[0, 1]]}},
-            "mask_padding": True,
-        },
-        "vision_cfg": {"image_size": 48},
+        **sizes(48, no_causal_mask=True),
+        "simplify_options": {"share": {"text": {"mlp": [[0, 1]]}}, "mask_padding": True},
         "custom_text": True,
-        "text_cfg": {"no_causal_mask": True},
     },
 }
 ELSEWHERE = """
@@ -73,19 +68,11 @@ REST = sorted({*MODELS, *models.names()} - {*QUICK})
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "names",
-    [QUICK, pytest.param(REST, marks=pytest.mark.prove)],
-    ids=["some", "rest"],
+    "names", [QUICK, pytest.param(REST, marks=pytest.mark.prove)], ids=["some", "rest"]
 )
 @torch.no_grad()
 def test_every_model_loads_in_open_clip_in_another_process_and_folder(names, tmp_path, monkeypatch):
-    texts = [
-        "a red heart",
-        "",
-        "Two dogs!  on a <b>beach</b> ",
-        "naïve café №7",
-        "many words " * 30,
-    ]
+    texts = ["a red heart", "", "Two dogs!  on a <b>beach</b> ", "naïve café №7", 30 * "words "]
     pictures = torch.randint(0, 256, (4, 20, 50, 3), dtype=torch.uint8).repeat_interleave(3, 1)
     monkeypatch.chdir(tmp_path)
     encoders = {}
@@ -105,9 +92,8 @@ def test_every_model_loads_in_open_clip_in_another_process_and_folder(names, tmp
     assert loaded.keys() == {*names}
     for name, (pixels, tokens, image, text, scale) in loaded.items():
         encoder, opened = encoders[name], [Image.fromarray(picture.numpy()) for picture in pictures]
-        torch.testing.assert_close(
-            pixels, torch.stack([*map(encoder.preprocess, opened)]), rtol=0, atol=2.01 / 255 / 0.26
-        )
+        ours = torch.stack([*map(encoder.preprocess, opened)])
+        torch.testing.assert_close(pixels, ours, rtol=0, atol=2.01 / 255 / 0.26)
         assert torch.equal(tokens, encoder.tokenizer(texts)), name
         torch.testing.assert_close(image, encoder.features("image", pixels), rtol=0, atol=1e-5)
         torch.testing.assert_close(text, encoder.encode_text(texts), rtol=0, atol=1e-5)

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.long
 
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
-ABOUT = ("README.md", "preprocessing.json")
+FILES = {CONFIG, WEIGHTS, "export.json", "README.md", "preprocessing.json"}
 
 
 class Exported(NamedTuple):
@@ -44,38 +44,43 @@ class Exported(NamedTuple):
     summary: dict
 
 
+def export_of(folder, name, **options):
+    run, out = folder / "run", folder / "export"
+    model = save_run(run, name, **options)
+    return Exported(model, run, out, export.run(run, out))
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    model = save_run(folder / "run", "siclip-tiny")
-    return Exported(
-        model, folder / "run", folder / "export", export.run(folder / "run", folder / "export")
-    )
+    return export_of(tmp_path_factory.mktemp("tiny"), "siclip-tiny")
 
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vit")
-    model = save_run(folder, f"open_clip:{VIT}", init_logit_bias=-5.0)
-    return Exported(
-        model, folder, folder / "export", export.run(folder / "last.pt", folder / "export")
-    )
+    return export_of(tmp_path_factory.mktemp("vit"), f"open_clip:{VIT}", init_logit_bias=-5.0)
 
 
 def assert_same(model, other):
     torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
+def printed_lines(printed, model):
+    """Runs the lines that load an export, and returns them with the names that they set."""
+    lines = [line.strip() for line in printed.splitlines() if line.startswith("    ")]
+    names = {"simplclip": simplclip}
+    exec("\n".join(lines), names)
+    assert_same(model, names["model"])
+    assert_same(model, names["encoder"].model)
+    return lines, names
+
+
 @pytest.mark.slow
 def test_the_summary_says_what_was_exported(tiny):
     _, run, out, summary = tiny
     assert json.loads((out / "export.json").read_text()) == json.loads(json.dumps(summary))
-    assert (summary["model"], summary["step"], summary["checkpoint"]) == (
-        "siclip-tiny",
-        7,
-        str(run),
-    )
-    assert {p.name for p in out.iterdir()} == {CONFIG, WEIGHTS, "export.json", *ABOUT}
+    found = summary["model"], summary["step"], summary["checkpoint"]
+    assert found == ("siclip-tiny", 7, str(run))
+    assert {p.name for p in out.iterdir()} == FILES
     with safe_open(out / WEIGHTS, "pt") as file:
         assert file.metadata() == {"format": "pt", "model": "siclip-tiny", "step": "7"}
 
@@ -85,15 +90,9 @@ def test_the_summary_says_what_was_exported(tiny):
 def test_the_printed_lines_load_the_export(which, request, tmp_path, capsys):
     """Plain open_clip loads a plain model; a simplified one needs the lines of register_models."""
     model, run, *_ = request.getfixturevalue(which)
-    out = tmp_path / 'a "b"\\n é'
-    export.run(run, out)
-    printed = capsys.readouterr().out.splitlines()
-    lines = [line.strip() for line in printed if line.startswith("    ")]
+    export.run(run, tmp_path / 'a "b"\\n é')
+    lines, names = printed_lines(capsys.readouterr().out, model)
     assert ("register_models()" in lines) == (which == "tiny")
-    names = {"simplclip": simplclip}
-    exec("\n".join(lines), names)
-    assert_same(model, names["model"])
-    assert_same(model, names["encoder"].model)
     assert names["tokenizer"](["a"]).shape == names["encoder"].tokenizer(["a"]).shape
 
 
@@ -111,13 +110,8 @@ def test_the_printed_lines_load_a_timm_trunk_of_another_size(size, tmp_path, cap
     """open_clip alone makes timm's trunk in its own size, whose position embeddings do not fit."""
     model = save_run(tmp_path, f"open_clip:{TIMM}", vision_cfg={"image_size": size})
     export.run(tmp_path, tmp_path / "out")
-    printed = capsys.readouterr().out.splitlines()
-    lines = [line.strip() for line in printed if line.startswith("    ")]
+    lines, names = printed_lines(capsys.readouterr().out, model)
     assert ("register_models()" in lines) == (size != 160)
-    names = {"simplclip": simplclip}
-    exec("\n".join(lines), names)
-    assert_same(model, names["model"])
-    assert_same(model, names["encoder"].model)
     pixels = names["preprocess"](Image.new("RGB", (50, 40)))[None]
     assert pixels.shape == (1, 3, size, size)
     assert names["model"].eval().encode_image(pixels).shape == (1, 16)
@@ -134,14 +128,8 @@ def test_the_model_card_has_counts_figures_and_the_lines_that_load_it(tiny, tmp_
     splits = {"held": held, "classes": SplitResult(images=3, texts=0)}
 
     def write_results(checkpoint, step):
-        results = Results(
-            checkpoint=str(run / checkpoint),
-            model="siclip-tiny",
-            step=step,
-            precision="fp32",
-            versions={},
-            splits=splits,
-        )
+        about = {"checkpoint": str(run / checkpoint), "model": "siclip-tiny", "step": step}
+        results = Results(**about, precision="fp32", versions={}, splits=splits)
         (run / "evaluation.json").write_text(results.model_dump_json())
 
     write_results("best.pt", step=7)
@@ -171,12 +159,8 @@ def test_the_model_card_has_counts_figures_and_the_lines_that_load_it(tiny, tmp_
     for wrong in (None, "[1]", "{"):  # figures of another step are not this model's
         if wrong:
             (run / "evaluation.json").write_text(wrong)
-        (out / "README.md").unlink()
-        export.run(run, out, force=True)
-        assert (
-            "The weights had not been evaluated before the export."
-            in (out / "README.md").read_text()
-        )
+        text = export.card(tiny.model, state, run / "best.pt", "")
+        assert "The weights had not been evaluated before the export." in text
     # what the run itself found at this step
     columns = ["step", "split", "direction", "R@1", "R@5", "R@10", "loss"]
     columns += ["chance R@1", "chance R@5", "chance R@10"]
@@ -185,9 +169,7 @@ def test_the_model_card_has_counts_figures_and_the_lines_that_load_it(tiny, tmp_
         [7, "held_out", "text_to_image", 0.25, 0.5, 0.75, 1.0, 0.01, 0.05, 0.1],
     ]
     table(run / "evaluation.csv", found, columns)
-    (out / "README.md").unlink()
-    export.run(run, out, force=True)
-    text = (out / "README.md").read_text()
+    text = export.card(tiny.model, state, run / "best.pt", "")
     assert "| held_out | text to image | 25.0% (1.0%) | 50.0% (5.0%) | 75.0% (10.0%) |" in text
     assert "image to text" not in text
 
@@ -217,10 +199,8 @@ def test_preprocessing_says_how_to_make_the_inputs(tiny, tmp_path):
     }
     save_run(tmp_path / "hf", f"open_clip:{HF}")
     export.run(tmp_path / "hf", tmp_path / "out")
-    assert (
-        json.loads((tmp_path / "out/preprocessing.json").read_text())["text"]["tokenizer"]
-        == "tokenizer.json"
-    )
+    about = json.loads((tmp_path / "out/preprocessing.json").read_text())
+    assert about["text"]["tokenizer"] == "tokenizer.json"
     assert (tmp_path / "out/tokenizer.json").exists()
 
 
@@ -235,25 +215,17 @@ def test_an_export_on_a_hub_loads_by_its_name(which, request, tmp_path):
     (cache / "refs/main").write_text("abc")
     lines = ["import open_clip, torch"]
     if which == "tiny":
-        lines += [
-            "from simplclip.integrations.open_clip import register_models",
-            "register_models()",
-        ]
+        lines += ["from simplclip.integrations import open_clip as ours", "ours.register_models()"]
     lines += [
         "model, _, preprocess = open_clip.create_model_and_transforms('hf-hub:owner/name')",
         "assert open_clip.get_tokenizer('hf-hub:owner/name')(['a']).ndim == 2",
         f"torch.save(model.state_dict(), {str(tmp_path / 'loaded.pt')!r})",
     ]
-    environment = os.environ | {
-        "HF_HOME": str(tmp_path),
-        "HF_HUB_CACHE": str(tmp_path / "hub"),
-        "HF_HUB_OFFLINE": "1",
-    }
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment["HF_HUB_CACHE"] = str(tmp_path / "hub")
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, env=environment)
     loaded = torch.load(tmp_path / "loaded.pt", weights_only=True)
-    assert all(
-        torch.equal(loaded[name], value) for name, value in exported.model.state_dict().items()
-    )
+    torch.testing.assert_close(loaded, dict(exported.model.state_dict()), rtol=0, atol=0)
 
 
 @pytest.mark.slow
@@ -272,20 +244,12 @@ def test_an_export_is_kept_unless_forced(tiny, tmp_path, monkeypatch):
     (out / ".gitattributes").write_text("")
     export.run(tiny.run, out)
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(
-        FileExistsError, match="expected a folder without an export, got .*; --force"
-    ):
+    message = "expected a folder without an export, got .*; --force"
+    with pytest.raises(FileExistsError, match=message):
         export.run(tiny.run, out)
     (out / WEIGHTS).write_text("damaged")
     export.run(tiny.run, out, force=True)
-    assert {p.name for p in out.iterdir()} == {
-        "notes.txt",
-        ".gitattributes",
-        "export.json",
-        CONFIG,
-        WEIGHTS,
-        *ABOUT,
-    }
+    assert {p.name for p in out.iterdir()} == FILES | {"notes.txt", ".gitattributes"}
     assert_same(tiny.model, simplclip.load(out, device="cpu").model)
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="expected a folder"):
@@ -315,12 +279,7 @@ def test_command(tiny, tmp_path):
     result = call("export", tiny.run / "last.pt", "--out", tmp_path / "a/b")
     assert result.exit_code == 0, result.output
     assert "open_clip_model.safetensors" in result.output
-    assert {p.name for p in (tmp_path / "a/b").iterdir()} == {
-        "export.json",
-        CONFIG,
-        WEIGHTS,
-        *ABOUT,
-    }
+    assert {p.name for p in (tmp_path / "a/b").iterdir()} == FILES
     (tmp_path / "text.pt").write_text("not weights")
     state = read_checkpoint(tiny.run)
     state["config"]["model"]["options"] = {"embed_dim": 64}
@@ -350,10 +309,7 @@ def test_a_closed_pipe_leaves_a_whole_export(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_flipped_bit_in_an_export_is_an_error(tiny, tmp_path):
-    """Here, as weights to start from, and in open_clip by register_models.
-
-    Exports of earlier versions have no digest.
-    """
+    """Here, as weights to start from, and in open_clip. Early exports have no digest."""
     out = tmp_path / "out"
     shutil.copytree(tiny.out, out)
     weights = bytearray((out / WEIGHTS).read_bytes())
@@ -365,15 +321,12 @@ def test_a_flipped_bit_in_an_export_is_an_error(tiny, tmp_path):
         lambda folder: models.create("siclip-tiny", checkpoint=folder / WEIGHTS),
         lambda folder: open_clip.create_model(f"local-dir:{folder}"),
     ):
-        with pytest.raises(
-            CheckpointError,
-            match=f"{WEIGHTS}: expected the file that export.json describes, got another",
-        ):
+        message = f"{WEIGHTS}: expected the file that export.json describes, got another"
+        with pytest.raises(CheckpointError, match=message):
             load(out)
     about = json.loads((out / "export.json").read_text())
-    (out / "export.json").write_text(
-        json.dumps({key: about[key] for key in about if key != "files"})
-    )
+    del about["files"]
+    (out / "export.json").write_text(json.dumps(about))
     assert simplclip.load(out).step == 7
 
 

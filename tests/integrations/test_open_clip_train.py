@@ -20,7 +20,7 @@ import torch
 from simplclip import losses
 from simplclip.common.errors import InputError
 from simplclip.integrations import open_clip_train as openclip_train
-from simplclip.models.tags import needs_quick_gelu
+from simplclip.models.weights import needs_quick_gelu
 from support.ops.calls import recorded_calls
 from support.paths import ROOT
 from support.train.open_clip_plan import STEPS, Plan, coca, needs_trainer, prepare, teacher

@@ -43,10 +43,7 @@ def bert(folder, **options):
 KINDS = {
     "siclip-tiny": (lambda folder: models.tokenizer("siclip-tiny"), 2),
     "siclip-lite0": (lambda folder: models.tokenizer("siclip-lite0"), 2),
-    "siclip-s0": (lambda folder: models.tokenizer("siclip-s0"), 2),
-    "siclip2-s0": (lambda folder: models.tokenizer("siclip2-s0", 16), 2),
-    "open_clip": (lambda folder: models.tokenizer("open_clip:ViT-B-32", 9), 2),
-    "of an export": (lambda folder: open_clip.SimpleTokenizer(context_length=5), 2),
+    "open_clip": (lambda folder: open_clip.SimpleTokenizer(context_length=9), 2),
     # as of CoCa-Roberta; SigLIP's end is its padding
     "bert": (bert, 2),
     "bert, no end": (lambda folder: bert(folder, strip_sep_token=True), 2),

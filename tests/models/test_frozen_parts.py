@@ -1,11 +1,13 @@
 """Frozen parts that run folded: equal gradients, and no trace of the copies in the model."""
 
 import copy
+import functools
 import io
 import pickle
 
 import pytest
 import torch
+from timm.layers import to_2tuple
 from timm.models import fastvit
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -17,6 +19,7 @@ from simplclip.losses import ClipPMLoss
 from simplclip.models import mobileclip
 from simplclip.models.fold import fold_frozen
 from simplclip.models.inherit import freeze, inherit
+from support.models.open_clip_models import clip
 from support.models.weights import with_statistics
 
 LITE0 = "visual.trunk.patch_embed.backbone"
@@ -24,10 +27,15 @@ STEM = ("stem", "stages.0", "stages.1", "stages.2", "stages.3.downsample", "stag
 S0 = [*(f"visual.trunk.{name}" for name in STEM), "visual.trunk.final_conv"]
 
 
-def lite0():
+@functools.cache
+def frozen_lite0():
     model = with_statistics(models.create("siclip-lite0"))
     freeze(model, [LITE0, "text.token_embedding"])
     return model.train()
+
+
+def lite0():
+    return copy.deepcopy(frozen_lite0())
 
 
 def s0():
@@ -39,23 +47,22 @@ def s0():
     return model.train()
 
 
-def pairs(model, name, count):
-    side = model.visual.image_size
+def images_of(model, count=2):
     torch.manual_seed(1)
-    texts = [f"a photo of {what}" for what in ("a cat", "two dogs", "the sea", "a red bus")][:count]
-    return torch.rand(
-        count, 3, *(side if isinstance(side, tuple) else (side, side))
-    ), models.tokenizer(name)(texts)
+    return torch.rand(count, 3, *to_2tuple(model.visual.image_size))
 
 
 def gradients(model, image, text, dtype=None):
     model.zero_grad(set_to_none=True)
     with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-        features = (
-            model.encode_image(image, normalize=True),
-            model.encode_text(text, normalize=True),
-        )
-        sum(ClipPMLoss()(*features, model.logit_scale.exp(), output_dict=True).values()).backward()
+        images = model.encode_image(image, normalize=True)
+        texts = model.encode_text(text, normalize=True)
+        terms = ClipPMLoss()(images, texts, model.logit_scale.exp(), output_dict=True)
+        sum(terms.values()).backward()
+    return flat_gradients(model)
+
+
+def flat_gradients(model):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
@@ -76,7 +83,9 @@ def error(found, expected):
 )
 def test_gradients(make, name, parts):
     model = make()
-    batch = pairs(model, name, 2 if make is s0 else 4)
+    texts = [f"a photo of {what}" for what in ("a cat", "two dogs", "the sea", "a red bus")]
+    count = 2 if make is s0 else 4
+    batch = images_of(model, count), models.tokenizer(name)(texts[:count])
     exact, before = gradients(model, *batch), gradients(model, *batch, torch.bfloat16)
     copies = fold_frozen(model)
     assert list(copies) == parts
@@ -93,7 +102,7 @@ def test_gradients(make, name, parts):
 def test_the_copies_belong_to_no_model():
     model = lite0()
     before, count = model.state_dict(), sum(1 for _ in model.modules())
-    image = pairs(model, "siclip-lite0", 2)[0]
+    image = images_of(model)
     with torch.no_grad():
         plain = model.encode_image(image)
         copies = fold_frozen(model)
@@ -104,17 +113,12 @@ def test_the_copies_belong_to_no_model():
         saved = io.BytesIO()
         torch.save(model, saved)
         saved.seek(0)
-        other = copy.deepcopy(model)
-        for each in (
-            other,
-            pickle.loads(pickle.dumps(model)),
-            torch.load(saved, weights_only=False),
-        ):
-            assert torch.equal(each.encode_image(image), folded)
-            assert each.get_submodule(LITE0).forward.args[1] is not copies[LITE0]
-        assert torch.allclose(
-            simplclip.fold(model.eval()).encode_image(image), plain, rtol=1e-4, atol=1e-5
-        )
+        others = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        for other in (*others, torch.load(saved, weights_only=False)):
+            assert torch.equal(other.encode_image(image), folded)
+            assert other.get_submodule(LITE0).forward.args[1] is not copies[LITE0]
+        whole = simplclip.fold(model.eval()).encode_image(image)
+        assert torch.allclose(whole, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -146,21 +150,20 @@ def test_layer_scales_are_folded_in_bfloat16(make):
 
 
 def test_pointwise_convolutions_are_products_on_a_gpu(monkeypatch):
-    """A CPU that is taken for a GPU: equal but for rounding, in the layout of the input.
-
-    Other convolutions stay convolutions.
-    """
-    model = with_statistics(
-        nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 24, 1), nn.Conv2d(24, 24, 1, stride=2))
-    )
+    """A CPU is taken for a GPU. Other convolutions stay convolutions."""
+    layers = nn.Conv2d(8, 16, 3), nn.Conv2d(16, 24, 1), nn.Conv2d(24, 24, 1, stride=2)
+    model = with_statistics(nn.Sequential(*layers))
     freeze(model, [""])
     copies = fold_frozen(model, torch.bfloat16)
     x = torch.randn(2, 8, 9, 9).contiguous(memory_format=torch.channels_last)
     products = []
     linear = nn.functional.linear
-    monkeypatch.setattr(
-        "simplclip.models.fold.F.linear", lambda *args: products.append(1) or linear(*args)
-    )
+
+    def counted(*args):
+        products.append(1)
+        return linear(*args)
+
+    monkeypatch.setattr("simplclip.models.fold.F.linear", counted)
     with torch.autocast("cpu", torch.bfloat16):
         expected = model(x)
         assert not products
@@ -178,9 +181,7 @@ def test_what_has_no_copy():
     model = lite0()
     model.get_submodule(f"{LITE0}.blocks.0").register_forward_hook(lambda *_: None)
     assert not fold_frozen(model)  # a copy would not call the hook
-    vit = models.create(
-        "open_clip:ViT-B-32", vision_cfg={"layers": 1, "width": 64}, text_cfg={"layers": 1}
-    )
+    vit = clip()
     freeze(vit, ["visual"])  # its one convolution has no norm
     assert not fold_frozen(vit.train())
 
@@ -188,22 +189,19 @@ def test_what_has_no_copy():
 @pytest.mark.slow
 def test_under_other_wrappers(tmp_path):
     model = lite0()
-    image = pairs(model, "siclip-lite0", 2)[0]
+    image = images_of(model)
     assert list(fold_frozen(model)) == [LITE0]
 
     def step(encode):
         model.zero_grad(set_to_none=True)
         encode(image).square().sum().backward()
-        return torch.cat(
-            [p.grad.flatten() for p in model.visual.parameters() if p.grad is not None]
-        )
+        return flat_gradients(model.visual)
 
     expected = step(model.visual)
     assert torch.equal(step(lambda x: checkpoint(model.visual, x, use_reentrant=False)), expected)
     assert error(step(torch.compile(model.visual, backend="eager")), expected) <= 1e-5
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
-    )
+    meeting = f"file://{tmp_path / 'meeting'}"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
     try:
         assert torch.equal(step(DistributedDataParallel(model.visual)), expected)
     finally:

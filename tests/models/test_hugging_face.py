@@ -17,18 +17,18 @@ from support.models.hugging_face import batch, model, step
 BLOCKS = {"CLIPModel": CLIPBlock, "SiglipModel": SiglipBlock, "Siglip2Model": Siglip2Block}
 
 
-def simplified(name="CLIPModel", seed=0, mixes=True, gamma=0.5, **options):
-    """Returns a simplified model. mixes: make attention non-uniform, as after training."""
-    clip, _ = simplclip.simplify(model(name, seed, **options), gamma=gamma)
-    torch.manual_seed(seed)
+def simplified(name="CLIPModel", **options):
+    """Returns a simplified model with attention that is not uniform, as after training."""
+    clip, _ = simplclip.simplify(model(name, **options), gamma=0.5)
+    torch.manual_seed(0)
     for module in clip.modules():
-        if mixes and isinstance(module, EncoderBlock):
+        if isinstance(module, EncoderBlock):
             nn.init.normal_(module.qk.weight, std=0.3)
     return clip
 
 
-def layers(clip, tower="text"):
-    return getattr(clip, {"text": "text_model", "image": "vision_model"}[tower]).encoder.layers
+def layers(clip):
+    return clip.text_model.encoder.layers
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -37,40 +37,26 @@ def test_both_towers(name):
     before = count_parameters(clip)
     same, report = simplclip.simplify(clip)
     assert same is clip
-    assert {type(block) for tower in ("text", "image") for block in layers(clip, tower)} == {
-        BLOCKS[name]
-    }
-    assert list(report.replaced)[3:5] == [
-        "text_model.encoder.layers.3",
-        "vision_model.encoder.layers.0",
-    ]
-    blocks = [clip.get_submodule(path) for path in report.replaced]
-    assert [(block.width, block.heads, block.hidden) for block in blocks[3:5]] == [
-        (24, 2, 48),
-        (32, 2, 64),
-    ]
+    paths = [f"text_model.encoder.layers.{index}" for index in range(4)]
+    paths += [f"vision_model.encoder.layers.{index}" for index in range(3)]
+    assert list(report.replaced) == paths
+    blocks = [clip.get_submodule(path) for path in paths]
+    assert {type(block) for block in blocks} == {BLOCKS[name]}
+    sizes = [(block.width, block.heads, block.hidden) for block in blocks]
+    assert sizes == 4 * [(24, 2, 48)] + 3 * [(32, 2, 64)]
     assert [block.causal for block in blocks] == [name == "CLIPModel"] * 4 + [False] * 3
-    assert {block.act for block in layers(clip)} == {
-        "quickgelu" if name == "CLIPModel" else "gelu_tanh"
-    }
+    act = "quickgelu" if name == "CLIPModel" else "gelu_tanh"
+    assert {block.act for block in layers(clip)} == {act}
     assert report.before == before
     assert report.after == count_parameters(clip)
-    assert (
-        sum(report.after[part] for part in ("image", "text", "other"))
-        == report.after["total"]
-        < before["total"]
-    )
+    assert sum(report.after.values()) == 2 * report.after["total"] < 2 * before["total"]
     assert report.after["other"] == (1 if name == "CLIPModel" else 2)
     _, gradients = step(clip, inputs)
     assert gradients.keys() == dict(clip.named_parameters()).keys()
 
 
 def test_attention_implementation_and_the_mask_of_valid_tokens_do_not_matter():
-    """Each way of attention gets its own mask.
-
-    Eager attention gets an additive mask, SDPA a boolean mask or None, flash attention the
-    tokenizer's mask.
-    """
+    """Eager attention gets an additive mask, SDPA a boolean or None, flash the tokenizer's."""
     eager, sdpa = (simplified(attn_implementation=name) for name in ("eager", "sdpa"))
     inputs = batch()
     texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -87,15 +73,11 @@ def test_attention_implementation_and_the_mask_of_valid_tokens_do_not_matter():
 
 def test_padded_patches_do_not_change_an_image():
     clip, inputs = simplified("Siglip2Model"), batch("Siglip2Model")
-    images = {
-        name: inputs[name] for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes")
-    }
-    features = clip.get_image_features(**images).pooler_output
-    hidden = images["pixel_attention_mask"] == 0
-    images["pixel_values"][hidden] += 1
-    torch.testing.assert_close(clip.get_image_features(**images).pooler_output, features)
-    images["pixel_values"][:, 0] += 1
-    assert not torch.allclose(clip.get_image_features(**images).pooler_output, features)
+    features = clip(**inputs).image_embeds
+    inputs["pixel_values"][inputs["pixel_attention_mask"] == 0] += 1
+    torch.testing.assert_close(clip(**inputs).image_embeds, features)
+    inputs["pixel_values"][:, 0] += 1
+    assert not torch.allclose(clip(**inputs).image_embeds, features)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -109,36 +91,18 @@ def test_masks_that_cannot_be_honoured(implementation):
     siglip2 = simplified("Siglip2Model", attn_implementation=implementation)
     of_siglip2 = batch("Siglip2Model")
     patches = of_siglip2["pixel_attention_mask"].flip(1)
-    ones = torch.ones_like(of_siglip["input_ids"])
-    siglip(**of_siglip, attention_mask=ones)
-    for call, message in (
-        (
-            lambda: clip(**inputs | {"attention_mask": left}),
-            r"^attention_mask: expected rows of ones followed by zeros",
-        ),
-        (
-            lambda: clip(**inputs | {"attention_mask": holes}),
-            r"^attention_mask: expected rows of ones followed by zeros",
-        ),
-        (
-            lambda: siglip(**of_siglip, attention_mask=inputs["attention_mask"]),
-            "^attention_mask: expected None or ones",
-        ),
-        (
-            lambda: siglip2(**of_siglip2 | {"pixel_attention_mask": patches}),
-            "^pixel_attention_mask: expected rows of ones",
-        ),
-        (
-            lambda: layers(clip)[0](torch.randn(1, 3, 24), "causal"),
-            "^attention_mask: expected a mask .*, got str",
-        ),
-        (
-            lambda: layers(clip)[0](torch.randn(1, 3, 24), torch.ones(3)),
-            "^attention_mask: expected .*, got Tensor",
-        ),
+    siglip(**of_siglip, attention_mask=torch.ones_like(of_siglip["input_ids"]))
+    hidden = {"hidden_states": torch.randn(1, 3, 24)}
+    for called, given, mask, message in (
+        (clip, inputs, left, "attention_mask: expected rows of ones followed by zeros"),
+        (clip, inputs, holes, "attention_mask: expected rows of ones followed by zeros"),
+        (siglip, of_siglip, inputs["attention_mask"], "attention_mask: expected None or ones"),
+        (siglip2, of_siglip2, patches, "pixel_attention_mask: expected rows of ones"),
+        (layers(clip)[0], hidden, "causal", "attention_mask: expected a mask .*, got str"),
+        (layers(clip)[0], hidden, torch.ones(3), "attention_mask: expected .*, got Tensor"),
     ):
-        with pytest.raises(ValueError, match=message):
-            call()
+        with pytest.raises(ValueError, match=f"^{message}"):
+            called(**given | {message.partition(":")[0]: mask})
 
 
 def test_hidden_states_are_returned_and_attention_weights_are_an_error():
@@ -165,13 +129,10 @@ def test_compiles_without_graph_breaks_and_in_bfloat16():
         if name == "CLIPModel":
             compiled = torch.compile(clip, fullgraph=True, backend="eager")
             torch.testing.assert_close(compiled(**inputs).logits_per_image, expected)
-        clip = clip.to(torch.bfloat16)
-        torch.testing.assert_close(
-            clip(**inputs).logits_per_image.float(), expected, rtol=0.1, atol=0.1
-        )
-    assert {p.dtype for p in layers(simplified(dtype=torch.bfloat16)).parameters()} == {
-        torch.bfloat16
-    }
+        found = clip.to(torch.bfloat16)(**inputs).logits_per_image.float()
+        torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
+    blocks = layers(simplified(dtype=torch.bfloat16))
+    assert {p.dtype for p in blocks.parameters()} == {torch.bfloat16}
 
 
 class Small(transformers.CLIPModel):
@@ -211,19 +172,13 @@ def test_saved_and_loaded(tmp_path):
 
 
 def test_blocks_that_a_checkpoint_lacks_begin_as_new_ones(tmp_path):
-    """transformers would leave gains uninitialised.
-
-    One checkpoint is of the original blocks, one lacks some parameters.
-    """
+    """transformers would leave their gains uninitialised."""
     model().save_pretrained(tmp_path / "original")
     small = model(cls=Unshared)
     torch.nn.init.constant_(layers(small)[0].alpha, 3.0)
-    state = {
-        name: value
-        for name, value in small.state_dict().items()
-        if ".mlp_gain" not in name and ".fc1." not in name
-    }
-    small.save_pretrained(tmp_path / "half", state_dict=state)
+    state = small.state_dict()
+    kept = {name: state[name] for name in state if ".mlp_gain" not in name and ".fc1." not in name}
+    small.save_pretrained(tmp_path / "half", state_dict=kept)
     for name, alpha in (("original", 1.0), ("half", 3.0)):
         loaded = Unshared.from_pretrained(tmp_path / name)
         first = layers(pickle.loads(pickle.dumps(copy.deepcopy(loaded))))[0]
@@ -236,24 +191,14 @@ def test_blocks_that_a_checkpoint_lacks_begin_as_new_ones(tmp_path):
 def test_what_is_refused_leaves_the_model_as_it_was():
     clip = model()
     names = clip.state_dict().keys()
-    for made, options, message in (
-        (
-            clip,
-            {"blocks": {"image": [7]}},
-            "blocks: expected indices of the 3 blocks of the image tower, got .7.",
-        ),
-        (
-            model("MetaClip2Model"),
-            {},
-            "text: expected a transformers encoder with CLIPEncoderLayer, .*, got MetaClip2Enc",
-        ),
-        (
-            model("ChineseCLIPModel"),
-            {},
-            "text: expected a transformers encoder with .*, got ChineseCLIPTextModel",
-        ),
-        (clip.text_model, {}, "text: expected a transformers encoder with .*, got NoneType"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            simplclip.simplify(made, **options)
+    with pytest.raises(ValueError, match="of the 3 blocks of the image tower, got .7."):
+        simplclip.simplify(clip, blocks={"image": [7]})
     assert clip.state_dict().keys() == names
+    for other, got in (
+        (model("MetaClip2Model"), "MetaClip2Enc"),
+        (model("ChineseCLIPModel"), "ChineseCLIPTextModel"),
+        (clip.text_model, "NoneType"),
+    ):
+        message = f"text: expected a transformers encoder with CLIPEncoderLayer, .*, got {got}"
+        with pytest.raises(ValueError, match=message):
+            simplclip.simplify(other)

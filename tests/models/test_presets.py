@@ -43,15 +43,11 @@ def test_s0_is_mobileclip2_s0_with_simplified_blocks():
     s0 = made("siclip2-s0")
     assert type(s0) is CustomTextCLIP
     assert sum(isinstance(m, MapBlock) for m in s0.modules()) == 2
-    assert all(
-        isinstance(b, TransformerBlock) and not b.causal for b in s0.text.transformer.resblocks
-    )
     blocks = s0.text.transformer.resblocks
+    assert all(isinstance(block, TransformerBlock) and not block.causal for block in blocks)
     for part in ("qk", "fc1"):
-        assert [getattr(a, part) is getattr(b, part) for a, b in pairwise(blocks)] == [
-            True,
-            False,
-        ] * 5 + [True]
+        shared = [getattr(a, part) is getattr(b, part) for a, b in pairwise(blocks)]
+        assert shared == [True, False] * 5 + [True]
     report = s0.simplify_report
     assert report.before["total"] == 74_835_073
     assert report.after["total"] < 0.7 * report.before["total"]

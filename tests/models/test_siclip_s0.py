@@ -33,10 +33,7 @@ def test_the_image_encoder_has_a_seventh_less_parameters(student):
 
 
 def test_a_missing_file_is_named_with_where_it_is_to_be_had(student, tmp_path):
-    place = (
-        "Apple publishes mobileclip_s0.pt at "
-        "https://docs-assets.developer.apple.com/.*/mobileclip_s0.pt"
-    )
+    place = "Apple publishes mobileclip_s0.pt at https://docs-assets.developer.apple.com/.*_s0.pt"
     for read in (
         lambda path: inherit(student, path),
         lambda path: models.create("siclip-tiny", checkpoint=path),
@@ -62,7 +59,7 @@ def test_a_training_step_of_the_config(name, tmp_path):
     torch.save(stand_in(name), tmp_path / "source.pt")
     shard = tiny.write_shard(tmp_path / "train-0.tar", teacher=64)
     data = [f"data.train={shard}", f"data.sidecars=[{tmp_path / 'teacher'}]", "data.workers=0"]
-    data += ["data.batch_size=4", "data.micro_batch=2"]
+    data += ["data.batch_size=4", "data.micro_batch=2", "model.image_size=64"]
     changes = [*data, f"inherit.source={tmp_path / 'source.pt'}", "run.precision=fp32"]
     state = make_state(config.load(name, changes), torch.device("cpu"), "fp32")
     assert len(state.prepared.frozen) > 8
@@ -72,15 +69,10 @@ def test_a_training_step_of_the_config(name, tmp_path):
     row = train_step(state, [next(loader) for _ in range(2)])
     terms = ("contrastive", "pair_matching", "feature", "relational", "interactive")
     assert all(0 < float(row[f"{term}_loss"]) < 1e3 for term in terms), row
-    moved = {
-        name
-        for name, tensor in state.model.state_dict().items()
-        if not torch.equal(tensor, before[name])
-    }
-    trains = {
-        name for name, p in state.model.named_parameters(remove_duplicate=False) if p.requires_grad
-    }
-    assert moved == trains
+    after = state.model.state_dict()
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    named = state.model.named_parameters(remove_duplicate=False)
+    assert moved == {name for name, parameter in named if parameter.requires_grad}
 
 
 @pytest.mark.prove
@@ -98,9 +90,8 @@ def test_the_last_blocks_mlp_computes_one_token_of_each_text(student):
     torch.manual_seed(0)
     torch.nn.init.uniform_(student.text.last.layer_scale)
     text, seen = torch.randint(1, 49000, (3, 77)), []
-    hook = student.text.last.mlp.register_forward_pre_hook(
-        lambda _, args: seen.append(args[0].shape)
-    )
+    mlp = student.text.last.mlp
+    hook = mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
     with torch.no_grad():
         features, tokens = student.text(text), all_tokens(student.text, text)
     hook.remove()

@@ -21,17 +21,12 @@ default_cfgs = generate_default_cfgs({"siclip_lite0_trunk.untrained": TRUNK_CFG}
 def siclip_lite0_trunk(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """Returns the image trunk before it is simplified; timm registers it by name.
 
-    It is the first five of EfficientNet-Lite0's seven stages under a ViT. The stages have stride 16
-    and 112 channels. The net is ``patch_embed.backbone``, with the names of timm's
-    tf_efficientnet_lite0: conv_stem, bn1, blocks.0 ..., so that it can be inherited. pretrained:
-    False, there are no weights. kwargs: timm's, of a VisionTransformer, in place of the defaults:
-    48 px, two blocks of width 256 with 8 heads, average pooling.
+    It is the first five of EfficientNet-Lite0's seven stages, of stride 16 and 112 channels, under
+    a ViT. The net keeps the names of timm's tf_efficientnet_lite0, so that it can be inherited.
     """
     whole: Any = timm.create_model("tf_efficientnet_lite0")
-    net = nn.Sequential(
-        OrderedDict(conv_stem=whole.conv_stem, bn1=whole.bn1, blocks=whole.blocks[:5])
-    )
-    return vit_over(net, "siclip_lite0_trunk", pretrained, {"depth": 2} | kwargs)
+    parts = OrderedDict(conv_stem=whole.conv_stem, bn1=whole.bn1, blocks=whole.blocks[:5])
+    return vit_over(nn.Sequential(parts), "siclip_lite0_trunk", pretrained, {"depth": 2} | kwargs)
 
 
 # The net and the token embeddings, which can be inherited, define both widths. A step at 48 px

@@ -17,8 +17,7 @@ def siclip_tiny_trunk(pretrained: bool = False, **kwargs: Any) -> VisionTransfor
     """Returns the image trunk before it is simplified; timm registers it by name.
 
     It is a residual conv net of stride 8 under a ViT of one block. Its norms are group norms of one
-    group, which know nothing of other images: a batch may be computed in parts. pretrained: False,
-    there are no weights. kwargs: timm's, of a VisionTransformer.
+    group, which know nothing of other images: a batch may be computed in parts.
     """
     # The first stages take most of the time, so they have one residual block each and few channels.
     stages = tuple(

