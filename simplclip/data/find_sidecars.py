@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from simplclip.common.errors import InputError
 from simplclip.data.errors import ShardError
@@ -76,7 +75,7 @@ def check_sidecars(sources: Iterable[Source], folders: Folders) -> None:
             _check_size(shard, sidecar, entry.get("source"))
 
 
-def _check_size(shard: str, sidecar: str, source: Any) -> None:
+def _check_size(shard: str, sidecar: str, source: object) -> None:
     """Raises ShardError if a shard has another size than when its sidecar was made."""
     if not isinstance(source, dict) or source.get("bytes") is None or not os.path.exists(shard):
         return

@@ -83,7 +83,7 @@ class JsonReader(Reader):
     @classmethod
     def read(cls, path: str, options: Options) -> RowSource:
         """Returns a row for each image, with all its captions; the file is parsed now."""
-        captions: dict[str, list[Any]] = {}
+        captions: dict[str, list[object]] = {}
         try:
             for image, texts in _entries(_parsed(path), path, options):
                 captions.setdefault(image, []).extend(texts)
@@ -124,7 +124,7 @@ def _parsed(path: str) -> dict[str, Any]:
 
 def _entries(
     content: dict[str, Any], path: str, options: Options
-) -> Iterator[tuple[str, list[Any]]]:
+) -> Iterator[tuple[str, list[object]]]:
     """Yields (path or file name of an image, captions); an image may come again."""
     images = content["images"]
     if "annotations" in content:  # COCO's captions_val2017.json

@@ -102,7 +102,7 @@ def _holds_files(kind: Any) -> bool:
     return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
 
 
-def _image(value: Any) -> Any:
+def _image(value: object) -> object:
     """Returns the path, a str, or the file, bytes, that a value of the images' column is."""
     if isinstance(value, dict):
         return value.get("bytes") or value.get("path")

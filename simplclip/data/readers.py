@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 from simplclip.common.errors import InputError
 from simplclip.data.read_csv import CsvReader
@@ -40,7 +39,7 @@ def is_source(path: str | os.PathLike) -> bool:
     return is_table(text) or os.path.isdir(text)
 
 
-def is_table(path: Any) -> bool:
+def is_table(path: object) -> bool:
     """Whether `path` is the name of a file that a reader takes, also FILE.json#SPLIT."""
     if not isinstance(path, (str, os.PathLike)):
         return False

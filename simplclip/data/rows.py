@@ -30,7 +30,7 @@ class PairRow(NamedTuple):
 
     name: str  # in messages, and "source" in the sample's json
     image: str = ""  # path of the image
-    captions: Sequence[Any] = ()
+    captions: Sequence[object] = ()
     # suffix (txt, json) -> path of a file beside the image
     texts: Mapping[str, str] | None = None
     label: str | None = None
@@ -142,7 +142,7 @@ def columns_of(titles: list[str], path: str, options: Options) -> list[str]:
     return columns
 
 
-def texts_of(captions: Any) -> list[str]:
+def texts_of(captions: object) -> list[str]:
     """Returns the captions of a row, a list or one, as texts; dates and structs are none."""
     texts = []
     for value in captions if isinstance(captions, list) else [captions]:
@@ -152,13 +152,13 @@ def texts_of(captions: Any) -> list[str]:
     return texts
 
 
-def table_row(name: str, image: Any, captions: list[Any], path: str, options: Options) -> PairRow:
+def table_row(name: str, image: object, texts: list[str], path: str, options: Options) -> PairRow:
     """Returns the row of an image, a path or a file's bytes, of the table `path`."""
     if isinstance(image, bytes) and image:
         digest = hashlib.blake2b(image, digest_size=16).hexdigest()
-        return PairRow(name, captions=captions, group=digest, encoded=image)
+        return PairRow(name, captions=texts, group=digest, encoded=image)
     if isinstance(image, str) and image:
-        return PairRow(name, options.image(path, image), captions, group=image)
+        return PairRow(name, options.image(path, image), texts, group=image)
     return PairRow(name, problem=("missing image", ""))
 
 
@@ -166,7 +166,7 @@ def merged_by_image(rows: Iterator[PairRow]) -> Iterator[PairRow]:
     """Yields neighbouring rows of one image as one row, with the first's name."""
     joined: PairRow | None = None
     joined_image: str | None = None
-    captions: list[Any] = []  # of the joined row
+    captions: list[object] = []  # of the joined row
     for row in rows:
         # the path in full; a table that holds the files has none
         image = None if row.problem else row.image or row.group

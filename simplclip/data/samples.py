@@ -17,6 +17,7 @@ import os
 import re
 import stat
 import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -244,7 +245,7 @@ def captions_of(sample: Sample, record: dict[str, Any], *, txt_lines: bool = Fal
     raise BrokenSample("empty caption" if any_text or "txt" in sample else "missing caption")
 
 
-def _captions_in(values: list[Any]) -> list[str]:
+def _captions_in(values: Iterable[object]) -> list[str]:
     """Returns those of some values that are texts and not empty, as `clean` returns them."""
     captions = []
     for value in values:
@@ -308,7 +309,7 @@ def digest_of_features(npy: bytes, views: list[dict[str, Any]] | None) -> str:
     return f"{zlib.crc32(npy + json.dumps(views).encode()):08x}"
 
 
-def digest_of(values: list[Any]) -> str:
+def digest_of(values: Sequence[object]) -> str:
     """Returns a digest of a list of JSON values, 16 hexadecimal digits."""
     return f"{stable_hash(json.dumps(values)):016x}"
 

@@ -225,7 +225,7 @@ def finish_on_device(
     return transform.finish(images, channels_last=channels_last)
 
 
-def augmentation(transform: Any) -> Any:
+def augmentation(transform: object) -> Any:
     """Returns what a transform draws as a JSON value, to compare: "none", "affine" or a dict.
 
     The dict has open_clip's fields. Of a transform other than ImageTransform it is the repr.
@@ -322,7 +322,7 @@ def _parsed_augment(augment: Any) -> Any:
     return augment
 
 
-def _is_range(ends: Any) -> bool:
+def _is_range(ends: object) -> bool:
     """Whether `ends` are two numbers above 0, the first not above the second."""
     if not isinstance(ends, (list, tuple)) or len(ends) != 2:
         return False
