@@ -77,13 +77,6 @@ def test_of_one_suffix_the_last_folder_counts(folder, tmp_path):
     assert "teacher.json" not in read(folder / "train-0.tar", old, new)["k000"]
 
 
-@pytest.mark.parametrize("workers", [0, 3])
-def test_batches_with_sidecars(folder, out, workers):
-    options = {"teacher": True, "sidecars": [out], "batch_size": 3, "shuffle_buffer": 4}
-    for batch in take(loader(str(folder / "*.tar"), workers=workers, **options), 5):
-        assert [int(key[1:]) for key in batch["key"]] == batch["teacher_image"][:, 0].tolist()
-
-
 def test_what_is_missing_is_named(folder, out, monkeypatch):
     path = out / "train-1.tar"
     whole = path.read_bytes()

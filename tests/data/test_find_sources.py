@@ -102,12 +102,6 @@ def test_a_server_that_fails(server, monkeypatch, fault):
         one_pass(urls)
 
 
-def test_a_server_that_is_not_there():
-    message = r"127\.0\.0\.1:1/a\.tar' cannot be read: curl: \(7\)"
-    with pytest.raises(data.ShardError, match=message):
-        one_pass("http://127.0.0.1:1/a.tar")
-
-
 @pytest.mark.parametrize(
     "command", ["cat {0}", "cat {0}; yes", "cat {0}; sleep 1", "cat {0} 2>/dev/null; exit 0"]
 )

@@ -27,6 +27,10 @@ def after(part):
     return pair(1) + part + pair(2) + END
 
 
+def members(names, content):
+    return b"".join(member(name, content) for name in names)
+
+
 def old_sparse(more):
     """Returns a file of the older form whose map has `more` further blocks."""
     block = bytearray(header("k3.png", 512, b"S"))
@@ -59,61 +63,44 @@ DAMAGED_TARS = {
 }
 OUTSIDE = [f"{way}{end}" for way in ("/tmp/out", "../../out") for end in (".png", ".json")]
 OWN_FIELDS = [f"k3.__{name}__" for name in ("url", "shard", "key", "copy")]
+EMPTY = [f"{number:05d}.jpg" for number in range(4000)]
 TAGS = ((b"major", b"1"), (b"minor", b"0"), (b"realsize", b"%d" % 2**40))
 LONG_PATH = record(b"path", b"a/" * 2500 + b"k.png")
 FOR_ALL = record(b"size", b"7"), record(b"path", b"k3.png")
-# name -> (what stands between two samples, the keys of the samples that are used, the counts of
-# damage)
-ARCHIVES = {
-    **{name: (damage, [1], {DAMAGED: 1}) for name, damage in DAMAGED_TARS.items()},
-    "a name of 5,000 bytes": (
-        lambda: pax(LONG_PATH) + member("a", PNG),
-        [1, 2],
-        {"name too long": 1},
+# name -> (what stands between two samples that are used, the counts of damage)
+PASSED_OVER = {
+    "a name of 5,000 bytes": (lambda: pax(LONG_PATH) + member("a", PNG), {"name too long": 1}),
+    "a sparse file": (lambda: old_sparse(0) + member("k3.txt", b"x"), {SPARSE: 1}),
+    "a long map": (lambda: old_sparse(9000) + member("k3.txt", b"x"), {SPARSE: 1}),
+    "a sparse file of pax 1.0": (lambda: new_sparse(*TAGS), {SPARSE: 1}),
+    "names that lead out": (lambda: members(OUTSIDE, PNG), {"bad json": 2}),
+    "a name with a zero": (lambda: pax(record(b"path", b"k3.png\0/x")) + member("a", PNG), {}),
+    "names of a sample's own fields": (lambda: members(OWN_FIELDS, b"x"), {}),
+    "a file twice": (lambda: member("k2.png", PNG), {TWICE: 1}),
+    "many empty files": (lambda: members(EMPTY, b""), {"missing caption": len(EMPTY)}),
+    "a caption of 17 MiB": (
+        lambda: member("k3.txt", bytes(17 << 20)) + member("k3.png", PNG),
+        {LARGE: 1},
     ),
+    "json of brackets": (
+        lambda: member("k3.json", b"[" * 10**6) + member("k3.png", PNG),
+        {"bad json": 1},
+    ),
+}
+NO_UTF8 = "\udcff\udcfe"
+# name -> (what stands between two samples, the keys of those that are used, the counts of damage)
+ARCHIVES = {
+    **{name: (part, [1], {DAMAGED: 1}) for name, part in DAMAGED_TARS.items()},
+    **{name: (part, [1, 2], counts) for name, (part, counts) in PASSED_OVER.items()},
     "pax headers for all": (
         lambda: pax(*FOR_ALL, kind=b"g"),
         [1],
         {TWICE: 1, "missing caption": 1},
     ),
-    "a sparse file": (lambda: old_sparse(0) + member("k3.txt", b"x"), [1, 2], {SPARSE: 1}),
-    "a long map": (lambda: old_sparse(9000) + member("k3.txt", b"x"), [1, 2], {SPARSE: 1}),
-    "a sparse file of pax 1.0": (lambda: new_sparse(*TAGS), [1, 2], {SPARSE: 1}),
-    "names that lead out": (
-        lambda: b"".join(member(name, PNG) for name in OUTSIDE),
-        [1, 2],
-        {"bad json": 2},
-    ),
-    "a name with a zero": (
-        lambda: pax(record(b"path", b"k3.png\0/x")) + member("a", PNG),
-        [1, 2],
-        {},
-    ),
     "names that are not UTF-8": (
-        lambda: member("\udcff\udcfe.png", PNG) + member("\udcff\udcfe.txt", b"x"),
-        [1, "\udcff\udcfe", 2],
+        lambda: member(f"{NO_UTF8}.png", PNG) + member(f"{NO_UTF8}.txt", b"x"),
+        [1, NO_UTF8, 2],
         {},
-    ),
-    "names of a sample's own fields": (
-        lambda: b"".join(member(name, b"x") for name in OWN_FIELDS),
-        [1, 2],
-        {},
-    ),
-    "a file twice": (lambda: member("k2.png", PNG), [1, 2], {TWICE: 1}),
-    "many empty files": (
-        lambda: b"".join(header(f"{i:05d}.jpg") for i in range(1000)),
-        [1, 2],
-        {"missing caption": 1000},
-    ),
-    "a caption of 17 MiB": (
-        lambda: member("k3.txt", bytes(17 << 20)) + member("k3.png", PNG),
-        [1, 2],
-        {LARGE: 1},
-    ),
-    "json of brackets": (
-        lambda: member("k3.json", b"[" * 10**6) + member("k3.png", PNG),
-        [1, 2],
-        {"bad json": 1},
     ),
 }
 # name -> (a whole tar, the keys of the samples that are used)

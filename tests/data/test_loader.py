@@ -168,8 +168,7 @@ def test_a_state_belongs_to_the_names_weights_and_sizes_of_its_shards(tmp_path):
     reader = loader(shards("old/a", "old/b"))
     take(reader, 5)
     state = json.loads(json.dumps(reader.state_dict()))
-    others = [[*"a"], [*"ac"], [*"ba"], [*"abc"]]
-    others = [shards(*(f"old/{name}" for name in names)) for names in others]
+    others = [shards(*(f"old/{name}" for name in names)) for names in ("a", "ac", "ba", "abc")]
     for other in (*others, [shards("old/a"), {"shards": shards("old/b"), "weight": 2}]):
         with pytest.raises(ValueError, match="state: expected one of shards_digest "):
             loader(other, state)

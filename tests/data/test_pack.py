@@ -292,13 +292,6 @@ def test_images_of_other_formats_are_read_or_counted(tmp_path, captioned):
     assert len({*batch["key"]}) == 5
 
 
-def test_a_folder_of_heic_alone_is_told_how_to_convert_it(tmp_path):
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos/a.heic").write_bytes(b"")
-    message = refusal(tmp_path / "photos")
-    assert re.search(r"1 skipped: 1 heic image .*ImageMagick converts it", message)
-
-
 def test_images_of_one_name_are_different_samples(tmp_path):
     write_images(tmp_path / "in/dog", "1.png", "1.JPG", "2.png")
     expected = [(name, ["dog"]) for name in ("dog/1", "dog/1", "dog/2")]

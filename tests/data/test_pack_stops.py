@@ -12,14 +12,13 @@ import pytest
 
 from simplclip.common.errors import InputError
 from simplclip.data import pack
-from support.data.packs import packed, skipped_of
+from support.data.packs import packed, skipped_of, write_images
 from support.data.pairs import digests, meta, png, table
 from support.programs import call, killed_at_any_point
 
 
 def test_a_folder_whose_captions_change_is_another_source(tmp_path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/1.png").write_bytes(png())
+    write_images(tmp_path / "in", "1.png")
     for text in ("a cat", "a dog"):
         (tmp_path / "in/1.txt").write_text(text)
         os.utime(tmp_path / "in/1.txt", (len(text), ord(text[2])))

@@ -196,14 +196,12 @@ def test_what_follows_the_end_of_a_tar_is_padding_or_damage(tmp_path, end, damag
             one_pass(shard, on_error="stop")
 
 
-@pytest.mark.parametrize(("torn", "usable"), [("k001.txt", 1), ("k005.png", 5)])
-def test_damage_costs_the_sample_of_the_torn_file(tmp_path, torn, usable):
+def test_damage_costs_the_sample_of_the_torn_file(tmp_path):
     """Without the torn file it may have other captions, no group or no teacher features."""
-    path = write(tmp_path / "torn.tar", [sample(i) for i in range(int(torn[3]) + 1)])
-    os.truncate(path, member(path, torn).offset_data + 1)
+    path = write(tmp_path / "torn.tar", [sample(0), sample(1)])
+    os.truncate(path, member(path, "k001.txt").offset_data + 1)
     found, skipped = one_pass(path)
-    assert found == [f"k{i:03d}" for i in range(usable)]
-    assert skipped.counts == {"damaged tar": 1}
+    assert (found, skipped.counts) == (["k000"], {"damaged tar": 1})
 
 
 @pytest.mark.parametrize("why", ["No such file", "Permission denied"])

@@ -122,8 +122,8 @@ def test_a_jpeg_is_decoded_smaller_where_the_crop_allows(size, monkeypatch):
 
     monkeypatch.setattr(transforms, "decode_image", recorded)
     ours, file = ImageTransform(PreprocessCfg(size=size), {"scale": (0.5, 1.0)}), PHOTOS[0]
-    sides = ([512, 512], [497, 507], [400, 300], [257, 300], [255, 300])
-    for crop in ([9, 3, *side] if side != [512, 512] else [0, 0, *side] for side in sides):
+    crops = [0, 0, 512, 512], [9, 3, 497, 507], [100, 50, 400, 300]
+    for crop in (*crops, [10, 20, 257, 300], [10, 20, 255, 300]):
         view = {"image": [512, 512], "crop": crop}
         found = ours.apply(file, view).float()
         assert found.shape == (3, size, size)

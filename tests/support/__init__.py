@@ -25,6 +25,7 @@ kernels/grids        whether the programs of a launch write each element once, a
 kernels/cuda_attention the CUDA C++ kernels as a backend on a CPU
 kernels/on_gpus      a program: calls on one of two GPUs while the other is current
 data/pairs           shards of small pictures and captions, and loaders of them
+data/packs           tables and pictures to pack, and what packing makes of them
 data/photos          pictures that compress like photographs
 data/archives        damaged and hostile tars, each made from its number
 train/tiny           a tiny training: shards, teacher's features, config
