@@ -335,10 +335,7 @@ def check(model: nn.Module) -> None:
 
 
 class _Exchange:
-    """The choice of backward passes in which ranks exchange gradients.
-
-    DistributedDataParallel makes it in forward passes.
-    """
+    """The choice, in forward passes, of backward passes in which DDP exchanges gradients."""
 
     def __init__(self, model: nn.Module | None, encoders: list[_Encoder]) -> None:
         """Finds the DistributedDataParallel wrappers in a model; None means that there are none."""

@@ -113,11 +113,7 @@ def _weight(text: str) -> float:
 
 
 def command() -> Any:
-    """Runs `main` as a command, and returns its result.
-
-    A UserError is printed as one line and exits with status 2, but is raised if SIMPLCLIP_DEBUG is
-    set in the environment.
-    """
+    """Runs `main`; a UserError is one line and status 2, unless SIMPLCLIP_DEBUG is set."""
     try:
         return main()
     except UserError as error:
@@ -255,8 +251,7 @@ def _check(
 def replacement(options: argparse.Namespace, args: argparse.Namespace, loss: Any) -> nn.Module:
     """Returns this library's loss with the settings of `loss`, open_clip's, on args.device.
 
-    options: of `parser`; args: of open_clip's trainer. Raises InputError for a loss that has no
-    replacement, also None. Changes nothing.
+    Raises InputError for a loss that has no replacement, also None.
     """
     from open_clip import loss as originals
 

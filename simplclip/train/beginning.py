@@ -34,10 +34,7 @@ class Beginning:
     """
 
     def __init__(self, modules: list[nn.Module], compiled: bool = False) -> None:
-        """Replaces `forward` of the modules, in the order in which they run, until `remove`.
-
-        compiled: whether torch.compile compiles the tower: what keeps outputs is then not compiled.
-        """
+        """Replaces `forward` of modules, in their order. compiled: torch.compile compiles them."""
         function = torch.compiler.disable(_forward, recursive=False) if compiled else _forward
         self.modules = modules
         # forwards that were set on a module itself before
@@ -111,12 +108,8 @@ def find_beginning(
 ) -> tuple[Beginning, int] | None:
     """Finds the frozen beginning of a tower by encoding `batch`, of one text or image.
 
-    encode: batch -> features of the tower. compiled: see `Beginning`.
-
-    Returns the beginning and the bytes of its output for `batch`; its modules already have another
-    `forward`, until `remove`. Returns None, with the modules as before, if there is none with
-    weights that multiply, or if the tower does not compute the same features from its output.
-    Generators are restored.
+    Returns it and the bytes of its output; None, with the modules as before, if it has no weights
+    that multiply, or if the tower does not compute the same features by it.
     """
     modules = [
         module for _, module in frozen_modules(model) if not isinstance(module, nn.Embedding)
@@ -186,10 +179,7 @@ def _nothing_saved() -> saved_tensors_hooks:
 
 
 def _chain(calls: list[_Call]) -> list[_Call]:
-    """Returns the calls that make the frozen beginning; none without matrices, which gain nothing.
-
-    calls: of frozen modules, in their order. Modules that are called twice make no beginning.
-    """
+    """Returns the calls, of frozen modules, that are the beginning; none without matrices."""
     calls = [
         call for call in calls if isinstance(call.output, Tensor) and not call.output.requires_grad
     ]

@@ -81,10 +81,7 @@ def _read_best(file: Path) -> dict[str, Any]:
 
 
 def set_aside(out: Path, former: dict[str, Any]) -> list[str]:
-    """Renames a damaged best.pt, so that the run can go on; returns lines for the log.
-
-    out: folder of the run. former: what `read_last` returned. Without damage nothing changes.
-    """
+    """Renames a damaged best.pt, by what `read_last` returned; returns lines for the log."""
     if former["damage"] is None:
         return []
     damaged = out / f"{BEST}.damaged"
@@ -101,29 +98,23 @@ def _can_continue(checkpoint: dict[str, Any]) -> bool:
     try:
         torch.Generator().set_state(checkpoint["rng"]["torch"])
         positions = [position.keys() >= {*STATE} for position in checkpoint["data"]]
+        best = checkpoint.get("best")
         return (
             all(positions)
             and checkpoint["step"] > 0
             and isinstance(checkpoint["frozen"], list)
             and isinstance(checkpoint.get("evaluated", 0), int)
-            and _is_best(checkpoint.get("best"))
+            and (best is None or isinstance(best["recall"], float))
+            and (best is None or isinstance(best["step"], int))
         )
     except (RuntimeError, LookupError, TypeError, AttributeError):
         return False
 
 
-def _is_best(best: Any) -> bool:
-    """Whether a value of "best" in a last.pt is one that the trainer writes."""
-    if best is None:
-        return True
-    return isinstance(best["recall"], float) and isinstance(best["step"], int)
-
-
 def check_settings(checkpoint: dict[str, Any], config: Config) -> None:
     """Raises ConfigError if `config` cannot continue the run of this checkpoint, see `resumable`.
 
-    Neither can it with fewer steps than are done. Raises CheckpointError if the checkpoint's own
-    settings are those of another version.
+    Raises CheckpointError if the checkpoint's own settings are those of another version.
     """
     last = Path(config.run.out) / "last.pt"
     try:
@@ -154,10 +145,7 @@ def check_settings(checkpoint: dict[str, Any], config: Config) -> None:
 
 
 def check_sources(checkpoint: dict[str, Any], config: Config) -> None:
-    """Raises ConfigError if data.train has a source of which the checkpoint's run has no shards.
-
-    Only names of folders are compared; `check_settings` compares all, but needs packed data.
-    """
+    """Raises ConfigError for a source of data.train, by name, without shards in the run."""
     last = Path(config.run.out) / "last.pt"
     packed = _folders_of(checkpoint["config"]["data"]["train"])
     for folder, source in pack_folders(config.data.train, last.parent / "shards").items():
@@ -203,11 +191,7 @@ class Snapshot:
     def __init__(
         self, state: State, former: dict[str, Any] | None = None, images: int | None = None
     ) -> None:
-        """Takes the present state as the last whole step.
-
-        former: what `read_last` returned. images: number of images of an epoch, for checkpoints;
-        None if they are not counted.
-        """
+        """Takes the present state as a whole step. former: of `read_last`; images: of an epoch."""
         self.state, self.out = state, Path(state.config.run.out)
         self.go_on = f"To go on: simplclip train {self.out / 'config.yaml'} --resume"
         former = former or {}
@@ -234,10 +218,7 @@ class Snapshot:
         return self.progress["best"]
 
     def take(self) -> None:
-        """Copies the state after a whole step, in place of the last one; to be called after each.
-
-        Copied are buffers, the step, the loaders' states and the generators' states.
-        """
+        """Copies buffers, step, and states of loaders and generators, after each whole step."""
         for buffer, copy in self._buffers.values():
             copy.copy_(buffer)
         self.progress |= {
@@ -252,11 +233,9 @@ class Snapshot:
             buffer.copy_(copy)
 
     def save(self) -> None:
-        """Writes last.pt with the last whole step, and config.yaml, in place of the old ones.
+        """Writes last.pt with the last whole step, and config.yaml, unless they are there.
 
-        config.yaml may have changed on resume. If last.pt has this step and its evaluation already,
-        nothing is written; nor by other ranks. Parameters are written as they are: not to be called
-        while `state.updating`.
+        Parameters are written as they are: not to be called while `state.updating`.
         """
         progress = self.progress["step"], self.progress["evaluated"]
         if not ranks.first() or progress == self._written:
@@ -271,11 +250,9 @@ class Snapshot:
         self.saved_at = time.monotonic()
 
     def keep_best(self, recall: float) -> bool:
-        """Writes best.pt, with the model's present weights, if their R@1 is the highest so far.
+        """Writes best.pt and config.yaml if `recall`, a mean R@1, is the highest so far.
 
-        recall: the mean R@1 of an evaluation; that of other eval.splits does not count. Also writes
-        config.yaml, by which `simplclip evaluate` finds the splits. Returns whether the weights are
-        the best ones, on all ranks; only the first one writes.
+        Returns on all ranks whether it is; figures of other eval.splits do not count.
         """
         state = self.state
         if self.best and recall <= self.best["recall"]:
@@ -296,8 +273,7 @@ class Snapshot:
     def save_after_error(self) -> str | None:
         """Writes the last whole step to last.pt after an error, unless it is there already.
 
-        Gradients are freed. Returns a sentence: what is saved, or why not and what is intact.
-        Returns None if there was no whole step, in this run or in one that it continues.
+        Returns a sentence: what is saved, or why not and what is intact; None without a whole step.
         """
         last, step = self.out / "last.pt", self.progress["step"]
         self.state.optimizer.zero_grad(set_to_none=True)  # saving may need the memory
@@ -316,11 +292,7 @@ class Snapshot:
 
 
 def save(folder: Path, contents: dict[str, Any], name: str = LAST) -> None:
-    """Writes a checkpoint, FOLDER/last.pt or FOLDER/NAME, in place of the old one.
-
-    contents: its keys but "format" and "version", which are added. A crash, a full disk or a signal
-    at any moment leaves the old one or the new one, complete.
-    """
+    """Writes FOLDER/NAME, with "format" and "version", completely or not at all."""
     path = folder / name
     with replacing(path) as file:
         try:

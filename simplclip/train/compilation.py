@@ -26,17 +26,12 @@ def may_compile(state: State) -> bool:
 class Compilation:
     """Runs a run's steps, and decides once whether the rest of them run compiled.
 
-    It decides after EAGER_STEPS, on a GPU with one rank. The steps run compiled if the rest of the
-    run takes longer than WORTH_SECONDS; if compilation fails they run as before. The decision
-    replaces "auto" in the state's config, so that a resumed run keeps it.
+    They do after EAGER_STEPS, on a GPU with one rank, if they would take longer than WORTH_SECONDS
+    and compilation works. The decision replaces "auto" in the state's config, for a resumed run.
     """
 
     def __init__(self, state: State, snapshot: Snapshot, log: Log) -> None:
-        """Compiles nothing yet.
-
-        snapshot: gives the buffers back if the first compiled step fails. log: gets a line when the
-        towers are compiled, and one if that fails.
-        """
+        """Compiles nothing yet; the snapshot gives buffers back if a compiled step fails."""
         self.state = state
         self.snapshot = snapshot
         self.log = log
@@ -45,10 +40,9 @@ class Compilation:
         self.began = 0.0  # the time after the first step, which chose and compiled kernels
 
     def step(self, train: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Calls `train`, which runs one step, and returns the figures that it returned.
+        """Calls `train`, which runs one step, and returns its figures.
 
-        The step after EAGER_STEPS may begin with the compilation; if that fails, `train` is called
-        a second time, from the same buffers and generators.
+        If compilation fails, `train` is called again, from the same buffers and generators.
         """
         if self.undecided and self.steps == 1:
             self.began = time.monotonic()

@@ -78,10 +78,7 @@ class Config(Section):
 
     @property
     def held_out(self) -> dict[str, Any]:
-        """The split of eval.hold_out by its name, as `data.held_out` takes it.
-
-        It is empty if nothing is held out.
-        """
+        """The split of eval.hold_out by its name, as `data.held_out` takes it; {} without one."""
         return {"held_out": self.divided} if self.eval.hold_out else {}
 
     @property
@@ -103,10 +100,7 @@ class Config(Section):
         return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
     def replaced(self, **sections: Mapping[str, Any]) -> Config:
-        """Returns a new config with some values replaced, checked as a whole.
-
-        sections: key -> value by name of the section. Raises ConfigError.
-        """
+        """Returns a new config, checked as a whole, with some values of sections replaced."""
         values = self.to_dict()
         for name, replacements in sections.items():
             values[name] |= replacements
@@ -123,10 +117,7 @@ def _corners(schedules: Iterable[Schedule], steps: int) -> list[int]:
 
 
 class _Loader(yaml.SafeLoader):
-    """A YAML loader that reads `1e-3`, a string in YAML 1.1, as a number.
-
-    It refuses aliases, which can repeat for ever, and a key that comes twice.
-    """
+    """A YAML loader that reads `1e-3` as a number, and refuses aliases and repeated keys."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Builds the next node as SafeLoader does, but raises YAMLError for an alias."""
@@ -163,10 +154,7 @@ for yaml_class in (_Loader, _Dumper):
 
 
 def parse_yaml(text: str | bytes, source: str) -> Any:
-    """Returns the value of a YAML text; None for an empty one.
-
-    source: how a ConfigError about text that is not valid names it.
-    """
+    """Returns the value of a YAML text; `source` names it in a ConfigError."""
     try:
         return yaml.load(text, _Loader)
     # e.g. of !!bool, or a date
@@ -176,21 +164,15 @@ def parse_yaml(text: str | bytes, source: str) -> Any:
 
 
 def load(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Returns a config, read from a file, changed and checked.
+    """Returns a config, read as `read` does, changed and checked; ConfigError names the key.
 
-    source: path of a YAML file, or the name of a built-in config.
-    overrides: "key=value" with dotted keys; values are parsed as YAML. Raises ConfigError, which
-    names the key.
+    overrides: "key=value" with dotted keys; values are parsed as YAML.
     """
     return from_dict(override(read(source), overrides))
 
 
 def read(source: str | Path) -> dict[str, Any]:
-    """Returns the values of a YAML file or a built-in config by section, unchecked.
-
-    source: path of the file, or name of the config. Raises ConfigError if there is neither, or for
-    content that is no mapping.
-    """
+    """Returns the values of a YAML file or a built-in config by section, unchecked."""
     path = Path(source)
     text = path.read_bytes() if path.is_file() else presets.configs().get(str(source))
     if text is None:
@@ -217,10 +199,7 @@ def _no_config(source: str) -> ConfigError:
 
 
 def override(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    """Changes `values`, the sections of a config, in place by "key=value" items; returns them.
-
-    Keys are dotted (optim.lr=1e-3). Raises ConfigError.
-    """
+    """Changes the sections of a config in place by "key=value" items, as optim.lr=1e-3."""
     for assignment in overrides:
         _set_value(values, assignment)
     return values
@@ -249,10 +228,7 @@ def _set_value(values: dict[str, Any], override: str) -> None:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Makes a config of plain values by section, and checks it.
-
-    Raises ConfigError, with a line for each wrong key.
-    """
+    """Makes a config of plain values by section; ConfigError has a line for each wrong key."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -261,11 +237,9 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def relocated(config: Config, file: Path) -> Config:
-    """Returns the config of a run that was moved, with its new folder as run.out.
+    """Returns the config of a run that was moved, with its new folder in run.out and data.train.
 
-    config: read from `file`. Paths of shards that the run packed
-    change too. Unless `file` is a config.yaml beside a last.pt, in another folder than run.out,
-    `config` is returned as it is. Nothing on the disk changes.
+    config: read from `file`, which is a config.yaml beside a last.pt; else it is returned as it is.
     """
     old, new = Path(config.run.out), file.parent
     if file.name != "config.yaml" or not (new / "last.pt").exists():

@@ -63,11 +63,7 @@ def rise(evaluated: list[dict[str, str]], step: int) -> str | None:
 
 
 def write_curves(run: Path) -> None:
-    """Writes RUN/curves.png from RUN/metrics.csv and, if there is one, RUN/evaluation.csv.
-
-    A former picture is replaced. Without a row of metrics.csv nothing is drawn. Raises InputError
-    as `read_figures`.
-    """
+    """Draws RUN/curves.png from metrics.csv, unless it is empty, and evaluation.csv, if any."""
     rows, evaluated = read_figures(run / "metrics.csv"), read_figures(run / "evaluation.csv")
     if not rows:
         return

@@ -26,8 +26,7 @@ Scale = TypeVar("Scale", Tensor, Tensor | None)
 def share_norms(model: nn.Module, device: torch.device) -> None:
     """Makes batch norms in training mode use the statistics of all ranks, in place.
 
-    They are replaced by synchronised ones in `model`. With one rank nothing changes. Raises
-    ConfigError on a CPU, where torch cannot do that.
+    Raises ConfigError on a CPU, where torch cannot do that.
     """
     if ranks.count() == 1:
         return
@@ -62,9 +61,8 @@ class _Weights(nn.Module):
 def wrap(model: nn.Module) -> dict[str, DistributedDataParallel]:
     """Returns a wrapper of each tower that trains, by "image" and "text"; {} with one rank.
 
-    wrapper(encode, batch) calls encode(batch), and lets backward average the tower's gradients over
-    the ranks. All ranks have to call `wrap`: it overwrites the model's weights that train, and
-    logit scale and bias, by the first rank's values.
+    wrapper(encode, batch) calls encode(batch); backward then averages the tower's gradients. What
+    trains gets the first rank's values. All ranks have to call `wrap`.
     """
     if ranks.count() == 1:
         return {}

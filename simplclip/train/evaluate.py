@@ -31,10 +31,7 @@ class _Towers(evaluation.Towers):
 
 
 def load_splits(config: Config, splits: dict[str, Any]) -> dict[str, evaluation.Split]:
-    """Returns held-out data, by name, for the model; {} if the run does not evaluate.
-
-    splits: name -> data as `data.held_out` takes them.
-    """
+    """Returns held-out data of `data.held_out` by name; {} if the run does not evaluate."""
     if not config.eval.every:
         return {}
     section = config.model.model_dump()
@@ -81,11 +78,7 @@ def _evaluate(
     stop: StopSignals,
     log: Log,
 ) -> None:
-    """Evaluates the model on the splits, with the averages of its weights if it has some.
-
-    Prints R@k and the loss, and writes them to evaluation.csv, and the weights to best.pt if they
-    are the best so far. The model is in evaluation mode afterwards.
-    """
+    """Prints and writes the figures of the splits, and the weights if they are the best."""
     recalls = []
     # as `simplclip evaluate` and the export compute, so that the figures are equal
     towers = _Towers(state.model, state.device, "fp32", stop=stop)

@@ -45,11 +45,7 @@ class Log:
     """
 
     def __init__(self, state: State, console: Console) -> None:
-        """Starts the time of the first step; opens TensorBoard's files if run.tensorboard is set.
-
-        The CSV files are not touched before their first row. Raises InputError, on all ranks, if
-        they cannot be continued.
-        """
+        """Opens TensorBoard's files, if set; InputError if the CSV files cannot be continued."""
         self.state = state
         self.console = console
         self.live = console.is_terminal
@@ -83,11 +79,9 @@ class Log:
         self._loaded = time.perf_counter()
 
     def write_step(self, row: dict[str, float]) -> None:
-        """Shows the figures of a step and writes them to metrics.csv, when they are due.
+        """Shows what `train_step` returned, by time, and writes it every run.log_every steps.
 
-        row: what `train_step` returned. It gets, in place, "samples_per_s", "data_share" (share of
-        the time that waits for data) and "peak_mb" (peak memory in MiB). A line is due by time, a
-        row of metrics.csv every run.log_every steps, both at the end.
+        row: gets, in place, "samples_per_s", "data_share" (the wait for data) and "peak_mb" (MiB).
         """
         run, now = self.state.config.run, time.perf_counter()
         share = 0.05 if self.seconds else 1.0
@@ -129,21 +123,14 @@ class Log:
         return "  ".join(parts)
 
     def print_skipped(self, name: str, index: Index) -> None:
-        """Prints how many samples of a split were read and skipped, if some were skipped.
-
-        name: of the split. The same line is printed once in a run.
-        """
+        """Prints once in a run how many samples of a split were skipped, if some were."""
         line = f"evaluation {name}: {index.report()}"
         if index.skipped.counts and line not in self._reports:
             self._reports.add(line)
             self.print(line)
 
     def write_evaluation(self, split: str, direction: str, recall: Recall, loss: float) -> None:
-        """Writes a row of R@k of one direction to evaluation.csv, with its chance, and prints it.
-
-        split: its name. direction: "image_to_text" or "text_to_image". loss: of the split, which is
-        that of both directions.
-        """
+        """Writes and prints R@k of one direction of a split; loss: of both directions."""
         row: dict[str, float | str] = {
             "step": self.state.step,
             "split": split,
@@ -210,10 +197,7 @@ class Log:
             self.print(f"warning    {text}")
 
     def write_sheet(self, name: str, index: Index) -> None:
-        """Adds the evaluation sheet of a split to TensorBoard, if run.tensorboard is set.
-
-        name: of the split. A split without captions has none.
-        """
+        """Adds the sheet of a split with captions to TensorBoard, if run.tensorboard is set."""
         if self.board and index.captions:
             figure = sheet_of(index, f"step {self.state.step}: {name}").figure
             pixels = np.asarray(Image.open(io.BytesIO(png(figure))).convert("RGB"))
@@ -222,10 +206,7 @@ class Log:
 
 
 def first_lines(state: State, why_precision: str, resolved: Resolved) -> Iterator[str]:
-    """Yields a run's lines before its first step, each with its topic.
-
-    why_precision: the reason for state.precision.
-    """
+    """Yields a run's lines before its first step, each with its topic."""
     config = state.config
     trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in state.model.parameters())

@@ -123,15 +123,11 @@ def run(
 def _start(
     config: Config, former: dict[str, Any] | None, device: torch.device, precision: str
 ) -> tuple[State, dict[str, evaluation.Split], Resolved]:
-    """Makes the state of a run, resolves its config and loads its held-out data, by name.
-
-    A run that begins makes its state first, since packing may take an hour. A run that continues,
-    from the checkpoint `former`, has packed; its settings are checked first.
-    """
+    """Makes a run's state, its resolved config, and its held-out data by name."""
     state: Any = None
     with ranks.fail_together():
         _micro_batch_size_and_count(config)
-        if not former:
+        if not former:  # before packing, which may take an hour
             state = make_state(config, device, precision)
         splits = load_splits(config, config.eval.splits)
     resolved: Resolved = ranks.on_first(resolve, config, former)
@@ -197,11 +193,7 @@ def _print_end(snapshot: Snapshot, log: Log, seconds: float) -> None:
 
 
 def load_micro_batches(state: State, loader: data.Loader, log: Log) -> Iterator[list[Batch]]:
-    """Yields the micro-batches of each step, one or several, without end.
-
-    Before each step `state.data` is set to the loaders' states of all ranks, which have to iterate
-    together. New reasons for which samples are left out are printed to `log`.
-    """
+    """Yields the micro-batches of each step, without end; sets `state.data` before each."""
     _, count = _micro_batch_size_and_count(state.config)
     batches: list[Batch] = []
     reported = 0  # reasons for which samples are left out
@@ -238,10 +230,9 @@ def _micro_batch_size_and_count(config: Config) -> tuple[int, int]:
 
 
 def make_loader(state: State) -> data.Loader:
-    """Makes this rank's loader, whose batches are micro-batches of a step.
+    """Makes this rank's loader of micro-batches, which continues as `state.data` says.
 
-    It continues as `state.data` says; if ranks, workers or shards were others it starts a new pass,
-    and appends a line to `state.lines`.
+    If ranks, workers or shards were others, it starts a new pass; `state.lines` says so.
     """
     config, section = state.config, state.config.data
     size, count = _micro_batch_size_and_count(config)

@@ -60,10 +60,7 @@ def _cut(value: object) -> str:
 
 
 def check_data(loader: data.Loader, splits: Mapping[str, Split]) -> None:
-    """Raises InputError for shards, sidecars or held-out data of other names or sizes.
-
-    Nothing is read. splits: the held-out data by name.
-    """
+    """Raises InputError for shards, sidecars or held-out data of other names or sizes."""
     if ranks.count() == 1:
         return
     own = _files_of(loader, splits)

@@ -17,10 +17,7 @@ from simplclip.train.sections import LossConfig
 
 
 def terms_of(columns: Iterable[str]) -> dict[str, str]:
-    """Returns terms of the loss by their columns, those of metrics.csv that `columns` has.
-
-    Other columns are left out.
-    """
+    """Returns terms of the loss by their columns, those of metrics.csv that `columns` has."""
     names = {term.column: term.name for term in TERMS}
     return {column: names[column] for column in columns if column in names}
 
@@ -28,9 +25,8 @@ def terms_of(columns: Iterable[str]) -> dict[str, str]:
 class Objective:
     """A function that computes the weighted terms of a batch at a step of a run by `loss`.
 
-    `loss` is a WIKDLoss with a teacher, else a SigLipLoss for the base sigmoid and a ClipPMLoss for
-    the base contrastive. It is made with the largest weight of each term, so that it has the
-    parameters of all terms of the run; each step computes its terms with the weights of the step.
+    `loss` has the largest weight of each term, and so the parameters of all terms of the run; each
+    step computes its terms with the weights of the step.
     """
 
     def __init__(
@@ -38,11 +34,8 @@ class Objective:
     ):
         """Makes `loss` for the present ranks, on torch's default device.
 
-        steps: of the whole run, for schedules without an end.
-        width: D of the student's features.
-        teacher: the teacher's "width" D̂ and "logit_scale", if any step has a term that needs a
-        teacher, else None. If D̂ is not D, learned projections map the student's features to width
-        D̂.
+        steps: of the whole run. width: D of the student's features. teacher: its "width" D̂ and
+        "logit_scale" if any step needs it; projections map student features to another D̂.
         """
         self.schedules, self.steps = config.weights, steps
         self.loss: Any = _make_loss(config, width, teacher)
@@ -87,11 +80,7 @@ class Objective:
 
 
 def _make_loss(config: LossConfig, width: int, teacher: Mapping[str, Any] | None) -> Any:
-    """Returns the loss of an `Objective`, made with the largest weight of each term.
-
-    width: D of the student's features. teacher: the teacher's "width" and "logit_scale", or None
-    for a loss without a teacher.
-    """
+    """Returns the loss of an `Objective`, made with the largest weight of each term."""
     options: dict[str, Any] = {"embed_dim": width, "rank": ranks.number()}
     options["world_size"] = ranks.count()
     for term in TERMS:  # without a teacher, the base has weight 1

@@ -14,10 +14,9 @@ from simplclip.train.config import Config, ConfigError
 
 
 class Average:
-    """The exponential moving average of a run's weights, for evaluation and export.
+    """The moving average of a run's weights: v = decay v + (1 - decay) w after each step.
 
-    v = decay v + (1 - decay) w after each step, for every parameter w that trains. Memory: one copy
-    of these parameters. Buffers are not averaged: a model with the averages has the buffers of the
+    It copies each parameter that trains, but no buffers: with the averages a model has those of the
     last step.
     """
 
@@ -38,10 +37,7 @@ class Average:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Context in which the model has the averages as its parameters.
-
-        Afterwards it has its own again. Nothing is copied.
-        """
+        """Context in which the model has the averages as its parameters; nothing is copied."""
         self._swap()
         try:
             yield
@@ -66,8 +62,7 @@ class Average:
 def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.optim.AdamW:
     """Returns an AdamW of the parameters of `model` and `loss` that train; only matrices decay.
 
-    Norms, biases, gains, scales, class tokens and parameters of the loss have no decay. Raises
-    ConfigError for optim.options that AdamW does not take.
+    Raises ConfigError for optim.options that AdamW does not take.
     """
     options = config.optim.options
     decayed: list[nn.Parameter] = []
@@ -96,10 +91,7 @@ def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.o
 
 
 def check_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError for moments of another shape than that of their weight.
-
-    Optimizers check no shapes, and fused updates would read beyond the ends.
-    """
+    """Raises ValueError for moments of another shape, beyond which fused updates would read."""
     for weight, moments in optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq", *(moments.keys() & {"max_exp_avg_sq"})):
             if moments[name].shape != weight.shape:

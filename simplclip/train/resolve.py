@@ -42,10 +42,9 @@ class Resolved(NamedTuple):
 def resolve_micro_batch(
     config: Config, console: Console, largest: LargestMicroBatch | None
 ) -> Config:
-    """Returns `config` with a number or null as data.micro_batch; prints what replaces "auto".
+    """Returns `config` with a number or null as data.micro_batch, before ranks join; prints it.
 
-    To be called before ranks join. largest: `simplclip.plan.search.largest_micro_batch`; raises
-    ConfigError without it for "auto".
+    largest: `simplclip.plan.search.largest_micro_batch`; "auto" without it is a ConfigError.
     """
     if config.data.micro_batch != "auto":
         return config
@@ -65,11 +64,8 @@ def resolve_micro_batch(
 def resolve(config: Config, former: dict[str, Any] | None) -> Resolved:
     """Packs tables and folders, counts the data, looks at captions, and resolves the rest.
 
-    The shards are written to RUN/shards; leftovers of killed processes in the run's folder are
-    removed.
-
-    Raises ConfigError if the samples are not counted, or if the config cannot continue the run of
-    the checkpoint `former`.
+    Leftovers of killed processes are removed. Raises ConfigError if the samples are not counted, or
+    if the config cannot continue the run of the checkpoint `former`.
     """
     out = Path(config.run.out)
     if former:

@@ -33,12 +33,10 @@ class Section(BaseModel):
 
 
 def setting(default: Any, description: str, *, resumable: bool | str = False, **limits: Any) -> Any:
-    """Returns a field of a section. The default `...` means that the key is required.
+    """Returns a field of a section; description: for --help-config, limits: of pydantic's Field.
 
-    description: for --help-config. limits: gt, ge, lt and le of pydantic's Field.
-    resumable: whether --resume takes another value than the checkpoint's, or the one option of the
-    value of which it does. It does for the rate, for what a run starts from or ends by, and for
-    what does not change the result.
+    default: `...` if the key is required. resumable: whether --resume takes another value than the
+    checkpoint's, or the one option of the value of which it does, since results stay.
     """
     extra: dict[str, Any] = {"resumable": resumable}
     return Field(default, description=description, json_schema_extra=extra, **limits)
@@ -177,10 +175,9 @@ class DataConfig(Section):
 
 
 class Schedule(Section):
-    """A weight by step.
+    """A weight by step: linear from `value` at `start` to `to` at `end`, then constant.
 
-    It is linear from `value` at step `start` to `to` at step `end`, and constant from there on. It
-    is 0 before `start` and from `until` on.
+    It is 0 before `start` and from `until` on.
     """
 
     value: float = Field(ge=0)
@@ -205,10 +202,9 @@ class Schedule(Section):
         return max(self.value, self.to or 0.0)
 
     def at(self, step: int, steps: int) -> float:
-        """Returns the weight at `step` (from 0) of a run of `steps` steps.
+        """Returns the weight at `step` (from 0) of a run of `steps` steps; `value` without `to`.
 
-        It is 0 before `start` and from `until` on, and `value` without `to`. Without `end`, `to` is
-        reached at the last step before `until` or the run's end.
+        Without `end`, `to` is reached at the last step before `until` or the run's end.
         """
         if step < self.start or (self.until is not None and step >= self.until):
             return 0.0

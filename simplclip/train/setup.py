@@ -52,8 +52,7 @@ class PreparedModel:
 class State:
     """A run and how far it is. Between two steps it is the state after a whole step.
 
-    A step changes tensors, `step` and `updating` alone. The config is replaced twice before the
-    end, see resolve.py.
+    A step changes tensors, `step` and `updating` alone; resolve.py and compilation.py the config.
     """
 
     config: Config
@@ -90,10 +89,7 @@ class State:
         return getattr(self.model, "logit_bias", None)
 
     def stateful(self) -> dict[str, Any]:
-        """Returns the objects whose state_dict a checkpoint holds, by its keys.
-
-        The keys are "model", "loss", "optimizer", "scaler" and, if the run has averages, "ema".
-        """
+        """Returns what has a state_dict in a checkpoint, by key; "ema" if the run has averages."""
         items = {
             "model": self.model,
             "loss": self.objective.loss,
@@ -106,14 +102,10 @@ class State:
 def load_model(
     config: Config, checkpoint: Mapping[str, Any] | None = None
 ) -> tuple[Any, list[str], list[str]]:
-    """Makes a run's model on the CPU with its weights.
+    """Makes a run's model on the CPU with its weights; raises as `make_state`.
 
-    These are the weights of `checkpoint`, the content of a last.pt, or else those from which the
-    run starts: of model.checkpoint, of inherit.source, or random ones. Files are read, and
-    open_clip may download weights.
-
-    Returns the model, the names of its frozen modules and parameters, and lines for the log. Raises
-    as `make_state`.
+    They are those of `checkpoint`, a last.pt, or else those from which the run starts. Returns the
+    model, the names of its frozen modules and parameters, and lines for the log.
     """
     model: Any = build_model(config.model.model_dump(), config.loss.base)
     if checkpoint:
@@ -163,12 +155,9 @@ def prepare_model(
     precision: str,
     device: torch.device,
 ) -> PreparedModel:
-    """Prepares what `load_model` returned for training, in place; `lines` is copied.
+    """Prepares what `load_model` returned for training, in place, as the config says.
 
-    As the config says: norms, recomputation, cropped texts, layout, folded copies, compilation.
-
-    precision: "fp32", "bf16" or "fp16", of autocast.
-    device: the device of the training, where the model need not be yet.
+    precision: of autocast. device: of the training, where the model need not be yet.
     """
     lines = list(lines)
     if config.model.freeze_norms:
@@ -213,7 +202,7 @@ def runs_channels_last(model: Any, config: Config, device: torch.device) -> bool
 def compiled_modules(prepared: PreparedModel) -> list[Any]:
     """Returns the modules that `compile_towers` compiles: towers' trunks and folded copies.
 
-    The token embedding is not, since its compiled gradient adds in an order that changes.
+    Not the token embedding, whose compiled gradient adds in an order that changes.
     """
     text = getattr(prepared.model, "text", prepared.model)
     return [prepared.model.visual, text.transformer, *prepared.folded.values()]
@@ -222,9 +211,8 @@ def compiled_modules(prepared: PreparedModel) -> list[Any]:
 def compile_towers(prepared: PreparedModel) -> None:
     """Makes the towers run by torch.compile from their next call on.
 
-    A batch of texts is then cropped to one length, a multiple of 16. Sizes are fixed, since the
-    choice of sizes that dynamo makes dynamic depends on earlier compilations. A tower is compiled
-    anew for each size, so it gets few.
+    Texts are cropped to one length, a multiple of 16, since a tower is compiled anew for each size;
+    sizes are fixed, since what dynamo makes dynamic depends on earlier compilations.
     """
     if prepared.crop is not None:
         prepared.crop.multiple, prepared.crop.groups = 16, 1

@@ -22,11 +22,8 @@ class Interrupted(UserError):
 class StopSignals:
     """Context in which a signal or a closed pipe only sets `reason`; Ctrl-C after it ends all.
 
-    The signals are SIGINT, SIGTERM and SIGHUP. Outside the main thread Python allows no handlers,
-    so that they are not handled.
-
-    console: the console of the run. If the reader of its output is gone (`| head`), all further
-    output is dropped.
+    Outside the main thread Python allows no handlers for SIGINT, SIGTERM and SIGHUP. If the reader
+    of the console's output is gone (`| head`), all further output is dropped.
     """
 
     def __init__(self, console: Console) -> None:
@@ -51,20 +48,14 @@ class StopSignals:
             signal.signal(number, handler)
 
     def agree_to_stop(self) -> bool:
-        """Whether any rank has noted a stop, so that all stop now; sets `reason` on all of them.
-
-        All ranks have to call it, between two steps or after an evaluation.
-        """
+        """Whether any rank has noted a stop; sets `reason` on all. All have to call it."""
         stopped = any(ranks.all_gather(self.reason is not None))
         if stopped and self.reason is None:
             self.reason = "signal to another rank"
         return stopped
 
     def check(self) -> None:
-        """Raises ranks.Stopped if this rank has noted a stop.
-
-        To be called within `ranks.fail_together`, which then raises it on all ranks.
-        """
+        """Raises ranks.Stopped if this rank has noted a stop; within `ranks.fail_together`."""
         if self.reason is not None:
             raise ranks.Stopped
 

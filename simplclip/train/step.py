@@ -28,10 +28,7 @@ Batch = dict[str, Any]
 
 
 class TrainingError(UserError, RuntimeError):
-    """Error that ends training.
-
-    The message says what is saved; the __cause__, if any, is the error behind it.
-    """
+    """Error that ends training; it says what is saved, and its __cause__ is the error behind it."""
 
 
 def train_step(state: State, batches: list[Batch]) -> dict[str, float]:
@@ -74,10 +71,7 @@ def train_step(state: State, batches: list[Batch]) -> dict[str, float]:
 
 
 def accumulate_gradients(state: State, batches: list[Batch]) -> dict[str, Tensor]:
-    """Adds the gradients of a step to `.grad` of the parameters, scaled by `state.scaler`.
-
-    Returns "loss", then its weighted terms by their columns, without gradients.
-    """
+    """Adds a step's gradients, scaled by `state.scaler`, to `.grad`; returns detached terms."""
     # in this order the towers run
     encode = {"text": partial(encode_text, state), "image": partial(encode_image, state)}
     for tower, wrapper in state.wrappers.items():
@@ -109,10 +103,9 @@ def accumulate_gradients(state: State, batches: list[Batch]) -> dict[str, Tensor
 
 
 def update(state: State, lr: float) -> None:
-    """Changes the weights by their gradients, and counts the step.
+    """Changes weights, scaler and averages by the gradients; counts the step.
 
-    It also sets the optimizer's learning rate to `lr`, clamps the logit scale, and updates the
-    scaler and the averages of the weights. `state.updating` is set meanwhile.
+    `state.updating` is set meanwhile, since the update cannot be undone.
     """
     state.updating = True
     for group in state.optimizer.param_groups:
@@ -159,10 +152,7 @@ def _teacher_features(state: State, expected: int, batches: list[Batch]) -> list
 
 
 def encode_image(state: State, batch: Batch) -> Tensor:
-    """Returns normalised features [N, D] of batch["image"] [N, 3, S, S].
-
-    The images are moved to the device, and uint8 ones are normalised there.
-    """
+    """Returns normalised features [N, D] of batch["image"] [N, 3, S, S], which may be uint8."""
     images = finish_on_device(
         state.transform, batch["image"], state.device, channels_last=state.channels_last
     )
@@ -171,10 +161,7 @@ def encode_image(state: State, batch: Batch) -> Tensor:
 
 
 def encode_text(state: State, batch: Batch) -> Tensor:
-    """Returns normalised features of batch["text"], a row for each caption.
-
-    These are [N k, D] of token ids [N, k, L], k captions of each image, or [n, D] of [n, L].
-    """
+    """Returns normalised features, a row for each caption in batch["text"] [N, k, L] or [n, L]."""
     text = batch["text"].flatten(0, -2)
     if state.prepared.crop is None:  # otherwise TextCrop needs the text on the CPU, and moves it
         text = text.to(state.device, non_blocking=True)
@@ -183,12 +170,9 @@ def encode_text(state: State, batch: Batch) -> Tensor:
 
 
 def keep_frozen(state: State, memory: int | None = None) -> None:
-    """Finds the frozen beginnings of the towers, whose outputs gradient caching then keeps.
+    """Adds the frozen beginnings of the towers to `state.beginnings`, with a line in `state.lines`.
 
-    They are added to `state.beginnings`, with a line in `state.lines`, where there is room: all
-    outputs may take a tenth of the memory. Nothing happens without micro-batches or
-    run.keep_frozen.
-
+    Gradient caching keeps their outputs, as far as these take a tenth of the memory together.
     memory: bytes of the device, by default of this machine's.
     """
     config = state.config
@@ -238,10 +222,8 @@ def _trial_batch(model: Any, tower: str) -> Batch:
 def text_batches(state: State, batches: list[Batch]) -> tuple[list[Batch], Tensor | None]:
     """Returns the captions of a step as micro-batches of the text tower, and where each went.
 
-    That is the row of each caption's features, int64 [N k] on the device, None if they are in
-    order. If texts are cropped, a micro-batch has at most as many tokens as the configured number
-    of texts of full length. Ranks may have different numbers of micro-batches, since they exchange
-    nothing between two of them.
+    That is the row of each caption's features, int64 [N k], or None. Of cropped texts a micro-batch
+    has at most the tokens of its number of full texts; ranks may have different numbers of them.
     """
     if state.prepared.crop is None or len(batches) == 1:
         return batches, None

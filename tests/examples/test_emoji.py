@@ -20,8 +20,8 @@ from support.programs import EXAMPLES, call, load_example
 build = load_example("emoji/build")
 sources = load_example("emoji/sources")
 
-KEPT = 36  # concepts in the small builds
-HELD_OUT = 6
+KEPT = 24  # concepts in the small builds
+HELD_OUT = 4
 TRAIN = 2 * (KEPT - HELD_OUT)  # pairs, of two vendors
 
 
@@ -57,11 +57,8 @@ def out(tmp_path):
 
 
 def samples(folder, split):
-    return [
-        s
-        for path in sorted(folder.glob(f"{split}-*.tar"))
-        for s in wds.WebDataset(str(path), shardshuffle=False)
-    ]
+    shards = sorted(map(str, folder.glob(f"{split}-*.tar")))
+    return [*wds.WebDataset(shards, shardshuffle=False)]
 
 
 def records(folder, split):
@@ -76,11 +73,7 @@ def test_concepts():
     heart, sweden = every["2764"], every["1f1f8-1f1ea"]
     assert (heart.captions[0], heart.group) == ("red heart", "Smileys & Emotion")
     assert {"heart", "an emoji of red heart"} <= set(heart.captions)
-    assert (sweden.captions[0], sweden.captions[1], sweden.group) == (
-        "flag of Sweden",
-        "Sweden",
-        "Flags",
-    )
+    assert (sweden.captions[:2], sweden.group) == (["flag of Sweden", "Sweden"], "Flags")
     assert every["1f3f4-e0067-e0062-e0077-e006c-e0073-e007f"].captions[0] == "flag of Wales"
     assert sum(concept.group is None for concept in every.values()) < 30
     assert all(len(concept.captions) >= 3 and all(concept.captions) for concept in every.values())
@@ -110,18 +103,13 @@ def test_a_build_holds_what_its_summary_says(small, out, few):
         record = json.loads(sample["json"])
         concept = concepts[record["group"]]
         assert sample["__key__"] == f"{record['vendor']}/{concept.key}"
-        assert (record["captions"], sample["txt"].decode()) == (
-            concept.captions,
-            concept.captions[0],
-        )
+        assert record["captions"] == concept.captions
+        assert sample["txt"].decode() == concept.captions[0]
         assert record.get("label") == concept.group
         image = Image.open(io.BytesIO(sample["png"]))
         assert (image.size, image.mode) == ((72, 72), "RGB")
-        assert (
-            image.getpixel((0, 0)) == (255, 255, 255)
-            or concept.group == "Flags"
-            or "black" in str(concept.captions)
-        )
+        if concept.group != "Flags" and "black" not in str(concept.captions):
+            assert image.getpixel((0, 0)) == (255, 255, 255)
         drawings[concept.key].add(sample["png"])
     assert {len(pair) for pair in drawings.values()} == {2}  # each vendor draws differently
     licences = (out / "LICENSES.md").read_text()
@@ -157,9 +145,8 @@ def test_swapped_captions(small, tmp_path):
     """A share of the training pairs exchange captions, and nothing else differs."""
     build.build(tmp_path / "clean")
     build.build(tmp_path / "noisy", swap=0.3)
-    pairs = list(
-        zip(records(tmp_path / "clean", "train"), records(tmp_path / "noisy", "train"), strict=True)
-    )
+    clean, noisy = (records(tmp_path / name, "train") for name in ("clean", "noisy"))
+    pairs = list(zip(clean, noisy, strict=True))
     swapped = [(before, after) for before, after in pairs if after.get("swapped")]
     assert len(swapped) == round(0.3 * len(pairs))
     assert all(before == after for before, after in pairs if not after.get("swapped"))
@@ -168,9 +155,8 @@ def test_swapped_captions(small, tmp_path):
         assert after["group"] != before["group"]
         assert after["captions"] == captions[after["group"]]
         assert (after["vendor"], after.get("label")) == (before["vendor"], before.get("label"))
-    assert sorted(before["group"] for before, _ in swapped) == sorted(
-        after["group"] for _, after in swapped
-    )
+    befores, afters = zip(*swapped)
+    assert sorted(row["group"] for row in befores) == sorted(row["group"] for row in afters)
     message = f"expected 0, or a share that swaps at least a few of {TRAIN} pairs, got 0.01"
     with pytest.raises(SystemExit, match=f"--swap: {message}"):
         build.build(tmp_path / "none", swap=0.01)
@@ -189,18 +175,14 @@ def test_builds_repeat_are_kept_and_touch_no_other_files(small, out, tmp_path, m
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("not a build")
     for folder in (out, tmp_path / "thesis"):
-        with pytest.raises(
-            SystemExit,
-            match=f"{folder.name}: expected a new folder, or a build of the same settings",
-        ):
+        message = f"{folder.name}: expected a new folder, or a build of the same settings"
+        with pytest.raises(SystemExit, match=message):
             build.build(folder, swap=0.3)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "again", "thesis"}
 
 
 def separable(teach, number=64):
-    """Returns features that tell which pairs belong together; two captions each, two pairs of each
-    group.
-    """
+    """Returns features that tell pairs apart: two captions each, two pairs of each group."""
     networks, generator = load_example("emoji/teacher"), torch.Generator().manual_seed(0)
     groups = torch.arange(number) // 2
     codes = torch.randn(number // 2, 24, generator=generator)
@@ -230,18 +212,14 @@ def test_heads_learn_align_and_repeat_and_pairs_of_a_group_are_no_negatives(teac
     y = F.normalize(first.text(pairs.texts[:32]), dim=-1)
     assert ((x @ y.T).argmax(1) == pairs.groups).float().mean() > 0.95
     assert first.logit_scale.exp() <= teach.MAX_SCALE + 1e-3
-    assert all(
-        torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values())
-    )
+    torch.testing.assert_close(first.state_dict(), again.state_dict(), rtol=0, atol=0)
     assert any(len(set(batch.tolist())) < len(batch) for batch in ids)
 
 
 def features(folder):
     """Returns the teacher's features in the sidecars of train: key -> float32 [1 + C, WIDTH]."""
-    files = {
-        sample["__key__"]: io.BytesIO(sample["teacher.npy"]) for sample in samples(folder, "train")
-    }
-    arrays = {key: np.load(file) for key, file in files.items()}
+    taught = {sample["__key__"]: sample["teacher.npy"] for sample in samples(folder, "train")}
+    arrays = {key: np.load(io.BytesIO(content)) for key, content in taught.items()}
     assert {array.dtype for array in arrays.values()} == {np.dtype(np.float16)}
     return {key: array.astype(np.float32) for key, array in arrays.items()}
 
@@ -266,9 +244,8 @@ def test_a_teacher_of_a_build_and_the_same_heads_for_another(
     assert [len(rows) - 1 for rows in taught.values()] == [
         len(record["captions"]) for record in records(out, "train")
     ]
-    np.testing.assert_allclose(
-        np.linalg.norm(np.concatenate(list(taught.values())), axis=1), 1, atol=1e-2
-    )
+    norms = np.linalg.norm(np.concatenate(list(taught.values())), axis=1)
+    np.testing.assert_allclose(norms, 1, atol=1e-2)
     # images and their captions
     assert np.mean([(rows[1:] @ rows[0]).mean() for rows in taught.values()]) > 0.2
     teach.main(arguments)
@@ -305,22 +282,13 @@ def test_the_demo_finds_concepts_that_it_never_saw(teach, tmp_path):
     build.build(data)
     teach.main([str(data / "train-*.tar"), "--out", str(taught)])
     config = EXAMPLES / "emoji" / "siclip-lite0.yaml"
-    held_out = f"eval.splits={{concepts: {data}/concepts-*.tar}}"
-    changes = (
-        f"data.train={data}/train-*.tar",
-        f"data.sidecars=[{taught}]",
-        held_out,
-        f"run.out={run}",
-    )
-    for command in (
-        ("train", config, *(part for change in changes for part in ("--set", change))),
-        ("evaluate", run),
-    ):
+    changes = [f"data.train={data}/train-*.tar", f"data.sidecars=[{taught}]", f"run.out={run}"]
+    changes.append(f"eval.splits={{concepts: {data}/concepts-*.tar}}")
+    sets = [word for change in changes for word in ("--set", change)]
+    for command in (("train", config, *sets), ("evaluate", run)):
         result = call(*command)
         assert result.exit_code == 0, result.output
     figures = json.loads((run / "evaluation.json").read_text())["splits"]["concepts"]
-    recall = [
-        figures[direction]["R@1"]["value"] for direction in ("image_to_text", "text_to_image")
-    ]
+    recall = [figures[way]["R@1"]["value"] for way in ("image_to_text", "text_to_image")]
     assert min(recall) > 0.2
     assert sum(recall) / 2 > 0.23

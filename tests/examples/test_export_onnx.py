@@ -28,13 +28,12 @@ exporting = load_example("export_onnx")
 @pytest.mark.slow
 def test_a_checkpoint_is_exported_for_any_number_of_inputs_and_padding_is_masked(tmp_path, capsys):
     name = "open_clip:ViT-B-32"
-    text = {"no_causal_mask": True, "width": 32, "heads": 2, "layers": 1}
     options = {
         "custom_text": True,
-        "text_cfg": text,
+        "text_cfg": {"no_causal_mask": True, "width": 32, "heads": 2, "layers": 1},
         "vision_cfg": {"layers": 1, "width": 64, "patch_size": 112},
+        "simplify_options": {"mask_padding": True},
     }
-    options["simplify_options"] = {"mask_padding": True}
     save_run(tmp_path, name, **options)
     exporting.main([str(tmp_path), "--out", str(tmp_path / "onnx")])
     assert "largest error" in capsys.readouterr().out
@@ -53,16 +52,13 @@ def test_a_checkpoint_is_exported_for_any_number_of_inputs_and_padding_is_masked
             (features,) = session.run(None, {tower: rows.numpy()})
             assert np.abs(features - encoder.features(tower, rows).numpy()).max() < 1e-5
         assert np.abs(features[0] - features[1]).max() > 1e-3  # features differ between inputs
-    (other,) = session.run(
-        [f"{tower}_features"], {tower: torch.where(every == 0, 99, every).numpy()}
-    )
+    padded = torch.where(every == 0, 99, every)
+    (other,) = session.run([f"{tower}_features"], {tower: padded.numpy()})
     assert np.array_equal(other, features)
 
 
 class Maps(nn.Module):
-    """siclip2-s0's block on maps, with value and output projections, RMSNorm and another
-    activation.
-    """
+    """siclip2-s0's block on maps, with projections, RMSNorm and another activation."""
 
     def __init__(self):
         super().__init__()

@@ -3,6 +3,7 @@
 All are short.
 """
 
+import itertools
 import re
 from pathlib import Path
 
@@ -22,46 +23,35 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture
 def captioned(tmp_path, monkeypatch):
-    """24 pictures with their captions as txt, in a shard and in a folder; the model tiny, and its
-    weights tiny.bin.
-    """
+    """24 pictures with captions in a shard and in a folder, and weights of the model tiny."""
     monkeypatch.chdir(tmp_path)
     write_models(tmp_path)
-    samples = {
-        f"{c} {s}": {"png": tiny.picture(tiny.COLOURS[c], s)}
-        for c in tiny.COLOURS
-        for s in tiny.SHAPES
-    }
+    samples = {}
     (tmp_path / "photos").mkdir()
-    for caption, files in samples.items():
-        files["txt"] = f"a {caption}\n".encode()
+    for colour, shape in itertools.product(tiny.COLOURS, tiny.SHAPES):
+        caption = f"a {colour} {shape}\n".encode()
+        files = {"png": tiny.picture(tiny.COLOURS[colour], shape), "txt": caption}
+        samples[f"{colour}-{shape}"] = files
         for suffix, content in files.items():
-            (tmp_path / "photos" / f"{caption.replace(' ', '-')}.{suffix}").write_bytes(content)
-    pairs.write(
-        tmp_path / "pairs.tar",
-        [(caption.replace(" ", "-"), files) for caption, files in samples.items()],
-    )
+            (tmp_path / "photos" / f"{colour}-{shape}.{suffix}").write_bytes(content)
+    pairs.write(tmp_path / "pairs.tar", [*samples.items()])
 
 
 def run(script: str, capsys, *arguments: str) -> list[float]:
-    """Runs a script without loader processes; returns the figures after the word loss or
-    contrastive_loss.
-    """
+    """Runs a script without loader processes; returns the losses that it prints."""
     load_example(script).main([*arguments, "--workers", "0"])
     return [float(value) for value in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
 
 
 def test_every_script_is_a_page():
-    lengths = {
-        path.name: len(path.read_text().splitlines()) for path in (ROOT / "examples").glob("*.py")
-    }
-    assert len(lengths) == 7
-    assert max(lengths.values()) <= 180, lengths
+    scripts = [*(ROOT / "examples").glob("*.py")]
+    assert len(scripts) == 7
+    assert max(len(path.read_text().splitlines()) for path in scripts) <= 180
 
 
 @pytest.mark.slow
 def test_drop_in_loss(captioned, capsys):
-    sizes = ["--batch-size", "24", "--steps", "121"]
+    sizes = ["--batch-size", "24", "--steps", "61"]
     losses = run("drop_in_loss", capsys, "*.tar", "--model", "tiny", *sizes, "--out", "my.pt")
     assert losses[-1] < 2.5, losses  # ln 24 = 3.18
     assert simplclip.load("open_clip:tiny/my.pt").width == 16
@@ -82,9 +72,8 @@ def test_big_batch_compares_all_pairs(captioned, capsys):
 @pytest.mark.slow
 def test_finetune_photos(captioned, capsys):
     weights = ["--pretrained", "tiny.bin", "--epochs", "60", "--lr", "2e-3", "--batch-size", "21"]
-    losses = run(
-        "finetune_photos", capsys, "photos", "--model", "tiny", *weights, "--out", "finetuned.pt"
-    )
+    words = ["photos", "--model", "tiny", "--out", "finetuned.pt"]
+    losses = run("finetune_photos", capsys, *words, *weights)
     assert len(losses) == 60
     assert losses[-1] < 2.5  # ln 21 = 3.04
     before, after = (
@@ -99,16 +88,16 @@ def test_finetune_photos_reads_open_clips_pixels(tmp_path):
     picture.save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes("\ufeffnoise\r\n".encode())  # as of Windows
     transform = open_clip.image_transform(32, is_train=False)
-    pixels, caption = load_example("finetune_photos").Photos(
-        [tmp_path / "a.png"], transform, lambda texts: texts
-    )[0]
+    photos = load_example("finetune_photos").Photos
+    pixels, caption = photos([tmp_path / "a.png"], transform, lambda texts: texts)[0]
     assert pixels.equal(transform(picture))
     assert caption == "noise"
 
 
-@pytest.mark.parametrize(
-    ("script", "arguments", "message"),
-    [
+def test_what_would_fail_at_the_end_fails_before_the_model_is_made(captioned, monkeypatch, capsys):
+    Path("alone.png").touch()
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", None)
+    for script, arguments, message in (
         ("drop_in_loss", ["*.tar"], "no/my.pt"),
         ("drop_in_loss", ["no/*.tar"], "shards: expected files, got none by 'no/*.tar'"),
         ("big_batch", ["*.tar"], "no/my.pt"),
@@ -116,16 +105,10 @@ def test_finetune_photos_reads_open_clips_pixels(tmp_path):
         ("finetune_photos", ["photos", "--pretrained", "tiny.bin"], "no/my.pt"),
         ("finetune_photos", [".", "--pretrained", "tiny.bin"], "got none of alone.png"),
         ("finetune_photos", ["no", "--pretrained", "tiny.bin"], "at least two pictures, got 0"),
-    ],
-)
-def test_what_would_fail_at_the_end_fails_before_the_model_is_made(
-    captioned, monkeypatch, capsys, script, arguments, message
-):
-    Path("alone.png").touch()
-    monkeypatch.setattr(open_clip, "create_model_and_transforms", None)
-    with pytest.raises((SystemExit, FileNotFoundError)) as error:
-        run(script, capsys, *arguments, "--model", "tiny", "--out", "no/my.pt")
-    assert message in f"{error.value}{capsys.readouterr().err}"
+    ):
+        with pytest.raises((SystemExit, FileNotFoundError)) as error:
+            run(script, capsys, *arguments, "--model", "tiny", "--out", "no/my.pt")
+        assert message in f"{error.value}{capsys.readouterr().err}"
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ changed photos are encoded.
 
 import io
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -31,9 +32,8 @@ def photos(tmp_path, monkeypatch):
     folder = tmp_path / "photos"
     (folder / "trip").mkdir(parents=True)
     for shape in tiny.SHAPES[:4]:
-        (folder / "trip" / f"{shape}.png").write_bytes(
-            tiny.picture(tiny.COLOURS["red"], shape, size=24)
-        )
+        picture = tiny.picture(tiny.COLOURS["red"], shape, size=24)
+        (folder / "trip" / f"{shape}.png").write_bytes(picture)
     (folder / "notes.txt").write_text("no photo")
     (folder / "broken.jpg").write_bytes(b"no photo either")
     (folder / "gone.jpg").symlink_to("nothing.jpg")
@@ -47,9 +47,8 @@ def test_photos_are_found_and_drawn(photos, model, tmp_path, capsys):
     ring.putalpha(Image.effect_noise(ring.size, 200))
     ring.save(photos / "trip" / "ring.png")
     picture = str(tmp_path / "hits.png")
-    search.main(
-        [str(photos), "--model", model, "--find", query, "$5 [red] ring", "--picture", picture]
-    )
+    queries = ["--find", query, "$5 [red] ring"]
+    search.main([str(photos), "--model", model, *queries, "--picture", picture])
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == f"weights: {model}"
     assert "searching 5 photos" in printed
@@ -62,9 +61,8 @@ def test_photos_are_found_and_drawn(photos, model, tmp_path, capsys):
     assert Image.open(picture).width > 400
     with np.load(tmp_path / "photos.npz") as stored:
         assert len(stored["paths"]) == 5
-        expected = simplclip.load(model, device="cpu").encode_image(
-            [str(path) for path in stored["paths"]]
-        )
+        paths = [str(path) for path in stored["paths"]]
+        expected = simplclip.load(model, device="cpu").encode_image(paths)
         np.testing.assert_allclose(stored["features"], expected, atol=1e-3)
 
 
@@ -89,27 +87,20 @@ def test_only_new_and_changed_photos_are_encoded_and_another_model_encodes_all(
     search.main([str(photos), "--model", model, "--find", "a ring"])
     (photos / "new.png").write_bytes(tiny.picture(tiny.COLOURS["green"], "bar", size=24))
     (photos / "trip" / "bar.png").unlink()
-    (photos / "trip" / "square.png").write_bytes(
-        tiny.picture(tiny.COLOURS["blue"], "square", size=25)
-    )
-    encoded = []
-    monkeypatch.setattr(
-        search, "opened", lambda path, opened=search.opened: encoded.append(path) or opened(path)
-    )
+    changed = photos / "trip" / "square.png"
+    changed.write_bytes(tiny.picture(tiny.COLOURS["blue"], "square", size=25))
+    opened = mock.Mock(side_effect=search.opened)
+    monkeypatch.setattr(search, "opened", opened)
     search.main([str(photos), "--model", model, "--find", "a ring"])
-    changed = str(photos / "trip" / "square.png")
-    broken = [str(photos / "broken.jpg"), str(photos / "gone.jpg")]
-    assert encoded == [*broken, str(photos / "new.png"), changed]
+    encoded = [photos / "broken.jpg", photos / "gone.jpg", photos / "new.png", changed]
+    assert opened.call_args_list == [mock.call(str(path)) for path in encoded]
     state = torch.load(tmp_path / "tiny.bin", weights_only=True)
-    torch.save(
-        state | {"text_projection": torch.randn_like(state["text_projection"])},
-        tmp_path / "other.pt",
-    )
-    encoded.clear()
-    search.main(
-        [str(photos), "--model", f"open_clip:tiny/{tmp_path / 'other.pt'}", "--find", "a ring"]
-    )
-    assert len(encoded) == 6
+    state["text_projection"] = torch.randn_like(state["text_projection"])
+    torch.save(state, tmp_path / "other.pt")
+    opened.reset_mock()
+    other = f"open_clip:tiny/{tmp_path / 'other.pt'}"
+    search.main([str(photos), "--model", other, "--find", "a ring"])
+    assert opened.call_count == 6
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match="empty: expected photos"):
         search.main([str(tmp_path / "empty"), "--model", model, "--find", "a ring"])

@@ -31,21 +31,16 @@ def test_images_shrink_and_all_else_stays(tmp_path, capsys):
     small = {"png": tiny.picture(tiny.COLOURS["red"], "ring"), "txt": "крокодил".encode()}
     broken = {"jpg": b"no image", "txt": b"x"}
     for number in (0, 1):
-        pairs.write(
-            tmp_path / f"{number}.tar", [(f"a.d/{number}", large), ("b", small), ("c", broken)]
-        )
+        samples_of_shard = [(f"a.d/{number}", large), ("b", small), ("c", broken)]
+        pairs.write(tmp_path / f"{number}.tar", samples_of_shard)
     arguments = [str(tmp_path / "*.tar"), "--out", str(tmp_path / "small"), "--short", "20"]
     shrinking.main(arguments)
     first, second, third = samples(tmp_path / "small" / "0.tar")
     assert first["__key__"] == "a.d/0"
     shrunk = np.asarray(Image.open(io.BytesIO(first["jpg"]))).astype(int)
     assert shrunk.shape == (20, 30, 3)
-    assert (
-        abs(
-            shrunk - np.asarray(noise.resize((30, 20), Image.Resampling.BICUBIC).convert("RGB"))
-        ).mean()
-        < 6
-    )
+    resized = noise.resize((30, 20), Image.Resampling.BICUBIC).convert("RGB")
+    assert abs(shrunk - np.asarray(resized)).mean() < 6
     assert "png" not in first
     assert (first["json"], first["teacher.npy"]) == (record, large["teacher.npy"])
     assert {name: second[name] for name in small} == small
@@ -69,10 +64,9 @@ def test_shards_that_would_be_lost_are_refused(tmp_path, capsys):
         (["none/*.tar"], "c", "none/*.tar', which is none"),
         (["a/[0].tar"], "a", "--out: expected another folder than that of"),
     ):
+        paths = [str(tmp_path / shard) for shard in shards]
         with pytest.raises(SystemExit):
-            shrinking.main(
-                [*(str(tmp_path / shard) for shard in shards), "--out", str(tmp_path / out)]
-            )
+            shrinking.main([*paths, "--out", str(tmp_path / out)])
         assert message in capsys.readouterr().err
     assert not (tmp_path / "c").exists()
 

@@ -3,7 +3,6 @@ of smaller batches.
 """
 
 import contextlib
-import functools
 import io
 import itertools
 import json
@@ -42,15 +41,11 @@ def test_the_notebook_is_that_of_the_page():
 
 def cells() -> list[str]:
     """Returns the code of the notebook, without the cells that install or fetch something."""
-    made = [
-        cell
-        for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
-        if cell["cell_type"] == "code"
-    ]
-    assert len([cell for cell in made if "setup" in cell["metadata"].get("tags", ())]) == 2
-    return [
-        "".join(cell["source"]) for cell in made if "setup" not in cell["metadata"].get("tags", ())
-    ]
+    every = json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
+    made = [cell for cell in every if cell["cell_type"] == "code"]
+    kept = [cell for cell in made if "setup" not in cell["metadata"].get("tags", ())]
+    assert len(made) == len(kept) + 2
+    return ["".join(cell["source"]) for cell in kept]
 
 
 def command(line: str) -> None:
@@ -59,16 +54,11 @@ def command(line: str) -> None:
     assert program in ("simplclip", "python"), line
 
     def run() -> None:
-        with (
-            open("printed", "w") as file,
-            contextlib.redirect_stdout(file),
-            contextlib.redirect_stderr(file),
-        ):
+        redirect = contextlib.redirect_stdout, contextlib.redirect_stderr
+        with open("printed", "w") as file, redirect[0](file), redirect[1](file):
             try:
                 if program == "python":
-                    load_example(words[0].removeprefix("examples/").removesuffix(".py")).main(
-                        words[1:]
-                    )
+                    load_example(Path(words[0]).stem).main(words[1:])
                 else:
                     assert not main(words, standalone_mode=False)
             except BaseException:
@@ -80,21 +70,15 @@ def command(line: str) -> None:
 
 @pytest.mark.slow
 def test_every_cell_runs(tmp_path, monkeypatch, request):
-    """On a folder with subfolders, names that repeat, transparency, and a picture that cannot be
-    read; nothing of it changes.
-
-    The export for ONNX, which takes longest, runs with --prove; another one: test_export_onnx.py.
-    """
+    """The pictures stay. The export for ONNX runs with --prove; see test_export_onnx.py."""
     monkeypatch.chdir(tmp_path)
     shown = []
     screen = types.SimpleNamespace(
         Image=lambda path: Path(path).read_bytes()[:4], display=shown.append
     )
-    onnx = (
-        ["onnx/image.onnx", "onnx/preprocessing.json"]
-        if request.config.getoption("--prove")
-        else []
-    )
+    onnx = []
+    if request.config.getoption("--prove"):
+        onnx = ["onnx/image.onnx", "onnx/preprocessing.json"]
     for year, (name, colour), (number, shape) in itertools.product(
         ("2019", "2020"), tiny.COLOURS.items(), enumerate(tiny.SHAPES)
     ):
@@ -123,9 +107,8 @@ def test_every_cell_runs(tmp_path, monkeypatch, request):
     before = contents(tmp_path / "photos")
     for text in cells():
         if text.startswith("%%writefile "):
-            text = functools.reduce(
-                lambda text, change: text.replace(*change), SMALLER.items(), text
-            )
+            for larger, smaller in SMALLER.items():
+                text = text.replace(larger, smaller)
             assert "steps: 2}" in text
             first, _, rest = text.partition("\n")
             (tmp_path / first.removeprefix("%%writefile ")).write_text(rest)
@@ -134,22 +117,13 @@ def test_every_cell_runs(tmp_path, monkeypatch, request):
                 if onnx or "export_onnx.py" not in line:
                     command(line.removeprefix("!"))
                 if line.startswith("!simplclip train"):
-                    assert (
-                        "1 skipped: 1 not an image (first: photos/2019/broken"
-                        in Path("printed").read_text()
-                    )
-                    assert (
-                        "1 turned by EXIF, which the model does not heed"
-                        in Path("printed").read_text()
-                    )
-                    assert (
-                        "8 with transparency, which the model does not see"
-                        in Path("printed").read_text()
-                    )
+                    printed = Path("printed").read_text()
+                    assert "1 skipped: 1 not an image (first: photos/2019/broken" in printed
+                    assert "1 turned by EXIF, which the model does not heed" in printed
+                    assert "8 with transparency, which the model does not see" in printed
         else:
-            with mock.patch.dict(
-                sys.modules, {"IPython": types.SimpleNamespace(), "IPython.display": screen}
-            ):
+            modules = {"IPython": types.SimpleNamespace(), "IPython.display": screen}
+            with mock.patch.dict(sys.modules, modules):
                 exec(compile(text, "cell", "exec"), {})
     assert contents(tmp_path / "photos") == before
     assert shown == [b"\x89PNG"] * 3

@@ -14,16 +14,10 @@ from simplclip.integrations.open_clip import LOSSES, use_losses
 from simplclip.ops.similarity.chunks import STORE_BYTES
 from support.paths import ROOT
 
-ARGS = {
-    "distill": False,
-    "model": "ViT-B-32",
-    "siglip": False,
-    "local_loss": False,
-    "gather_with_grad": False,
-    "rank": 0,
-}
-ARGS |= {"world_size": 1, "horovod": False, "loss_dist_impl": None, "coca_caption_loss_weight": 2.0}
-ARGS |= {"coca_contrastive_loss_weight": 1.0}
+FLAGS = ("distill", "siglip", "local_loss", "gather_with_grad", "horovod")
+ARGS = {"model": "ViT-B-32", "rank": 0, "world_size": 1, "loss_dist_impl": None}
+ARGS |= {"coca_caption_loss_weight": 2.0, "coca_contrastive_loss_weight": 1.0}
+ARGS |= dict.fromkeys(FLAGS, False)
 CASES = [
     ({}, "ClipLoss", losses.ClipLoss),
     ({"siglip": True}, "SigLipLoss", losses.SigLipLoss),
@@ -52,12 +46,8 @@ def test_the_factory_makes_ours(changes, theirs, ours, module):
     with use_losses():
         assert type(open_clip.create_loss(args)) is ours
         assert getattr(open_clip.loss, theirs) is users.make() is ours
-    assert (
-        type(open_clip.create_loss(args))
-        is getattr(open_clip.loss, theirs)
-        is users.Loss
-        is not ours
-    )
+    made = type(open_clip.create_loss(args))
+    assert made is getattr(open_clip.loss, theirs) is users.Loss is not ours
 
 
 def test_a_use_within_another_changes_nothing_and_an_error_within_the_block_undoes_it():
@@ -109,10 +99,8 @@ def kept(loss, n, width=8):
     if "SigLip" in type(loss).__name__:
         arguments["logit_bias"] = torch.tensor(-10.0)
     if "CoCa" in type(loss).__name__:
-        arguments |= {
-            "logits": torch.randn(n, 2, 3, requires_grad=True),
-            "labels": torch.ones(n, 2, dtype=torch.long),
-        }
+        arguments["logits"] = torch.randn(n, 2, 3, requires_grad=True)
+        arguments["labels"] = torch.ones(n, 2, dtype=torch.long)
     if type(loss).__name__ in ("DistillClipLoss", "WIKDLoss"):
         arguments |= {f"dist_{name}": value.detach() for name, value in arguments.items()}
     storages = {}

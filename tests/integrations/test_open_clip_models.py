@@ -1,7 +1,6 @@
 """register_models: open_clip's factory makes this library's models."""
 
 import json
-import re
 
 import open_clip
 import pytest
@@ -64,54 +63,36 @@ def test_it_makes_mobileclip_s0_from_a_file(registered, tmp_path, of):
     ours = models.transforms("mobileclip-s0", train=False)(picture)
     torch.testing.assert_close(transform(picture), ours, rtol=0, atol=1.01 / 255)
     assert train(picture).shape == (3, 256, 256)
-    with pytest.raises(
-        RuntimeError, match=re.escape("Pretrained value 'gone.pt' is not a known tag")
-    ):
+    with pytest.raises(RuntimeError, match="Pretrained value 'gone.pt' is not a known tag"):
         open_clip.create_model("mobileclip-s0", "gone.pt")
 
 
 @pytest.mark.slow
 def test_open_clips_arguments_work(registered):
-    options = {
-        "force_image_size": 128,
-        "force_context_length": 20,
-        "precision": "bf16",
-        "output_dict": True,
-    }
-    model = imported_before("mobileclip-s0", **options)
+    sizes = {"force_image_size": 128, "force_context_length": 20}
+    model = imported_before("mobileclip-s0", **sizes, precision="bf16", output_dict=True)
     assert model.visual.image_size == (128, 128)
     assert model.text.positional_embedding.shape == (20, 512)
     out = model(torch.randn(2, 3, 128, 128).bfloat16(), torch.randint(1, 99, (2, 20)))
     assert out["text_features"].dtype == torch.bfloat16
     forced = {"mean": (0.5, 0.5, 0.5), "interpolation": "bicubic"}
-    model = open_clip.create_model(
-        "mobileclip-s0",
-        device="meta",
-        force_preprocess_cfg=forced,
-        force_quick_gelu=True,
-        nonscalar_logit_scale=True,
-    )
+    options = {"force_quick_gelu": True, "nonscalar_logit_scale": True, "device": "meta"}
+    model = open_clip.create_model("mobileclip-s0", force_preprocess_cfg=forced, **options)
     assert model.logit_scale.shape == (1,)
-    found = model.visual.preprocess_cfg
-    assert (found["mean"], found["std"], found["interpolation"]) == (
-        (0.5, 0.5, 0.5),
-        (1.0, 1.0, 1.0),
-        "bicubic",
-    )
+    assert model.visual.preprocess_cfg.items() >= {**forced, "std": (1.0, 1.0, 1.0)}.items()
     assert model.logit_scale.is_meta
 
 
 @pytest.mark.slow
 def test_it_makes_siclips(registered):
-    for name in ("mobileclip-s0", "siclip-s0", "siclip-tiny"):
+    for name in ("siclip-s0", "siclip-tiny"):
         model = open_clip.create_model(name, device="meta")
         own = models.create(name, device="meta")
-        assert {n: p.shape for n, p in model.state_dict().items()} == {
-            n: p.shape for n, p in own.state_dict().items()
-        }
-        assert any(isinstance(m, TransformerBlock) for m in model.modules()) == name.startswith(
-            "siclip"
+        shapes, expected = (
+            {key: value.shape for key, value in made.state_dict().items()} for made in (model, own)
         )
+        assert shapes == expected
+        assert any(isinstance(module, TransformerBlock) for module in model.modules())
 
 
 @pytest.mark.slow
@@ -141,10 +122,8 @@ def test_an_error_leaves_open_clip_as_it_was(registered, tmp_path):
 def test_its_text_tower_is_one_of_open_clips(registered):
     model = open_clip.create_model("mobileclip-s0", text_cfg=TINY)
     assert isinstance(model.text, TextTower)
-    assert open_clip.model.get_model_tokenize_cfg(model) == {
-        "context_length": 77,
-        "vocab_size": 49408,
-    }
+    sizes = {"context_length": 77, "vocab_size": 49408}
+    assert open_clip.model.get_model_tokenize_cfg(model) == sizes
     assert "text.positional_embedding" in model.no_weight_decay()
 
 
@@ -200,7 +179,5 @@ def test_a_folder_fetches_and_unpickles_nothing(
         with pytest.raises(InputError, match=message):
             make("local-dir:x")
     file.write_text(json.dumps({"model_cfg": CFG | {"simplclip": OURS}}))
-    assert any(
-        isinstance(module, TransformerBlock)
-        for module in open_clip.create_model("local-dir:x").modules()
-    )
+    model = open_clip.create_model("local-dir:x")
+    assert any(isinstance(module, TransformerBlock) for module in model.modules())

@@ -7,10 +7,11 @@ Runs share a process (distributed runs two processes), see open_clip_plan.py; th
 results.
 """
 
-import importlib
+import pkgutil
 import re
 import shlex
 import sys
+import tomllib
 from argparse import Namespace
 
 import open_clip
@@ -28,7 +29,7 @@ from support.train.open_clip_plan import STEPS, Plan, coca, needs_trainer, prepa
 pytestmark = pytest.mark.long
 
 
-DOCUMENTED = 10  # steps of a documented command
+DOCUMENTED = 6  # steps of a documented command
 # Options that a command of docs/losses.md adds to the first; open_clip's loss and this library's;
 # the names of the losses.
 COMMANDS = {
@@ -36,8 +37,10 @@ COMMANDS = {
     "siglip": ("--siglip", "SigLipLoss", "SigLipLoss", ["contrastive_loss"]),
     "coca": ("--pretrained", "CoCaLoss", "CoCaLoss", ["contrastive_loss", "caption_loss"]),
     "distilled": (
-        "--distill-model "
-        "--distill-pretrained", "DistillClipLoss", "WIKDLoss", ["contrastive_loss", "distill_loss"]
+        "--distill-model --distill-pretrained",
+        "DistillClipLoss",
+        "WIKDLoss",
+        ["contrastive_loss", "distill_loss"],
     ),
     "clip-accumulated": ("--accum-freq", "ClipLoss", "ClipPMLoss", ["contrastive_loss"]),
 }  # fmt: skip
@@ -87,27 +90,15 @@ def single(folder, request):
     plan.add("pm-twice", "ours", *matching, epochs=2)
     plan.add("pm-once", "ours", *matching)
     plan.more("pm-once", *matching)
-    plan.add(
-        "theirs-from-ours",
-        "theirs",
-        "--resume",
-        folder / "logs/plain-ours/checkpoints/epoch_1.pt",
-        epochs=2,
-    )
+    former = folder / "logs/plain-ours/checkpoints/epoch_1.pt"
+    plan.add("theirs-from-ours", "theirs", "--resume", former, epochs=2)
     if prove:
         plan.add("pm-clip", "ours", *matching, "--grad-clip-norm", 1, "--pm-plane", "hadamard")
     # float16 and a GradScaler, as open_clip's default has them
     plan.both("scaled", "--precision", "amp")
     plan.add("pm-scaled", "ours", *matching, "--precision", "amp")
-    wide = (
-        "--feature-weight",
-        1,
-        "--interactive-weight",
-        0.5,
-        *teacher(folder, "tiny-wide"),
-        "--pm-weight",
-        1,
-    )
+    wide = ("--feature-weight", 1, "--interactive-weight", 0.5, "--pm-weight", 1)
+    wide += teacher(folder, "tiny-wide")
     plan.add("wide", "ours", *wide)
     plan.more("wide", *wide)
     # Commands of the docs. Arguments that follow replace their model, data and sizes.
@@ -148,10 +139,8 @@ def double(folder, request):
 def test_losses_and_weights_are_open_clips(plan, key, request):
     plan = request.getfixturevalue(plan)
     assert_same_run(plan, key)
-    assert (
-        plan[f"{key}-ours"]["loss"]
-        == f"simplclip.{'SigLipLoss' if 'siglip' in key else 'ClipPMLoss'}"
-    )
+    kind = "SigLipLoss" if "siglip" in key else "ClipPMLoss"
+    assert plan[f"{key}-ours"]["loss"] == f"simplclip.{kind}"
     assert plan[f"{key}-ours"]["parameters"] == {}
 
 
@@ -171,10 +160,8 @@ def test_mixed_precision(single):
 @pytest.mark.slow
 @needs_trainer
 def test_learned_parameters_are_trained_and_resumed(single, request):
-    start = {
-        "plane_weight": losses.ClipPMLoss.INITIAL_WEIGHT,
-        "plane_bias": losses.ClipPMLoss.INITIAL_BIAS,
-    }
+    plane = losses.ClipPMLoss
+    start = {"plane_weight": plane.INITIAL_WEIGHT, "plane_bias": plane.INITIAL_BIAS}
     whole, second = single["pm-twice"], single["pm-once-more"]
     assert (len(whole["steps"]), len(second["steps"])) == (2 * STEPS, STEPS)
     for name, value in start.items():
@@ -210,19 +197,10 @@ def test_open_clips_trainer_resumes_a_run_without_learned_parameters(single):
 @needs_trainer
 def test_projections_to_a_wider_teacher_are_learned_and_resumed(single):
     steps = single["wide"]["steps"] + single["wide-more"]["steps"]
-    assert {
-        "contrastive_loss",
-        "distill_loss",
-        "interactive_loss",
-        "feature_loss",
-        "pair_matching_loss",
-    } == set(steps[0])
+    names = ("contrastive", "distill", "interactive", "feature", "pair_matching")
+    assert steps[0].keys() == {f"{name}_loss" for name in names}
     assert steps[-1]["feature_loss"] < steps[STEPS]["feature_loss"] < steps[0]["feature_loss"]
-    saved = {
-        name
-        for name in single.checkpoint("wide")["state_dict"]
-        if name.startswith("simplclip_loss.")
-    }
+    saved = {name for name in single.checkpoint("wide")["state_dict"] if "simplclip_loss" in name}
     assert saved == {f"simplclip_loss.{name}" for name in single["wide"]["parameters"]}
 
 
@@ -325,12 +303,9 @@ def test_models_that_are_named_with_a_slash_have_their_widths():
 def test_sigmoid_and_pair_matching_have_one_sweep(monkeypatch):
     """The trainer adds the terms up; the first one carries the gradient of the sum."""
     calls, loss = recorded_calls(monkeypatch), openclip_train.OneSweepSigLipLoss(pm_weight=1.0)
-    image, text = (
-        torch.nn.functional.normalize(torch.randn(2, 6, 8), dim=-1).requires_grad_().unbind()
-    )
-    sum(
-        loss(image, text, torch.tensor(10.0), torch.tensor(-10.0), output_dict=True).values()
-    ).backward()
+    features = torch.nn.functional.normalize(torch.randn(2, 6, 8), dim=-1).requires_grad_()
+    terms = loss(*features, torch.tensor(10.0), torch.tensor(-10.0), output_dict=True)
+    sum(terms.values()).backward()
     assert [name for name, _ in calls] == ["similarity_sigmoid"]
 
 
@@ -388,18 +363,14 @@ def test_a_command_ends_in_one_line_if_the_user_can_mend_it(monkeypatch, capsys)
         raise InputError("--model x: expected y, got z")
 
     monkeypatch.setattr(sys, "argv", ["simplclip-open-clip"])
-    monkeypatch.setattr(importlib.import_module("open_clip_train.main"), "main", main)
-    script = re.search(
-        '^simplclip-open-clip = "(.+):(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
-    )
-    command = getattr(importlib.import_module(script[1]), script[2])
+    monkeypatch.setattr("open_clip_train.main.main", main)
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    command = pkgutil.resolve_name(scripts["simplclip-open-clip"])
     with pytest.raises(SystemExit) as stop:
         command()
     assert stop.value.code == 2
-    assert (
-        capsys.readouterr().err.splitlines()[-1]
-        == "simplclip-open-clip: error: --model x: expected y, got z"
-    )
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == "simplclip-open-clip: error: --model x: expected y, got z"
     monkeypatch.setenv("SIMPLCLIP_DEBUG", "1")
     with pytest.raises(InputError):
         command()

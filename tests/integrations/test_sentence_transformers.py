@@ -68,7 +68,6 @@ def test_values_and_gradients_are_theirs(example, name, theirs, options, columns
     torch.testing.assert_close(found, gradients, rtol=1e-5, atol=1e-5)
     assert len(found) > 30
     with torch.no_grad():
-        evaluated = example[name](model, **options)(
-            [model.preprocess(texts) for texts in columns], None
-        )
+        loss = example[name](model, **options)
+        evaluated = loss([model.preprocess(texts) for texts in columns], None)
     torch.testing.assert_close(evaluated, expected, rtol=1e-5, atol=1e-5)

@@ -64,13 +64,8 @@ def test_a_loss_that_learns_is_trained_and_saved(recipe, tmp_path):
     clip = model()
     clip.simplclip_loss = ClipPMLoss(pm_weight=1.0)
     before = clip.simplclip_loss.plane_bias.item()
-    train(
-        recipe["ContrastiveTrainer"],
-        clip,
-        tmp_path / "out",
-        bf16=True,
-        gradient_accumulation_steps=2,
-    )
+    options = {"bf16": True, "gradient_accumulation_steps": 2}
+    train(recipe["ContrastiveTrainer"], clip, tmp_path / "out", **options)
     assert clip.simplclip_loss.plane_bias.item() != before
     saved = transformers.CLIPModel.from_pretrained(tmp_path / "out" / "checkpoint-4")
     expected = {name: value for name, value in clip.state_dict().items() if "simplclip" not in name}

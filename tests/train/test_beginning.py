@@ -82,10 +82,6 @@ def gradients(tower, encode):
 
 
 def test_frozen_layers_run_once():
-    """Of four micro-batches the last is encoded once.
-
-    Dropout draws the same numbers in both passes.
-    """
     tower, images = Tower(), example()
     plain = gradients(tower, tower)
     assert tower.first.calls == 7
@@ -133,18 +129,12 @@ def test_a_tower_without_frozen_layers():
 def test_texts_of_several_lengths():
     """Texts that are cropped run the tower once for each length."""
     model = models.create("siclip-tiny", text_cfg={"layers": 2, "width": 64, "heads": 2})
-    freeze(
-        model, ["text.token_embedding", "text.positional_embedding", "text.transformer.resblocks.0"]
-    )
+    names = ("token_embedding", "positional_embedding", "transformer.resblocks.0")
+    freeze(model, [f"text.{name}" for name in names])
     model.train()
     crop_texts(model, multiple=1)
-    words = 64 * [
-        "a",
-        "two dogs",
-        "a red cat on a mat with a hat",
-        "the sea and the sky over the town",
-    ]
-    texts = models.tokenizer("siclip-tiny")(words)
+    words = ["a", "two dogs", "a red cat on a mat with a hat", "the sea and the sky over the town"]
+    texts = models.tokenizer("siclip-tiny")(64 * words)
 
     def encode(batch):
         return model.encode_text(batch["text"], normalize=True)
@@ -160,7 +150,6 @@ def test_texts_of_several_lengths():
 
     plain = step(encode)
     beginning, _ = find_beginning(model, encode, {"text": (torch.arange(texts.shape[1]) % 2)[None]})
-    outputs = []
     with torch.no_grad():
         beginning.encode(encode, batches[0])
         outputs = batches[0].pop(beginning)
@@ -187,9 +176,8 @@ def test_a_step_of_the_trainer_is_equal_in_every_bit():
         batches = step.batches(real=True)
         draw = torch.Generator().manual_seed(2)
         for batch in batches:
-            batch["image"] = torch.randint(
-                0, 256, batch["image"].shape, dtype=torch.uint8, generator=draw
-            )
+            shape = batch["image"].shape
+            batch["image"] = torch.randint(256, shape, dtype=torch.uint8, generator=draw)
         step.batches = lambda real, batches=batches: batches
         torch.manual_seed(3)
         actual.runner(step, CPU)()
@@ -225,16 +213,14 @@ def test_compiled_towers_keep_outputs_too(monkeypatch):
     weights = []
     for compiled in (False, True):
         step = trainer_step()
-        for module in step.modules:
-            module.to_empty(device=CPU)
         torch.manual_seed(3)
         for module in step.modules:
-            actual.fill(module)
-        monkeypatch.setattr(
-            steps,
-            "find_beginning",
-            lambda *args, compiled=compiled: find_beginning(*args[:3], compiled),
-        )
+            actual.fill(module.to_empty(device=CPU))
+
+        def find(*args, compiled=compiled):
+            return find_beginning(*args[:3], compiled)
+
+        monkeypatch.setattr(steps, "find_beginning", find)
         step.place(CPU, lambda kind: nullcontext())
         if compiled:
             setup.compile_towers(step.state.prepared)

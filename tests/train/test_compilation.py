@@ -22,9 +22,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """Lets runs on the CPU decide as on a GPU, after two steps, that compilation pays; yields
-    torch.compile.
-    """
+    """Lets runs decide as on a GPU, after two steps, that compilation pays; gives torch.compile."""
     monkeypatch.setattr(compilation, "may_compile", lambda state: True)
     monkeypatch.setattr(compilation, "EAGER_STEPS", 2)
     monkeypatch.setattr(compilation, "WORTH_SECONDS", 0)

@@ -38,29 +38,14 @@ def test_texts_that_look_like_numbers_are_read_back_as_texts(tmp_path):
 
 def test_set_parses_values_as_yaml(tmp_path):
     free = ["data.train=[a.tar, b.tar]", "model.options.width=64", "eval.splits.held=h-*.tar"]
-    plain = [
-        "optim.lr=2e-3",
-        "optim.weight_decay=1E-8",
-        "optim.grad_clip=null",
-        "run.compile=true",
-        "run.steps=7",
-    ]
+    plain = ["optim.lr=2e-3", "optim.weight_decay=1E-8", "optim.grad_clip=null"]
+    plain += ["run.compile=true", "run.steps=7", "run.out=~/runs"]
     c = config.load(write(tmp_path, MINIMAL), free + plain)
-    assert config.load(write(tmp_path, MINIMAL), ["run.out=~/runs"]).run.out == os.path.expanduser(
-        "~/runs"
-    )
-    assert (c.data.train, c.model.options, c.eval.splits) == (
-        ["a.tar", "b.tar"],
-        {"width": 64},
-        {"held": "h-*.tar"},
-    )
-    assert (c.optim.lr, c.optim.weight_decay, c.optim.grad_clip, c.run.compile, c.run.steps) == (
-        2e-3,
-        1e-8,
-        None,
-        True,
-        7,
-    )
+    assert c.run.out == os.path.expanduser("~/runs")
+    assert c.data.train == ["a.tar", "b.tar"]
+    assert (c.model.options, c.eval.splits) == ({"width": 64}, {"held": "h-*.tar"})
+    assert (c.optim.lr, c.optim.weight_decay, c.optim.grad_clip) == (2e-3, 1e-8, None)
+    assert (c.run.compile, c.run.steps) == (True, 7)
 
 
 @pytest.mark.parametrize(
@@ -174,9 +159,8 @@ def test_missing_and_several_errors_at_once(tmp_path):
 
 
 def test_the_length_that_is_typed_replaces_that_of_the_file(tmp_path):
-    file = write(
-        tmp_path, MINIMAL | {"run": {"out": "runs/x", "steps": 50}, "optim": {"warmup": 9}}
-    )
+    values = MINIMAL | {"run": {"out": "runs/x", "steps": 50}, "optim": {"warmup": 9}}
+    file = write(tmp_path, values)
     for overrides, steps, epochs in (
         (["run.epochs=3"], None, 3.0),
         (["run.epochs=3", "run.steps=7"], 7, None),
@@ -193,9 +177,8 @@ def test_files_that_are_no_config(tmp_path):
     assert "expected a mapping of sections" in error_of(tmp_path, "- a\n- b\n")
     assert "not valid YAML" in error_of(tmp_path, "a: [\n")
     twice = "optim:\n  lr: 1\ndata: {train: x}\n'optim':\n  warmup: 2\n"
-    assert "expected each key once, got 'optim' in line 1 and in line 4" in error_of(
-        tmp_path, twice
-    )
+    message = "expected each key once, got 'optim' in line 1 and in line 4"
+    assert message in error_of(tmp_path, twice)
     inner = ["model.options={text_cfg: {width: 8, width: 9}}"]
     message = "--set model.options: not valid YAML: expected each key once, got 'width' in line 1"
     assert message in error_of(tmp_path, {}, inner)
@@ -225,6 +208,5 @@ def test_describe_is_a_config_with_every_key():
         for part in key.split("."):
             node = node[part]
     values["data"]["train"], values["run"]["out"] = "x", "y"
-    assert config.from_dict(values) == config.from_dict(
-        {"data": {"train": "x"}, "run": {"out": "y"}}
-    )
+    least = {"data": {"train": "x"}, "run": {"out": "y"}}
+    assert config.from_dict(values) == config.from_dict(least)

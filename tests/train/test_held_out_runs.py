@@ -35,16 +35,10 @@ HELD = ("eval.hold_out=0.4", "eval.every=3", "optim.ema=0.5", "run.save_every=3"
 def undisturbed(tmp_path_factory):
     """Writes a shard, a run in `whole` that evaluates what it holds out, and what it printed."""
     folder = tmp_path_factory.mktemp("held")
-    written = []
-    original = checkpoint.save
-
-    def save(out, contents, name="last.pt"):
-        if name == "last.pt":
-            written.append((contents["step"], contents["evaluated"]))
-        original(out, contents, name)
-
-    with mock.patch.object(checkpoint, "save", save):
+    with mock.patch.object(checkpoint, "save", side_effect=checkpoint.save) as save:
         text = go(tiny.settings(folder, *HELD, f"run.out={folder / 'whole'}"))
+    states = [call.args[1] for call in save.call_args_list if len(call.args) == 2]  # of last.pt
+    written = [(state["step"], state["evaluated"]) for state in states]
     assert written == [(3, 0), (3, 3), (6, 3), (6, 6), (7, 6), (7, 7)]  # around each evaluation
     (folder / "printed").write_text(text)
     return folder
@@ -94,32 +88,22 @@ def test_what_is_held_out_stays_so_and_is_evaluated(tmp_path, request):
     with pytest.raises(ConfigError, match="other settings: eval.hold_out was 0.4, now 0.2"):
         go(tiny.settings(tmp_path, "eval.hold_out=0.2", "run.steps=3"), resume=True)
     go(tiny.settings(tmp_path, "eval.hold_out=0.4", "eval.every=3", "run.steps=3"), resume=True)
-    result = call("evaluate", tmp_path / "run", "--device", "cpu", "--workers", 0)
-    assert result.exit_code == 0, result.output
-    assert f"held_out: {len(held_keys(tmp_path / 'run'))} samples read, 0 skipped" in result.output
+    text = output("evaluate", tmp_path / "run", "--device", "cpu", "--workers", 0)
+    assert f"held_out: {len(held_keys(tmp_path / 'run'))} samples read, 0 skipped" in text
     assert (tmp_path / "run/evaluation-held_out.png").exists()
     table(tmp_path / "t.csv", [(tmp_path / f"{i}.png", f"a {i}") for i in range(20)])
     for i in range(20):
         (tmp_path / f"{i}.png").write_bytes(tiny.picture((i, 9 * i, 99), "ring"))
-    go(
-        tiny.settings(
-            tmp_path,
-            *HELD,
-            f"data.train={tmp_path / 't.csv'}",
-            f"run.out={tmp_path / 'packed'}",
-            "run.steps=1",
-        )
-    )
+    changes = [f"data.train={tmp_path / 't.csv'}", f"run.out={tmp_path / 'packed'}"]
+    go(tiny.settings(tmp_path, *HELD, *changes, "run.steps=1"))
     (tmp_path / "packed").rename(tmp_path / "moved")
     request.getfixturevalue("no_sheets")
-    assert "wrote" in output("evaluate", tmp_path / "moved", "--device", "cpu", "--workers", 0), (
-        "its shards lie in it"
-    )
+    # its shards lie in it
+    assert "wrote" in output("evaluate", tmp_path / "moved", "--device", "cpu", "--workers", 0)
     other = tiny.write_shard(tmp_path / "other.tar")
-    text = (tmp_path / "run/config.yaml").read_text()
-    (tmp_path / "run/config.yaml").write_text(
-        text.replace(str(tmp_path / "data/train-0.tar"), f"pipe:cat {other}")
-    )
+    file = tmp_path / "run/config.yaml"
+    shard = str(tmp_path / "data/train-0.tar")
+    file.write_text(file.read_text().replace(shard, f"pipe:cat {other}"))
     assert "expected local files in the eval.splits of " in one_line("evaluate", tmp_path / "run")
 
 
@@ -162,9 +146,7 @@ SMALL = {
 
 @pytest.mark.slow
 def test_best_weights_in_plain_open_clip_have_the_figures_of_the_log(tmp_path, no_sheets):
-    """Averaged weights of an open_clip model, which need no simplclip to load; the high rate makes
-    it worse at the end.
-    """
+    """Averaged weights load without simplclip; the high rate makes them worse at the end."""
     run, splits = tmp_path / "run", {"seen": tiny.write_shard(tmp_path / "seen.tar")}
     changes = [
         f"model={json.dumps({'name': 'open_clip:ViT-B-32', 'options': SMALL})}",
@@ -196,25 +178,18 @@ def test_best_weights_in_plain_open_clip_have_the_figures_of_the_log(tmp_path, n
         if int(row["step"]) == best
     }
     held = held_keys(run)
-    for split in ("seen", "held_out"):
-        pictures = {
-            key: files
-            for key, files in files_of(splits["seen"]).items()
-            if split == "seen" or key in held
-        }
+    every = files_of(splits["seen"])
+    for split, keys in (("seen", every), ("held_out", held)):
+        pictures = {key: files for key, files in every.items() if key in keys}
         with torch.no_grad():
             model.eval()
-            images = torch.stack(
-                [preprocess(Image.open(io.BytesIO(files["png"]))) for files in pictures.values()]
-            )
+            images = [Image.open(io.BytesIO(files["png"])) for files in pictures.values()]
             captions = [json.loads(files["json"])["captions"][0] for files in pictures.values()]
-            x = model.encode_image(images, normalize=True)
+            x = model.encode_image(torch.stack([*map(preprocess, images)]), normalize=True)
             y = model.encode_text(words(captions), normalize=True)
         for direction, scores in (("image_to_text", x @ y.T), ("text_to_image", y @ x.T)):
-            recall = (scores.argmax(1) == torch.arange(len(scores))).float().sum().item() / len(
-                scores
-            )
-            assert float(logged[split, direction]["R@1"]) == recall
+            right = (scores.argmax(1) == torch.arange(len(scores))).sum().item()
+            assert float(logged[split, direction]["R@1"]) == right / len(scores)
 
     printed = output("evaluate", run, "--device", "cpu", "--workers", 0)
     assert source in printed
@@ -314,17 +289,15 @@ def test_best_weights_stay_unless_a_better_evaluation_comes(tmp_path, monkeypatc
     other = tiny.write_shard(tmp_path / "other.tar")
     go(tiny.settings(tmp_path, *changes, "run.steps=5"), resume=True)
     assert kept == [1, 2, 5]
-    go(tiny.settings(tmp_path, *changes, f"eval.splits.other={other}", "run.steps=6"), resume=True)
+    changes.append(f"eval.splits.other={other}")
+    go(tiny.settings(tmp_path, *changes, "run.steps=6"), resume=True)
     assert kept == [1, 2, 5, 6], "figures of other splits cannot be compared"
     # by the user, whose file is not replaced
     shutil.copy(tmp_path / "run/last.pt", tmp_path / "run/best.pt")
     with pytest.raises(
         CheckpointError, match="best.pt: expected the best weights as simplclip train writes them"
     ):
-        go(
-            tiny.settings(tmp_path, *changes, f"eval.splits.other={other}", "run.steps=7"),
-            resume=True,
-        )
+        go(tiny.settings(tmp_path, *changes, "run.steps=7"), resume=True)
 
 
 @pytest.mark.slow

@@ -9,48 +9,17 @@ import torch
 from support.ranks.launch import forked_ranks
 from support.train import runs, tiny
 
-
-def pad(tar):
-    """Makes a tar longer; its samples stay."""
-    with tar.open("ab") as file:
-        file.write(bytes(512))
-
-
-# what is changed in the second node's data, its further settings, its error
-CASES = {
-    "nothing": (lambda data: None, [], None),
-    "setting": (
-        lambda data: None,
-        ["optim.weight_decay=0.5"],
-        "ConfigError: optim.weight_decay: expected 0.1, as on the first rank, got 0.5; all nodes",
-    ),
-    "fewer shards": (
-        lambda data: (data / "train-1.tar").unlink(),
-        [],
-        "InputError: data.train: expected train-1.tar of 51,200 bytes, as on the first rank, got "
-        "no more files; all nodes need the same data",
-    ),
-    "shard": (
-        lambda data: pad(data / "train-0.tar"),
-        [],
-        "InputError: data.train: expected train-0.tar of 51,200 bytes, as on the first rank, got "
-        "train-0.tar of 51,712 bytes",
-    ),
-    "sidecar": (
-        lambda data: pad(data / "teacher" / "train-1.tar"),
-        [],
-        "InputError: data.sidecars: expected data/teacher/train-1.tar of ",
-    ),
-    "held-out data": (
-        lambda data: pad(data / "held.tar"),
-        [],
-        "InputError: eval.splits.held: expected held.tar of ",
-    ),
-    "weights": (
-        lambda data: shutil.copy(data / "other.pt", data / "frozen.pt"),
-        [],
-        "InputError: inherit.source: expected the weights of the first rank, got others in visual.",
-    ),
+ALIKE = "as on the first rank, got"
+# by what differs in the second node, at last a file, which is longer but has the same samples
+ERRORS = {
+    "setting": f"ConfigError: optim.weight_decay: expected 0.1, {ALIKE} 0.5; all nodes",
+    "fewer": f"InputError: data.train: expected train-1.tar of 51,200 bytes, {ALIKE} no more files;"
+    " all nodes need the same data",
+    "weights": "InputError: inherit.source: expected the weights of the first rank, got others in ",
+    "train-0.tar": f"InputError: data.train: expected train-0.tar of 51,200 bytes, {ALIKE} "
+    "train-0.tar of 51,712 bytes",
+    "teacher/train-1.tar": "InputError: data.sidecars: expected data/teacher/train-1.tar of ",
+    "held.tar": "InputError: eval.splits.held: expected held.tar of ",
 }
 
 
@@ -72,18 +41,25 @@ def test_other_files_or_settings_of_a_node(tmp_path):
         "run.steps=1",
     ]
     plan = {}
-    for name, (change, changes, _) in CASES.items():
-        node = tmp_path / "nodes" / name
-        shutil.copytree(tmp_path / "data", node / "data")
-        change(node / "data")
-        out = f"run.out={tmp_path / 'runs' / name}"
+    for number, name in enumerate(["nothing", *ERRORS]):
+        node = tmp_path / "nodes" / str(number)
+        data = node / "data"
+        shutil.copytree(tmp_path / "data", data)
+        if name == "fewer":
+            (data / "train-1.tar").unlink()
+        elif name == "weights":
+            shutil.copy(data / "other.pt", data / "frozen.pt")
+        elif name.endswith(".tar"):
+            (data / name).write_bytes((data / name).read_bytes() + bytes(512))
+        changes = ["optim.weight_decay=0.5"] if name == "setting" else []
+        out = f"run.out={tmp_path / 'runs' / str(number)}"
         plan[name] = {"changes": [*always, out], "second": [str(node), changes]}
     (tmp_path / "runs").mkdir()
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     forked_ranks("training.py", tmp_path, "plan", check=True)
     first, second = (json.loads((tmp_path / f"plan-{rank}.json").read_text()) for rank in (0, 1))
     assert first.pop("nothing")["error"] is second.pop("nothing")["error"] is None
-    for name, result in second.items():
-        assert result["error"].startswith(CASES[name][2]), name
+    for number, (name, message) in enumerate(ERRORS.items(), 1):
+        assert second[name]["error"].startswith(message)
         assert first[name]["error"] == "SystemExit: 1"
-        assert not (tmp_path / "runs" / name).exists(), "nothing is written"
+        assert not (tmp_path / "runs" / str(number)).exists(), "nothing is written"

@@ -47,11 +47,10 @@ def test_terms_are_the_losses_terms_times_the_weight_of_the_step(base):
     # SigLipLoss knows no groups
     group = torch.arange(5) if base == "sigmoid" else torch.tensor([1, 2, 3, 1, 4])
     constant = {"contrastive_weight": 0.5, "interactive_weight": 1.0}
-    feature, relational = {"value": 4.0, "to": 0.0, "end": 8}, {"value": 2.0, "until": 5}
     weights = {
         "pm_weight": {"value": 1.0, "start": 3},
-        "feature_weight": feature,
-        "relational_weight": relational,
+        "feature_weight": {"value": 4.0, "to": 0.0, "end": 8},
+        "relational_weight": {"value": 2.0, "until": 5},
     }
     ours = objective(width=6, base=base, **constant, **weights)
     plain = losses.WIKDLoss(
@@ -95,23 +94,18 @@ def test_several_captions_are_pairs_with_their_image_and_no_negatives_of_each_ot
             other = [j for j in range(6) if j // 2 != i or j == c]
             rows = rows - F.log_softmax(logits[i, other], 0)[other.index(c)] / 6
             # The batch repeats each image once for each of its captions.
-            seen = torch.cat(
-                [logits[[i], c], *(logits[[j], c].repeat(2) for j in range(3) if j != i)]
-            )
+            negatives = [logits[[j], c].repeat(2) for j in range(3) if j != i]
+            seen = torch.cat([logits[[i], c], *negatives])
             columns = columns - F.log_softmax(seen, 0)[0] / 6
     assert got.item() == pytest.approx(0.5 * (rows + columns).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("plane", ["scalar", "hadamard"])
 def test_sigmoid_and_pair_matching(plane):
-    """Values and gradients are those of the dense form and of ClipPMLoss, each term times its
-    weight.
-    """
+    """Values and gradients are those of the dense form and of ClipPMLoss, weighted."""
     torch.manual_seed(3)
     x, y = (t.requires_grad_() for t in features(6, 6, width=8))
-    scale, bias = (
-        torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (9.0, -4.0)
-    )
+    scale, bias = torch.tensor([9.0, -4.0], dtype=torch.float64, requires_grad=True).unbind()
     group, options = torch.tensor([1, 2, 3, 1, 4, 5]), {"plane": plane}
     ours = objective(
         base="sigmoid", contrastive_weight=0.5, pm_weight={"value": 2.0, "start": 1}, **options
@@ -121,12 +115,8 @@ def test_sigmoid_and_pair_matching(plane):
     assert ours.loss.pm_weight == 2.0, "the loss knows the largest weight of the schedule"
     pair = torch.eye(6, dtype=torch.bool)
     logits = scale * x @ y.T + bias
-    dense = (
-        F.softplus(torch.where(pair, -logits, logits))
-        .masked_fill((group[:, None] == group) & ~pair, 0)
-        .sum()
-        / 6
-    )
+    every = F.softplus(torch.where(pair, -logits, logits))
+    dense = every.masked_fill((group[:, None] == group) & ~pair, 0).sum() / 6
     for step, weights in ((0, (0.5, 0.0)), (1, (0.5, 2.0))):
         torch.manual_seed(4)
         total, terms = ours(step, x, y, scale, bias, group)
@@ -138,10 +128,9 @@ def test_sigmoid_and_pair_matching(plane):
         assert not any(term.requires_grad for term in terms.values())
         learned = [x, y, scale, bias, ours.loss.plane_weight, ours.loss.plane_bias]
         inputs = [x, y, scale, bias, matching.plane_weight, matching.plane_bias]
-        expected = torch.autograd.grad(
-            sum(want.values()), inputs, retain_graph=True, materialize_grads=True
-        )
-        got = torch.autograd.grad(total, learned, materialize_grads=True)
+        flags = {"retain_graph": True, "materialize_grads": True}
+        expected = torch.autograd.grad(sum(want.values()), inputs, **flags)
+        got = torch.autograd.grad(total, learned, **flags)
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
 

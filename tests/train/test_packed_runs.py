@@ -32,8 +32,7 @@ def no_pictures(monkeypatch):
 def picture_folder(folder, broken=()):
     """Writes a folder of the 24 pictures with captions; those numbers are cut."""
     folder.mkdir()
-    kinds = itertools.product(tiny.COLOURS, tiny.SHAPES)
-    for number, (colour, shape) in enumerate(kinds):
+    for number, (colour, shape) in enumerate(itertools.product(tiny.COLOURS, tiny.SHAPES)):
         content = tiny.picture(tiny.COLOURS[colour], shape, size=64)
         if number in broken:
             content = content[: len(content) // 2]
@@ -53,9 +52,7 @@ def test_broken_pictures_are_counted_and_named_as_the_user_knows_them(tmp_path):
     assert sources
     (line,) = re.findall("^evaluation (held_out: .* skipped: .*)$", text, re.M)
     sources += re.findall(name, line)
-    names = [
-        f"{colour}-{shape}" for colour in sorted(tiny.COLOURS) for shape in sorted(tiny.SHAPES)
-    ]
+    names = sorted(path.stem for path in photos.glob("*.png"))
     assert {names[int(number)] for number, _ in sources} == {source for _, source in sources}
     result = call("evaluate", tmp_path / "run", "--device", "cpu", "--workers", 0)
     assert line in result.output
@@ -117,9 +114,7 @@ def held_pictures(run):
 
 @pytest.mark.slow
 def test_a_run_holds_out_as_it_began(tmp_path):
-    """Runs that began before eval.hold_out_by hold out by the shard, also after packing again; new
-    ones by the picture. `evaluate` warns of a run that has trained on what another holds out.
-    """
+    """By the shard if it began before eval.hold_out_by; `evaluate` warns of other runs."""
     photos, old, new = picture_folder(tmp_path / "photos"), tmp_path / "old", tmp_path / "new"
     changes = [f"data.train={photos}", "eval.hold_out=0.4"]
     earlier = [*changes, f"run.out={old}"]

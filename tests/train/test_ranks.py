@@ -25,15 +25,12 @@ pytestmark = pytest.mark.long
 
 
 DISTILLED = ["loss.relational_weight=1", "loss.interactive_weight=0.5", "loss.feature_weight=10"]
+PLANE = "loss.pm_weight={value: 1, start: 1}"
 CACHED = ["data.batch_size=60", "data.micro_batch=6"]
 EVALUATED = ["eval.every=3", "eval.splits={held: DATA}"]
 CASES = {
     # Some steps do not use the plane and the projections.
-    "distilled": [
-        *DISTILLED,
-        "loss.pm_weight={value: 1, start: 1}",
-        "loss.feature_weight={value: 10, until: 2}",
-    ],
+    "distilled": [*DISTILLED, PLANE, "loss.feature_weight={value: 10, until: 2}"],
     "captions": ["data.captions_per_image=2", "optim.ema=0.5", *EVALUATED],
     "captions cached": ["data.captions_per_image=2", *CACHED, "data.micro_batch=3"],
 }
@@ -42,7 +39,7 @@ PROOFS = {
     # An even number of micro-batches, so that the workers give as much to a step of two ranks as to
     # one of one.
     "workers": ["data.workers=2", *CACHED, "data.micro_batch=3"],
-    "distilled cached": [*DISTILLED, "loss.pm_weight={value: 1, start: 1}", *CACHED],
+    "distilled cached": [*DISTILLED, PLANE, *CACHED],
     "bf16 cached": [*DISTILLED, "run.precision=bf16", *CACHED],
 }
 FAULTS = {
@@ -53,13 +50,9 @@ FAULTS = {
 
 
 def entry(folder, name, changes, **options):
-    always = [
-        f"run.out={folder / name.replace(' ', '-')}",
-        "run.steps=3",
-        "data.batch_size=12",
-        "optim.lr=1e-4",
-    ]
-    return {"changes": [*always, *changes], **options}
+    out = f"run.out={folder / name.replace(' ', '-')}"
+    always = ["run.steps=3", "data.batch_size=12", "optim.lr=1e-4"]
+    return {"changes": [out, *always, *changes], **options}
 
 
 @pytest.fixture(scope="module")
@@ -88,32 +81,23 @@ def results(folder):
 
     def of(cases):
         if (key := tuple(cases)) not in started:
-            plan = {
-                name: entry(folder / "two", name, data_of(folder, changes))
-                for name, changes in cases.items()
-            }
+            runs_of_two = {name: (None, changes) for name, changes in cases.items()}
             if cases is CASES:
-                plan |= {
-                    name: entry(folder / "two", name, data_of(folder, changes), fault=fault)
-                    for name, (fault, changes) in FAULTS.items()
-                }
+                runs_of_two |= FAULTS
+            plan = {
+                name: entry(folder / "two", name, data_of(folder, changes), fault=fault)
+                for name, (fault, changes) in runs_of_two.items()
+            }
             for place in ("one", "two"):
                 (folder / place).mkdir(exist_ok=True)
             (folder / "plan.json").write_text(json.dumps(plan))
             forked_ranks("training.py", folder, "plan", check=True, timeout=3600)
             two = [json.loads((folder / f"plan-{rank}.json").read_text()) for rank in (0, 1)]
-            settings = {
-                name: tiny.settings(
-                    folder,
-                    *entry(folder / "one", name, data_of(folder, changes))["changes"],
-                    teacher=16,
-                )
-                for name, changes in cases.items()
-            }
-            started[key] = (
-                {name: training.observed(config) for name, config in settings.items()},
-                two,
-            )
+            one = {}
+            for name, changes in cases.items():
+                settings = entry(folder / "one", name, data_of(folder, changes))["changes"]
+                one[name] = training.observed(tiny.settings(folder, *settings, teacher=16))
+            started[key] = one, two
         return started[key]
 
     return of
@@ -168,13 +152,16 @@ def test_each_rank_cuts_its_texts_by_tokens(results):
         assert len(few) < len(many) < 10  # 6 texts of full length would need this many
 
 
+def check_interrupted(results, name, step):
+    first, second = (rank[name]["error"] for rank in results(CASES)[1])
+    saved = f"saved step {step} of 3"
+    assert first.startswith(f"Interrupted: signal to another rank: {saved}")
+    assert second == "SystemExit: 130"
+
+
 @pytest.mark.slow
 def test_a_signal_to_any_rank_saves_once_and_one_process_goes_on(folder, results):
-    first, second = results(CASES)[1]
-    assert first["stopped"]["error"].startswith(
-        "Interrupted: signal to another rank: saved step 2 of 3"
-    )
-    assert second["stopped"]["error"] == "SystemExit: 130"
+    check_interrupted(results, "stopped", step=2)
     state = read_checkpoint(folder / "two" / "stopped")
     assert state["step"] == 2
     assert [data["rank"] for data in state["data"]] == [0, 1]
@@ -189,11 +176,7 @@ def test_a_signal_to_any_rank_saves_once_and_one_process_goes_on(folder, results
 @pytest.mark.slow
 def test_a_signal_to_any_rank_ends_an_evaluation_on_all(folder, results):
     """It comes in a batch of one rank; the texts, which the other one encodes, are left out."""
-    first, second = results(CASES)[1]
-    assert first["evaluating"]["error"].startswith(
-        "Interrupted: signal to another rank: saved step 3 of 3"
-    )
-    assert second["evaluating"]["error"] == "SystemExit: 130"
+    check_interrupted(results, "evaluating", step=3)
     run = folder / "two" / "evaluating"
     assert read_checkpoint(run / "last.pt")["evaluated"] == 0
     assert not (run / "evaluation.csv").exists()
@@ -210,12 +193,9 @@ def test_a_step_that_is_not_finite_on_one_rank_stops_all(results):
 @pytest.mark.prove
 def test_a_rank_that_dies_ends_the_others(folder):
     """The other ranks end in the time that torchrun gives, and the last whole step is saved."""
-    plan = {
-        "died": entry(
-            folder, "died", ["run.steps=1000", *data_of(folder)], fault=["SIGKILL", 1, 3, "step"]
-        )
-    }
-    (folder / "dies.json").write_text(json.dumps(plan))
+    changes = ["run.steps=1000", *data_of(folder)]
+    died = entry(folder, "died", changes, fault=["SIGKILL", 1, 3, "step"])
+    (folder / "dies.json").write_text(json.dumps({"died": died}))
     began = time.monotonic()
     run = torchrun("training.py", folder, "dies")
     assert run.returncode
@@ -226,9 +206,7 @@ def test_a_rank_that_dies_ends_the_others(folder):
 
 @pytest.mark.slow
 def test_the_command_trains_and_a_wrong_setting_is_one_line(folder, request, monkeypatch):
-    """Two ranks, whose own data each reads: a run, and with --prove by torchrun, and one that the
-    first rank refuses.
-    """
+    """By torchrun with --prove."""
     words = command(folder, folder / "command", "run.steps=2")
     if request.config.getoption("--prove"):
         program = [*TORCHRUN, "--nproc-per-node=2", "-m", "simplclip", *words]
@@ -276,20 +254,9 @@ def test_ranks_resume_to_the_bit_with_dropout(folder):
 
 def command(folder, out, *changes):
     """Returns the words of a run of 6 steps of two ranks."""
-    sets = [
-        f"run.out={out}",
-        data_of(folder)[0],
-        "run.steps=6",
-        "data.batch_size=12",
-        *DROPOUT,
-        *changes,
-    ]
-    return [
-        "train",
-        folder / "config.yaml",
-        *(word for change in sets for word in ("--set", change)),
-        "--resume",
-    ]
+    always = [f"run.out={out}", *data_of(folder), "run.steps=6", "data.batch_size=12", *DROPOUT]
+    sets = [word for change in (*always, *changes) for word in ("--set", change)]
+    return ["train", folder / "config.yaml", *sets, "--resume"]
 
 
 @pytest.fixture(scope="module")
@@ -302,9 +269,7 @@ def trained(folder):
 
 @pytest.mark.prove
 def test_restarted_ranks_end_as_if_none_had_died(folder, trained):
-    """By `torchrun --max-restarts`: the ranks, killed (-9) twice, find each other anew, and
-    continue.
-    """
+    """`torchrun --max-restarts`: the ranks, killed (-9) twice, find each other anew."""
     faults = [[0, 1, 3, "SIGKILL"], [1, 0, 5, "SIGKILL"]]
     continued = [f"resume     continuing from step {step}" for step in (2, 4)]
     words = command(folder, folder / "killed")
@@ -351,14 +316,13 @@ def test_two_nodes_are_two_ranks(folder, trained):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{unused.getsockname()[1]}"
-    agent = [
-        *TORCHRUN[:-1],
-        "--nnodes=2",
-        "--nproc-per-node=1",
-        "--rdzv-backend=c10d",
+    agent = [*TORCHRUN[:-1], "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
+    agent += [
         f"--rdzv-endpoint={endpoint}",
+        "--local-addr=127.0.0.1",
+        str(SUPPORT / "ranks" / "faults.py"),
+        "[]",
     ]
-    agent += ["--local-addr=127.0.0.1", str(SUPPORT / "ranks" / "faults.py"), "[]"]
     words = [*agent, *map(str, command(folder, folder / "nodes"))]
     pipes = {"env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     nodes = [subprocess.Popen(words, **pipes) for _ in range(2)]
@@ -394,12 +358,9 @@ def test_ranks_that_do_not_divide_the_batch(tmp_path, monkeypatch):
             loop._micro_batch_size_and_count(
                 tiny.settings(tmp_path, f"data.batch_size={batch}", f"data.micro_batch={micro}")
             )
-    assert loop._micro_batch_size_and_count(
-        tiny.settings(tmp_path, "data.batch_size=12", "data.micro_batch=6")
-    ) == (6, 1)
-    assert loop._micro_batch_size_and_count(
-        tiny.settings(tmp_path, "data.batch_size=12", "data.micro_batch=12")
-    ) == (6, 1)
+    for micro in (6, 12):
+        config = tiny.settings(tmp_path, "data.batch_size=12", f"data.micro_batch={micro}")
+        assert loop._micro_batch_size_and_count(config) == (6, 1)
 
 
 if __name__ == "__main__":

@@ -25,15 +25,12 @@ def test_batch_norms_share_their_statistics_or_would_drift(monkeypatch):
 
 
 def test_the_towers_that_train_are_wrapped_apart(monkeypatch):
-    """Frozen parts do not travel; temperature and losses are averaged apart; a tower may have
-    unused parameters.
-    """
+    """Frozen parts do not travel; a tower may have unused parameters."""
     monkeypatch.setattr(ranks, "count", lambda: 2)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        model = nn.ModuleDict(
-            {name: nn.Linear(2, 2) for name in ("visual", "text", "never", "frozen")}
-        )
+        names = ("visual", "text", "never", "frozen")
+        model = nn.ModuleDict({name: nn.Linear(2, 2) for name in names})
         model["frozen"].requires_grad_(False)
         model.logit_scale = nn.Parameter(torch.tensor(3.0))
         wrappers = distributed.wrap(model)
@@ -46,9 +43,8 @@ def test_the_towers_that_train_are_wrapped_apart(monkeypatch):
         for _ in range(3):  # a second step would fail if every parameter had to be used
             model.zero_grad()
             scale = distributed.average_gradient(model.logit_scale)
-            (
-                scale * (encode["image"](torch.ones(4, 2)) * encode["text"](torch.ones(4, 2))).sum()
-            ).backward()
+            x, y = (encode[tower](torch.ones(4, 2)) for tower in ("image", "text"))
+            (scale * (x * y).sum()).backward()
             assert model["never"].weight.grad is None
             assert model["visual"].weight.grad is not None
         assert distributed.average_gradient(None) is None

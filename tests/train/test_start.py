@@ -41,6 +41,11 @@ def weights_of(run):
     return state["model"] | state.get("ema", {})
 
 
+def assert_weights(model, wanted):
+    state = dict(model.state_dict())
+    assert bits(state) == bits({name: wanted[name] for name in state})
+
+
 @pytest.mark.slow
 def test_a_run_starts_from_another_runs_weights_at_other_shapes_and_needs_them_once(
     tmp_path, trained, monkeypatch
@@ -61,18 +66,16 @@ def test_a_run_starts_from_another_runs_weights_at_other_shapes_and_needs_them_o
     assert all(p.requires_grad for p in state.model.parameters())
     assert state.lines[0] == "weights from source"
     for name in resized:
-        assert [line.split()[1] for line in state.lines if line.startswith(f"{name} ")] == [
-            "resized"
-        ]
+        (line,) = [line for line in state.lines if line.startswith(f"{name} ")]
+        assert line.split()[1] == "resized"
 
     text = go(tiny.settings(tmp_path, *other, "run.steps=3"))
     assert "weights from source" in text
     shutil.rmtree(source)
     os.mkdir("elsewhere")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert "weights from" not in go(
-        load(tmp_path / "run" / "config.yaml", ["run.steps=4"]), resume=True
-    )
+    config = load(tmp_path / "run" / "config.yaml", ["run.steps=4"])
+    assert "weights from" not in go(config, resume=True)
     encoder = simplclip.load(tmp_path / "run")
     assert encoder.tokenizer(["a"]).shape == (1, 20)
     assert encoder.preprocess.size == (64, 64)
@@ -113,21 +116,12 @@ def test_sources_of_a_start(tmp_path, trained):
     wanted = weights_of(trained)
     for source in (trained, trained / "last.pt"):
         model = started(tmp_path, f"model.checkpoint={source}").model
-        assert bits(dict(model.state_dict())) == bits(
-            {name: wanted[name] for name in model.state_dict()}
-        )
+        assert_weights(model, wanted)
     for source, message in (
-        (
-            "nowhere.pt",
-            "model.checkpoint: expected a file of weights, got no such file: nowhere.pt",
-        ),
-        (
-            tmp_path,
-            "model.checkpoint: expected .*: a folder without last.pt or "
-            "open_clip_model.safetensors",
-        ),
+        ("nowhere.pt", "expected a file of weights, got no such file: nowhere.pt"),
+        (tmp_path, "expected .*: a folder without last.pt or open_clip_model.safetensors"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=f"model.checkpoint: {message}"):
             started(tmp_path, f"model.checkpoint={source}")
     with pytest.raises(
         InputError,
@@ -139,10 +133,7 @@ def test_sources_of_a_start(tmp_path, trained):
 @pytest.mark.slow
 def test_inherit_takes_a_run_and_its_trained_blocks(tmp_path, trained):
     state = started(tmp_path, f"inherit.source={trained}")
-    wanted = weights_of(trained)
-    assert bits(dict(state.model.state_dict())) == bits(
-        {name: wanted[name] for name in state.model.state_dict()}
-    )
+    assert_weights(state.model, weights_of(trained))
     blocks = [module for module in state.model.modules() if isinstance(module, SimplifiedBlock)]
     inside = {p for block in blocks for p in block.parameters()}
     assert inside

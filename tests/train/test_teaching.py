@@ -50,9 +50,7 @@ def picture(colour, pattern):
 
 
 def write_shard(path, concepts):
-    """Writes pairs of a concept, which is drawn, and a caption; and features of a teacher that
-    knows both of them.
-    """
+    """Writes pairs of a drawn concept and a caption, and features of a teacher that knows both."""
     samples, taught = [], []
     for number, (concept, caption) in enumerate(concepts):
         features = np.stack([known(concept), known(caption.split())]).astype(np.float16)
@@ -119,9 +117,7 @@ def helped_by_inheritance(folder, seed):
 
 
 def helped_by_a_teacher(folder, seed):
-    """Returns R@1 without and with the teacher's similarities, after 30 steps on pairs of which
-    most have a wrong caption.
-    """
+    """Returns R@1 without and with a teacher, where most pairs have a wrong caption."""
     draw = np.random.default_rng(seed)
     captions = [
         SEEN[draw.integers(len(SEEN))] if draw.random() < WRONG else concept for concept in 4 * SEEN

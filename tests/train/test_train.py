@@ -2,6 +2,7 @@
 and refusals.
 """
 
+import itertools
 import re
 from unittest import mock
 
@@ -49,14 +50,8 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_undisturbed_run(
 
 @pytest.mark.slow
 def test_it_learns_and_leaves_everything_behind(tmp_path):
-    config = tiny.settings(
-        tmp_path,
-        "run.steps=40",
-        "run.log_every=4",
-        "optim.lr=2e-3",
-        "data.augment=none",
-        "data.samples=24",
-    )
+    changes = ["run.steps=40", "run.log_every=4", "optim.lr=2e-3", "data.augment=none"]
+    config = tiny.settings(tmp_path, *changes, "data.samples=24")
     out = tmp_path / "run"
     text = go(config, curves=True)
     logged = rows(out)
@@ -65,17 +60,16 @@ def test_it_learns_and_leaves_everything_behind(tmp_path):
     assert first > 1.5
     assert last < 0.6 * first
     for row in logged:
-        assert float(row["loss"]) == pytest.approx(
-            float(row["contrastive_loss"]) + float(row["pair_matching_loss"]), 1e-5
-        )
+        terms = float(row["contrastive_loss"]) + float(row["pair_matching_loss"])
+        assert float(row["loss"]) == pytest.approx(terms, 1e-5)
     assert Image.open(out / "curves.png").size[0] > 600
     assert load(out / "config.yaml") == config
-    assert sorted(p.name for p in out.iterdir()) == [
+    assert {p.name for p in out.iterdir()} == {
         "config.yaml",
         "curves.png",
         "last.pt",
         "metrics.csv",
-    ]
+    }
     assert text.startswith("model      siclip-tiny: ")
     for words in (
         "shaped_attention_fwd by cpu, similarity_loss_fwd by cpu",
@@ -154,23 +148,14 @@ def test_what_may_change_on_resume(tmp_path):
         with pytest.raises(ConfigError, match=message):
             go(tiny.settings(tmp_path, *changes), resume=True)
     (tmp_path / "data").rename(tmp_path / "moved")
-    config = tiny.settings(
-        tmp_path,
-        f"data.train={tmp_path}/moved/train-0.tar",
-        "run.steps=4",
-        "optim.lr=0.5",
-        "run.save_every=1",
-        "data.workers=1",
-    )
+    changes = [f"data.train={tmp_path}/moved/train-0.tar", "run.steps=4", "optim.lr=0.5"]
+    config = tiny.settings(tmp_path, *changes, "run.save_every=1", "data.workers=1")
     text = go(config, resume=True)
     assert "continuing from step 2; the learning rate now ends at 4, not 2" in text
     assert "ranks, workers or shards were others: the epoch starts again" in text
-    assert [float(row["lr"]) for row in rows(tmp_path / "run")[2:]] == [
-        learning_rate(config, step) for step in (2, 3)
-    ]
-    assert load(tmp_path / "run" / "config.yaml") == config, (
-        "the command to go on takes its settings from there"
-    )
+    rates = [float(row["lr"]) for row in rows(tmp_path / "run")[2:]]
+    assert rates == [learning_rate(config, step) for step in (2, 3)]
+    assert load(tmp_path / "run" / "config.yaml") == config  # with which the run goes on
     again = config.replaced(run={"steps": 5})  # a pass that started again goes on in its own order
     assert "starts again" not in go(again, resume=True)
 
@@ -182,15 +167,11 @@ def test_shards_that_were_added_or_replaced_start_the_pass_again(tmp_path):
     assert "data       loading the first batch\nstep 2/2" in text
     config = tiny.settings(tmp_path, pattern, "run.steps=3")
     assert "starts again" not in go(config, resume=True)
-    tiny.write_shard(tmp_path / "data" / "train-1.tar")
-    assert "shards were others: the epoch starts again" in go(
-        config.replaced(run={"steps": 4}), resume=True
-    )
-    assert "starts again" not in go(config.replaced(run={"steps": 5}), resume=True)
-    tiny.write_shard(tmp_path / "data" / "train-1.tar", copies=2)
-    assert "shards were others: the epoch starts again" in go(
-        config.replaced(run={"steps": 6}), resume=True
-    )
+    for steps, copies in ((4, 1), (6, 2)):
+        tiny.write_shard(tmp_path / "data" / "train-1.tar", copies=copies)
+        text = go(config.replaced(run={"steps": steps}), resume=True)
+        assert "shards were others: the epoch starts again" in text
+        assert "starts again" not in go(config.replaced(run={"steps": steps + 1}), resume=True)
 
 
 @pytest.mark.slow
@@ -228,27 +209,19 @@ def test_a_micro_batch_that_fits_takes_the_place_of_auto(tmp_path):
 
 @pytest.mark.slow
 def test_epochs_and_tables(tmp_path, capsys):
-    """A table is packed into the run's folder, whose meta.json counts it, and read from there
-    again.
-    """
+    """A table is packed into the run's folder, and read from there again."""
     images = tmp_path / "images"
     images.mkdir()
-    pairs = [
-        (f"{colour}-{shape}.png", f"{colour} {shape}")
-        for colour in tiny.COLOURS
-        for shape in tiny.SHAPES
-    ]
-    for name, _ in pairs:
-        colour, shape = name.removesuffix(".png").split("-")
-        (images / name).write_bytes(tiny.picture(tiny.COLOURS[colour], shape))
-    table(tmp_path / "t.csv", [[f"images/{name}", caption] for name, caption in pairs])
+    lines = []
+    for colour, shape in itertools.product(tiny.COLOURS, tiny.SHAPES):
+        (images / f"{colour}-{shape}.png").write_bytes(tiny.picture(tiny.COLOURS[colour], shape))
+        lines.append([f"images/{colour}-{shape}.png", f"{colour} {shape}"])
+    table(tmp_path / "t.csv", lines)
     changes = [f"data.train={tmp_path / 't.csv'}"]
     out = tmp_path / "run"
     text = go(tiny.settings(tmp_path, *changes, "run.epochs=1", "run.save_every=1"))
-    assert (
-        f"packed 24 samples of t.csv in 1 shard, {out / 'shards' / 't' / '*.tar'}"
-        in capsys.readouterr().out
-    )
+    packed = f"packed 24 samples of t.csv in 1 shard, {out / 'shards' / 't' / '*.tar'}"
+    assert packed in capsys.readouterr().out
     assert "24 images, 1 caption drawn of each; 3.0 steps an epoch, 1.0 epochs" in text
     stored = load(out / "config.yaml")
     assert (stored.run.steps, stored.run.epochs) == (3, None)
@@ -259,28 +232,20 @@ def test_epochs_and_tables(tmp_path, capsys):
         go(config, resume=True)
         assert read_checkpoint(out)["step"] == steps
 
-    for epochs, size, samples, expected in ((0.5, 7, None, 2), (0.01, 8, None, 1), (2, 8, 80, 20)):
-        changes = [
-            f"run.epochs={epochs}",
-            f"data.batch_size={size}",
-            f"data.train={out}/shards/t/*.tar",
-        ]
-        changes += [f"data.samples={samples or 'null'}"]
+    for epochs, size, samples, expected in (
+        (0.5, 7, "null", 2),
+        (0.01, 8, "null", 1),
+        (2, 8, 80, 20),
+    ):
+        changes = [f"run.epochs={epochs}", f"data.batch_size={size}", f"data.samples={samples}"]
+        changes.append(f"data.train={out}/shards/t/*.tar")
         assert resolve(tiny.settings(tmp_path, *changes), None)[0].run.steps == expected, changes
     torch.save({"x": torch.zeros(1)}, tmp_path / "no-clip.pt")
-    for change in (
-        "optim.options.beta=1",
-        f"inherit.source={tmp_path / 'no-clip.pt'}",
-        "eval.every=2",
-    ):
-        changes = [
-            f"data.train={tmp_path / 't.csv'}",
-            "data.batch_size=9",
-            change,
-            f"run.out={tmp_path / 'wrong'}",
-        ]
+    no_clip = f"inherit.source={tmp_path / 'no-clip.pt'}"
+    for change in ("optim.options.beta=1", no_clip, "eval.every=2"):
+        changes = [f"data.train={tmp_path / 't.csv'}", f"run.out={tmp_path / 'wrong'}", change]
         with pytest.raises(InputError):
-            go(tiny.settings(tmp_path, *changes))
+            go(tiny.settings(tmp_path, *changes, "data.batch_size=9"))
         assert not (tmp_path / "wrong").exists(), "packed before the model was checked"
     with pytest.raises(
         ConfigError, match="the number of samples N, for run.epochs, by --set data.samples=N, got"
@@ -299,9 +264,8 @@ def test_learning_rate(tmp_path):
 
 
 def test_only_matrices_decay_and_the_scale_is_held_below_100(tmp_path):
-    state = make_state(
-        tiny.settings(tmp_path, "optim.weight_decay=0.3", "optim.warmup=0"), CPU, "fp32"
-    )
+    config = tiny.settings(tmp_path, "optim.weight_decay=0.3", "optim.warmup=0")
+    state = make_state(config, CPU, "fp32")
     decayed, rest = state.optimizer.param_groups
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
     loss = state.objective.loss
@@ -326,24 +290,17 @@ def test_a_model_of_which_only_the_scale_trains(tmp_path):
         f"inherit.source={tmp_path / 'a.pt'}",
         "loss.pm_weight=0",
     ]
-    torch.save(
-        make_state(tiny.settings(tmp_path, changes[0]), CPU, "fp32").model.state_dict(),
-        tmp_path / "a.pt",
-    )
+    source = make_state(tiny.settings(tmp_path, changes[0]), CPU, "fp32").model
+    torch.save(source.state_dict(), tmp_path / "a.pt")
     state = make_state(tiny.settings(tmp_path, *changes), CPU, "fp32")
     assert [len(group["params"]) for group in state.optimizer.param_groups] == [0, 1]
 
 
 @pytest.mark.slow
 def test_lines_by_time_and_a_checkpoint_after_some_minutes(tmp_path, monkeypatch):
-    """A step takes 20 seconds of this clock, so that the checkpoint of minute 1 is that of step
-    4.
-    """
-    saved = []
-    original = checkpoint.save
-    monkeypatch.setattr(
-        checkpoint, "save", lambda out, state: saved.append(state["step"]) or original(out, state)
-    )
+    """A step takes 20 seconds of this clock."""
+    save = mock.Mock(side_effect=checkpoint.save)
+    monkeypatch.setattr(checkpoint, "save", save)
 
     class Clock:
         now = 0.0
@@ -356,7 +313,7 @@ def test_lines_by_time_and_a_checkpoint_after_some_minutes(tmp_path, monkeypatch
         at_step(monkeypatch, step, lambda: setattr(Clock, "now", Clock.now + 20))
     monkeypatch.setattr(loop, "SAVE_MINUTES", 1)
     text = go(tiny.settings(tmp_path, "optim.warmup=9"))
-    assert saved == [4, 7]
+    assert [call.args[1]["step"] for call in save.call_args_list] == [4, 7]
     assert re.findall(r"^step (\d)/7  (.*?)  loss", text, re.M)[0] == ("1", "20 s gone, 2:00 left")
     assert f"done       step 7 in 2:20: {tmp_path / 'run' / 'last.pt'}" in text
     assert "warning    optim.warmup = 9 is longer than the run" in text
@@ -380,9 +337,7 @@ def test_damaged_data_is_reported_once(tmp_path):
         file.seek(512)
         file.write(bytes(40))
     text = go(tiny.settings(tmp_path))
-    (skipped,) = {
-        line for line in re.findall("^data .* skipped: .*$", text, re.M) if " 1 skipped: " in line
-    }
+    (skipped,) = set(re.findall("^data .* 1 skipped: .*$", text, re.M))
     assert "black-bar" not in skipped
     assert "train-0.tar/0-red-circle" in skipped
 

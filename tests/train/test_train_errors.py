@@ -42,10 +42,7 @@ def undisturbed(tmp_path_factory):
 def test_an_error_within_a_step_saves_the_one_before_to_the_bit(
     tmp_path, monkeypatch, undisturbed, error
 ):
-    """The error comes after forward, when batch norms and the generator have advanced.
-
-    None: the loss is not finite.
-    """
+    """After forward, when norms and the generator have advanced. None: the loss is not finite."""
     config = tiny.settings(undisturbed, DROPOUT, f"run.out={tmp_path / 'run'}")
     original = step.compute_losses
 
@@ -78,9 +75,7 @@ def test_an_error_within_the_update_says_what_is_intact(tmp_path, monkeypatch):
     config = tiny.settings(tmp_path, "run.save_every=2")
     original = torch.optim.AdamW.step
     fault = mock.Mock(side_effect=[None, None, None, OSError(5, "Input/output error")])
-    monkeypatch.setattr(
-        torch.optim.AdamW, "step", lambda *args, **options: fault() or original(*args, **options)
-    )
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args: fault() or original(*args))
     message = (
         "Step 3 is not saved: the update of step 4 was interrupted. .*last.pt of step 2 is intact"
     )
@@ -91,39 +86,25 @@ def test_an_error_within_the_update_says_what_is_intact(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_what_fails_behind_a_step_saves_that_step(tmp_path, monkeypatch, undisturbed):
-    """Logging, evaluation, and drawing fail."""
-    held = tiny.write_shard(tmp_path / "data" / "held.tar")
-    config = tiny.settings(
-        undisturbed,
-        DROPOUT,
-        "eval.every=4",
-        f"eval.splits.held={held}",
-        f"run.out={tmp_path / 'run'}",
-    )
-    for target, name, number in (
-        (Log, "write", 1),
-        (evaluation, "encode", 4),
-        (log, "write_curves", 4),
-    ):
+    """Logging and drawing fail."""
+    run, held = tmp_path / "run", tiny.write_shard(tmp_path / "data" / "held.tar")
+    changes = ["eval.every=4", f"eval.splits.held={held}", f"run.out={run}"]
+    config = tiny.settings(undisturbed, DROPOUT, *changes)
+    for target, name, number in ((Log, "write", 1), (log, "write_curves", 4)):
+        message = f"after step {number}: OSError.* Step {number} is saved"
         with monkeypatch.context() as patch:
             patch.setattr(target, name, lambda *a, **k: fails())
-            with pytest.raises(
-                loop.TrainingError, match=f"after step {number}: OSError.* Step {number} is saved"
-            ):
+            with pytest.raises(loop.TrainingError, match=message):
                 go(config, curves=True, resume=True)
-        assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == number
+        assert read_checkpoint(run / "last.pt")["step"] == number
     go(config, resume=True)
-    assert bits(state_of(undisturbed / "whole")["model"]) == bits(
-        state_of(tmp_path / "run")["model"]
-    )
+    assert bits(state_of(undisturbed / "whole")["model"]) == bits(state_of(run)["model"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [4, pytest.param(5, marks=pytest.mark.prove)])
 def test_an_evaluation_that_failed_is_made_up(tmp_path, monkeypatch, step):
-    """In the middle and at the end of a run; a row that was written before the failure is not
-    doubled.
-    """
+    """In the middle and at the end of a run; no row is doubled."""
     held = tiny.write_shard(tmp_path / "data" / "held.tar")
     splits = [f"eval.splits={{a: {held}, b: {held}}}", "eval.every=4", "run.steps=5"]
     whole, parts = (
@@ -138,12 +119,11 @@ def test_an_evaluation_that_failed_is_made_up(tmp_path, monkeypatch, step):
             fails()
         original(log, split, *figures)
 
+    message = f"after step {step}: OSError.* Step {step} is saved"
     with monkeypatch.context() as patch:
         patch.setattr(Log, "write_evaluation", failing)
         for resume in (False, True):
-            with pytest.raises(
-                loop.TrainingError, match=f"after step {step}: OSError.* Step {step} is saved"
-            ):
+            with pytest.raises(loop.TrainingError, match=message):
                 go(parts, resume=resume)
     text = go(parts, resume=True)
     assert text.count("evaluation a text to image") == (2 if step == 4 else 1)
@@ -183,22 +163,23 @@ def test_a_first_step_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_out_of_memory_is_one_line(tmp_path, monkeypatch):
-    at_step(monkeypatch, 2, mock.Mock(side_effect=torch.OutOfMemoryError("no room")))
-    advice = "Try a smaller data.micro_batch.*simplclip plan"
-    message = f"^step 2: out of memory. Step 1 is saved in .*. {advice}.* To go on: "
-    with pytest.raises(loop.TrainingError, match=message):
-        go(tiny.settings(tmp_path))
-
-
-def test_an_error_of_the_data_is_told_in_its_own_words(tmp_path, monkeypatch):
-    at_step(
-        monkeypatch,
-        2,
-        mock.Mock(side_effect=ShardError("sample 'a' has teacher features of another image")),
-    )
-    broken = r"sample 'a' has teacher features of another image\."
-    message = f"^after step 1: {broken} Step 1 is saved in .* To go on: "
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            torch.OutOfMemoryError("no room"),
+            "^step 2: out of memory. Step 1 is saved in .*. Try a smaller data.micro_batch.*"
+            "simplclip plan.* To go on: ",
+        ),
+        (
+            ShardError("sample 'a' has teacher features of another image"),
+            "^after step 1: sample 'a' has teacher features of another image[.] Step 1 is saved in "
+            ".* To go on: ",
+        ),
+    ],
+)
+def test_an_error_is_told_in_one_line(tmp_path, monkeypatch, error, message):
+    at_step(monkeypatch, 2, mock.Mock(side_effect=error))
     with pytest.raises(loop.TrainingError, match=message):
         go(tiny.settings(tmp_path))
 

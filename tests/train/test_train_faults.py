@@ -66,9 +66,7 @@ class Copied(io.StringIO):
 
 
 def work(config, out, printed, pipe, ready):
-    """Trains, and writes the printed text, and an error that ended the run, to the file
-    `printed`.
-    """
+    """Trains; writes what it printed, and an error that ended it, to the file `printed`."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
     progress.Pace.due = lambda self: True  # prints a line after each step

@@ -112,9 +112,7 @@ def check_forms(
     expected: dict[str, Tensor],
     sizes: list[int],
 ) -> None:
-    """Checks micro-batches of pairs, and of each tower with a wrapper for each tower and with one
-    for both: ranks exchange all gradients once a step.
-    """
+    """Checks micro-batches of pairs and of each tower, with a wrapper for each and one for both."""
     for_unused = DistributedDataParallel(Model("image", "text"), find_unused_parameters=True)
     towers = dict.fromkeys(("image", "text"), for_unused)
     with pytest.raises(

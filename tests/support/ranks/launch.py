@@ -34,9 +34,7 @@ def torchrun(
     check: bool = False,
     timeout: float = 600,
 ) -> subprocess.CompletedProcess:
-    """Runs a script by torchrun. check: fail the test with the end of the output if a rank
-    failed.
-    """
+    """Runs a script by torchrun. check: a rank that fails fails the test."""
     command = [*TORCHRUN, f"--nproc-per-node={ranks}", *options]
     command += [str(RANKS / script), *map(str, arguments)]
     run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
@@ -51,12 +49,7 @@ def forked_ranks(
     check: bool = False,
     timeout: float = 600,
 ) -> subprocess.CompletedProcess:
-    """Runs a script as `torchrun` does, but each rank is a fork of this process, so that it need
-    not import torch again.
-
-    A fork has none of the threads that autograd starts for a GPU: with one, torchrun starts the
-    ranks.
-    """
+    """Runs a script as `torchrun`, but on a CPU each rank is a fork, which has torch."""
     if torch.cuda.is_available():
         return torchrun(script, *arguments, ranks=ranks, check=check, timeout=timeout)
     command = [str(RANKS / script), *map(str, arguments)]

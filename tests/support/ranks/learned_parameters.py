@@ -22,9 +22,7 @@ WIKD_WEIGHTS = {"interactive_weight": 0.6, "feature_weight": 0.4, "pm_weight": 0
 
 
 def make(world: int, rank: int) -> dict[str, tuple[nn.Module, int]]:
-    """Returns by name each loss, and the number of all-reduces of several elements in one step of
-    it.
-    """
+    """Returns each loss by name, and its all-reduces of several elements in a step."""
     mode = {"rank": rank, "world_size": world}
     local = mode | {"local_loss": True, "gather_with_grad": True}
     plane = {"plane": "hadamard", "embed_dim": D}
@@ -50,9 +48,7 @@ def batch(world: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
 
 
 def train(loss: nn.Module, image: Tensor, text: Tensor, teacher: Sequence[Tensor]) -> Tensor:
-    """Makes steps of SGD on the loss's parameters alone; all features get gradients, as in training
-    a tower.
-    """
+    """Makes steps of SGD on the loss's parameters; all features get gradients, as of a tower."""
     scale = torch.tensor(9.0, dtype=torch.float64)
     optimizer = torch.optim.SGD(loss.parameters(), lr=0.5)
     inner = getattr(loss, "module", loss)

@@ -26,20 +26,15 @@ from support.ops import plain
 from support.ranks import fsdp, gradient_cache, learned_parameters, refusals
 
 WORLD, N = int(os.environ["WORLD_SIZE"]), 10
-EVERYTHING = {
-    "relational_weight": 0.8,
-    "interactive_weight": 0.6,
-    "pm_weight": 0.5,
-    "feature_weight": 0.4,
-}
+EVERYTHING = {"relational_weight": 0.8, "interactive_weight": 0.6}
+EVERYTHING |= {"pm_weight": 0.5, "feature_weight": 0.4}
 
 
 def batch(n: int = N, width: int = 16) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(0)
-    names = ("image", "text", "teacher_image", "teacher_text")
-    values = {
-        name: F.normalize(torch.randn(WORLD * n, width, generator=g), dim=1) for name in names
-    }
+    values = {}
+    for name in ("image", "text", "teacher_image", "teacher_text"):
+        values[name] = F.normalize(torch.randn(WORLD * n, width, generator=g), dim=1)
     return values | {"logit_scale": torch.tensor(14.0), "teacher_scale": torch.tensor(20.0)}
 
 
@@ -117,9 +112,7 @@ def equal_one_process(
     times: int = 1,
     local: bool = False,
 ) -> None:
-    """Compares a rank's results with those of the whole batch. times: of the features' gradients;
-    local: terms are means.
-    """
+    """Compares with the whole batch. times: the features' gradients; local: terms are means."""
     terms = average(results.terms) if local else results.terms
     gradients = {name: times * gradient[rows] for name, gradient in expected.features.items()}
     close(terms, expected.terms, subject)
@@ -166,9 +159,7 @@ def sigmoid_equals_open_clip(rank: int, n: int = N) -> None:
 
 
 def sigmoid_equals_one_process(rank: int, n: int = N) -> None:
-    """Checks SigLipLoss with groups across ranks, and beside pair matching; also the sum of
-    `terms`.
-    """
+    """Checks SigLipLoss with groups across ranks, beside pair matching, and `terms`."""
     shard, ids = rows_of(rank, n), ids_of(n)
     for options in ({}, {"pm_weight": 0.5}):
         expected = run(losses.SigLipLoss(**options), batch(n), slice(None), False, ids=ids)
@@ -185,21 +176,14 @@ def sigmoid_equals_one_process(rank: int, n: int = N) -> None:
 
 
 def ids_of_constant_features(rank: int, n: int = N) -> None:
-    """Checks ids where the other ranks' features are constants; `equals_one_process` has ids in the
-    other modes.
-    """
+    """Checks ids where the other ranks' features are constants."""
     shard, ids = rows_of(rank, n), ids_of(n)
     loss = losses.ClipLoss(local_loss=True, rank=rank, world_size=WORLD)
     results = run(loss, batch(n), shard, False, ids=ids[shard])
     image, text, scale = (batch(n)[name] for name in ("image", "text", "logit_scale"))
     leaves = [t[shard].clone().requires_grad_() for t in (image, text)]
-    options = {
-        "terms": ("contrastive",),
-        "label_offset": n * rank,
-        "symmetric": False,
-        "ids": ids[shard],
-        "text_ids": ids,
-    }
+    options = {"terms": ("contrastive",), "label_offset": n * rank, "symmetric": False}
+    options |= {"ids": ids[shard], "text_ids": ids}
     by_image, by_text = (
         plain.similarity_loss(rows, columns, scale, **options)["contrastive"]
         for rows, columns in zip(leaves, (text, image))
@@ -223,15 +207,11 @@ def equals_one_process(rank: int, n: int = N) -> None:
         times = WORLD if mode else 1
         local = "local_loss" in mode
         equal_one_process(results, expected, shard, f"{options} {mode}", times=times, local=local)
-    only_interactive = {
-        "contrastive_weight": 0,
-        "relational_weight": 0,
-        "interactive_weight": 1,
-        "local_loss": True,
-    }
+    only_interactive = {"contrastive_weight": 0, "relational_weight": 0, "interactive_weight": 1}
     # its keys are constants, so that gathering with gradients changes nothing
     for form in ("infonce", "kl"):
-        options = {**only_interactive, "interactive": form, "rank": rank, "world_size": WORLD}
+        options = {**only_interactive, "interactive": form, "local_loss": True}
+        options |= {"rank": rank, "world_size": WORLD}
         with_grad = WIKDLoss(**options, gather_with_grad=True)
         expected = run(with_grad, batch(n), shard, True, ids=ids[shard])
         results = run(WIKDLoss(**options), batch(n), shard, True, ids=ids[shard])
@@ -239,17 +219,9 @@ def equals_one_process(rank: int, n: int = N) -> None:
 
 
 def small_divergences(rank: int, n: int = 4) -> None:
-    """Checks the error of a KL whose summands are as large as the teacher's logits, whose cosines
-    are about 0.5.
-    """
-    loss = WIKDLoss(
-        contrastive_weight=0,
-        divergence="kl",
-        local_loss=True,
-        gather_with_grad=True,
-        rank=rank,
-        world_size=WORLD,
-    )
+    """Checks the error of a KL whose summands are as large as the teacher's logits."""
+    mode = {"local_loss": True, "gather_with_grad": True, "rank": rank, "world_size": WORLD}
+    loss = WIKDLoss(contrastive_weight=0, divergence="kl", **mode)
     generator, shard = torch.Generator().manual_seed(0), rows_of(rank, n)
     for scale in 15 * (100.0, 300.0):
         image, text, *teacher = (
@@ -273,9 +245,7 @@ def small_divergences(rank: int, n: int = 4) -> None:
 
 
 def collectives(rank: int) -> None:
-    """Compares values and gradients of collectives with those by hand; upstream gradients are
-    `weight` times rank + 1.
-    """
+    """Checks values and gradients of collectives; upstream gradients: `weight` times rank + 1."""
     group = dist.group.WORLD
 
     def run(

@@ -81,12 +81,8 @@ def run(entry: dict, meeting: Path) -> dict:
         parameters = {name: p.tolist() for name, p in recorder.loss.named_parameters()}
         kind = type(recorder.loss)
         loss = f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
-        return {
-            "steps": recorder.steps,
-            "parameters": parameters,
-            "returned": returned,
-            "loss": loss,
-        }
+        results = {"steps": recorder.steps, "parameters": parameters}
+        return results | {"returned": returned, "loss": loss}
     except (Exception, SystemExit) as error:  # the error or exit is the result of a run
         return {"error": f"{type(error).__name__}: {error}"}
     finally:

@@ -25,9 +25,7 @@ def main(rank: int) -> None:
 
 
 def unequal(rank: int) -> None:
-    """Checks that unequal shapes raise one error on all ranks, at the first call and later; equal
-    shapes then work again.
-    """
+    """Checks that unequal shapes are an error on all ranks, also later; equal ones then work."""
     for local_loss, gather_with_grad in itertools.product((False, True), (False, True)):
         loss = ClipPMLoss(local_loss, gather_with_grad, rank=rank, world_size=WORLD)
         for a, b in ((N, N - 1), (N, N), (N - 2, N - 2), (N, N - 2), (N, N)):
@@ -104,9 +102,7 @@ def unlike(rank: int) -> None:
 
 
 def misfits(rank: int) -> None:
-    """Checks that several texts an image, and a wrong rank, are an error on every rank: none waits
-    for the others.
-    """
+    """Checks that several texts an image, and a wrong rank, are an error: no rank waits."""
     image = torch.ones(2, 4)
     text = torch.ones(4, 4)
     scale = torch.tensor(2.0)

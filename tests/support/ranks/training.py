@@ -69,9 +69,7 @@ Loader, write_curves = data.Loader, log.write_curves
 
 
 def observed(config: Config, fault: list | None = None, **options: Any) -> dict:
-    """Runs a config, and returns for this rank: the groups of each step's pairs, the numbers of
-    texts in micro-batches, the weights at the end, the seed of torch's generator, and the error.
-    """
+    """Runs a config; returns groups, sizes of texts' micro-batches, weights, seed and error."""
     rank = int(os.environ.get("RANK", 0))
     groups: list[list[int]] = []
     text_counts: list[list[int]] = []

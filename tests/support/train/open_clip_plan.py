@@ -29,7 +29,7 @@ needs_trainer = pytest.mark.skipif(
     bool(MISSING), reason=f"open_clip's trainer needs {', '.join(MISSING)}"
 )
 BATCH = 8
-STEPS = 10
+STEPS = 6
 DATA = {"one": ("train-0.tar", BATCH), "two": ("train-{0..1}.tar", 2 * BATCH)}
 OPTIONS: dict[str, object] = {
     "--model": "tiny",

@@ -35,10 +35,7 @@ def go(config: Config, curves: bool = False, **options: Any) -> str:
 
 
 def save_run(folder: Path, name: str, **options: Any) -> nn.Module:
-    """Saves a model with random weights as the trainer does after step 7; returns the model.
-
-    name, options: as of `models.create`.
-    """
+    """Saves `models.create(name, **options)` with random weights as a run; returns the model."""
     model = randomise(models.create(name, **options))
     values = {
         "model": {"name": name, "options": options},
@@ -70,9 +67,7 @@ def check_resumed(
     changes: Sequence[str],
     teacher: int = 0,
 ) -> str:
-    """Checks that a run that a signal stops after step `stop` ends, once resumed, as an undisturbed
-    run to the bit. Returns what the undisturbed run printed.
-    """
+    """Checks that a run stopped after step `stop` ends as if not, to the bit; returns its text."""
     text = go(tiny.settings(folder, *changes, f"run.out={folder / 'whole'}", teacher=teacher))
     parts = tiny.settings(folder, *changes, f"run.out={folder / 'parts'}", teacher=teacher)
     with monkeypatch.context() as patch:
@@ -112,9 +107,7 @@ def state_of(folder: Path, file: str = "last.pt") -> dict:
 
 
 def bits(value: Any) -> Any:
-    """Replaces each tensor of a state by its dtype and bytes, so that == compares states to the
-    bit.
-    """
+    """Replaces each tensor of a state by dtype and bytes: == then compares to the bit."""
     if isinstance(value, dict):
         return {key: bits(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

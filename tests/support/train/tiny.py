@@ -27,9 +27,7 @@ def picture(colour: tuple[int, int, int], shape: str, size: int = 16) -> bytes:
 
 
 def teacher_features(captions: list[str], width: int) -> np.ndarray:
-    """Returns features of a teacher that knows the concept: one for the image and each caption,
-    float16 [1 + C, D̂].
-    """
+    """Returns a teacher's features of the image and each caption, float16 [1 + C, D̂]."""
     clean = np.random.default_rng(list(captions[0].encode())).standard_normal(width)
     noise = np.random.default_rng(1).standard_normal((1 + len(captions), width))
     features = clean + 0.3 * noise
@@ -37,9 +35,7 @@ def teacher_features(captions: list[str], width: int) -> np.ndarray:
 
 
 def write_shard(path: Path, copies: int = 1, teacher: int = 0) -> str:
-    """Writes 24 concepts (colour and shape), each `copies` times. teacher: width of a teacher's
-    features in a sidecar.
-    """
+    """Writes 24 concepts, each `copies` times. teacher: width of features in a sidecar."""
     path.parent.mkdir(parents=True, exist_ok=True)
     samples, taught = [], []
     for copy, name, shape in itertools.product(range(copies), COLOURS, SHAPES):
@@ -74,14 +70,8 @@ def write_config(folder: Path, teacher: int = 0) -> str:
     shard = folder / "data" / "train-0.tar"
     if not shard.exists():
         write_shard(shard, teacher=teacher)
-    run = {
-        "out": str(folder / "run"),
-        "steps": 7,
-        "precision": "fp32",
-        "device": "cpu",
-        "log_every": 1,
-        "save_every": 100,
-    }
+    run = {"out": str(folder / "run"), "steps": 7, "precision": "fp32", "device": "cpu"}
+    run |= {"log_every": 1, "save_every": 100}
     sidecars = [str(shard.parent / "teacher")] if teacher else []
     values = config.from_dict(
         {
