@@ -19,10 +19,7 @@ from support.paths import ROOT
 
 @pytest.fixture
 def setup(monkeypatch):
-    """Runs setup.py, which chooses extensions and builds nothing here.
-
-    Returns its output and its names.
-    """
+    """Returns a function that runs setup.py, without building: its output and its names."""
     monkeypatch.chdir(ROOT)
 
     def run(**environment):
@@ -62,16 +59,15 @@ def test_a_build_without_a_toolkit_names_the_reason(setup, without_nvcc):
     reason="no CUDA toolkit, or torch without CUDA",
 )
 def test_a_build_names_its_architectures(setup, monkeypatch):
-    for environment, chosen in (
-        ({"SIMPLCLIP_CUDA_ARCHS": "all"}, "for 8.0;8.6;8.9;9.0;12.0+PTX (by SIMPLCLIP_CUDA_ARCHS)"),
-        ({"TORCH_CUDA_ARCH_LIST": "8.9 9.0"}, "for 8.9;9.0 (by TORCH_CUDA_ARCH_LIST)"),
+    ours, of_torch = "SIMPLCLIP_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"
+    for variable, value, chosen in (
+        (ours, "all", f"8.0;8.6;8.9;9.0;12.0+PTX (by {ours})"),
+        (of_torch, "8.9 9.0", f"8.9;9.0 (by {of_torch})"),
         # as NVIDIA's containers of PyTorch set it
-        (
-            {"TORCH_CUDA_ARCH_LIST": "7.5 8.0 12.0+PTX"},
-            "for 8.0;12.0+PTX (by TORCH_CUDA_ARCH_LIST, without 7.5: the kernels need 8.0",
-        ),
+        (of_torch, "7.5 8.0 12.0+PTX", f"8.0;12.0+PTX (by {of_torch}, without 7.5: the kernels "),
     ):
-        assert f"simplclip: building the CUDA kernels {chosen}" in setup(**environment)[0]
+        output, _ = setup(**{variable: value})
+        assert f"simplclip: building the CUDA kernels for {chosen}" in output
     with pytest.raises(
         SystemExit, match="TORCH_CUDA_ARCH_LIST: expected numbers, .* or all, got 'Ampere'"
     ):
@@ -125,9 +121,8 @@ def test_a_build_takes_nvcc_of_pypi_before_that_of_the_path(setup, monkeypatch, 
         assert os.environ["CUDA_HOME"] == str(toolkit)
     for _ in range(2):
         (folder,) = names["runtime_folders"]()
-        assert os.path.realpath(f"{folder}/libcudart.so") == str(
-            toolkit / "lib" / "libcudart.so.13"
-        )
+        linked = os.path.realpath(f"{folder}/libcudart.so")
+        assert linked == str(toolkit / "lib" / "libcudart.so.13")
     (toolkit / "lib" / "libcudart.so").write_text("a toolkit of the system")
     assert names["runtime_folders"]() == []
 

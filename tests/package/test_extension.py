@@ -145,18 +145,8 @@ def test_an_editable_installation(python, tmp_path):
     shutil.rmtree(checkout / "csrc" / "cpu")
     (checkout / "csrc" / "module.cpp").write_text(MODULE)
     other = shutil.copytree(checkout, tmp_path / "other", symlinks=True)
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-    ]
-    run(*install, "-e", ".", cwd=checkout)
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
+    run(*install, "--no-deps", "--no-build-isolation", "-e", ".", cwd=checkout)
     script = tmp_path / "script.py"
     script.write_text(PLACES)
 
@@ -164,12 +154,8 @@ def test_an_editable_installation(python, tmp_path):
         return run(python, *command, cwd=cwd).stdout.splitlines()
 
     def of(tree: Path, binary: Path | None, error: str) -> list[str]:
-        return [
-            str(tree / "simplclip" / "__init__.py"),
-            str(tree / "simplclip" / "kernels"),
-            str(binary),
-            error,
-        ]
+        package = tree / "simplclip"
+        return [str(package / "__init__.py"), str(package / "kernels"), str(binary), error]
 
     binary = checkout / "simplclip" / "_C.abi3.so"
     assert places([script], tmp_path) == of(checkout, binary, "None")
@@ -181,11 +167,8 @@ def test_the_reason_for_missing_cuda_kernels_is_that_of_the_build(monkeypatch):
     cpu = SimpleNamespace(why_no_cuda=lambda: "nvcc was not found")
     monkeypatch.setitem(sys.modules, "simplclip._C", cpu)
     monkeypatch.setattr(extension.importlib.util, "find_spec", lambda name: None)
-    missing, reason = extension.load("_C_cuda")
-    assert missing is None
-    assert (
-        reason == f"simplclip._C_cuda was not built: nvcc was not found; then {extension.INSTALL}"
-    )
+    reason = f"simplclip._C_cuda was not built: nvcc was not found; then {extension.INSTALL}"
+    assert extension.load("_C_cuda") == (None, reason)
 
 
 def test_missing_cuda_kernels_warn_once():

@@ -25,17 +25,14 @@ def make(*arguments, **environment):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Makes a PATH with a shell, a compiler and this Python; a test removes what has to be
-    missing.
-    """
+    """Makes a PATH with a shell, a compiler and this Python."""
     path = tmp_path / "bin"
     path.mkdir()
     for name in ("sh", "grep", "sed", "expand", "nproc", "cat", "cksum"):
         (path / name).symlink_to(shutil.which(name))
-    (path / "g++").write_text("#!/bin/sh\n")
-    (path / "g++").chmod(0o755)
-    (path / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    (path / "python3").chmod(0o755)
+    for name, line in (("g++", ""), ("python3", f'exec {sys.executable} "$@"')):
+        (path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (path / name).chmod(0o755)
     return path
 
 
@@ -54,9 +51,7 @@ def test_check_tools_prints_nothing_if_nothing_is_missing(folder):
 
 
 def test_an_installation_names_missing_tools_before_it_starts(folder, tmp_path):
-    """Without a compiler, and with a Python that has neither headers nor, as Debian's,
-    ensurepip.
-    """
+    """Without a compiler, and with a Python that has no headers and, as Debian's, no ensurepip."""
     (folder / "g++").unlink()
     (tmp_path / "ensurepip.py").write_text("raise ModuleNotFoundError('ensurepip')\n")
     elsewhere = (
@@ -66,14 +61,10 @@ def test_an_installation_names_missing_tools_before_it_starts(folder, tmp_path):
     run = make("install", f"VENV={tmp_path}/venv", PATH=str(folder), PYTHONPATH=str(tmp_path))
     assert run.returncode == 2
     lines = [line for line in run.stderr.splitlines() if line.startswith("missing: ")]
-    assert [re.search("apt install (\\S+) ", line)[1] for line in lines] == [
-        "python3-venv",
-        "python3-dev",
-        "g++",
-    ]
-    assert (
-        lines[2]
-        == "missing: a C++ compiler, called g++; apt install g++ (Debian, Ubuntu) or dnf install "
-        "gcc-c++ (Fedora)"
+    packages = [re.search("apt install (\\S+) ", line)[1] for line in lines]
+    assert packages == ["python3-venv", "python3-dev", "g++"]
+    compiler = (
+        "missing: a C++ compiler, called g++; apt install g++ (Debian, Ubuntu) or dnf install"
     )
+    assert lines[2] == f"{compiler} gcc-c++ (Fedora)"
     assert not (tmp_path / "venv").exists()

@@ -28,9 +28,11 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from pydantic import BaseModel
 from torch.distributed.run import get_args_parser
+from typer.main import get_command
 
 from simplclip import export, models
 from simplclip import train as trainer
+from simplclip.commands.main import app
 from simplclip.train import config, sections
 from support.paths import ROOT
 from support.programs import forked
@@ -55,14 +57,9 @@ def tokens(name: str):
 
 
 def blocks(name: str, *languages: str) -> list[tuple[int, str, str]]:
-    """Returns the file's blocks in these languages, each as its first line number, its language and
-    its text.
-    """
-    return [
-        (t.map[0] + 2, t.info, t.content)
-        for t in tokens(name)
-        if t.type == "fence" and t.info in languages
-    ]
+    """Returns the blocks in these languages: first line number, language, text."""
+    fences = [t for t in tokens(name) if t.type == "fence" and t.info in languages]
+    return [(t.map[0] + 2, t.info, t.content) for t in fences]
 
 
 def commands() -> list:
@@ -73,16 +70,20 @@ def commands() -> list:
             joined = re.sub(r"\\\n\s*", lambda match: " " * len(match[0]), text)
             for line in re.split(r"\n| && ", joined):
                 if words := shlex.split(line, comments=True):
-                    params.append(
-                        pytest.param(name, words, id=f"{name}:{first} {' '.join(words)[:60]}")
-                    )
+                    title = f"{name}:{first} {' '.join(words)[:60]}"
+                    params.append(pytest.param(name, words, id=title))
     return params
+
+
+def inline(name: str, *kinds: str) -> list:
+    """Returns the tokens of these kinds outside of blocks."""
+    children = [child for t in tokens(name) if t.type == "inline" for child in t.children]
+    return [child for child in children if child.type in kinds]
 
 
 def words_of(name: str) -> list[str]:
     """Returns the text in backticks outside of blocks."""
-    inline = [child for t in tokens(name) if t.type == "inline" for child in t.children]
-    return [child.content for child in inline if child.type == "code_inline"]
+    return [child.content for child in inline(name, "code_inline")]
 
 
 def test_readme_is_short():
@@ -92,9 +93,8 @@ def test_readme_is_short():
 @pytest.mark.parametrize("name", FILES)
 def test_every_block_is_of_a_kind_that_is_tested(name):
     kinds = {(t.type, t.info) for t in tokens(name) if t.type in ("fence", "code_block")}
-    assert kinds <= {
-        ("fence", language) for language in ("python", "diff", "sh", "yaml", "mermaid", "text")
-    }
+    languages = ("python", "diff", "sh", "yaml", "mermaid", "text")
+    assert kinds <= {("fence", language) for language in languages}
 
 
 def program(name: str, side: str = "+") -> str:
@@ -140,17 +140,13 @@ def test_python_blocks_run(name, side, tmp_path):
 
 
 def narrow(create_model):
-    """Returns open_clip's create_model with narrow towers for ViT-B-32, of equal depth, which are
-    made in no time.
-    """
+    """Returns open_clip's create_model with narrow towers for ViT-B-32."""
 
     def create(name, *args, **options):
-        towers = {
-            "embed_dim": 64,
-            "vision_cfg": {"width": 64},
-            "text_cfg": {"width": 64, "heads": 2},
-        }
-        return create_model(name, *args, **(towers if name == "ViT-B-32" else {}), **options)
+        if name == "ViT-B-32":
+            options |= {"embed_dim": 64, "vision_cfg": {"width": 64}}
+            options["text_cfg"] = {"width": 64, "heads": 2}
+        return create_model(name, *args, **options)
 
     return create
 
@@ -202,45 +198,31 @@ def check_command(words: list[str]) -> None:
 
 def check_script(path: Path, arguments: list[str]) -> None:
     """The script, or a module of the package, parses each option by its name."""
-    text = "".join(
-        file.read_text() for file in (sorted(path.glob("*.py")) if path.is_dir() else [path])
-    )
+    files = path.glob("*.py") if path.is_dir() else [path]
+    text = "".join(file.read_text() for file in files)
     for argument in arguments:
         assert not argument.startswith("-") or f'"{argument}"' in text, f"{path.name}: {argument}"
 
 
 @functools.cache
 def sources() -> str:
-    """Returns the text of all files that may read an environment variable, with strings that span
-    lines joined.
-    """
-    files = [
-        ROOT / "setup.py",
-        *(ROOT / "simplclip").rglob("*.py"),
-        *(ROOT / "csrc").rglob("*.[ch]*"),
-    ]
+    """Returns all files that may read an environment variable, strings that span lines joined."""
+    files = [ROOT / "setup.py", *(ROOT / "simplclip").rglob("*.py")]
+    files += (ROOT / "csrc").rglob("*.[ch]*")
     return MAKEFILE + re.sub(r'"\n\s*f?"', "", "".join(path.read_text() for path in files))
 
 
 def check_make(arguments: list[str]) -> None:
     for argument in arguments:
         variable, assigned, _ = argument.partition("=")
+        known = rf"^{argument}:"
         if assigned:
-            assert re.search(rf"\$\((or \$\()?{variable}\)|^{variable} ", MAKEFILE, re.MULTILINE), (
-                argument
-            )
-        else:
-            assert re.search(rf"^{argument}:", MAKEFILE, re.MULTILINE), argument
+            known = rf"\$\((or \$\()?{variable}\)|^{variable} "
+        assert re.search(known, MAKEFILE, re.MULTILINE), argument
 
 
 def check_simplclip(arguments: list[str]) -> None:
-    """Parses a command by the command line's parser without running it, and reads the config's
-    settings.
-    """
-    from typer.main import get_command
-
-    from simplclip.commands.main import app
-
+    """Parses a command without running it, and reads the config's settings."""
     parsed = {}
 
     def disarm(command):
@@ -254,9 +236,9 @@ def check_simplclip(arguments: list[str]) -> None:
     parser.main(arguments, standalone_mode=False)
     source = parsed.get("config")
     if source is not None:
-        config.load(
-            ROOT / source if source.startswith("examples/") else source, parsed.get("set_") or ()
-        )
+        if source.startswith("examples/"):
+            source = ROOT / source
+        config.load(source, parsed.get("set_") or ())
 
 
 def check_open_clip_train(arguments: list[str]) -> None:
@@ -283,9 +265,7 @@ def check_pip(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_paths_exist(name):
-    """Paths in backticks exist from the top, except those with the placeholder NAME; in pictures
-    from the package, too.
-    """
+    """From the top, except those with the placeholder NAME; in pictures from the package, too."""
     top = "simplclip|kernels|csrc|benchmarks|examples|tests|docs|\\.github"
     for word in words_of(name):
         if re.fullmatch(rf"({top})/[\w./*-]*", word) and "NAME" not in word:
@@ -294,16 +274,13 @@ def test_paths_exist(name):
         paths = re.findall(r"\b\w+(?:/\w+)*(?:/|\.py)(?!\w)", text)
         assert len(paths) > 5
         for path in paths:
-            assert (ROOT / path).exists() or (ROOT / "simplclip" / path).exists(), (
-                f"{name}:{first}: {path}"
-            )
+            found = (ROOT / path).exists() or (ROOT / "simplclip" / path).exists()
+            assert found, f"{name}:{first}: {path}"
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_names_exist(name):
-    """`simplclip.a.b` is a module or a name in one, `SIMPLCLIP_A` a variable that is read, `data.a`
-    a key of a config.
-    """
+    """Modules and their names, variables SIMPLCLIP_A, and keys of a config such as `data.a`."""
     sections = "|".join(config.Config.model_fields)
     for word in words_of(name):
         if word.startswith("from simplclip"):
@@ -359,9 +336,8 @@ def test_context_lengths_are_those_of_the_models():
 
 def test_messages_of_troubleshooting_exist():
     """The parts of each message around its placeholders are in the sources."""
-    cells = re.findall(
-        r"^\| `([^|]+)` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE
-    )
+    text = (ROOT / "docs/troubleshooting.md").read_text()
+    cells = re.findall(r"^\| `([^|]+)` \|", text, re.MULTILINE)
     assert len(cells) == 13
     for cell in cells:
         for part in cell.split("…"):
@@ -376,13 +352,8 @@ def anchors(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_links_lead_somewhere(name):
-    inline = [child for t in tokens(name) if t.type == "inline" for child in t.children]
-    targets = [
-        child.attrs.get("href", child.attrs.get("src"))
-        for child in inline
-        if child.type in ("link_open", "image")
-    ]
-    for target in targets:
+    for link in inline(name, "link_open", "image"):
+        target = link.attrs.get("href", link.attrs.get("src"))
         if not re.match(r"https?://", target):
             path, _, anchor = target.partition("#")
             path = (ROOT / name).parent / path if path else ROOT / name

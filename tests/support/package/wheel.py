@@ -63,7 +63,7 @@ class Environment:
         line = f"{program} {' '.join(arguments)}"
         start = time.monotonic()
         run = subprocess.run(
-            command, cwd=self.folder, env=variables, capture_output=True, text=True, check=False
+            command, cwd=self.folder, env=variables, capture_output=True, text=True
         )
         if run.returncode:
             raise SystemExit(f"{line}\n{run.stdout[-4000:]}\n{run.stderr[-4000:]}\nfailed")
@@ -72,26 +72,17 @@ class Environment:
         return run.stdout
 
     def install(self, *arguments: str) -> None:
-        """Installs by this Python's pip as the environment's own would: its tags decide whether a
-        wheel is accepted.
-        """
+        """Installs by this Python's pip; the environment's tags decide on wheels."""
         pip = [sys.executable, "-m", "pip", "--python", self.bin / "python", "install", "--quiet"]
         start = time.monotonic()
         subprocess.run([*pip, *arguments], check=True, cwd=self.folder)
         print(f"pip install {' '.join(arguments)}: {time.monotonic() - start:.0f} s", flush=True)
 
     def take_packages(self, python: str) -> None:
-        """Adds the packages of another Python, but not its editable installations, whose path files
-        are not read.
-        """
+        """Adds another Python's packages, but not its editable installations."""
         command = [python, "-c", PACKAGES]
         run = subprocess.run(command, capture_output=True, text=True, check=True)
         (self.site / "packages.pth").write_text(run.stdout)
-
-
-def size_of(folder: Path) -> float:
-    """Returns the size of a folder's files in MB."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 
 
 def main() -> None:
@@ -124,10 +115,10 @@ def main() -> None:
         package = environment.site / "simplclip"
         if Path(imported).parent != package:
             raise SystemExit(f"expected the package of the wheel, got {imported}")
-        print(
-            f"torch, Python: {versions}; wheel {wheel.stat().st_size / 1e6:.1f} MB, installed "
-            f"{size_of(package):.1f} MB"
-        )
+        files = [path for path in package.rglob("*") if path.is_file()]
+        installed = sum(path.stat().st_size for path in files) / 1e6
+        size = wheel.stat().st_size / 1e6
+        print(f"torch, Python: {versions}; wheel {size:.1f} MB, installed {installed:.1f} MB")
         built = json.loads(environment.run("simplclip", "doctor", "--json"))["extension"]
         for kind, needed in (("cpu", True), ("cuda", options.cuda)):
             if needed and not built[kind]["loaded"]:
