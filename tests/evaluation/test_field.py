@@ -21,17 +21,14 @@ CONCEPTS = [(colour, shape) for colour in tiny.COLOURS for shape in tiny.SHAPES]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Writes pictures with captions and with classes in clip-benchmark's layouts, two shards of
-    each.
-    """
+    """Writes pictures with captions and with classes in clip-benchmark's layouts."""
     folder = tmp_path_factory.mktemp("field")
     retrieval, classes = [], []
     for number, (colour, shape) in enumerate(CONCEPTS):
         image, key = tiny.picture(tiny.COLOURS[colour], shape), f"s{number:07d}"
-        captions = [f"{colour} {shape}", f"a {colour} {shape}", f"{shape} in {colour}"][
-            : 1 + number % 3
-        ]
-        retrieval.append((key, {"png": image, "txt": "\n".join(captions).encode()}))
+        captions = [f"{colour} {shape}", f"a {colour} {shape}", f"{shape} in {colour}"]
+        text = "\n".join(captions[: 1 + number % 3])
+        retrieval.append((key, {"png": image, "txt": text.encode()}))
         classes.append((key, {"png": image, "cls": str(number).encode()}))
     for name, kind, rows in (
         ("retrieval", "retrieval", retrieval),
@@ -54,10 +51,11 @@ def float_of_one_element(monkeypatch):
     import open_clip_train.zero_shot
     from clip_benchmark.metrics import zeroshot_classification
 
+    def to_float(x):
+        return x.item() if hasattr(x, "item") else float(x)
+
     for module in (zeroshot_classification, open_clip_train.zero_shot):
-        monkeypatch.setattr(
-            module, "float", lambda x: x.item() if hasattr(x, "item") else float(x), raising=False
-        )
+        monkeypatch.setattr(module, "float", to_float, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +110,8 @@ def test_classification_is_that_of_clip_benchmark_and_of_open_clip(folder, encod
     assert figures.templates == [template.replace("{c}", "{}") for template in TEMPLATES]
     assert figures.top1.value == pytest.approx(expected["acc1"], abs=1e-6)
     assert figures.top5.value == pytest.approx(expected["acc5"], abs=1e-6)
-    assert figures.mean_per_class.value == pytest.approx(
-        expected["mean_per_class_recall"], abs=1e-6
-    )
+    mean = expected["mean_per_class_recall"]
+    assert figures.mean_per_class.value == pytest.approx(mean, abs=1e-6)
     assert figures.top1.chance < figures.top1.value < 1
     phrases = [functools.partial(template.replace("{c}", "{}").format) for template in TEMPLATES]
     weights = open_clip.build_zero_shot_classifier(encoder.model, tokenizer, data.classes, phrases)
@@ -125,7 +122,6 @@ def test_classification_is_that_of_clip_benchmark_and_of_open_clip(folder, encod
             hits += torch.tensor(accuracy(logits, target, topk=(1, 5)))
             count += len(target)
     assert count == figures.images
-    assert [figures.top1.value, figures.top5.value] == pytest.approx(
-        (hits / count).tolist(), abs=1e-6
-    )
+    tops = [figures.top1.value, figures.top5.value]
+    assert tops == pytest.approx((hits / count).tolist(), abs=1e-6)
     assert ours["classes"].contact_sheet is None

@@ -82,11 +82,9 @@ def test_the_loss_is_that_of_batches_in_a_fixed_order():
         logits = scale * x[rows] @ y[rows].T
         signs = 2 * torch.eye(len(rows)) - 1
         both = (F.cross_entropy(part, torch.arange(len(rows))) for part in (logits, logits.T))
-        return (
-            sum(both) / 2
-            if bias is None
-            else -F.logsigmoid(signs * (logits + bias)).sum() / len(rows)
-        )
+        if bias is None:
+            return sum(both) / 2
+        return -F.logsigmoid(signs * (logits + bias)).sum() / len(rows)
 
     order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
     for size, parts in ((10, [order]), (4, [order[:4], order[4:8]]), (64, [order])):
@@ -105,18 +103,10 @@ def test_identical_captions_of_a_group_are_one_and_those_of_an_image_are_not(tmp
     def record(group, *texts):
         return json.dumps({"captions": texts, **({"group": group} if group else {})}).encode()
 
-    rows = [
-        ("a", "g", ("x", "x", "y")),
-        ("b", "g", ("x",)),
-        ("c", "h", ("x",)),
-        ("d", None, ("x", "x")),
-        ("e", None, ("x",)),
-    ]
-    shard = write(
-        tmp_path / "s.tar",
-        [(key, {"png": png(), "json": record(group, *texts)}) for key, group, texts in rows],
-    )
-    index = index_of(data.held_out(shard, captions=0))
+    records = [record("g", "x", "x", "y"), record("g", "x"), record("h", "x")]
+    records += [record(None, "x", "x"), record(None, "x")]
+    rows = [(f"k{i}", {"png": png(), "json": content}) for i, content in enumerate(records)]
+    index = index_of(data.held_out(write(tmp_path / "s.tar", rows), captions=0))
     assert index.groups.tolist() == [0, 0, 1, 2, 3]
     assert [*zip(index.captions, index.caption_groups.tolist())] == [
         ("x", 0), ("y", 0), ("x", 1), ("x", 2), ("x", 2), ("x", 3)
@@ -127,9 +117,8 @@ def test_identical_captions_of_a_group_are_one_and_those_of_an_image_are_not(tmp
 def test_features_do_not_depend_on_batches_and_workers(trained, tmp_path):
     model, state = load_model(trained)
     words, pixels = tokenizer(state["config"]["model"]), image_transform(state["config"]["model"])
-    (split,) = evaluation.load_splits(
-        {"s": tiny.write_shard(tmp_path / "s.tar")}, words, pixels
-    ).values()
+    data = {"s": tiny.write_shard(tmp_path / "s.tar")}
+    split = evaluation.load_splits(data, words, pixels)["s"]
     results = []
     for size, workers in ((5, 0), (24, 0), (5, 2)):
         towers = evaluation.Towers(model, CPU, "fp32")
@@ -180,9 +169,7 @@ def test_zero_shot_counts_and_leaves_out_what_has_no_label(tmp_path, seed):
     ):
         assert figure.value == pytest.approx(value)
         assert figure.chance == chance
-    with pytest.raises(
-        ValueError, match="template: expected a phrase with one {} for the label, .* got 'an emoji'"
-    ):
+    with pytest.raises(ValueError, match="template: expected a phrase with one .* got 'an emoji'"):
         zero_shot(["{}", "an emoji"])
     index.rows[:] = [row._replace(label=None) for row in index.rows]
     assert zero_shot(["{}"]) is None
@@ -239,9 +226,8 @@ def test_equal_names_are_one_class_of_labels_that_are_names(tmp_path):
         assert got.mean_per_class == half_better
     numbered = evaluation.zero_shot(towers, relabelled([0, 1, 2, 2]), ["{}"])
     assert numbered.classes == names
-    assert numbered.top1 == Figure(
-        value=0.5, chance=1 / 3
-    )  # one of the two images of a crane is wrong
+    # one of the two images of a crane is wrong
+    assert numbered.top1 == Figure(value=0.5, chance=1 / 3)
 
 
 def test_labels_need_names(tmp_path):
@@ -249,9 +235,8 @@ def test_labels_need_names(tmp_path):
     held_out = data.held_out(write(tmp_path / "s.tar", rows))
     for names, message in ((None, "the number 0, and no names"), (["a", "b"], "2 of 2 classes")):
         index = index_of(evaluation.named(held_out, names, None), image_features=torch.eye(3))
-        with pytest.raises(
-            ValueError, match=f"classnames: expected a name for each label of .*{message}"
-        ):
+        expected = f"classnames: expected a name for each label of .*{message}"
+        with pytest.raises(ValueError, match=expected):
             evaluation.zero_shot(evaluation.Towers(None, CPU, "fp32"), index, ["{}"])
 
 
@@ -280,9 +265,8 @@ def test_names_of_classes(tmp_path, monkeypatch):
         (tmp_path / "n.txt").write_text(text)
         with pytest.raises(ValueError, match=f"classnames: expected .*{message}"):
             names("n.txt")
-    with pytest.raises(
-        FileNotFoundError, match="classnames: expected imagenet or a file of names, got 'gone.txt'"
-    ):
+    message = "classnames: expected imagenet or a file of names, got 'gone.txt'"
+    with pytest.raises(FileNotFoundError, match=message):
         names("gone.txt")
     (tmp_path / "val" / "n99999999_x").mkdir()
     (tmp_path / "val" / "n99999999_x" / "0.JPEG").write_bytes(png(form="JPEG"))
@@ -292,19 +276,16 @@ def test_names_of_classes(tmp_path, monkeypatch):
 
 
 def test_phrases_around_names(tmp_path):
-    assert evaluation.phrases(["openai"]) == [
-        template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES
-    ]
-    assert evaluation.phrases("simple") == [
-        template("{}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES
-    ]
+    for given, templates in (
+        (["openai"], open_clip.OPENAI_IMAGENET_TEMPLATES),
+        ("simple", open_clip.SIMPLE_IMAGENET_TEMPLATES),
+    ):
+        assert evaluation.phrases(given) == [template("{}") for template in templates]
     (tmp_path / "t.txt").write_text("a {c}\nthe {} here\n")
     assert evaluation.phrases(["{}", str(tmp_path / "t.txt")]) == ["{}", "a {}", "the {} here"]
+    message = "template: expected a phrase with one {} for the label, openai, simple, or"
     for bad in ("openia", "{} {}", "{x}", "{} }"):
-        with pytest.raises(
-            ValueError,
-            match="template: expected a phrase with one {} for the label, openai, simple, or",
-        ):
+        with pytest.raises(ValueError, match=message):
             evaluation.phrases([bad])
     with pytest.raises(FileNotFoundError, match="gone.txt"):
         evaluation.phrases(["gone.txt"])
@@ -341,11 +322,7 @@ def test_a_terminal_of_80_columns_is_enough():
             mean_per_class=shares["R@1"],
         ),
     )
-    names = [
-        "runs/a-run-with-a-long-name/last.pt",
-        "open_clip:ViT-B-32/laion2b_s34b_b79k",
-        "runs/b",
-    ]
+    names = ["runs/a-run-with-a-long-name/last.pt", "open_clip:ViT-B-32/laion2b_s34b_b79k"]
     splits = {"a name of three words": result}
     for several in (names[:1], names):
         text = io.StringIO()
@@ -354,15 +331,10 @@ def test_a_terminal_of_80_columns_is_enough():
         lines = text.getvalue().splitlines()
         assert max(map(len, lines)) <= 80
         assert len(lines) < 20 * len(several)
-        for words in (
-            "25010 texts",
-            "5000 images",
-            "1000 classes",
-            "mean per class",
-            "0.004%",
-            "100.0%",
-        ):
+        for words in ("25010 texts", "5000 images", "1000 classes", "mean per class"):
             assert words in text.getvalue()
+        assert "0.004%" in text.getvalue()
+        assert "100.0%" in text.getvalue()
 
 
 def test_the_table_takes_models_that_skipped_other_images():
@@ -377,21 +349,14 @@ def test_the_table_takes_models_that_skipped_other_images():
 
 
 def test_small_shares_keep_a_digit():
-    shown = {
-        1.0: "100.0%",
-        0.1234: "12.3%",
-        0.001: "0.1%",
-        0.0004: "0.04%",
-        1 / 50000: "0.002%",
-        0.0: "0.0%",
-    }
+    shown = {1.0: "100.0%", 0.1234: "12.3%", 0.001: "0.1%", 0.0: "0.0%"}
+    shown |= {0.0004: "0.04%", 1 / 50000: "0.002%"}
     assert {share: figures.percent(share) for share in shown} == shown
 
 
 def test_data_without_a_usable_sample(tmp_path):
     held_out = data.held_out(write(tmp_path / "b.tar", [("d", {"txt": b"x"})]))
     towers = evaluation.Towers(OneHot(), CPU, "fp32")
-    with pytest.raises(
-        data.EmptyDataError, match=r"data: expected usable samples, got none.*1 missing image"
-    ):
+    message = r"data: expected usable samples, got none.*1 missing image"
+    with pytest.raises(data.EmptyDataError, match=message):
         evaluation.encode(towers, evaluation.Split(held_out, None, blank))
