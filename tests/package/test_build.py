@@ -44,9 +44,8 @@ def without_nvcc(tmp_path):
 
 def test_a_build_without_a_toolkit_names_the_reason(setup, without_nvcc):
     reason = "is a build without CUDA" if torch.version.cuda is None else "does not run"
-    with pytest.raises(
-        SystemExit, match=f"SIMPLCLIP_CUDA=1, but the CUDA objects cannot be built: .* {reason}"
-    ):
+    message = f"SIMPLCLIP_CUDA=1, but the CUDA objects cannot be built: .* {reason}"
+    with pytest.raises(SystemExit, match=message):
         setup(**without_nvcc, SIMPLCLIP_CUDA="1")
     assert re.search(reason, setup(**without_nvcc, SIMPLCLIP_CUDA="auto")[1]["NO_CUDA"])
     assert setup(SIMPLCLIP_CUDA="0")[1]["NO_CUDA"] == "SIMPLCLIP_CUDA=0 left them out: unset it"
@@ -68,9 +67,8 @@ def test_a_build_names_its_architectures(setup, monkeypatch):
     ):
         output, _ = setup(**{variable: value})
         assert f"simplclip: building the CUDA kernels for {chosen}" in output
-    with pytest.raises(
-        SystemExit, match="TORCH_CUDA_ARCH_LIST: expected numbers, .* or all, got 'Ampere'"
-    ):
+    message = "TORCH_CUDA_ARCH_LIST: expected numbers, .* or all, got 'Ampere'"
+    with pytest.raises(SystemExit, match=message):
         setup(TORCH_CUDA_ARCH_LIST="Ampere")
     old = {"SIMPLCLIP_CUDA_ARCHS": "7.0;7.5+PTX"}
     reason = (

@@ -83,9 +83,8 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
         os.chmod(tmp_path, 0o555)
         if os.geteuid() == 0:  # who can write everywhere
             os.seteuid(65534)
-        with pytest.raises(
-            InputError, match="out: expected a folder that can be written to, got /"
-        ):
+        message = "out: expected a folder that can be written to, got /"
+        with pytest.raises(InputError, match=message):
             check_writable(tmp_path / "new" / "run", "out")
 
     assert forked(refuse) == 0

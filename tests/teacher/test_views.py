@@ -1,6 +1,7 @@
 """The views that a teacher saw are replayed to the bit; training on them."""
 
 import json
+from unittest import mock
 
 import numpy as np
 import open_clip
@@ -37,9 +38,7 @@ COUNT, VIEWS = 6, 4
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Writes photographs of several sizes with up to three captions in two shards, and a teacher's
-    weights.
-    """
+    """Writes two shards of photographs with up to three captions, and a teacher's weights."""
     folder = tmp_path_factory.mktemp("views")
     write_models(folder)
     (folder / "in").mkdir()
@@ -119,16 +118,12 @@ def test_a_view_is_stored_as_it_was_drawn(folder, tmp_path, augment):
 
 
 def test_an_image_is_decoded_once_for_all_its_views(folder, tmp_path, monkeypatch):
-    decoded, original = [], transforms.decode_image
-    monkeypatch.setattr(
-        transforms,
-        "decode_image",
-        lambda file, **options: decoded.append(file) or original(file, **options),
-    )
+    decode = mock.Mock(wraps=transforms.decode_image)
+    monkeypatch.setattr(transforms, "decode_image", decode)
     teach(folder, tmp_path / "out")
+    decoded = [call.args[0] for call in decode.call_args_list]
     assert len(decoded) == len(set(decoded)) == COUNT
-    # At the largest scale that a view needs, so that each has at least the pixels that it has
-    # alone.
+    # At the largest scale that a view needs: each has at least the pixels that it has alone.
     image, small = encode(photo(3, (300, 400)), quality=90), transform(32)
     crops = ([0, 0, 300, 400], [10, 20, 40, 50], [0, 0, 140, 150])
     views = [{"image": [300, 400], "crop": crop} for crop in crops]
@@ -141,9 +136,7 @@ def test_an_image_is_decoded_once_for_all_its_views(folder, tmp_path, monkeypatc
 @pytest.mark.slow
 @pytest.mark.parametrize(("captions", "workers"), [(1, 0), (2, 2)])
 def test_the_student_sees_what_the_teacher_saw(folder, sidecars, captions, workers):
-    """Views are equal to the bit, at the student's own size; features are those of the view and of
-    the drawn captions.
-    """
+    """To the bit, at the student's own size; features are those of the view and of the captions."""
     pairs, student = stored(folder, sidecars), transform(24, None, mean=(0.1, 0.2, 0.3))
     used = {key: set() for key in pairs}
     for batch in batches(
@@ -168,9 +161,7 @@ def test_the_student_sees_what_the_teacher_saw(folder, sidecars, captions, worke
 
 @pytest.mark.parametrize("augment", [AUGMENT, "affine"])
 def test_the_teacher_on_the_students_batch_gives_what_is_stored(folder, tmp_path, augment):
-    """The student has the teacher's own transform; features agree in every pass, up to decoding at
-    another scale.
-    """
+    """Up to decoding at another scale; the student has the teacher's own transform."""
     teach(folder, tmp_path / "out", augment)
     encoder = load(folder)
     student = teacher.features.transform_of(encoder)
@@ -205,16 +196,12 @@ def test_a_view_is_the_same_part_of_an_image_at_another_size(augment):
 def test_only_a_transform_that_replays_takes_views(folder, sidecars, tmp_path):
     other = load(folder)
     other.preprocess = models.transforms  # a caller's own
-    with pytest.raises(
-        ValueError, match="teacher: expected open_clip's preprocessing or an ImageTransform, got"
-    ):
-        teacher.write_features(
-            folder / "in" / "*.tar", tmp_path / "none", other, views=teacher.Views(transform(32), 2)
-        )
-    with pytest.raises(
-        data.ShardError,
-        match="has the views that a teacher saw, which only simplclip's ImageTransform",
-    ):
+    views = teacher.Views(transform(32), 2)
+    message = "teacher: expected open_clip's preprocessing or an ImageTransform, got"
+    with pytest.raises(ValueError, match=message):
+        teacher.write_features(folder / "in" / "*.tar", tmp_path / "none", other, views=views)
+    message = "has the views that a teacher saw, which only simplclip's ImageTransform"
+    with pytest.raises(data.ShardError, match=message):
         batches(folder, sidecars, models.transforms)
     # draws the student's own augmentation
     plain = batches(folder, sidecars, transform(16), teacher=False)
@@ -234,9 +221,8 @@ def test_sidecars_with_views_of_earlier_versions_are_refused(folder, sidecars, t
                 features = files[f"{key}.teacher.npy"]
                 old.append((key, {"teacher.npy": features, "views.json": views}))
         write(tmp_path / "old" / path.name, old)
-    with pytest.raises(
-        data.ShardError, match="features of another image or other captions for .*run `simplclip"
-    ):
+    message = "features of another image or other captions for .*run `simplclip"
+    with pytest.raises(data.ShardError, match=message):
         batches(folder, tmp_path / "old", transform(16))
 
 
@@ -282,9 +268,7 @@ WIKD = ["loss.feature_weight=1.0", "loss.relational_weight=1.0", "loss.interacti
 
 @pytest.fixture(scope="module")
 def taught(folder, tmp_path_factory):
-    """Writes sidecars of tiny.write_shard's data, in a folder beside a config that `tiny.settings`
-    writes.
-    """
+    """Writes data of tiny.write_shard and their sidecars."""
     out = tmp_path_factory.mktemp("taught")
     tiny.write_shard(out / "data" / "train-0.tar")
     views = teacher.Views(models.transforms("siclip-tiny", train=True), 2)
@@ -308,10 +292,8 @@ def test_training_checks_the_augmentation(taught, tmp_path):
     changes = [*WIKD, "run.steps=2", f"data.sidecars=[{taught / 'sidecars'}]"]
     default = transforms.augmentation(models.transforms("siclip-tiny", train=True))
     other = "none" if default == "affine" else "affine"
-    with pytest.raises(
-        ConfigError,
-        match="data.augment: expected null, or .* as in the views that the teacher open_clip:tiny",
-    ):
+    message = "data.augment: expected null, or .* as in the views that the teacher open_clip:tiny"
+    with pytest.raises(ConfigError, match=message):
         go(tiny.settings(tmp_path, *changes, f"data.augment={other}"))
     same = [f"data.augment={json.dumps(default)}", f"run.out={tmp_path / 'same'}"]
     go(tiny.settings(tmp_path, *changes, *same))
