@@ -45,13 +45,12 @@ for path in ("runs/photos/curves.png", "runs/photos/evaluation-held_out.png", "h
 
 
 def cell(kind: str, text: str, number: int, tags: tuple[str, ...] = ()) -> dict:
-    made = {
-        "cell_type": kind,
-        "id": f"cell-{number:02}",
-        "metadata": {"tags": [*tags]} if tags else {},
-    }
+    metadata = {"tags": [*tags]} if tags else {}
+    made = {"cell_type": kind, "id": f"cell-{number:02}", "metadata": metadata}
     made["source"] = text.splitlines(keepends=True)
-    return made | ({"execution_count": None, "outputs": []} if kind == "code" else {})
+    if kind == "code":
+        made |= {"execution_count": None, "outputs": []}
+    return made
 
 
 def code_of(language: str, text: str) -> str:
@@ -64,31 +63,21 @@ def code_of(language: str, text: str) -> str:
 
 
 def cells(page: str) -> list[dict]:
-    """Returns the cells of the page up to its last section, which needs a GPU, with links from
-    examples/.
-    """
-    text = re.sub(
-        r"\]\((?!https?:|#)([\w./-]+)",
-        lambda link: f"](../docs/{link[1]}",
-        page.split("\n## With a GPU")[0],
-    )
+    """Returns the cells of the page but its last section's, with links from examples/."""
+    text = page.split("\n## With a GPU")[0]
+    text = re.sub(r"\]\((?!https?:|#)([\w./-]+)", r"](../docs/\1", text)
+    introduction, _, rest = text.partition("\n## 1.")
+    made = [("markdown", introduction, ()), ("code", SETUP, ("setup",))]
+    made.append(("code", STAMPS, ("setup",)))
     # words, language, block, words, ...
-    parts = re.split(r"```(\w+)\n(.*?)```\n", text, flags=re.DOTALL)
-    made = [
-        ("markdown", parts[0].partition("\n## 1.")[0], ()),
-        ("code", SETUP, ("setup",)),
-        ("code", STAMPS, ("setup",)),
-    ]
-    parts[0] = "## 1." + parts[0].partition("\n## 1.")[2]
+    parts = re.split(r"```(\w+)\n(.*?)```\n", f"## 1.{rest}", flags=re.DOTALL)
     for words, language, block in zip(parts[::3], [*parts[1::3], ""], [*parts[2::3], ""]):
         made.append(("markdown", words, ()))
         if block:
             made.append(("code", code_of(language, block), ()))
         if "simplclip evaluate" in block:
             made.append(("code", SHOW, ()))
-    return [
-        cell(kind, text.strip(), number, tags) for number, (kind, text, tags) in enumerate(made)
-    ]
+    return [cell(kind, text.strip(), i, tags) for i, (kind, text, tags) in enumerate(made)]
 
 
 def notebook(page: str) -> str:
