@@ -2,6 +2,8 @@
 
 import contextlib
 import gc
+from functools import partial
+from unittest import mock
 
 import open_clip
 import pytest
@@ -12,15 +14,12 @@ from torch import nn
 
 from simplclip import gradient_cache
 from simplclip.losses import ClipPMLoss, SigLipLoss, WIKDLoss
+from simplclip.losses.base import TEACHER
 from simplclip.nn import SimplifiedBlock, share_weights
 from simplclip.plan.actual import cpu_peak_bytes
 from support.ops.compare import assert_within
 
 SIZES = (5, 5, 5, 2)
-
-
-def bf16():
-    return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
 def pairs(sizes=SIZES, captions=1, dtype=torch.float64, length=16):
@@ -68,10 +67,7 @@ def joined(parts):
 
 
 def step(run, encode, micro_batches, loss, parts, context=contextlib.nullcontext, **options):
-    """Runs a step.
-
-    Returns terms and gradients of all parameters, their names, and the generator's next number.
-    """
+    """Returns terms and gradients of all parameters, their names, and the next random number."""
     for part in parts:
         part.zero_grad()
     torch.manual_seed(3)
@@ -89,12 +85,7 @@ def step(run, encode, micro_batches, loss, parts, context=contextlib.nullcontext
 
 
 def assert_same(encode, micro_batches, loss, parts, dtype=torch.float64, **options):
-    """Compares values and gradients by the rule of tests/support/ops/compare.py.
-
-    Its plain torch is one graph in this dtype.
-
-    Returns the names of the parameters that have a gradient.
-    """
+    """Compares with one graph in this dtype; returns the names of parameters with a gradient."""
     arguments = encode, micro_batches, loss, parts
     expected, names, number = step(one_graph, *arguments, **options)
     truth = {name: value.double() for name, value in expected.items()}
@@ -114,13 +105,10 @@ def wikd(dtype, captions=1):
     torch.manual_seed(4)
     n = sum(SIZES) * captions
     teacher = [F.normalize(torch.randn(n, 24, dtype=dtype), dim=1) for _ in range(2)]
-    weights = {
-        "relational_weight": 0.8,
-        "interactive_weight": 0.6,
-        "pm_weight": 0.5,
-        "feature_weight": 0.4,
-    }
-    module = WIKDLoss(**weights, embed_dim=32, teacher_dim=24).to(dtype)
+    module = WIKDLoss(
+        relational_weight=0.8, interactive_weight=0.6, pm_weight=0.5, feature_weight=0.4,
+        embed_dim=32, teacher_dim=24,
+    ).to(dtype)  # fmt: skip
     ids = torch.arange(n) // captions
 
     def loss(image, text, scale):
@@ -135,10 +123,10 @@ def wikd(dtype, captions=1):
 @pytest.mark.parametrize(("dtype", "captions"), [(torch.float32, 1), (torch.float64, 2)])
 def test_wikd_loss_with_gradient_caching(dtype, captions):
     model, (module, loss) = Dropping().to(dtype), wikd(dtype, captions)
+    parts = model, module
     batches = pairs(captions=captions, dtype=dtype)
-    assert assert_same(
-        lambda b: model(*b), batches, loss, (model, module), dtype, model=model
-    ) == names_of(model, module)
+    names = assert_same(model.of, batches, loss, parts, dtype, model=model)
+    assert names == names_of(*parts)
 
 
 def test_autocast_in_the_callers_context():
@@ -148,23 +136,19 @@ def test_autocast_in_the_callers_context():
 
     @contextlib.contextmanager
     def context():
-        with bf16():
+        with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 model(*batches[0])
             torch.manual_seed(3)
             yield
 
-    parts, dtype = (model, module), torch.bfloat16
-    assert assert_same(
-        lambda b: model(*b), batches, loss, parts, dtype, context=context
-    ) == names_of(*parts)
+    parts = model, module
+    names = assert_same(model.of, batches, loss, parts, torch.bfloat16, context=context)
+    assert names == names_of(*parts)
 
 
 def test_backward_runs_without_autocast():
-    """Autocast would cast a float32 product of a backward pass.
-
-    Watches both passes: of the loss, and of the encoder.
-    """
+    """Neither of the loss nor of the encoder: it would cast a float32 product."""
     model, states = Dropping(), []
 
     def watched(*outputs):
@@ -172,12 +156,12 @@ def test_backward_runs_without_autocast():
             t.register_hook(lambda gradient: states.append(torch.is_autocast_enabled("cpu")))
         return outputs
 
-    with bf16():
-        gradient_cache.backward(
-            lambda b: watched(*model(*b)),
-            pairs(dtype=torch.float32),
-            lambda *o: ClipPMLoss(pm_weight=0)(*watched(*o)),
-        )
+    def loss(*outputs):
+        return ClipPMLoss(pm_weight=0)(*watched(*outputs))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        batches = pairs(dtype=torch.float32)
+        gradient_cache.backward(lambda b: watched(*model(*b)), batches, loss)
     assert len(states) == 3 + 2 * len(SIZES) + 1  # the scale's gradient is propagated once
     assert not any(states)
 
@@ -213,71 +197,59 @@ class Dropping(nn.Module):
     def forward(self, image, text):
         return self.encode_image(image), self.encode_text(text), self.logit_scale.exp()
 
+    def of(self, batch):
+        return self(*batch)
+
 
 def towers(model, *sizes):
-    """Returns two towers, and the whole batch in micro-batches of these sizes.
+    """Returns two towers, one with two outputs, and the batch in micro-batches of these sizes."""
 
-    The second tower has two outputs.
-    """
-    encode = {"image": model.encode_image}
-    encode["text"] = lambda text: {
-        "text": model.encode_text(text),
-        "scale": model.logit_scale.exp(),
-    }
-    return encode, {
-        name: torch.cat(t).split(size) for name, t, size in zip(encode, zip(*pairs()), sizes)
-    }
+    def text_and_scale(text):
+        return {"text": model.encode_text(text), "scale": model.logit_scale.exp()}
+
+    images, texts = map(torch.cat, zip(*pairs()))
+    batches = {"image": images.split(sizes[0]), "text": texts.split(sizes[1])}
+    return {"image": model.encode_image, "text": text_and_scale}, batches
 
 
 @pytest.mark.parametrize(
     "sizes", [((5, 5, 5, 2), (9, 8)), ((17,), (3, 3, 3, 3, 3, 2)), ((4, 13), (17,))]
 )
 def test_micro_batches_of_each_tower(sizes):
-    """Gradients equal those of one graph whose dropout draws the same numbers.
-
-    The last micro-batch has another size.
-    """
-    model, module = Dropping().double(), ClipPMLoss().double()
+    """Gradients equal those of one graph whose dropout draws the same numbers."""
+    parts = model, module = Dropping().double(), ClipPMLoss().double()
 
     def loss(image, text, scale):
         return module(image, text, scale, output_dict=True)
 
-    assert assert_same(
-        *towers(model, *map(list, sizes)), loss, (model, module), model=model
-    ) == names_of(model, module)
+    names = assert_same(*towers(model, *map(list, sizes)), loss, parts, model=model)
+    assert names == names_of(*parts)
 
 
 @pytest.mark.parametrize("sizes", [(5, 5), (1, 20)])
 def test_each_micro_batch_but_the_last_is_encoded_twice_for_one_loss(sizes, monkeypatch):
     model = Dropping().double()
-    seen = []
-    values = []
     encode, batches = towers(model, *sizes)
-    original = model.encode
-    monkeypatch.setattr(
-        model, "encode", lambda blocks, x: seen.append((blocks, len(x))) or original(blocks, x)
-    )
-
-    def loss(image, text, scale):
-        values.append(ClipLoss()(image, text, scale))
-        return values[-1]
-
+    watched = mock.Mock(side_effect=model.encode)
+    loss = mock.Mock(side_effect=lambda image, text, scale: ClipLoss()(image, text, scale))
+    monkeypatch.setattr(model, "encode", watched)
     gradient_cache.backward(encode, batches, loss)
-    assert len(values) == 1
-    for blocks, micro_batches in ((model.image, batches["image"]), (model.text, batches["text"])):
+    loss.assert_called_once()
+    seen = [(blocks, len(x)) for (blocks, x), _ in watched.call_args_list]
+    for name, micro_batches in batches.items():
         rows = [len(t) for t in micro_batches]
         # the last one keeps its graph
-        assert sorted(n for tower, n in seen if tower is blocks) == sorted(rows + rows[:-1])
+        expected = sorted(rows + rows[:-1])
+        assert sorted(n for tower, n in seen if tower is getattr(model, name)) == expected
 
 
 def test_a_loss_that_returns_its_sum_and_its_terms():
     model = Dropping().double()
     loss = ClipPMLoss(pm_weight=0.5).double()
     weights = {"contrastive": 1.0, "pair_matching": 0.5}
-    forms = (lambda *o: loss.terms(*o, weights=weights)), (lambda *o: loss(*o, output_dict=True))
+    forms = partial(loss.terms, weights=weights), partial(loss, output_dict=True)
     results, expected = (
-        step(gradient_cache.backward, lambda b: model(*b), pairs(), of_outputs, (model, loss))[0]
-        for of_outputs in forms
+        step(gradient_cache.backward, model.of, pairs(), form, (model, loss))[0] for form in forms
     )
     for name in weights:
         torch.testing.assert_close(results.pop(name), expected.pop(f"{name}_loss"))
@@ -296,9 +268,8 @@ def test_open_clips_model_and_losses_by_name(loss):
         init_logit_bias=-1.0 if isinstance(loss, SigLipLoss) else None,
     ).double()  # fmt: skip
     parts = model, loss.double()
-    assert assert_same(lambda b: model(*b), pairs(length=8), loss, parts, model=model) == names_of(
-        *parts
-    )
+    names = assert_same(lambda b: model(*b), pairs(length=8), loss, parts, model=model)
+    assert names == names_of(*parts)
 
 
 def test_frozen_and_unused_parameters_get_nothing():
@@ -309,7 +280,7 @@ def test_frozen_and_unused_parameters_get_nothing():
         (lambda x, y, s: (s * x @ y.T).square().mean(), ("0.patch", "0.image")),
         (lambda x, y, s: (y @ y.T).square().mean(), ("0.patch", "0.image", "0.logit_scale")),
     ):
-        names = assert_same(lambda b: model(*b), pairs(), loss, (model,))
+        names = assert_same(model.of, pairs(), loss, (model,))
         assert names == {name for name in names_of(model) if not name.startswith(unused)}
 
 
@@ -323,10 +294,8 @@ def test_no_gradients_are_computed_for_frozen_towers_and_teachers():
     def encode(batch):
         image, text, scale = model(*batch)
         with torch.inference_mode():
-            teacher = {
-                f"dist_{name}_features": torch.ones(len(image), 3) for name in ("image", "text")
-            }
-            teacher["dist_logit_scale"] = torch.tensor(5.0)
+            rows = torch.ones(len(image), 3)
+            teacher = dict(zip(TEACHER, (rows, rows, torch.tensor(5.0))))
         return {"image_features": image, "text_features": text, "logit_scale": scale} | teacher
 
     def loss(**outputs):
@@ -340,16 +309,11 @@ def test_no_gradients_are_computed_for_frozen_towers_and_teachers():
 def test_gradients_are_added_and_scaled():
     model = Dropping().double()
     batches = pairs()
-    loss = ClipLoss()
-
-    def run(**options):
-        backward, encode = gradient_cache.backward, lambda b: model(*b)
-        return step(backward, encode, batches, loss, (model,), **options)[0]
-
+    arguments = gradient_cache.backward, model.of, batches, ClipLoss(), (model,)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    plain, scaled = run(), run(scaler=scaler)
+    plain, scaled = step(*arguments)[0], step(*arguments, scaler=scaler)[0]
     torch.manual_seed(3)
-    gradient_cache.backward(lambda b: model(*b), batches, loss, scaler=scaler)
+    gradient_cache.backward(model.of, batches, ClipLoss(), scaler=scaler)
     assert torch.equal(scaled["loss"], plain["loss"])
     for name, p in model.named_parameters():
         torch.testing.assert_close(scaled[f"0.{name}"], 2**10 * plain[f"0.{name}"])
@@ -363,9 +327,9 @@ def test_memory_is_that_of_one_micro_batch():
 
     def peak(run, count):
         batches = pairs([16] * count, dtype=torch.float32)
-        step(run, lambda b: model(*b), batches, loss, (model,))  # makes gradients exist
+        step(run, model.of, batches, loss, (model,))  # makes gradients exist
         gc.collect()
-        return cpu_peak_bytes(lambda: run(lambda b: model(*b), batches, loss))
+        return cpu_peak_bytes(lambda: run(model.of, batches, loss))
 
     few, many = (peak(gradient_cache.backward, count) for count in (4, 16))
     features = 2 * 2 * 16 * 16 * 32 * 4

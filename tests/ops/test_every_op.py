@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import simplclip
+from simplclip.losses.base import TEACHER
 from simplclip.selftest.compare import run
 from support.devices import DTYPES, needs_cpu_kernels
 from support.ops.calls import LARGE
@@ -15,15 +16,16 @@ from support.ops.compare import check, function_of
 from support.ops.small_calls import SMALL, check_registration
 
 
+def one(name, result):
+    return torch.ones_like(result)
+
+
 def kernels_and_reference():
-    """Yields each large call on the kernels in each dtype, and on the reference, which has no
-    blocks, in float32.
-    """
+    """Yields each large call on the kernels in each dtype, and on the reference in float32."""
     for name in LARGE:
-        marks = [
-            needs_cpu_kernels,
-            *([pytest.mark.instruction_set] if name.startswith("shaped_attention") else []),
-        ]
+        marks = [needs_cpu_kernels]
+        if name.startswith("shaped_attention"):
+            marks.append(pytest.mark.instruction_set)
         yield from (pytest.param(name, dtype, "cpu", marks=marks) for dtype in DTYPES)
         yield name, torch.float32, "reference"
 
@@ -36,24 +38,14 @@ def test_values_and_gradients(name, dtype, backend):
 @needs_cpu_kernels
 @pytest.mark.parametrize("name", LARGE)
 def test_the_same_bits_each_time(name):
-    """Bits are equal for one number of threads, and without BLAS, whose bits depend on it on some
-    CPUs, for any number.
-    """
+    """For one number of threads, and without BLAS for any: its bits depend on it on some CPUs."""
     threads, call = torch.get_num_threads(), LARGE[name]()
     tensors = call.typed(torch.float32)
     results = []
     try:
         for count in (1, 1, 3, 3):
             torch.set_num_threads(count)
-            results.append(
-                run(
-                    function_of(call),
-                    call,
-                    tensors,
-                    call.needed(),
-                    lambda name, t: torch.ones_like(t),
-                )
-            )
+            results.append(run(function_of(call), call, tensors, call.needed(), one))
     finally:
         torch.set_num_threads(threads)
     for first, *others in zip(*(result.values() for result in results)):
@@ -130,20 +122,12 @@ def test_constants_may_come_from_inference_mode():
     scale = torch.tensor(2.0)
     with torch.inference_mode():
         teacher, ids = (torch.randn(6, 4), torch.randn(6, 4), torch.tensor(3.0)), torch.arange(6)
-    rowwise = simplclip.losses.RowwiseLoss(
-        lambda logits, index, of_teacher: (logits * of_teacher).sum(1)
-    )
+    losses = simplclip.losses
+    rowwise = losses.RowwiseLoss(lambda logits, index, of_teacher: (logits * of_teacher).sum(1))
     for loss in (
-        sum(simplclip.losses.WIKDLoss()(x, y, scale, *teacher)),
-        simplclip.losses.ClipLoss()(x, y, scale, ids=ids),
-        rowwise(
-            x,
-            y,
-            scale,
-            dist_image_features=teacher[0],
-            dist_text_features=teacher[1],
-            dist_logit_scale=teacher[2],
-        ),
+        sum(losses.WIKDLoss()(x, y, scale, *teacher)),
+        losses.ClipLoss()(x, y, scale, ids=ids),
+        rowwise(x, y, scale, **dict(zip(TEACHER, teacher))),
         simplclip.ops.feature_loss(x[:, :4], teacher[0]),
     ):
         (gradient,) = torch.autograd.grad(loss, x)

@@ -32,23 +32,10 @@ PROVED, QUICK = ("avx512_bf16", "avx512", "baseline"), ("avx2",)
 
 def run(isa, cases):
     """Runs the tests that are marked instruction_set again, with this number of random calls."""
-    options = [
-        "-q",
-        "-m",
-        "instruction_set",
-        "-k",
-        "not reference",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-    ]
-    marked = [
-        str(path)
-        for path in Path(__file__).parent.glob("test_*.py")
-        if "instruction_set" in path.read_text()
-    ]
-    command = [sys.executable, "-m", "pytest", *options, "--cases", str(cases), *marked]
+    options = ["-q", "-m", "instruction_set", "-p", "no:cacheprovider", "-p", "no:xdist", "--cases"]
+    files = Path(__file__).parent.glob("test_*.py")
+    marked = [str(path) for path in files if "instruction_set" in path.read_text()]
+    command = [sys.executable, "-m", "pytest", "-k", "not reference", *options, str(cases), *marked]
     environment = os.environ | {"SIMPLCLIP_CPU_ISA": isa}
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
 

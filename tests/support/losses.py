@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simplclip.losses import RowwiseLoss
+from simplclip.losses import RowwiseLoss, base
 from simplclip.selftest.calls import TEACHER, similarity_call
 
 N, D = 150, 16  # three chunks of 50 rows, see `chunked`
@@ -80,8 +80,7 @@ def dense(
 
 
 def call(loss: nn.Module, leaves: Sequence[Tensor], teacher: Sequence[Tensor] = ()) -> Tensor:
-    names = ("dist_image_features", "dist_text_features", "dist_logit_scale")
-    return loss(*leaves, **dict(zip(names, teacher)))
+    return loss(*leaves, **dict(zip(base.TEACHER, teacher)))
 
 
 def chunked(*args: Any, **options: Any) -> RowwiseLoss:

@@ -92,11 +92,9 @@ class Case(selftest.Case):
             return run(PLAIN[self.call.op], self.call, tensors, self.need, incoming)
 
     def check(self, *, roundings: bool = False, twice: bool = False) -> dict[str, float]:
-        """Checks that results and gradients are within the tolerance. Returns the errors, in parts
-        of what is allowed.
+        """Checks results and gradients; returns the errors, in parts of what is allowed.
 
-        roundings: also allow the effect of rounding the inputs. twice: a second run must give the
-        same bits.
+        roundings: also allow the effect of rounding the inputs. twice: a second run has equal bits.
         """
         results = self.run()
         if twice:
@@ -125,9 +123,7 @@ def check(
 def check_padding(
     dtype: torch.dtype, backend: str, causal: bool, device: str = "cpu", *, width: int = 4
 ) -> None:
-    """Checks that padded tokens of shaped_attention are not read, and that their results and
-    gradients are 0.
-    """
+    """Checks that shaped_attention reads no padded tokens, whose results and gradients are 0."""
     call = of_lengths(attention_call(3, k=width, causal=causal), [3, 0, 5])
 
     def padded_with(value: float) -> dict[str, Tensor]:

@@ -87,9 +87,7 @@ def pairs(
     text_ids: Tensor | None = None,
     label_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the positives and the negatives, [N, M] bool; pairs with equal ids that are not the
-    positive are neither.
-    """
+    """Returns positives and negatives, [N, M] bool; other pairs with equal ids are neither."""
     positive = F.one_hot(torch.arange(n) + label_offset, m).bool()
     negative = ~positive
     if ids is not None:
@@ -152,9 +150,7 @@ def loss_terms(
     teacher: Sequence = (None, None, None),
     ids: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Returns terms of a loss module before weighting; narrower features use the first columns of
-    its parameters.
-    """
+    """Returns terms of a loss module before weighting; narrow features use its first columns."""
     width, plane = image.shape[1], None
     if "pair_matching" in terms:
         weight = loss.plane_weight
@@ -199,9 +195,7 @@ def shaped_attention(
     causal: bool = False,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """Computes the formula: products in the dtype of q, softmax and mixing weights in float32, one
-    product with v.
-    """
+    """Computes the formula: products in the dtype of q, softmax and mixing weights in float32."""
     length = q.shape[1]
     if scale is None:
         scale = q.shape[-1] ** -0.5
@@ -239,10 +233,7 @@ def attention_by_loops(
     causal: bool = False,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """Computes the definition token by token.
-
-    It reads only visible tokens, where the form above multiplies others by 0.
-    """
+    """Computes the definition token by token, of which it reads only visible ones."""
     if scale is None:
         scale = q.shape[-1] ** -0.5
     out = torch.zeros_like(v)

@@ -40,9 +40,7 @@ def _similarity(r: random.Random, dtype: torch.dtype) -> Call:
     m = n if r.random() < 0.6 else n + r.randrange(40)
     terms = tuple(r.sample(TERMS, r.choice((1, 1, 2, 3, 4))))
     teacher_width = r.choice(WIDTHS) if r.random() < 0.4 else None
-    largest_scale = 100
-    if dtype in (torch.bfloat16, torch.float16):
-        largest_scale = 20
+    largest_scale = 20 if dtype in (torch.bfloat16, torch.float16) else 100
     call = similarity_call(
         n,
         m,
@@ -200,9 +198,7 @@ NONFINITE_FORMS = PLAIN | {
 
 
 def check_nonfinite(case: Case) -> None:
-    """Checks that a NaN or infinity in a small tensor makes results non-finite where plain torch's
-    are.
-    """
+    """Checks that results with a NaN or infinity are non-finite where plain torch's are."""
     call, r = case.call, random.Random(case.seed)
     tensors = call.typed(case.dtype)
     # padded tokens have no gain

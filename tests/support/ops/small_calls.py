@@ -41,10 +41,9 @@ def _number(out: Tensor | dict[str, Tensor]) -> Tensor:
 def small(
     make: Callable[..., Call], integers: Callable[[Tensor], dict[str, Tensor]] = lambda first: {}
 ) -> tuple[Tensors, Function]:
-    """Returns the float tensors of a call and a function of them.
+    """Returns the float tensors of a call (of rows and a seed), and a function of them.
 
-    make: returns the call of a number of rows and a seed. integers: returns the call's other
-    tensors, from its first one.
+    integers: returns the call's other tensors, from its first one.
     """
     one = make(2, seed=0)
 
@@ -128,9 +127,7 @@ MODULES = {
 
 
 def module_call(name: str, dtype: torch.dtype = torch.float32) -> tuple[Tensors, Function]:
-    """Returns tensors, and a function of them by the module: a block in `dtype`, a loss in
-    float32.
-    """
+    """Returns tensors, and a function of them by the module: a block in `dtype`."""
     tensors, make, count = MODULES[name]
     module = make()
     if name == "SimplifiedBlock":
@@ -160,16 +157,13 @@ class Dispatched(TorchDispatchMode):
 
 
 def check_registration(name: str, backend: str, device: str = "cpu") -> None:
-    """Checks schemas, autograd, and the shapes, dtypes and strides that fake functions promise, of
-    forward and backward.
+    """Checks schemas, autograd, and what fake functions promise, of forward and backward.
 
     Backward runs on the backend that comes first, except after "sdpa", whose forward keeps tensors
     in a layout of its own.
     """
     make, function = SMALL[name]
-    first_backend = ""
-    if backend == "sdpa":
-        first_backend = backend
+    first_backend = backend if backend == "sdpa" else ""
     tensors = [
         t.detach().to(device).requires_grad_(t.requires_grad) for t in make(4, torch.float32)
     ]

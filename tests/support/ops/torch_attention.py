@@ -118,25 +118,9 @@ def _efficient_attention_forward(
 
 
 def _efficient_attention_backward(
-    grad,
-    q,
-    k,
-    v,
-    bias,
-    out,
-    bounds,
-    keys,
-    most,
-    most_keys,
-    lse,
-    dropout,
-    seed,
-    offset,
-    mask,
-    bias_gradient,
-    *,
-    scale,
-):
+    grad, q, k, v, bias, out, bounds, keys, most, most_keys, lse, dropout, seed, offset, mask,
+    bias_gradient, *, scale,
+):  # fmt: skip
     assert (keys is bounds, most_keys, bias, dropout, bias_gradient) == (True, most, None, 0, False)
     _check(grad, q, k, v, out)
     segments = _segments(q, bounds, most)
@@ -168,24 +152,9 @@ def xformers_backward(grad, out, lse, q, k, v, *, attn_bias, scale):
     lse = F.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)
     most = q.shape[1]
     return _efficient_attention_backward(
-        grad,
-        q,
-        k,
-        v,
-        None,
-        out,
-        None,
-        None,
-        most,
-        most,
-        lse,
-        0,
-        None,
-        None,
-        mask,
-        False,
+        grad, q, k, v, None, out, None, None, most, most, lse, 0, None, None, mask, False,
         scale=scale,
-    )[:3]
+    )[:3]  # fmt: skip
 
 
 aten = SimpleNamespace(
