@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from simplclip import losses
+from simplclip.selftest.calls import TEACHER
 from support.losses import loss_inputs
 from support.ops import plain
 from support.ops.calls import recorded_calls
@@ -21,9 +22,8 @@ def features():
 
 def tokens():
     g = torch.Generator().manual_seed(1)
-    return torch.randn(N, 5, VOCABULARY, generator=g), torch.randint(
-        0, VOCABULARY, (N, 5), generator=g
-    )
+    logits = torch.randn(N, 5, VOCABULARY, generator=g)
+    return logits, torch.randint(0, VOCABULARY, (N, 5), generator=g)
 
 
 def of_images(loss, image, text, scale, bias, **options):
@@ -43,9 +43,8 @@ def of_captions(loss, image, text, scale, bias, **options):
 
 
 def with_teacher(loss, image, text, scale, bias, **options):
-    return loss(
-        image, text, scale, text.detach(), image.detach().roll(1, 0), torch.tensor(20.0), **options
-    )
+    teacher = text.detach(), image.detach().roll(1, 0), torch.tensor(20.0)
+    return loss(image, text, scale, *teacher, **options)
 
 
 COCA = {"caption_loss_weight": 2.0, "clip_loss_weight": 0.7}
@@ -65,7 +64,6 @@ CASES = [
 
 @pytest.mark.parametrize(("original", "replacement", "options", "more", "call"), CASES)
 def test_signature_values_and_gradients_are_open_clips(original, replacement, options, more, call):
-    """Signature, values in both forms and gradients are open_clip's, as is the class."""
     classes = getattr(open_clip.loss, original), getattr(losses, replacement)
     assert issubclass(classes[1], classes[0]) == (replacement == original)
     for method in ("__init__", "forward"):
@@ -106,25 +104,16 @@ class DRClipLoss(losses.ClipLoss):
         labels = self.get_ground_truth(image.device, student[0].shape[0])
         contrastive = sum(F.cross_entropy(logits, labels) for logits in student) / 2
         pairs = zip(student, teacher)
-        distance = (
-            sum(F.kl_div(s.log_softmax(1), t.softmax(1), reduction="batchmean") for s, t in pairs)
-            / 2
-        )
-        return contrastive, distance
+        kl = [F.kl_div(s.log_softmax(1), t.softmax(1), reduction="batchmean") for s, t in pairs]
+        return contrastive, sum(kl) / 2
 
 
 def test_a_loss_that_needs_the_logits():
     image, text, scale, _ = features()
     result = DRClipLoss()(image, text, scale, text.detach(), image.detach(), torch.tensor(20.0))
-    expected = plain.similarity_loss(
-        image,
-        text,
-        scale,
-        terms=("contrastive", "relational"),
-        teacher_image=text.detach(),
-        teacher_text=image.detach(),
-        teacher_scale=torch.tensor(20.0),
-    )
+    teacher = dict(zip(TEACHER, (text.detach(), image.detach(), torch.tensor(20.0))))
+    terms = ("contrastive", "relational")
+    expected = plain.similarity_loss(image, text, scale, terms=terms, **teacher)
     torch.testing.assert_close(result, tuple(expected.values()))
 
 

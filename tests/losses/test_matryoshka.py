@@ -39,9 +39,8 @@ def same(value, expected, leaves, rtol=1e-9):
 def over_prefixes(loss, image, text, *args):
     total = 0
     for width, weight in zip(WIDTHS, WEIGHTS):
-        image_prefix = F.normalize(image[:, :width], dim=1)
-        text_prefix = F.normalize(text[:, :width], dim=1)
-        total = total + weight * loss(image_prefix, text_prefix, *args)
+        prefixes = (F.normalize(t[:, :width], dim=1) for t in (image, text))
+        total = total + weight * loss(*prefixes, *args)
     return total
 
 
@@ -93,18 +92,13 @@ def test_planes_and_projections_have_the_whole_width_and_a_prefix_their_first_co
     if plane == "hadamard":
         loss.plane_weight.data = torch.linspace(3, 9, D, dtype=torch.float64)
     teacher = loss_inputs(N, D, teacher_width=20)[1] if distils else []
-    weights = {
-        "contrastive": 1,
-        "relational": 1,
-        "interactive": 0.6,
-        "feature": 0.4,
-        "pair_matching": 0.5,
-    }
-    terms = [term for term in weights if distils or term in ("contrastive", "pair_matching")]
+    weights = {"contrastive": 1, "pair_matching": 0.5}
+    if distils:
+        weights |= {"relational": 1, "interactive": 0.6, "feature": 0.4}
 
     def definition(image, text, scale):
-        exact = plain.loss_terms(loss, terms, image, text, scale, teacher=teacher or (None,) * 3)
-        return sum(weights[term] * exact[term] for term in terms)
+        exact = plain.loss_terms(loss, weights, image, text, scale, teacher=teacher or (None,) * 3)
+        return sum(weight * exact[term] for term, weight in weights.items())
 
     matryoshka = MatryoshkaLoss(loss, WIDTHS, WEIGHTS)
     assert [name for name, _ in matryoshka.named_parameters()] == [
@@ -172,14 +166,19 @@ def test_a_width_of_weight_0_costs_nothing_and_features_after_the_last_get_no_gr
 @pytest.mark.parametrize(
     ("widths", "weights", "message"),
     [
-        ((), None, r"widths: expected ascending integers above 0, got \(\)"),
-        ((8, 4), None, r"widths: expected ascending integers above 0, got \(8, 4\)"),
-        ((0, 4), None, r"widths: expected ascending integers above 0, got \(0, 4\)"),
+        *(
+            (widths, None, f"widths: expected ascending integers above 0, got {got}")
+            for widths, got in (
+                ((), r"\(\)"),
+                ((8, 4), r"\(8, 4\)"),
+                ((0, 4), r"\(0, 4\)"),
+                (4, "int"),
+            )
+        ),
         ((4, 8), (1.0,), r"weights: expected 2, one above 0, got \(1.0,\)"),
         ((4, 8), (1.0, -1.0), "weights: expected a weight of 0 or more, got -1.0"),
         ((4, 8), (0, 0), r"weights: expected 2, one above 0, got \(0, 0\)"),
         ((8, 17), None, r"widths: expected at most the features' width, 16, got \(8, 17\)"),
-        (4, None, "widths: expected ascending integers above 0, got int"),
         ((4,), 1.0, "weights: expected a number for each width, got float"),
     ],
 )

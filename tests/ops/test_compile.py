@@ -2,7 +2,6 @@
 dynamic shapes.
 """
 
-import contextlib
 import itertools
 
 import pytest
@@ -25,13 +24,10 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 def value_and_grads(function, tensors, autocast):
-    context = torch.autocast("cpu", dtype=autocast) if autocast else contextlib.nullcontext()
-    with context:
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
         value = function(*tensors)
-    return [
-        value.detach(),
-        *torch.autograd.grad(value, [t for t in tensors if t.requires_grad], allow_unused=True),
-    ]
+    leaves = [t for t in tensors if t.requires_grad]
+    return [value.detach(), *torch.autograd.grad(value, leaves, allow_unused=True)]
 
 
 # The form, the calls, and the call for torch's own compiler in the suite; `make prove` takes all.
@@ -48,9 +44,7 @@ def mark(quick):
 
 
 def check(name, form, sizes, **options):
-    """Checks that a second size of a dynamic call, and a second call of a static one, reuse the
-    first one's graph.
-    """
+    """Checks that a second size, or a second call of a static one, reuses the first one's graph."""
     dtype, autocast = FORMS[form]
     torch.manual_seed(0)
     tensors, function = SMALL[name] if name in SMALL else module_call(name, dtype)
@@ -102,9 +96,7 @@ def test_compiles(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_block_traced_by_torch_jit_computes_batches_of_other_sizes(trained):
-    """A frozen block computes its MLP in chunks, whose number must not become that of the
-    example.
-    """
+    """A frozen block computes its MLP in chunks, of another number than the example's."""
     block = simplclip.nn.SimplifiedBlock(64, 2).requires_grad_(trained)
     torch.nn.init.ones_(block.mlp_gain)
     traced = torch.jit.trace(block, (torch.randn(300, 77, 64),), check_trace=not trained)

@@ -34,14 +34,9 @@ def test_features_of_zeros(n, d, backend):
 def test_nan_reaches_the_gradient_of_its_row_alone(mode, which, backend):
     call = feature_call(18, 37, **mode)
     call.tensors[which][9, 36] = torch.nan
+    tensors = call.typed(torch.float32)
     with simplclip.backend(backend):
-        out = run(
-            function_of(call),
-            call,
-            call.typed(torch.float32),
-            ["student"],
-            lambda name, t: torch.ones_like(t),
-        )
+        out = run(function_of(call), call, tensors, ["student"], lambda _, t: torch.ones_like(t))
     assert out["out"].isnan()
     assert out["d_student"][9, 36].isnan()
     assert out["d_student"][torch.arange(18) != 9].isfinite().all()
@@ -54,12 +49,9 @@ def test_a_number_of_numpy_is_a_beta():
 
 
 def test_half_precision_is_read_and_rounded_exactly():
-    """Every float16 number is read exactly, and gradients round as in torch: d = (x − 0) · 2 / N ·
-    grad.
-    """
-    numbers = (
-        torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.float16)
-    )
+    """For every float16 number; gradients are (x − 0) · 2 / N · grad."""
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32)
+    numbers = bits.to(torch.int16).view(torch.float16)
     for scale in (1.0, 0.37, 3.1e-4, 7e-8, 1.9):
         student = numbers.clone().reshape(-1, 64).requires_grad_()
         loss = feature_loss(student, torch.zeros_like(student), normalize=False)

@@ -3,6 +3,7 @@ keeps and computes.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -26,15 +27,13 @@ def of_feature_loss() -> Call:
 # Calls, and the most bytes that a step adds: results, gradients, what is kept for backward, and
 # some scratch.
 STEPS: dict[str, tuple[Callable[[], Call], int]] = {
-    # log-sum-exps
-    "attention, 77 tokens": (
-        lambda: attention_call(4, 77, 2, 64),
-        4 * 4 * 77 * 2 * (4 * 64 + 1) + 4096,
-    ),
-    "attention, 300 tokens": (
-        lambda: attention_call(4, 300, 2, 20),
-        4 * 4 * 300 * 2 * (4 * 20 + 1) + 4096,
-    ),
+    f"attention, {length} tokens": (  # one log-sum-exp a token is kept
+        partial(attention_call, 4, length, 2, width),
+        4 * 4 * length * 2 * (4 * width + 1) + 4096,
+    )
+    for length, width in ((77, 64), (300, 20))
+}
+STEPS |= {
     "mlp": (
         # one hidden layer is kept, and written over in backward
         lambda: mlp_call(6000, 64, 2048, 64),
@@ -68,9 +67,7 @@ def test_peak_of_a_step(name):
 @needs_cpu_kernels
 @pytest.mark.parametrize("op", ["parallel_mlp", "simplified_block"])
 def test_without_gradients_only_some_rows_of_the_hidden_layer_are_kept(op):
-    tokens = 7700
-    width = 128
-    hidden = 2048
+    tokens, width, hidden = 7700, 128, 2048
     call = mlp_call(tokens, width, hidden, width)
     if op == "simplified_block":
         call = block_call(100, 77, width, 2, hidden, projections=False)
@@ -81,11 +78,8 @@ def test_without_gradients_only_some_rows_of_the_hidden_layer_are_kept(op):
 
 @needs_cpu_kernels
 def test_a_block_keeps_its_input_queries_keys_and_hidden_layer_or_its_input_alone():
-    b = 8
-    length = 77
-    c = 128
-    f = 512
-    call = block_call(b, length, c, 2, f, projections=False)
+    b, length, c = 8, 77, 128
+    call = block_call(b, length, c, 2, 512, projections=False)
     tensors = {name: t.requires_grad_() for name, t in call.typed(torch.float32).items()}
     parameters = {t.untyped_storage().data_ptr() for t in tensors.values() if t.dim() < 3}
     tokens, lse = 4 * b * length * c, 4 * b * 2 * length
@@ -98,16 +92,11 @@ def test_a_block_keeps_its_input_queries_keys_and_hidden_layer_or_its_input_alon
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             simplified_block(**tensors, recompute=recompute)
-        assert (
-            sum(size for at, size in kept.items() if at not in parameters and size > 4 * 3 * 2)
-            == expected
-        )
+        sizes = [size for at, size in kept.items() if at not in parameters and size > 4 * 3 * 2]
+        assert sum(sizes) == expected
 
 
 def test_frozen_tensors_of_a_block_cost_no_products(monkeypatch):
-    """If x needs no gradient, none of the three products for it is computed; nor is the product of
-    a frozen weight.
-    """
     calls = []
     for name in ("mm", "addmm", "addmm_"):
         owner = torch.Tensor if name == "addmm_" else torch

@@ -79,9 +79,7 @@ def test_tensors_are_made_on_the_calls_device(backend):
 
 @pytest.fixture(params=["cpu", "flash", "efficient", "xformers"])
 def around(request, monkeypatch):
-    """Names a backend around another attention; a GPU's attentions are stand-ins in plain torch
-    that check arguments.
-    """
+    """Names a backend around another attention; a GPU's are stand-ins that check arguments."""
     if request.param == "cpu":
         return "sdpa"
     monkeypatch.setattr(sdpa, "aten", torch_attention.aten)
@@ -114,17 +112,11 @@ def test_shaped_attention_around_attention_of_torch_and_xformers(around, dtype, 
         halves = dtype != torch.float32  # beta's gradient comes from rounded A v, and may cancel
         check(call, dtype, around, roundings=halves)
         for layout in ("odd_rows", "heads_first") if shape[1] > 80 else ():
-            check(
-                call,
-                dtype,
-                around,
-                layouts=dict.fromkeys(("q", "k", "v", "grad out"), layout),
-                roundings=halves,
-            )
+            forms = dict.fromkeys(("q", "k", "v", "grad out"), layout)
+            check(call, dtype, around, layouts=forms, roundings=halves)
     for scale in (-2.0, 0.0, 30.0):
-        check(
-            attention_call(1, 70, 2, 16, causal=causal, scale=scale), dtype, around, roundings=True
-        )
+        call = attention_call(1, 70, 2, 16, causal=causal, scale=scale)
+        check(call, dtype, around, roundings=True)
     if around != "xformers":
         check_padding(dtype, around, causal)
 
