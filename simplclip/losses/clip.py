@@ -10,13 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from simplclip.common.terms import BY_NAME, SWEPT, choices
-from simplclip.losses.base import (
-    NAMES,
-    TEACHER,
-    DistributedLoss,
-    checked_weight,
-    checked_width,
-)
+from simplclip.losses.base import NAMES, TEACHER, DistributedLoss, checked_weight, checked_width
 from simplclip.ops import checks
 from simplclip.ops.modes import autocast
 from simplclip.ops.similarity import inputs

@@ -136,9 +136,7 @@ class RowwiseLoss(DistributedLoss):
             teacher = inputs.checked_teacher(pairs, NAMES, why)
             product_dtype = _product_dtype(image.dtype)
             teacher = replace(
-                teacher,
-                image=teacher.image.to(product_dtype),
-                text=teacher.text.to(product_dtype),
+                teacher, image=teacher.image.to(product_dtype), text=teacher.text.to(product_dtype)
             )
         dtype = accumulate_dtype(image.dtype)
         scale = checks.scalar("logit_scale", logit_scale, image.device, dtype)

@@ -22,14 +22,9 @@ def shape_of(t: Any) -> str:
     return f"[{', '.join(map(str, t.shape))}]"
 
 
-def is_dense(t: Tensor) -> bool:
-    """Whether a tensor has strides: sparse, nested and oneDNN's tensors have none."""
-    return t.layout is torch.strided and not t.is_nested
-
-
 def check_dense(name: str, t: Tensor) -> None:
     """Raises TypeError unless a tensor has strides."""
-    if not is_dense(t):
+    if t.is_nested or t.layout is not torch.strided:
         layout = "nested" if t.is_nested else str(t.layout).removeprefix("torch.").strip("_")
         raise TypeError(f"{name}: expected a tensor with strides, got the layout {layout}")
 
@@ -46,7 +41,14 @@ def check_floating(name: str, t: Any, letters: str = "") -> None:
 
 def check_features(name: str, t: Tensor, letters: str) -> None:
     """Raises an error unless t is a floating matrix without an empty dimension, e.g. "[N, D]"."""
-    if isinstance(t, Tensor) and t.dtype in FLOATS and t.dim() == 2 and is_dense(t) and t.numel():
+    if (
+        isinstance(t, Tensor)
+        and t.dtype in FLOATS
+        and t.dim() == 2
+        and t.layout is torch.strided
+        and not t.is_nested
+        and t.numel()
+    ):
         return
     if isinstance(t, Tensor) and t.dim() != 2:
         raise ValueError(f"{name}: expected a tensor {letters}, got shape {shape_of(t)}")

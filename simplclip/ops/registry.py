@@ -32,12 +32,7 @@ _selected: dict[tuple, Callable] = {}  # the backends' functions that earlier ca
 
 
 def _select(
-    op: str,
-    facts: backends.Facts = backends.NO_FACTS,
-    *,
-    first: Tensor,
-    spec: str,
-    part: bool,
+    op: str, facts: backends.Facts = backends.NO_FACTS, *, first: Tensor, spec: str, part: bool
 ) -> Callable:
     """Returns the function of the backend that backends.select chooses, cached by kind of call."""
     # CUDA attention's why_not() reads it

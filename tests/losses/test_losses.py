@@ -7,14 +7,7 @@ import pytest
 import torch
 
 from simplclip import losses
-from simplclip.losses import (
-    ClipLoss,
-    ClipPMLoss,
-    CoCaLoss,
-    MatryoshkaLoss,
-    SigLipLoss,
-    WIKDLoss,
-)
+from simplclip.losses import ClipLoss, ClipPMLoss, CoCaLoss, MatryoshkaLoss, SigLipLoss, WIKDLoss
 from support.losses import loss_inputs
 from support.ops import plain
 

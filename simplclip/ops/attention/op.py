@@ -21,13 +21,7 @@ from simplclip.ops.modes import autocast
 from simplclip.ops.registry import define, register_gradient
 
 # The backends of shaped_attention, in the order in which they are tried.
-BACKENDS = (
-    CudaAttention,
-    CpuAttention,
-    SdpaAttention,
-    XformersAttention,
-    ReferenceAttention,
-)
+BACKENDS = (CudaAttention, CpuAttention, SdpaAttention, XformersAttention, ReferenceAttention)
 
 
 def facts_of(shape: Sequence[int], lengths: Tensor | None) -> Facts:

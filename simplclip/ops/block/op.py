@@ -228,13 +228,7 @@ def _gradient(
     (grad,) = grads
     call = FORWARD.call_type(*tensors, *options)
     gradient = BlockGradient(
-        **vars(call),
-        grad=grad,
-        qk=qk,
-        h=to_overwrite(h),
-        lse=lse,
-        av=av,
-        need=list(needed[:-1]),
+        **vars(call), grad=grad, qk=qk, h=to_overwrite(h), lse=lse, av=av, need=list(needed[:-1])
     )
     return dict(zip(Needed._fields, registry.call(BACKWARD, gradient, spec)))
 

@@ -15,7 +15,6 @@ SCRATCH_BYTES_ELSEWHERE = 128 << 20
 # them again; only the CPU's kernels do.
 STORE_BYTES = 208 << 20
 _CHUNK_ROWS = 1024
-_CHUNK_ROWS_ELSEWHERE = 4096
 _STRIP = 64  # rows of one task of the CPU kernel; a chunk is a multiple of it
 
 
@@ -28,34 +27,22 @@ def computes_in(dtype: torch.dtype, device: str) -> torch.dtype:
     return torch.float32
 
 
-def chunk_rows(
-    n: int,
-    m: int,
-    dtype: torch.dtype,
-    device: str,
-    live: int = 1,
-    scratch_bytes: int = SCRATCH_BYTES,
-) -> int:
-    """Returns the rows per chunk of an [n, m] matrix, a multiple of 64, that scratch_bytes holds.
-
-    live: matrices that exist at a time. The chunks are about equally large.
-    """
-    rows = (_CHUNK_ROWS if device == "cpu" else _CHUNK_ROWS_ELSEWHERE) // live
-    most = min(rows, max(_STRIP, scratch_bytes // (m * dtype.itemsize) // _STRIP * _STRIP))
-    chunks = -(-n // most)
-    return -(-n // (chunks * _STRIP)) * _STRIP
-
-
 def sweep_rows(image: Tensor, m: int, live: int, scratch_bytes: int | None) -> int:
-    """Returns a call's `chunk`: the rows of [N, m] that scratch_bytes holds."""
+    """Returns a call's `chunk`: the rows of [N, m] that scratch_bytes holds, of `live` matrices.
+
+    On a CPU a multiple of 64 that makes chunks about equally large.
+    """
     n = image.shape[0]
     device = image.device.type
-    dtype = computes_in(image.dtype, device)
+    row_bytes = m * computes_in(image.dtype, device).itemsize
     if scratch_bytes is None:
         scratch_bytes = SCRATCH_BYTES if device == "cpu" else SCRATCH_BYTES_ELSEWHERE
-    if device == "cpu":
-        return chunk_rows(n, m, dtype, device, live, scratch_bytes)
-    return min(n, max(1, scratch_bytes // (m * dtype.itemsize)))
+    rows = scratch_bytes // row_bytes
+    if device != "cpu":
+        return min(n, max(1, rows))
+    most = min(_CHUNK_ROWS // live, max(_STRIP, rows // _STRIP * _STRIP))
+    chunks = -(-n // most)
+    return -(-n // (chunks * _STRIP)) * _STRIP
 
 
 def stored_rows(image: Tensor, m: int, matrices: int, store_bytes: int | None) -> int:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from simplclip.calls.similarity import SigmoidCall, SimilarityCall, SimilarityGradient
 from simplclip.ops.backends import Cpu, native
-from simplclip.ops.similarity.reference import (
-    empty_gradients,
-    empty_sigmoids,
-    empty_statistics,
-)
+from simplclip.ops.similarity.reference import empty_gradients, empty_sigmoids, empty_statistics
 
 
 class CpuSimilarity(Cpu):

@@ -130,14 +130,7 @@ def similarity_loss(
     if not PLANE_TERMS.isdisjoint(terms):
         hyperplane = inputs.checked_plane(plane, image)
     settings = Settings(
-        terms,
-        weights,
-        hyperplane,
-        divergence,
-        symmetric,
-        group,
-        scratch_bytes,
-        store_bytes,
+        terms, weights, hyperplane, divergence, symmetric, group, scratch_bytes, store_bytes
     )
     inputs.check_budgets(settings)
     total, values = route.compute(pairs, settings)

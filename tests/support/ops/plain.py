@@ -81,11 +81,7 @@ def similarity_loss(
 
 
 def pairs(
-    n: int,
-    m: int,
-    ids: Tensor | None = None,
-    text_ids: Tensor | None = None,
-    label_offset: int = 0,
+    n: int, m: int, ids: Tensor | None = None, text_ids: Tensor | None = None, label_offset: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Returns positives and negatives, [N, M] bool; other pairs with equal ids are neither."""
     positive = F.one_hot(torch.arange(n) + label_offset, m).bool()
