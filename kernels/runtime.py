@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
 from typing import Any
@@ -12,11 +11,6 @@ from torch import Tensor
 
 # Options of compiled kernels. Triton 3.10 changes the default.
 COMPILE = {"enable_fp_fusion": True}
-
-
-def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Returns a context that makes the tensor's device the current one."""
-    return torch.cuda.device_of(tensor)
 
 
 @functools.cache
@@ -56,7 +50,7 @@ def product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
 
     out is float32, since cuBLAS may add parts of a long sum in the dtype of out.
     """
-    wide = {"out_dtype": torch.float32} if left.dtype != torch.float32 else {}
+    wide: dict[str, Any] = {"out_dtype": torch.float32} if left.dtype != torch.float32 else {}
     if add:
         torch.addmm(out, left, right, out=out, **wide)
     else:

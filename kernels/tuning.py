@@ -24,7 +24,7 @@ class Tile(NamedTuple):
 
     def options(self) -> dict[str, int]:
         """Returns a launch's arguments BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages by name."""
-        return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), self))
+        return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), self[:5]))
 
 
 PRECISIONS = ("half", "tf32", "ieee")

@@ -10,7 +10,7 @@ from simplclip.kernels.attention.terms import (
     _shaped_attention_gradients_kernel,
     _shaped_attention_terms_kernel,
 )
-from simplclip.kernels.runtime import device_of, launch
+from simplclip.kernels.runtime import launch
 
 ELEMENTS = 1024  # of a block
 # so a thread has 8 elements, in backward of six tensors at a time; with 16 the compiler spills
@@ -35,7 +35,7 @@ def shaped_attention_terms(call: AttentionCall, av: Tensor, out: Tensor) -> None
     mean of v over the keys that a query sees.
     """
     batch, tokens, heads, width = call.q.shape
-    with device_of(call.q):
+    with torch.cuda.device_of(call.q):
         launch(
             _shaped_attention_terms_kernel,
             batch * heads,
@@ -56,7 +56,7 @@ def shaped_attention_gradients(
     """
     batch, tokens, heads, width = call.q.shape
     parts = torch.empty(3, batch, heads, dtype=torch.float32, device=call.q.device)
-    with device_of(call.q):
+    with torch.cuda.device_of(call.q):
         launch(
             _shaped_attention_gradients_kernel,
             batch * heads,

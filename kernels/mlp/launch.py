@@ -18,7 +18,6 @@ from simplclip.kernels import tuning
 from simplclip.kernels.mlp.hidden import _parallel_mlp_activate_kernel, _parallel_mlp_hidden_kernel
 from simplclip.kernels.runtime import (
     architecture_and_processors,
-    device_of,
     launch,
     precision_of,
     product,
@@ -45,11 +44,6 @@ def _write_activated(h: Tensor, act: str, scratch: Tensor) -> Tensor:  # [rows, 
     return out
 
 
-def _scratch(h: Tensor, chunks: list[slice]) -> Tensor:
-    """Returns uninitialised memory for act(h) of the largest of the chunks of rows, [rows, F]."""
-    return torch.empty_like(h[chunks[0]])
-
-
 def parallel_mlp_fwd(call: HiddenCall) -> None:
     """Writes act(h) weightᵀ + bias to call.out [T, C], or adds it if call.accumulate.
 
@@ -57,15 +51,15 @@ def parallel_mlp_fwd(call: HiddenCall) -> None:
     """
     h = call.h
     out = call.out
-    weight = call.weight.T
     bias = call.bias
+    weight = call.weight.T
     if not out.numel():
         return
     chunks = _chunks(h)
-    scratch = _scratch(h, chunks)
+    scratch = torch.empty_like(h[chunks[0]])  # the first chunk is the largest
     if call.accumulate and bias is not None:
         out += bias
-    with device_of(h):
+    with torch.cuda.device_of(h):
         for rows in chunks:
             activated = _write_activated(h[rows], call.act, scratch)
             out_chunk = out[rows]
@@ -82,7 +76,7 @@ def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], [0, F] if not n
 
     Scratch: that of forward, and if it does not hold all of act(h), also dweight in float32.
     """
-    with device_of(call.h):
+    with torch.cuda.device_of(call.h):
         if call.need_weight:
             d_weight = _weight_gradient(call.grad, call.h, call.act)
         else:
@@ -119,7 +113,7 @@ def _weight_gradient(grad: Tensor, h: Tensor, act: str) -> Tensor:  # [C, F]
     if not h.numel():
         return h.new_zeros(grad.shape[1], h.shape[1])
     chunks = _chunks(h)
-    scratch = _scratch(h, chunks)
+    scratch = torch.empty_like(h[chunks[0]])  # the first chunk is the largest
     if len(chunks) == 1:
         return grad.T @ _write_activated(h, act, scratch)
     total = h.new_zeros(grad.shape[1], h.shape[1], dtype=torch.float32)

@@ -68,7 +68,8 @@ class FeatureGradient:
 
         No call may follow.
         """
-        total, self.sum = self.sum, None
+        total = self.sum
+        del self.sum
         if unscale is not None:
             total.mul_(unscale)
         return total.to(self.dtype)
@@ -78,8 +79,7 @@ def gradients_in_blocks(
     call: SimilarityGradient | SigmoidCall,
     kernel: Any,
     numbers: int,  # sums of a program
-    factor: Tensor | None,
-    unscale: Tensor | None,
+    range_: tuple[Tensor | None, Tensor | None],
     dtype: torch.dtype,
     stored: bool = True,
     **inputs: Any,
@@ -88,10 +88,11 @@ def gradients_in_blocks(
 
     kernel: computes blocks of G, the gradient of the similarities, one launch for each block. The
     sums are those that the kernel makes for gradients of numbers, as of the scale; a program adds
-    to its own in all blocks, so that their order is fixed. factor, unscale: from `range_factor`.
+    to its own in all blocks, so that their order is fixed. range_: from `range_factor`.
     dtype: of d_image and d_text; one that the call does not need has no rows. stored: whether the
     kernel stores G; False only if neither is needed. inputs: further arguments of the kernel.
     """
+    factor, unscale = range_
     tile = tile_of(call)
     n = call.image.shape[0]
     m = call.text.shape[0]

@@ -19,7 +19,7 @@ from simplclip.calls.similarity import (
     SimilarityCall,
     SimilarityGradient,
 )
-from simplclip.kernels.runtime import device_of, launch
+from simplclip.kernels.runtime import launch
 from simplclip.kernels.similarity.blocks import gradients_in_blocks, range_factor
 from simplclip.kernels.similarity.gradient import SUMS, _similarity_gradient_kernel
 from simplclip.kernels.similarity.plan import ROW_SLOTS, arguments, column_slots, sweeps
@@ -48,31 +48,24 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
     m = call.text.shape[0]
     rows = image.new_zeros(len(RowStat), n, dtype=torch.float32)
     columns = image.new_zeros(len(ColumnStat), m, dtype=torch.float32)
-    with device_of(image):
-        _write_positives(call, RowStat.DIAGONAL_STUDENT, image, call.text, rows)
-        if call.has_teacher:
-            _write_positives(
-                call, RowStat.DIAGONAL_TEACHER, call.teacher_image, call.teacher_text, rows
-            )
+    with torch.cuda.device_of(image):
+        for stat, left, right in (
+            (RowStat.DIAGONAL_STUDENT, image, call.text),
+            (RowStat.DIAGONAL_TEACHER, call.teacher_image, call.teacher_text),
+        ):
+            if left is not None:
+                blocks = -(-n // DIAGONAL["BLOCK_M"])
+                sizes = (int(stat), n, left.shape[1], call.label_offset)
+                launch(_similarity_diagonal_kernel, blocks, left, right, rows, *sizes, **DIAGONAL)
         _write_statistics(call, rows, columns)
     # none on a GPU
     stored = image.new_empty(call.matrices if call.stored_rows else 0, call.stored_rows, m)
     return rows, columns, stored
 
 
-def _write_positives(
-    call: SimilarityCall, stat: RowStat, image: Tensor, text: Tensor, rows: Tensor
-) -> None:
-    """Writes the similarity of each row and its positive to the row `stat` of rows, [6, N]."""
-    n, width = image.shape
-    blocks = -(-n // DIAGONAL["BLOCK_M"])
-    sizes = (int(stat), n, width, call.label_offset)
-    launch(_similarity_diagonal_kernel, blocks, image, text, rows, *sizes, **DIAGONAL)
-
-
 def _matrix_arguments(call: SimilarityCall) -> dict[str, Any]:
     """Returns the arguments by name that the kernels of statistics and of the gradient share."""
-    teacher_width = call.teacher_image.shape[1] if call.has_teacher else 0
+    teacher_width = 0 if call.teacher_image is None else call.teacher_image.shape[1]
     return {
         **arguments(call, teacher_width),
         "teacher_image": call.teacher_image,
@@ -104,7 +97,7 @@ def _write_statistics(call: SimilarityCall, rows: Tensor, columns: Tensor) -> No
             COLUMN_SLOTS=slots,
         )
         _merge(call, row_parts, rows, sweep.first_row, plane=call.plane is not None)
-        if call.columns:
+        if column_parts is not None:
             _merge(call, column_parts, columns, 0, previous=sweep.first_row > 0)
 
 
@@ -146,12 +139,12 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tenso
     Scratch besides the results: as many elements as `chunk` rows of one matrix; for half types also
     the gradients in float32.
     """
-    grads = {
-        "grad_rows": call.grad_rows,
-        "grad_columns": call.grad_columns if call.columns else None,
-    }
-    stats = {"rows": call.row_stats, "columns": call.column_stats if call.columns else None}
-    with device_of(call.image):
+    grads: dict[str, Any] = {"grad_rows": call.grad_rows, "grad_columns": None}
+    columns = None
+    if call.columns:
+        columns = call.column_stats
+        grads["grad_columns"] = call.grad_columns
+    with torch.cuda.device_of(call.image):
         factor = range_factor(
             call, scale=call.scale, plane=call.plane, **grads, HAS_TEACHER=call.has_teacher
         )
@@ -159,10 +152,11 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tenso
             call,
             _similarity_gradient_kernel,
             SUMS,
-            *factor,
+            factor,
             call.image.dtype,
             **_matrix_arguments(call),
-            **stats,
+            rows=call.row_stats,
+            columns=columns,
             **grads,
         )
     return d_image, d_text, sums[:, 0].sum(), sums[:, 1:].sum(0)
@@ -179,8 +173,8 @@ def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tenso
     """
     terms = call.sigmoids.shape[1]
     dtype = torch.float32 if call.image.dtype == torch.float16 else call.image.dtype
-    inputs = {"sigmoids": call.sigmoids, "TERMS": terms}
-    with device_of(call.image):
+    inputs: dict[str, Any] = {"sigmoids": call.sigmoids, "TERMS": terms}
+    with torch.cuda.device_of(call.image):
         factor: tuple[Tensor | None, Tensor | None] = (None, None)
         if call.gradient:
             factor = range_factor(call, **inputs)
@@ -188,7 +182,7 @@ def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tenso
             call,
             _similarity_sigmoid_kernel,
             3 * terms,
-            *factor,
+            factor,
             dtype,
             stored=call.gradient,
             **inputs,
