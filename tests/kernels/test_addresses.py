@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -27,11 +28,11 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 from ptx.capture import Driver, driven
 from ptx.huge import HugeCard
 from ptx.machine import Code
-from ptx.parse import parse
 from simplclip.plan.cards import CARDS
 from simplclip.plan.kernels import Kernel, Stand
 from simplclip.plan.kernels import Launch as Started
 from simplclip.selftest.calls import Call, attention_call, mlp_call, similarity_call
+from support.kernels.few_lines import kernel_of
 from support.ops import layouts
 from support.ops.predicted_calls import forward_and_backward, trace
 
@@ -103,7 +104,9 @@ def check(name: str, dtype: str, card: str) -> None:
     with FakeTensorMode():
         call = CASES[name]()
         tensors = call.typed(getattr(torch, dtype))
-    kernels = trace(partial(forward_and_backward, call), tensors, card)
+    # fewer chunks of an MLP's rows, each as many bytes as an index of 32 bits can count
+    with mock.patch("simplclip.kernels.mlp.launch.SCRATCH_BYTES", 1 << 31):
+        kernels = trace(partial(forward_and_backward, call), tensors, card)
     machine = HugeCard(sm=CARDS[card].architecture, compare=grids.check)
     with driven(Driver(machine)):
         for launch in sampled(kernels):
@@ -128,10 +131,6 @@ def test_more_addresses(name, dtype, card):
 
 
 LOOP = """
-.visible .entry test(.param .u64 p0) {{
-.reg .pred %p<2>;
-.reg .b32 %r<8>;
-.reg .b64 %d<8>;
 ld.param.u64 %d0, [p0];
 mov.u32 %r0, %ctaid.x;
 mov.b32 %r1, 0;
@@ -143,8 +142,6 @@ ld.global.b16 %r3, [%d4];
 add.s32 %r1, %r1, 1;
 setp.lt.s32 %p1, %r1, {width};
 @%p1 bra $L1;
-ret;
-}}
 """
 WIDE = "mul.wide.s32 %d1, %r0, 4400;\nadd.s64 %d2, %d0, %d1;"
 NARROW = "mul.lo.s32 %r2, %r0, 2200;\nmul.wide.s32 %d1, %r2, 2;\nadd.s64 %d2, %d0, %d1;"
@@ -156,17 +153,13 @@ def test_an_index_of_32_bits_and_the_end_of_a_loop():
     """
     for row, width, hazards in ((WIDE, 2200, 0), (NARROW, 2200, 1), (WIDE, 2201, 1)):
         rows = SimpleNamespace(storage=0, allocated=4400 * MANY[0], data_ptr=lambda: 0)
-        machine, code = HugeCard(), Code(parse(LOOP.format(row=row, width=width))["test"])
+        machine, code = HugeCard(), Code(kernel_of(LOOP.format(row=row, width=width)))
         machine.launch(code, MANY[0], 32, 0, [rows])
         assert len(machine.hazards) == hazards
         assert machine.addresses < 2000
 
 
 GRID = """
-.visible .entry test(.param .u64 p0) {{
-.reg .pred %p<1>;
-.reg .b32 %r<8>;
-.reg .b64 %d<8>;
 ld.param.u64 %d0, [p0];
 mov.u32 %r0, %ctaid.x;
 mov.u32 %r1, %tid.x;
@@ -176,8 +169,6 @@ mul.wide.s32 %d2, %r1, 4;
 add.s64 %d3, %d0, %d1;
 add.s64 %d4, %d3, %d2;
 st.global.b32 [%d4], %r1;
-ret;
-}}
 """
 BLOCKS = 1 << 20
 
@@ -198,8 +189,7 @@ BLOCKS = 1 << 20
 )
 def test_the_blocks_of_a_grid(programs, change, error):
     numbers = Stand(torch.float32, (32 * BLOCKS,), (1,), 0, allocated=256 * BLOCKS)
-    code = Code(parse(GRID.format(change=change))["test"])
+    code = Code(kernel_of(GRID.format(change=change)))
     launch = HugeCard().launch(code, programs, 32, 0, [numbers])
-    found = pytest.raises(AssertionError, match=re.escape(error)) if error else nullcontext()
-    with found:
+    with pytest.raises(AssertionError, match=re.escape(error)) if error else nullcontext():
         grids.check_blocks("numbers", launch, *grids.region(numbers))

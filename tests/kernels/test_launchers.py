@@ -23,11 +23,11 @@ OBJECTIVES = ("contrastive", "pair matching", "hadamard", "every term")
 @needs_triton
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("hadamard", torch.float32), ("contrastive", torch.float16), ("every term", torch.float16)],
+    [("hadamard", torch.float32), ("every term", torch.float16)],
 )
 def test_chunks_between_the_second_and_the_last_change_no_peak(name, dtype, monkeypatch):
     """Predictions can therefore leave these chunks out."""
-    call = similarity_call(name, 900, 1000, scratch_bytes=1 << 15)
+    call = similarity_call(name, 500, 600, scratch_bytes=1 << 15)
     few = predicted(call, dtype, CUDA).usage
     monkeypatch.setattr(Counter, "_few_first_rows", lambda _, size, step: range(0, size, step))
     whole = predicted(call, dtype, CUDA).usage

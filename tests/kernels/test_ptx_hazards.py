@@ -11,7 +11,7 @@ import torch
 from ptx.capture import Card
 from ptx.machine import Batch, Code, LaunchError, Machine
 from ptx.parse import UnknownPTXError, parse
-from support.kernels.few_lines import execute, vectors
+from support.kernels.few_lines import execute, kernel_of, vectors
 
 READ_RACE = "shared memory is read while another thread or a copy writes it"
 WRITE_RACE = "shared memory is written while another thread or a copy reads it"
@@ -147,7 +147,7 @@ def test_the_threads_of_a_kernel(directive):
 
 
 def test_a_launch_beyond_the_card():
-    code = Code(parse(".visible .entry test() {\nret;\n}\n")["test"])
+    code = Code(kernel_of(""))
     Card(sm=86).launch(code, 1, 32, 99 << 10, [])
     for programs, shared, message in (
         (1, (99 << 10) + 1, "to 101376 bytes of shared memory, got 101377"),

@@ -17,8 +17,8 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 import ptx
 from ptx.capture import Started
 from ptx.machine import Code
-from ptx.parse import parse
 from support.kernels import mutants
+from support.kernels.few_lines import kernel_of
 from support.kernels.launches import compare
 
 # Launches of calls with tiles at the edge of the matrix, and where kernels copy, multiply and
@@ -67,22 +67,22 @@ TWELVE = {
 }
 
 
-def started(*calls: tuple[Call, torch.dtype]) -> list[list[Started]]:
+def started(*calls: tuple[Call, torch.dtype]) -> dict[Code, list[Started]]:
     """Returns for each form of a kernel its first launch in each call."""
-    launches: dict[int, list[Started]] = defaultdict(list)
+    launches: dict[Code, list[Started]] = defaultdict(list)
     for call, dtype in calls:
-        first: dict[int, Started] = {}
-        keep = lambda each: first.setdefault(id(each.launch.code), each)  # noqa: B023, E731
+        first: dict[Code, Started] = {}
+        keep = lambda each: first.setdefault(each.launch.code, each)  # noqa: B023, E731
         with ptx.card(86, compare=keep, processors=PROCESSORS):
             Case(call, dtype, "triton", call.needed()).run()
         for code, launch in first.items():
             launches[code].append(launch)
-    return list(launches.values())
+    return launches
 
 
 @pytest.fixture(scope="module")
 def gradient():
-    for (launch,) in started(CALLS["bf16"]):
+    for (launch,) in started(CALLS["bf16"]).values():
         if launch.name == "_similarity_gradient_kernel":
             return launch
     raise AssertionError("no launch of the gradient kernel")
@@ -105,13 +105,13 @@ def test_twelve_kinds(gradient, name):
 
 def test_a_kind_that_changes_nothing_has_no_place():
     """Turning one register gives the same instruction."""
-    loads = "".join(
-        f"ldmatrix.sync.aligned.m8n8.x{count}.shared.b16 {{{registers}}}, [%r9];\n"
+    one, four = (
+        Code(kernel_of(f"ldmatrix.sync.aligned.m8n8.x{count}.shared.b16 {{{registers}}}, [%r9];"))
         for count, registers in ((1, "%r0"), (4, "%r0, %r1, %r2, %r3"))
     )
-    code = Code(parse(f".visible .entry test() {{\n.reg .b32 %r<10>;\n{loads}}}\n")["test"])
-    code.executed = [True, True]
-    assert mutants.places(mutants.KINDS["ldmatrix: registers exchanged"], code) == [1]
+    turned = mutants.KINDS["ldmatrix: registers exchanged"]
+    assert not mutants.places(turned, one, executed=False)
+    assert mutants.places(turned, four, executed=False) == [2]
 
 
 def test_what_a_launch_writes_outside_of_its_results_is_an_error():
@@ -137,11 +137,12 @@ def test_many():
     """
     count, found = Counter(), Counter()
     missed = []
-    for launches, name, place in mutants.sample(started(*CALLS.values(), *MORE_CALLS), 300):
-        kernel = launches[0].launch.code.kernel
+    launches = started(*CALLS.values(), *MORE_CALLS)
+    for code, name, place in mutants.sample([*launches], 300):
+        kernel = code.kernel
         mutant = mutants.mutant(kernel, mutants.KINDS[name], {place})
         count[name] += 1
-        if any(mutants.found_by(launch, mutant) for launch in launches):
+        if any(mutants.found_by(launch, mutant) for launch in launches[code]):
             found[name] += 1
         else:
             missed.append(f"{kernel.name}: {name}: {kernel.instructions[place]}")

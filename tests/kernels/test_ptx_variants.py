@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from ptx import fused, noisy
-from ptx.parse import parse
-from support.kernels.few_lines import TEXT, run_kernel
+from support.kernels.few_lines import kernel_of, run_kernel
 
 FUSING = """
 mul.f32 %r20, %r21, %r22;
@@ -32,7 +31,7 @@ mul.f32 %r20, %r21, %r22;
 )
 def test_fused_sums(sum_, terms, between, factors):
     """(1 + 2^-12)^2 is 1 + 2^-11 + 2^-24; a product that is rounded by itself loses the last."""
-    kernel = parse(TEXT.format(body=FUSING.format(sum=sum_, terms=terms, between=between)))["test"]
+    kernel = kernel_of(FUSING.format(sum=sum_, terms=terms, between=between))
     changed = fused(kernel)
     if factors is None:
         assert changed == kernel
@@ -56,7 +55,7 @@ def test_fused_sums(sum_, terms, between, factors):
 def test_noise(operation, function):
     values = np.tile(np.linspace(0.25, 4, 16, dtype=np.float32), 2)
     values[[14, 30]], values[[15, 31]] = 0, np.inf
-    kernel = parse(TEXT.format(body=operation))["test"]
+    kernel = kernel_of(operation)
     got, exact = (
         run_kernel(each, r21=values).registers["32"][20].view(np.float32)
         for each in (noisy(kernel), kernel)

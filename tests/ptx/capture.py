@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -60,7 +59,6 @@ class Card(Machine):
     variant: Variant | None = None
     compare: Callable[[Started], None] | None = None
     launches: int = 0
-    seconds: float = 0.0  # of a processor, for their execution
     functions: set[JITFunction] = field(default_factory=set)  # whose kernels were started
 
     def __post_init__(self) -> None:
@@ -78,9 +76,7 @@ class Card(Machine):
         before = {}
         if self.compare:
             before = {name: t.clone() for name, t in arguments.items() if isinstance(t, Tensor)}
-        began = time.process_time()
         launch = self.launch(code, programs, metadata.num_warps * 32, metadata.shared, flat)
-        self.seconds += time.process_time() - began
         self.launches += 1
         if self.compare:
             self.compare(Started(source.name, arguments, launch, before))

@@ -33,18 +33,15 @@ def _precisely(function: Callable) -> Callable:
     return lambda x: function(x.astype(np.float64)).astype(np.float32)
 
 
-def _same(x: np.ndarray) -> np.ndarray:
-    return x
-
-
 # Opcode, where T stands for a type of integers, L for bits or pred, A for any type, H for bf16 or
-# f16, and ? follows what may be left out; types of the result and of the sources (2T: twice as
-# wide); the function.
+# f16, W for two of these, and ? follows what may be left out; types of the result and of the
+# sources (2T: twice as wide); the function.
 _WILD = {
     "T": "[bsu](?:16|32|64)",
     "L": "b16|b32|b64|pred",
     "A": "[bsuf](?:16|32|64)|pred",
     "H": "bf16|f16",
+    "W": "bf16x2|f16x2",
 }
 _COMPARE = {
     "eq": np.equal,
@@ -54,7 +51,6 @@ _COMPARE = {
     "gt": np.greater,
     "ge": np.greater_equal,
 }
-_HALVES = "bf16x2", "f16x2"
 _SUMS_AND_PRODUCTS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 ELEMENTWISE: list[tuple[str, str, Callable]] = [
     ("add.T", "T T T", np.add),
@@ -81,13 +77,9 @@ ELEMENTWISE: list[tuple[str, str, Callable]] = [
     *((f"setp.{name}.ftz?.f32", "pred f32 f32", _ordered(f)) for name, f in _COMPARE.items()),
     *((f"setp.{name}u.ftz?.f32", "pred f32 f32", _unordered(f)) for name, f in _COMPARE.items()),
     *((f"setp.{name}.H", "pred H H", _ordered(f)) for name, f in _COMPARE.items()),
-    *(
-        (f"setp.{name}.{two}", f"pred {two} {two}", _ordered(f))
-        for name, f in _COMPARE.items()
-        for two in _HALVES
-    ),
-    ("mov.A", "A A", _same),
-    ("cvta.to.global.u64", "u64 u64", _same),
+    *((f"setp.{name}.W", "pred W W", _ordered(f)) for name, f in _COMPARE.items()),
+    ("mov.A", "A A", numbers.same),
+    ("cvta.to.global.u64", "u64 u64", numbers.same),
     ("selp.A", "A A A pred", lambda a, b, p: np.where(p, a, b)),
     *((f"{name}.rn?.ftz?.f32", "f32 f32 f32", f) for name, f in _SUMS_AND_PRODUCTS.items()),
     *((f"{name}.f32x2", "f32x2 f32x2 f32x2", f) for name, f in _SUMS_AND_PRODUCTS.items()),
@@ -101,21 +93,19 @@ ELEMENTWISE: list[tuple[str, str, Callable]] = [
     ("neg.ftz?.f32", "f32 f32", np.negative),
     ("abs.ftz?.f32", "f32 f32", np.abs),
     ("add.rn.f32.H", "f32 H f32", np.add),
-    *(
-        (f"{name}.approx.ftz?.f32", "f32 f32", _precisely(f))
-        for name, f in (("ex2", np.exp2), ("lg2", np.log2))
-    ),
+    ("ex2.approx.ftz?.f32", "f32 f32", _precisely(np.exp2)),
+    ("lg2.approx.ftz?.f32", "f32 f32", _precisely(np.log2)),
     *((f"rcp.{how}.ftz?.f32", "f32 f32", _precisely(np.reciprocal)) for how in ("approx", "rn")),
     ("cvt.rpi.ftz?.f32.f32", "f32 f32", np.ceil),
-    ("cvt.rna.tf32.f32", "tf32 f32", _same),
-    ("cvt.rn.f32.T", "f32 T", _same),
-    ("cvt.f32.H", "f32 H", _same),
-    ("cvt.rn.H.f32", "H f32", _same),
+    ("cvt.rna.tf32.f32", "tf32 f32", numbers.same),
+    ("cvt.rn.f32.T", "f32 T", numbers.same),
+    ("cvt.f32.H", "f32 H", numbers.same),
+    ("cvt.rn.H.f32", "H f32", numbers.same),
+    ("cvt.rn.W.f32", "W f32 f32", lambda high, low: np.stack([low, high], 1)),
     *(
-        (f"cvt.rn.{two}.f32", f"{two} f32 f32", lambda high, low: np.stack([low, high], 1))
-        for two in _HALVES
+        (f"cvt.{kind}.T", f"{kind} T", numbers.same)
+        for kind in ("u16", "s16", "u32", "s32", "u64", "s64")
     ),
-    *((f"cvt.{kind}.T", f"{kind} T", _same) for kind in ("u16", "s16", "u32", "s32", "u64", "s64")),
 ]
 
 
@@ -123,7 +113,7 @@ def _elementwise(i: Instruction, kinds: list[str], function: Callable, code: Cod
     """Returns a step that writes function(sources) to the first operand. kinds: of all operands."""
     write = writer(i.operands[0], kinds[0])
     reads = [reader(operand, kind, code) for operand, kind in zip(i.operands[1:], kinds[1:])]
-    flushed = numbers.flushed if ".ftz" in i.opcode else _same
+    flushed = numbers.flushed if ".ftz" in i.opcode else numbers.same
 
     def run(batch: Batch, lanes: Lanes) -> None:
         values = [flushed(read(batch, lanes)) for read in reads]

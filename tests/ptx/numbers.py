@@ -75,7 +75,7 @@ def truncated_tf32(bits: np.ndarray) -> np.ndarray:
     return (bits & TF32_MASK).view(np.float32)
 
 
-def _same(x: Any) -> Any:
+def same(x: Any) -> Any:
     return x
 
 
@@ -113,7 +113,7 @@ TYPES = {
     for bits in (16, 32, 64)
 }
 TYPES |= {
-    "pred": Type("pred", _same, lambda x: x.astype(bool, copy=False)),
+    "pred": Type("pred", same, lambda x: x.astype(bool, copy=False)),
     "bf16": Type("16", from_bf16, to_bf16),
     "f16": Type("16", from_f16, to_f16),
     "tf32": Type("32", truncated_tf32, to_tf32),

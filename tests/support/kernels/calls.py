@@ -66,14 +66,14 @@ QUICK: dict[str, Callable[[], Call]] = {
 }
 # what the suite runs in bfloat16 alone
 QUICK_IN_BF16: dict[str, Callable[[], Call]] = {
-    "similarity_loss, whole tiles of columns": pairs(70, 128, width=72, teacher_width=96),
     "every term, blocks": pairs(160, 320, width=64, teacher_width=112, ids=True, **BLOCKS),
     "attention, wide": lengths([33, 0], 2, 40, 1, 128),
-    "block": lambda: of_lengths(block_call(3, 20, 64, 2, 72), [20, 0, 7]),
 }
 CALLS: dict[str, Callable[[], Call]] = {
     **QUICK,
     **QUICK_IN_BF16,
+    "similarity_loss, whole tiles of columns": pairs(70, 128, width=72, teacher_width=96),
+    "block": lambda: of_lengths(block_call(3, 20, 64, 2, 72), [20, 0, 7]),
     "contrastive": pairs(256, 384, "contrastive", width=512),
     "contrastive, one pair": pairs(1, 1, "contrastive", width=64),
     "contrastive, one side": pairs(70, 133, "contrastive", width=72, ids=True, symmetric=False),

@@ -13,7 +13,7 @@ from ptx.parse import Kernel, parse
 
 TEXT = """
 .extern .shared .align 16 .b8 smem[];
-.visible .entry test()
+.visible .entry test(.param .u64 p0)
 {{
 .reg .pred %p<8>;
 .reg .b16 %h<32>;
@@ -27,16 +27,16 @@ ret;
 """
 
 
-def bits_of(values: np.ndarray) -> np.ndarray:
-    return values.view(f"u{values.itemsize}")
+def kernel_of(body: str) -> Kernel:
+    """Returns a kernel of these instructions, with the thread in %r0 and the address of shared
+    memory in %r1.
+    """
+    return parse(TEXT.format(body=body))["test"]
 
 
 def execute(body: str, *arrays: np.ndarray, **options: Any) -> Batch:
-    """Runs instructions with these values in registers, the addresses of the arrays in %d0, %d1,
-    ..., the thread in %r0, and the address of shared memory in %r1.
-    """
-    kernel = parse(TEXT.format(body=body))["test"]
-    return run_kernel(kernel, *arrays, **options)
+    """Runs instructions with the addresses of the arrays in %d0, %d1, ...; see run_kernel."""
+    return run_kernel(kernel_of(body), *arrays, **options)
 
 
 def run_kernel(
@@ -56,7 +56,7 @@ def run_kernel(
         batch.registers["64"][place] = memory.address(tensor)
     for name, values in registers.items():
         bank = {"h": "16", "r": "32", "d": "64"}[name[0]]
-        batch.registers[bank][int(name[1:])] = bits_of(values)
+        batch.registers[bank][int(name[1:])] = values.view(f"u{values.itemsize}")
     with np.errstate(all="ignore"):
         batch.run()
     memory.write_back()

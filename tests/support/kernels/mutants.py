@@ -5,7 +5,7 @@ a launch's definition.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,18 +86,18 @@ KINDS = {
 }
 
 
-def places(kind: Kind, code: Code) -> list[int]:
-    """Returns the indices of executed instructions that a kind can change."""
+def places(kind: Kind, code: Code, *, executed: bool = True) -> list[int]:
+    """Returns the indices of instructions that a kind can change; executed: of those alone."""
 
     def fits(i: Instruction) -> bool:
         guarded = i.predicate is not None or not kind.guarded
         return i.opcode.startswith(kind.opcode) and guarded and kind.mutate(i) != i
 
     instructions = enumerate(zip(code.kernel.instructions, code.executed))
-    return [index for index, (i, executed) in instructions if executed and fits(i)]
+    return [index for index, (i, done) in instructions if (done or not executed) and fits(i)]
 
 
-def mutant(kernel: Kernel, kind: Kind, chosen: set[int]) -> Kernel:
+def mutant(kernel: Kernel, kind: Kind, chosen: Collection[int]) -> Kernel:
     """Returns the kernel with these instructions changed."""
     instructions: list[Instruction] = []
     new_index = []  # of each instruction, and of the end
@@ -128,14 +128,12 @@ def found_by(started: Started, kernel: Kernel) -> str:
     return f"an error of {error:.3g} times what is allowed" if error > 1 else ""
 
 
-def sample(
-    started: list[list[Started]], count: int, seed: int = 0
-) -> list[tuple[list[Started], str, int]]:
-    """Draws the launches of a form, kinds and places: at most six places of a kind in a form."""
-    rng, mutations = random.Random(seed), []
-    for form in started:
+def sample(codes: Sequence[Code], count: int) -> list[tuple[Code, str, int]]:
+    """Draws codes, kinds and places: at most six places of a kind in a code."""
+    rng, mutations = random.Random(0), []
+    for code in codes:
         for name, kind in KINDS.items():
-            indices = places(kind, form[0].launch.code)
+            indices = places(kind, code)
             drawn = rng.sample(indices, min(len(indices), 6))
-            mutations += [(form, name, index) for index in drawn]
+            mutations += [(code, name, index) for index in drawn]
     return rng.sample(mutations, min(count, len(mutations)))
