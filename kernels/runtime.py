@@ -58,18 +58,15 @@ def product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
 
 
 def start(kernel: Any, programs: int, args: tuple, options: dict[str, Any]) -> Any:
-    """Starts a Triton kernel with a grid of `programs`; returns the compiled kernel.
-
-    args, options: the kernel's positional and keyword arguments, num_warps etc. among the latter.
-    """
+    """Starts a Triton kernel with a grid of `programs`; returns the compiled kernel."""
     return kernel[(programs,)](*args, **options)
 
 
 def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-    """Starts a Triton kernel with this number of programs; args and options are its arguments.
+    """Starts a Triton kernel with these arguments and options, num_warps etc. among the latter.
 
-    Warns, once per kernel, if the compiler spilled registers. The gates (make aot) check that no
-    kernel spills with their versions of Triton; other versions may spill.
+    Warns, once per kernel, if the compiler spilled registers: with the versions of Triton of the
+    gates (make aot) no kernel spills, with others it may.
     """
     compiled = start(kernel, programs, args, {**options, **COMPILE})
     if getattr(compiled, "n_spills", 0):
@@ -78,11 +75,10 @@ def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
 
 @functools.cache
 def splits(blocks: int, tiles: int, slots: int) -> tuple[int, int]:
-    """Returns (ranges, tiles per range): how each block's tiles are divided among programs.
+    """Returns (ranges, tiles per range): how the tiles of each block of rows are divided.
 
-    blocks: of rows. tiles: of each block. slots: programs that run at a time. The cost is the
-    number of rounds of programs times tiles per range; half a tile is added for the other work of a
-    program, so that few large ranges are preferred if they fill the device equally well. Cached.
+    slots: programs that run at a time. The cost is the number of rounds of programs times tiles per
+    range, and half a tile for the other work of a program, which prefers large ranges. Cached.
     """
     limit = min(tiles, max(8, -(-2 * slots // blocks)))
 

@@ -23,8 +23,8 @@ def tile(width: int) -> dict[str, int]:
     return {"ROWS": max(1, ELEMENTS // columns), "COLUMNS": columns, "num_warps": WARPS}
 
 
-def _heads(*tensors: Tensor) -> list[Heads]:
-    """Returns tensors [B, L, H, K] with contiguous rows [K] as Heads, arguments of kernels."""
+def _heads(*tensors: Tensor) -> list[Heads]:  # [B, L, H, K]
+    """Returns tensors with contiguous rows as arguments of kernels."""
     return [Heads(t, *t.stride()[:3]) for t in tensors]
 
 

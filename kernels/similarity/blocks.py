@@ -39,11 +39,9 @@ def range_factor(
 
 
 class FeatureGradient:
-    """The gradient of features: a float32 sum, to whose rows products with blocks of G are added in
-    place.
+    """The gradient of features: a float32 sum, to whose rows products with blocks of G are added.
 
-    The sum is not bfloat16, since cuBLAS, where it splits a long sum, would add up the parts in
-    bfloat16.
+    In bfloat16 cuBLAS, where it splits a long sum, would add up the parts in bfloat16.
     """
 
     def __init__(self, features: Tensor, needed: bool, dtype: torch.dtype):  # [N, D]
@@ -64,10 +62,7 @@ class FeatureGradient:
             self.started.add(rows.start)
 
     def result(self, unscale: Tensor | None) -> Tensor:  # [N, D] or [0, D]
-        """Returns the sum in the result's dtype, times `unscale` unless None; frees the sum.
-
-        No call may follow.
-        """
+        """Frees the sum; returns it in the result's dtype, times `unscale` unless None."""
         total = self.sum
         del self.sum
         if unscale is not None:

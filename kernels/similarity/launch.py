@@ -1,8 +1,8 @@
 """Launchers of similarity_loss's Triton kernels, which compute the results of
 simplclip.ops.similarity.reference.
 
-tile.py: a tile of a product. statistics.py: kernels of forward. gradient.py, sigmoid.py: kernels of
-the gradient G of the similarities. blocks.py: G in blocks. plan.py: sizes of the launches.
+statistics.py: kernels of forward. gradient.py, sigmoid.py: kernels of the gradient G of the
+similarities. tile.py: a tile of a product. blocks.py: G in blocks. plan.py: sizes of the launches.
 """
 
 from __future__ import annotations
@@ -132,9 +132,6 @@ def _merge(
 
 def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns d_image, d_text (without rows where not needed), d_scale [] and d_plane [2].
-
-    For each block of the matrix a kernel computes G, the gradient of the similarities, which is
-    then multiplied by the features of both sides.
 
     Scratch besides the results: as many elements as `chunk` rows of one matrix; for half types also
     the gradients in float32.

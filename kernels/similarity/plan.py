@@ -104,12 +104,10 @@ def sweeps(call: SimilarityCall) -> Iterator[Sweep]:
 
 @functools.cache
 def block_sides(n: int, m: int, elements: int) -> tuple[int, int]:
-    """Returns rows R and columns C of the blocks of an n x m matrix that backward computes in turn.
-
-    R C is at most `elements`, or 128². Cached.
+    """Returns rows R and columns C, R C at most `elements` or 128², of backward's blocks. Cached.
 
     For each block the gradients of its rows and of its columns are read and written once, 8 D (N
-    ceil(M / C) + M ceil(N / R)) bytes in all. These bytes are fewest where R and C are about equal.
+    ceil(M / C) + M ceil(N / R)) bytes in all, the fewest where R and C are about equal.
     """
     sides = {}
     for parts in range(1, -(-n // SIDE) + 1):
@@ -123,10 +121,7 @@ def block_sides(n: int, m: int, elements: int) -> tuple[int, int]:
 
 
 def blocks_of(n: int, m: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-    """Yields (row slice, column slice) of each block of an n x m matrix, by rows of blocks.
-
-    rows, columns: the sides of a block; the last ones may be shorter.
-    """
+    """Yields (row slice, column slice) of each block of an n x m matrix, by rows of blocks."""
     for row in first_rows(n, rows):
         for column in first_rows(m, columns):
             yield slice(row, min(n, row + rows)), slice(column, min(m, column + columns))

@@ -47,10 +47,7 @@ CHUNKS = {"scratch_bytes": 6 << 30}
 
 
 def heads_first(*shape: int, **options) -> Call:
-    """Returns a call whose heads lie before tokens in memory, each with many elements.
-
-    Of several sequences an index with an overflow could lie in an earlier one.
-    """
+    """Returns a call whose heads, each with many elements, lie before tokens in memory."""
     call = attention_call(*shape, **options)
     for name in "qkv":
         call.tensors[name] = layouts.heads_first(call.tensors[name])
@@ -148,9 +145,7 @@ NARROW = "mul.lo.s32 %r2, %r0, 2200;\nmul.wide.s32 %d1, %r2, 2;\nadd.s64 %d2, %d
 
 
 def test_an_index_of_32_bits_and_the_end_of_a_loop():
-    """The last row of [N, D] is read column by column: right, with the row's index in 32 bits, and
-    one column too far.
-    """
+    """The last row of [N, D] is right; with the row's index in 32 bits, or a column more, wrong."""
     for row, width, hazards in ((WIDE, 2200, 0), (NARROW, 2200, 1), (WIDE, 2201, 1)):
         rows = SimpleNamespace(storage=0, allocated=4400 * MANY[0], data_ptr=lambda: 0)
         machine, code = HugeCard(), Code(kernel_of(LOOP.format(row=row, width=width)))

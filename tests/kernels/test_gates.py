@@ -51,9 +51,7 @@ def test_too_much_shared_memory_fails_the_gate():
 
 
 def test_every_precision_has_tiles():
-    """A tile has products of at least 16, the smallest of all versions of Triton, and divides the
-    sides of blocks.
-    """
+    """A tile divides the sides of blocks; 16 is the least product of all versions of Triton."""
     for op, precision in itertools.product(("similarity", "parallel_mlp"), tuning.PRECISIONS):
         for architecture in gate.LIMITS:
             tile = tuning.lookup(op, precision, architecture)

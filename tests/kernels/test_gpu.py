@@ -42,9 +42,7 @@ def both(request):
 
 
 def check_same(case, results, expected):
-    """Compares bits, except where atomics add in any order: in sdpa, xformers and in what blocks
-    make of them.
-    """
+    """Compares bits, except where atomics add in any order: in sdpa, xformers and blocks."""
     inexact = case.backend in ("sdpa", "xformers") or case.call.op == "simplified_block"
     torch.testing.assert_close(results, expected, **({} if inexact else {"rtol": 0, "atol": 0}))
 

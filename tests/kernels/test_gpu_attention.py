@@ -1,6 +1,4 @@
-"""shaped_attention as users call it, on a CUDA device: the CUDA C++ kernels and the kernels around
-SDPA against float64.
-"""
+"""shaped_attention on a CUDA device, by CUDA C++ and around SDPA, against float64."""
 
 import itertools
 
@@ -33,10 +31,7 @@ def products_in_tf32():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_values_and_gradients(tokens, dtype):
-    """q, k and v have rows with gaps, as the views in a block, or begin at odd addresses.
-
-    Plain torch runs on the device.
-    """
+    """q, k and v have rows with gaps, as views in a block, or begin at odd addresses."""
     precision = "tf32" if dtype == torch.float32 else dtype
     every_length = (None, [0, tokens, 1, tokens // 2, tokens - 1])
     for width, causal, lengths in itertools.product(WIDTHS, (False, True), every_length):

@@ -1,6 +1,4 @@
-"""Memory of Triton's launchers on fake tensors, which run without kernels; on a GPU also against
-measured memory.
-"""
+"""Memory of Triton's launchers, predicted on fake tensors; on a GPU also measured."""
 
 import pytest
 import torch

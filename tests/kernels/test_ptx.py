@@ -115,10 +115,7 @@ def test_variants(name, kind, variant):
 @pytest.mark.prove
 @pytest.mark.parametrize("largest", [1e3, torch.inf])
 def test_range_of_many_rows(largest):
-    """The range kernel with more rows and columns than a block has, and with an infinite bound.
-
-    A whole call of this size would take minutes.
-    """
+    """More rows and columns than a block has, and an infinite bound."""
     n, m = 5003, 4100
     features = SimpleNamespace(image=torch.empty(n, 1).half(), text=torch.empty(m, 1).half())
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
@@ -158,10 +155,7 @@ def test_merge_of_many_parts(count):
 
 @pytest.mark.prove
 def test_coverage():
-    """The calls above, all together, execute what is compiled of each kernel for sm_86.
-
-    Prints the lines of the source that they leave.
-    """
+    """The calls above, together, execute what is compiled for sm_86; prints what they leave."""
     if not FORMS:
         pytest.skip("no call has run in this process")
     too_few = []

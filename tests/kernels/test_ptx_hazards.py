@@ -1,6 +1,4 @@
-"""The hazards that tests/ptx must report, each in a kernel of a few lines, and none in its right
-form.
-"""
+"""Hazards that tests/ptx must report, each in a few lines, and none in their right form."""
 
 from __future__ import annotations
 

@@ -19,9 +19,7 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 
 def elementwise(operation: str, *sources: np.ndarray, out: type = np.uint32) -> np.ndarray:
-    """Runs an instruction on each element: the result is %r20, or %h20, the sources are %r21 or
-    %h21 and so on.
-    """
+    """Runs an instruction on sources in %r21, %r22, ... or %h21, ...; returns %r20 or %h20."""
     letter = {2: "h", 4: "r", 8: "d"}
     given = {
         f"{letter[source.itemsize]}{21 + place}": source for place, source in enumerate(sources)
@@ -76,22 +74,8 @@ def numbers() -> np.ndarray:
     random = np.random.default_rng(4)
     values = np.ldexp(random.standard_normal(800), random.integers(-30, 20, 800)).astype(np.float32)
     ties = np.ldexp(1 + np.arange(1, 64, 2) / 2**11, np.arange(-16, 16)).astype(np.float32)
-    special = [
-        0.0,
-        -0.0,
-        np.inf,
-        -np.inf,
-        np.nan,
-        65519,
-        65520,
-        6e-8,
-        3e-8,
-        1 + 2**-8,
-        1 + 3 * 2**-8,
-        3e38,
-        1e-40,
-        -1e-40,
-    ]
+    special = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, -1e-40, 3e38, 65519, 65520, 6e-8, 3e-8]
+    special += [1 + 2**-8, 1 + 3 * 2**-8]
     return np.concatenate([values, ties, -ties, np.array(special, np.float32)])
 
 
@@ -252,9 +236,7 @@ def stored(matrix: np.ndarray, kind: str) -> np.ndarray:
 
 
 def as_read(matrix: np.ndarray, kind: str) -> np.ndarray:
-    """Returns the numbers of float64 that a tensor core reads: rounded halves, or truncated
-    TF32.
-    """
+    """Returns what a tensor core reads, in float64: rounded halves, or truncated TF32."""
     if kind == "tf32":
         return (matrix.view(np.uint32) & 0xFFFFE000).view(np.float32).astype(np.float64)
     return torch.from_numpy(matrix).to(DTYPES[kind]).double().numpy()
@@ -307,9 +289,7 @@ def test_registers_that_nobody_wrote_are_nan():
 
 @pytest.mark.parametrize("trans", ["", ".trans"])
 def test_ldmatrix_and_stmatrix(trans):
-    """Lane 8 i + j passes row j of matrix i; of each matrix a lane gets row groupID, columns 2
-    threadID_in_group and next.
-    """
+    """Lane 8 i + j passes row j of matrix i, and gets row groupID of each matrix."""
     memory = np.arange(256, dtype=np.uint16)
     body = f"""
     shl.b32 %r3, %r0, 4;

@@ -196,9 +196,7 @@ def test_lengths_out_of_range_count_as_none_and_all():
 
 
 def test_softmax_minus_mean_is_rounded_after_the_subtraction():
-    """At initialisation q is zero: softmax equals the mean, and with equal gains their difference
-    is zero.
-    """
+    """Where q is zero, softmax equals the mean, and with equal gains nothing is left."""
     call = attention_call(1, 77, 1, 64, scale=0.3)
     call.tensors["q"] *= 1e-3
     call.tensors |= {

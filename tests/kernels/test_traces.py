@@ -1,6 +1,4 @@
-"""Launches, torch's kernels, and copies from the host in similarity_loss on a GPU, on fake
-tensors.
-"""
+"""Launches, torch's kernels and copies from the host in similarity_loss, on fake tensors."""
 
 import functools
 import operator
@@ -29,9 +27,7 @@ def shapes(
 
 
 def traced(tensors: dict, **options) -> list:
-    """Traces a step of similarity_loss, forward and backward. tensors: shapes alone, on the device
-    "meta".
-    """
+    """Traces a step of similarity_loss. tensors: shapes alone, on the device "meta"."""
 
     def step(given):
         for name, value in given.items():

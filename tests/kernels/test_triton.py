@@ -36,9 +36,7 @@ def registration(device: str) -> None:
 
 
 def float16_range(device: str) -> None:
-    """Checks the factor where a single statistic has a gradient, -3 in its last row or column; and
-    for sigmoid terms.
-    """
+    """Checks the factor where one statistic has a gradient, -3 at its end; and for sigmoids."""
     from simplclip.kernels.similarity.blocks import range_factor
     from simplclip.kernels.similarity.gradient import PEAK
 
@@ -104,9 +102,7 @@ PROVED = [
 
 
 def run(name: str, device: str) -> None:
-    """Runs one of OTHERS, or random calls from a number on, with few parts at a time, so that
-    merges take several rounds.
-    """
+    """Runs one of OTHERS, or random calls from a number on; few parts make merges take rounds."""
     from simplclip.kernels.similarity import launch as launching
 
     few_rows = kernels_alone("chunks" if device == "cpu" else "")

@@ -1,6 +1,4 @@
-"""Executes compiled GPU code, PTX, on a CPU, so that what a card would get is tested without
-one.
-"""
+"""Executes compiled GPU code, PTX, on a CPU: what a card would get is tested without one."""
 
 from ptx.capture import card
 from ptx.variants import fused, noisy

@@ -116,9 +116,7 @@ def _flat(kinds: Any, values: Any) -> Iterator[Any]:
 
 
 class Launcher:
-    """What Triton calls to start a kernel: it gives the launch to the card of the driver that is
-    active.
-    """
+    """What Triton calls to start a kernel on the card of the driver that is active."""
 
     def __init__(self, source: Any, metadata: Any):
         self.source, self.metadata = source, metadata
@@ -165,9 +163,7 @@ def _without_assembler(*args: Any) -> tuple[str, str] | None:
 
 
 def widening(function: Callable) -> Callable:
-    """Returns a product of torch with out_dtype, which torch has on a GPU alone: the operands are
-    converted first.
-    """
+    """Returns a product of torch with out_dtype, which torch has on a GPU alone."""
 
     def product(*args: Any, out_dtype: torch.dtype | None = None, **options: Any) -> Tensor:
         operands = args[-2:] if out_dtype is None else [t.to(out_dtype) for t in args[-2:]]

@@ -106,9 +106,7 @@ class HugeCard(Card):
 
 
 class Loops:
-    """Shortens loops: registers that have grown by the same step each time go on to the last
-    iterations.
-    """
+    """Shortens loops: registers that grow by the same step go on to the last iterations."""
 
     def __init__(self):
         # place of a jump -> registers at the last jumps
@@ -131,9 +129,7 @@ class Loops:
             _signed(batch, bank)[:, lanes] += (step * count.astype(step.dtype))[:, lanes]
 
     def iterations(self, batch: Batch, place: int, steps: dict[str, np.ndarray]) -> np.ndarray:
-        """Returns how often lanes jump back from here on, from the comparisons that the loop's
-        branches depend on.
-        """
+        """Returns how often lanes jump back from here on, from what the loop's branches compare."""
         start, count = batch.code.targets[place], np.full(batch.size, FOREVER)
         body = batch.code.kernel.instructions[start : place + 1]
         predicates = {i.predicate for i in body if i.opcode.startswith("bra")}

@@ -36,9 +36,7 @@ _TABLE: list[tuple[re.Pattern, tuple[int, ...], Callable]] = []
 
 
 def instruction(pattern: str, *counts: int) -> Callable:
-    """Registers a function of an instruction, a match of its opcode and the code; it returns a
-    step. counts: of operands.
-    """
+    """Registers what builds a step of (instruction, match, code). counts: of operands."""
 
     def register(build: Callable) -> Callable:
         _TABLE.append((re.compile(pattern), counts, build))
@@ -75,9 +73,7 @@ def expect(condition: bool, what: str) -> None:
 
 
 def reader(operand: Operand, kind: str, code: Code) -> Reader:
-    """Returns a function that reads numbers of a type of numbers.TYPES: [lanes], and a vector's
-    [lanes, items].
-    """
+    """Returns what reads numbers of a type of TYPES: [lanes], and a vector's [lanes, items]."""
     if isinstance(operand, Vector):
         readers = [reader(item, kind, code) for item in operand.items]
         return lambda batch, lanes: np.stack([read(batch, lanes) for read in readers], 1)
@@ -99,9 +95,7 @@ def reader(operand: Operand, kind: str, code: Code) -> Reader:
 
 
 def writer(operand: Operand, kind: str) -> Writer:
-    """Returns a function that writes numbers of a type: [lanes], and to a vector [lanes, items]. _
-    takes any.
-    """
+    """Returns what writes numbers of a type: [lanes], to a vector [lanes, items], to _ none."""
     if isinstance(operand, Vector):
         writers = [writer(item, kind) for item in operand.items]
 

@@ -114,9 +114,7 @@ class Machine:
     def launch(
         self, code: Code, programs: int, threads: int, shared_bytes: int, values: Sequence
     ) -> Launch:
-        """Runs a kernel. values: numpy's numbers, tensors or None for null, each aligned to its
-        size in the parameters.
-        """
+        """Runs a kernel. values: numpy's numbers, tensors or None, aligned as parameters."""
         tensors = [value for value in values if not isinstance(value, np.generic | None)]
         memory, parameters = self.memory(tensors, code), b""
         for value in values:
@@ -298,9 +296,7 @@ class Batch:
         self.add(ready, target, taken)
 
     def parted(self, instruction: Instruction, lanes: Lanes) -> tuple[Lanes | None, Lanes | None]:
-        """Returns the lanes for which an instruction's predicate holds, and the others; None for no
-        lanes.
-        """
+        """Returns the lanes whose predicate holds, and the others; None for no lanes."""
         if instruction.predicate is None:
             return lanes, None
         holds = self.registers["pred"][instruction.predicate.index][lanes] != instruction.negated

@@ -100,9 +100,7 @@ class Memory:
     def checked(
         self, access: Access, addresses: np.ndarray, size: int
     ) -> tuple[Access, np.ndarray, np.ndarray | slice]:
-        """Returns the access of the lanes whose addresses are good, their positions, and which
-        lanes these are; reports the others.
-        """
+        """Reports lanes with bad addresses; returns the access, positions, and which are good."""
         at, bad = self.places(access, addresses, size)
         unaligned = (at & (size - 1)) != 0
         access.report(f"{self.name} address is not a multiple of {size}", unaligned & ~bad)

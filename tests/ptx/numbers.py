@@ -63,9 +63,7 @@ def from_f16(bits: np.ndarray) -> np.ndarray:
 
 
 def to_tf32(x: np.ndarray) -> np.ndarray:
-    """Returns the bits of float32 numbers rounded to the nearest TF32 number, ties away from zero
-    (cvt.rna).
-    """
+    """Returns the bits of float32 numbers rounded to TF32, ties away from zero (cvt.rna)."""
     rounded = (x.view(np.uint32) + np.uint32(0x1000)) & TF32_MASK
     return np.where(np.isnan(x), np.uint32(0x7FFFFFFF), rounded)
 
@@ -143,9 +141,7 @@ def shifted(x: np.ndarray, count: np.ndarray, left: bool) -> np.ndarray:
 
 
 def extracted(x: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """Returns bfe of 32 bits: `length` bits from bit `start` on, extended by the sign if x is
-    signed.
-    """
+    """Returns bfe of 32 bits: `length` bits from `start` on, with the sign if x has one."""
     start, length = (np.minimum(each & 255, 32).astype(np.int64) for each in (start, length))
     wide = x.astype(np.int64)
     mask = (np.int64(1) << length) - 1
@@ -178,9 +174,7 @@ def _order(shape: tuple[int, int], elements: list[tuple[np.ndarray, np.ndarray]]
 
 
 def accumulators(width: int) -> np.ndarray:
-    """Returns the order of 16 rows of sums: each lane has two columns of eight, in rows g and g +
-    8.
-    """
+    """Returns the order of 16 rows of sums: rows g and g + 8, two columns of each eight."""
     blocks = [(b, i, c) for b in range(width // 8) for i in range(2) for c in range(2)]
     return _order((16, width), [(_G + 8 * i, 8 * b + 2 * _T + c) for b, i, c in blocks])
 

@@ -1,6 +1,4 @@
-"""The text of PTX -> kernels: parameters, registers and instructions, each with its line in the PTX
-and in the source.
-"""
+"""The text of PTX -> kernels: parameters, registers, instructions with their lines."""
 
 from __future__ import annotations
 

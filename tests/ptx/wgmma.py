@@ -1,6 +1,4 @@
-"""wgmma of sm_90: four warps multiply matrices in shared memory, or one in registers, while their
-threads go on.
-"""
+"""wgmma of sm_90: four warps multiply matrices while their threads go on."""
 
 from __future__ import annotations
 
@@ -72,9 +70,7 @@ class Flights:
 
 
 def check_fences(kernel: Kernel) -> None:
-    """Raises an error unless a wgmma.fence stands between a wgmma and the last other write to its
-    registers.
-    """
+    """Raises an error unless a wgmma.fence follows the last other write to its registers."""
     for place, each in enumerate(kernel.instructions):
         if not each.opcode.startswith("wgmma.mma_async"):
             continue

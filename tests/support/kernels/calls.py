@@ -1,6 +1,4 @@
-"""Calls that the Triton kernels serve, in the dtypes that they compute in: executed by tests/ptx,
-and on a GPU.
-"""
+"""Calls that the Triton kernels serve, in the dtypes that they compute in."""
 
 from __future__ import annotations
 
@@ -135,9 +133,7 @@ def case_of(name: str, kind: str, device: str = "cpu", need: list[str] | None = 
 
 @contextlib.contextmanager
 def kernels_alone(name: str) -> Iterator[None]:
-    """Context in which a call runs on this library's kernels alone, and parallel_mlp in chunks if
-    the name says so.
-    """
+    """Context of this library's kernels alone; parallel_mlp in chunks if the name says so."""
     plain = {"_write_terms": None, "_gradients_without_softmax": None}
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(library, **plain))
@@ -148,9 +144,7 @@ def kernels_alone(name: str) -> Iterator[None]:
 
 
 def skip_without_fence(name: str, kind: str, sm: int) -> None:
-    """Skips what tests/ptx rightly reports: with wgmma, Triton 3.6 has no fence.proxy.async after
-    cp.async.
-    """
+    """Skips what tests/ptx rightly reports: wgmma of Triton 3.6 after cp.async."""
     import triton
 
     uses_wgmma = sm == 90 and kind not in ("fp32", "float32") and "attention" not in name

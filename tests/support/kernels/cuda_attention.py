@@ -1,6 +1,4 @@
-"""shaped_attention's CUDA C++ kernels as nvcc compiles them, executed by tests/ptx as the backend
-"cuda" on a CPU.
-"""
+"""shaped_attention's CUDA C++ kernels, executed by tests/ptx as the backend "cuda"."""
 
 from __future__ import annotations
 
@@ -91,9 +89,7 @@ def code_of_entry(name: str, sm: int) -> Code:
 def start(
     card: Card, source: str, name: str, programs: int, threads: int, shared: int, *values: object
 ) -> Launch:
-    """Runs the kernel whose name contains `name`. values: its parameters in the layout of
-    attention.h, HeadsView a tensor.
-    """
+    """Runs the kernel whose name contains `name`. values: as in attention.h, HeadsView a tensor."""
     fields = []
     for value in values:
         fields.append(value)
@@ -154,10 +150,6 @@ def _backward(card: Card, call: AttentionInto) -> Tensor:
     for out, written in zip(gradients, apart):
         out.copy_(written)
     return d_gains
-
-
-def _anywhere(device: object, dtype: object, facts: object) -> None:
-    """The reason why the backend does not serve a call: none."""
 
 
 @contextlib.contextmanager

@@ -28,9 +28,7 @@ ret;
 
 
 def kernel_of(body: str) -> Kernel:
-    """Returns a kernel of these instructions, with the thread in %r0 and the address of shared
-    memory in %r1.
-    """
+    """Returns a kernel with the thread in %r0, the address of shared memory in %r1."""
     return parse(TEXT.format(body=body))["test"]
 
 

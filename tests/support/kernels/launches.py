@@ -344,9 +344,8 @@ def _changed_outside(started: Started, results: Results) -> Iterator[str]:
 
 
 def compare(started: Started) -> dict[str, float]:
-    """Returns the largest error of each result, in parts of what is allowed: half a unit in the
-    last place as well. The error is infinite for an argument that is changed outside of the
-    results.
+    """Returns the largest error of each result in parts of what is allowed, half a unit in the
+    last place as well; infinite for an argument that is changed outside of the results.
     """
     results = DEFINITIONS[started.name](started)
     errors = {f"{name}, outside": math.inf for name in _changed_outside(started, results)}

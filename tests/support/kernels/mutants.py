@@ -1,6 +1,4 @@
-"""Kernels with one instruction changed, to see that tests/ptx finds the change: by a hazard, or by
-a launch's definition.
-"""
+"""Kernels with one instruction changed, which tests/ptx must find."""
 
 from __future__ import annotations
 
