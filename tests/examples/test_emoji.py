@@ -20,8 +20,8 @@ from support.programs import EXAMPLES, call, load_example
 build = load_example("emoji/build")
 sources = load_example("emoji/sources")
 
-KEPT = 24  # concepts in the small builds
-HELD_OUT = 4
+KEPT = 36  # concepts in the small builds
+HELD_OUT = 6
 TRAIN = 2 * (KEPT - HELD_OUT)  # pairs, of two vendors
 
 
