@@ -31,9 +31,7 @@ PACKAGES = {
 
 
 def extra_of(module: str) -> str | None:
-    """Returns the first extra of this package that installs a module; None if there is none, or the
-    package is not installed.
-    """
+    """Returns the first extra that installs a module; None without one, or if not installed."""
     from importlib import metadata  # takes as long as half of typer
 
     package = PACKAGES.get(module, module).replace("_", "-").lower()
@@ -52,10 +50,9 @@ class Commands(TyperGroup):
     """
 
     def invoke(self, ctx):
-        """Runs a command; turns errors that a user can fix into one line and an exit code.
+        """Exits with 130 after Ctrl-C, 1 if the reader of the output has ended, else 2.
 
-        The code is 130 for Ctrl-C, 1 if the reader of the output has ended, else 2. With
-        SIMPLCLIP_DEBUG a UserError or OSError keeps its traceback, as other errors do.
+        With SIMPLCLIP_DEBUG a UserError or OSError keeps its traceback, as other errors do.
         """
         try:
             return self._invoke(ctx)

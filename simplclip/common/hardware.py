@@ -29,10 +29,7 @@ LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_by
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """Returns the device `name`, as "cpu" or "cuda:1"; "auto" is a GPU if there is one, else a CPU.
-
-    Raises InputError for a device that does not exist.
-    """
+    """Returns the device `name`, for "auto" a GPU if there is one; InputError for a missing one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,7 +1,6 @@
 """The ranks of a command that torchrun started, which exchange Python objects.
 
-join            a context in which there are ranks; elsewhere, and without torchrun, there is one
-                rank, and nothing here has an effect
+join            a context in which there are ranks; elsewhere there is one
 fail_together   a context that all ranks leave, or in which all end
 on_first        a call on the first rank, whose result all get
 all_gather      the values of all ranks, on each of them
@@ -61,15 +60,11 @@ def first() -> bool:
 
 @contextmanager
 def join(minutes: float | None = None) -> Iterator[None]:
-    """Context in which the processes that torchrun started work together.
+    """Context in which the processes that torchrun started work together; else it does nothing.
 
-    Makes the process group, with NCCL on cards and gloo on CPUs, and destroys it at the end; if
-    there is one already, its ranks are used. Without torchrun it does nothing.
-
-    minutes: the time that a rank waits for another one, except for the first one in `on_first`;
-    None: a week.
-
-    Raises RankError if a rank waits longer, or if another one has ended.
+    Makes the process group and destroys it at the end; if there is one already, its ranks are used.
+    minutes: how long a rank waits for another one, except for the first one in `on_first`; None: a
+    week. Raises RankError if a rank waits longer, or if another one has ended.
     """
     global _objects, _limit
     before, exists = (_objects, _limit), dist.is_initialized()
@@ -159,9 +154,9 @@ def all_gather(value: Item) -> list[Item]:
 def fail_together() -> Iterator[None]:
     """Context that all ranks leave together; if one of them fails inside, all end.
 
-    The first rank that fails raises its error. The others end in silence, but for the first rank of
-    each other node, which repeats the error. If ranks raise Stopped and none fails, all raise it.
-    All ranks have to enter it; they must not exchange anything inside.
+    The first rank that fails raises its error; the others end in silence, but for the first rank of
+    each other node, which repeats it. If ranks raise Stopped and none fails, all raise it. All
+    ranks have to enter it; they must not exchange anything inside.
     """
     error = None
     try:

@@ -168,11 +168,9 @@ def _weights(
 
 
 def _classes(index: Index) -> tuple[list[str], list[int]]:
-    """Returns the class names, and each sample's class number (-1: no label).
+    """Returns the class names, of the data or else the sorted labels, and numbers (-1: no label).
 
-    The names are those of the data, or else the different labels that are texts, sorted. Where a
-    label is a name, equal names are one class, else each number keeps a class of its own.
-    Raises NamelessError for a number if there are no names, InputError for another unknown label.
+    Where a label is a name, equal names are one class, else each number keeps a class of its own.
     """
     data = index.split.data
     names = data.classes.names
@@ -196,11 +194,7 @@ def _classes(index: Index) -> tuple[list[str], list[int]]:
 
 
 def _class_number(label: str | int | None, by_name: dict[str, int]) -> int:
-    """Returns the number of a label's class; -1 for no label and for an unknown name.
-
-    A label that is a number, or a text of digits that is no name in `by_name`, is its own number,
-    which the caller has to compare with the number of classes.
-    """
+    """Returns the number of a label's class, unchecked if it is a number; -1 if there is none."""
     if label is None:
         return -1
     if not isinstance(label, str):

@@ -145,18 +145,13 @@ class Encoder:
         return self.towers.features(tower, inputs)
 
     def _joined(self, features: list[Tensor]) -> Tensor:
-        """Returns the features of several batches as one tensor [N, width]; [0, width] of none."""
+        """Returns the features of batches as one tensor [N, width]; [0, width] of none."""
         if not features:
             return torch.empty(0, self.width, device=self.device)
         return torch.cat(features)
 
     def _pixels(self, image: Picture) -> Tensor:
-        """Returns one image as the model takes it, float32 [3, S, S].
-
-        Paths are read; paths, PIL images and uint8 tensors go through `preprocess`; float tensors
-        [3, S, S] are taken as preprocessed.
-        Raises FileNotFoundError, and InputError for anything that is no image.
-        """
+        """Returns one image as the model takes it, float32 [3, S, S]; errors of `encode_image`."""
         if isinstance(image, Tensor):
             if image.ndim != 3 or len(image) != 3:
                 raise InputError(

@@ -34,19 +34,13 @@ from simplclip.models.weights import download
 class Sampling:
     """How captions are drawn.
 
-    n: captions of each image.
-    top_p: a token is one of the most likely ones that together have at least this probability.
-    temperature: below 1 captions are more likely ones, above 1 more varied.
-    max_tokens: most tokens of a caption, including start and end of text; at most the model's
-    context. 30 is open_clip's default.
-
     Raises InputError for a value out of range.
     """
 
-    n: int = 3
-    top_p: float = 0.9
-    temperature: float = 1.0
-    max_tokens: int = 30
+    n: int = 3  # captions of each image
+    top_p: float = 0.9  # of the most likely tokens that together have at least this probability
+    temperature: float = 1.0  # below 1 captions are more likely ones, above 1 more varied
+    max_tokens: int = 30  # of a caption with start and end; at most the model's context
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -105,20 +99,11 @@ def run(
     differ from an earlier one only in case and spaces, are dropped. The captions of a sample depend
     only on the seed, its shard and its key, not on the batch. All ranks have to call it.
 
-    Args:
-        data: as `data.pack.pack_shards` takes them, which packs tables, JSON files and folders
-            into OUT/shards.
-        model: name of an open_clip CoCa, e.g. coca_ViT-B-32.
-        checkpoint: file of its weights, see `models.create`; or
-        pretrained: a tag of weights that open_clip downloads.
-        batch_size: images at a time; sampling.n captions of each are drawn together.
-        workers, sidecars, progress: see `data.write_sidecars.write_sidecars`, which also documents
-            errors and continuation.
-        device, precision: as `simplclip.load` takes them.
-
-    Returns the dict of `write_sidecars` with "captions", "duplicate", "empty": counts of this run.
-    Raises InputError for an argument out of range, a model that is no CoCa, and weights that do not
-    fit; FileNotFoundError.
+    data: as `data.pack.pack_shards` takes them. model: an open_clip CoCa, whose weights are in the
+    file `checkpoint`, or have the tag `pretrained`. batch_size: images at a time. For the others
+    and errors see `data.write_sidecars.write_sidecars`, whose dict is returned with the counts
+    "captions", "duplicate" and "empty" of this run. Raises InputError for an argument out of range,
+    a model that is no CoCa, and weights that do not fit.
     """
     torch_device = ranks.set_device(device)
     precision, _ = hardware.pick_precision(precision, torch_device)

@@ -58,13 +58,10 @@ from simplclip.train import config as configs
 
 @dataclass
 class Views:
-    """The views of each image that a teacher sees, drawn by the transform of a student.
-
-    number: views of each image.
-    """
+    """The views of each image that a teacher sees, drawn by the transform of a student."""
 
     transform: ImageTransform
-    number: int
+    number: int  # of each image
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -76,10 +73,9 @@ class Views:
             )
 
     def draw(self, sample: Pair) -> list[View]:
-        """Returns `number` views of a sample's image, drawn for its size; JSON values.
+        """Returns `number` views of a sample's image, JSON values; may raise BrokenSample.
 
-        A view depends on the seed, the shard's name, the key and its number only; global generators
-        are restored. Raises BrokenSample.
+        A view depends on the seed, the sample's name and its number only.
         """
         image = open_image(sample.encoded)
         views = []
@@ -146,15 +142,9 @@ def write_features(
 ) -> dict[str, Any]:
     """Writes a sidecar of each shard, with a teacher's features, to the folder `out`.
 
-    Its meta.json says which teacher. All ranks have to call it.
-
-    Args:
-        shards: tars, see `data.write_sidecars.write_sidecars`, which also documents `workers`,
-            `sidecars`, `progress`, errors, continuation and the returned dict.
-        teacher: the model that encodes images and captions.
-        views: views that are encoded in place of the images; training replays one of them in each
-            epoch. None: the images, not augmented.
-        batch_size: samples, views or captions that are encoded at a time.
+    Its meta.json says which teacher. All ranks have to call it. views: encoded in place of the
+    images; training replays one of them in each epoch. batch_size: samples, views or captions that
+    are encoded at a time. For the other arguments and errors see `write_sidecars`.
     """
     prepare = Prepare(transform_of(teacher), teacher.tokenizer, views)
 
@@ -217,10 +207,9 @@ def transform_of(teacher: Encoder) -> ImageTransform:
 
 
 def student_transform(config: str | Path) -> ImageTransform:
-    """Returns the training transform of a student's config, a file or the name of a built-in one.
+    """Returns the training transform of a student's config, which draws the views.
 
-    It draws the views. Raises InputError for an augmentation whose draws cannot be stored, such as
-    timm's.
+    Raises InputError for an augmentation whose draws cannot be stored, such as timm's.
     """
     student = configs.load(config, ())
     transform = image_transform(
@@ -251,16 +240,10 @@ def run(
 ) -> dict[str, Any]:
     """Loads a teacher, writes its features of `data` to the folder `out`, and prints a summary.
 
-    Returns the dict of `write_features`, which documents batch_size, workers and sidecars. All
-    ranks have to call it.
-
-    data: as `data.pack.pack_shards` takes them, which packs tables, JSON files and folders into
-    OUT/shards.
-    name, checkpoint, device, precision: arguments of `simplclip.load`, which loads the teacher.
-    views, config, seed: number of views, the student whose augmentation they have (a config's file
-    or name), and the seed of their draws. Both 0 and None: the plain images.
-
-    Raises InputError for views without config or the reverse, and the errors of these functions.
+    data: as `data.pack.pack_shards` takes them. name, checkpoint, device, precision: arguments of
+    `simplclip.load`. views, config, seed: number of views, the student whose augmentation they have
+    (a config's file or name), and the seed of their draws; 0 and None: the plain images.
+    All ranks have to call it. Raises InputError for views without config or the reverse.
     """
     if bool(views) != (config is not None):
         raise InputError(
