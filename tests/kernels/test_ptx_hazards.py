@@ -57,11 +57,7 @@ CASES = {
         "shared memory is read while",
     ),
     "a copy not ended": (
-        PLACE
-        + COPY.replace("cp.async.commit_group;\n", "")
-        + "cp.async.wait_group 0;\n"
-        + OWN
-        + LOAD,
+        PLACE + COPY.partition("cp.async.commit")[0] + "cp.async.wait_group 0;\n" + OWN + LOAD,
         READ_RACE,
     ),
     "another warp's copy": (
@@ -126,17 +122,16 @@ def test_hazards(name):
     assert any(kind.startswith(expected) for kind in kinds) if expected else not kinds, kinds
 
 
-LIMITS = {
-    ".reqntid 64": ((64,), (32, 128)),
-    ".maxntid 16, 4, 1": ((1, 64), (65,)),
-    ".minnctapersm 2": ((1, 1024), (1025,)),
-}
-
-
-@pytest.mark.parametrize("directive", LIMITS)
-def test_the_threads_of_a_kernel(directive):
+@pytest.mark.parametrize(
+    ("directive", "allowed", "refused"),
+    [
+        (".reqntid 64", (64,), (32, 128)),
+        (".maxntid 16, 4, 1", (1, 64), (65,)),
+        (".minnctapersm 2", (1, 1024), (1025,)),
+    ],
+)
+def test_the_threads_of_a_kernel(directive, allowed, refused):
     code = Code(parse(f".visible .entry test()\n{directive}\n{{\nret;\n}}\n")["test"])
-    allowed, refused = LIMITS[directive]
     for threads in allowed:
         Machine().launch(code, 1, threads, 0, [])
     for threads in refused:
@@ -237,19 +232,12 @@ def test_wgmma():
     kinds, got, expected = multiply(WGMMA)
     assert not kinds
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+    wait = "wgmma.wait_group.sync.aligned 0;"
     for old, new, kind in (
-        (
-            "fence.proxy.async.shared::cta;",
-            "",
-            "wgmma reads shared memory with no fence.proxy.async after it was written",
-        ),
+        ("fence.proxy.async.shared::cta;", "", "wgmma reads shared memory with no fence.proxy"),
         ("bar.sync 0;", "", READ_RACE),
-        ("wgmma.wait_group.sync.aligned 0;", "", "a register of a wgmma in flight is used"),
-        (
-            "wgmma.wait_group.sync.aligned 0;",
-            "st.shared.b32 [%r3+2048], 0;",
-            "shared memory is written while",
-        ),
+        (wait, "", "a register of a wgmma in flight is used"),
+        (wait, "st.shared.b32 [%r3+2048], 0;", "shared memory is written while"),
     ):
         assert any(each.startswith(kind) for each in multiply(WGMMA.replace(old, new))[0]), kind
     with pytest.raises(UnknownPTXError, match="no wgmma.fence"):

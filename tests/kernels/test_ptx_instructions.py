@@ -81,7 +81,7 @@ def numbers() -> np.ndarray:
 
 def test_conversions():
     values = numbers()
-    for kind, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16)):
+    for kind, dtype in DTYPES.items():
         bits = elementwise(f"cvt.rn.{kind}.f32 %h20, %r21;", values, out=np.uint16)
         expected = torch.from_numpy(values).to(dtype)
         np.testing.assert_array_equal(
@@ -159,15 +159,8 @@ def test_integers(operation):
 def test_comparisons_with_nan():
     a = np.array([1, 1, 2, np.nan, np.nan], np.float32)
     b = np.array([1, 2, 1, 1, np.nan], np.float32)
-    expected = {
-        "eq": "10000",
-        "ne": "01100",
-        "lt": "01000",
-        "ge": "10100",
-        "neu": "01111",
-        "equ": "10011",
-        "ltu": "01011",
-    }
+    expected = {"eq": "10000", "ne": "01100", "lt": "01000", "ge": "10100"}
+    expected |= {"equ": "10011", "neu": "01111", "ltu": "01011"}
     for name, each in expected.items():
         body = f"setp.{name}.f32 %p1, %r21, %r22;\nselp.b32 %r20, 1, 0, %p1;"
         assert "".join(map(str, elementwise(body, a, b))) == each, name
@@ -279,11 +272,8 @@ def test_registers_that_nobody_wrote_are_nan():
     batch = execute(body, r2=np.zeros(32, np.uint32))
     assert np.isnan(batch.registers["32"][26:34].view(np.float32)).all()
     assert [hazard.kind for hazard in batch.machine.hazards.values()] == [
-        f"{memory} address is outside of {where}"
-        for memory, where in (
-            ("global", "the tensors"),
-            ("shared", "the program's memory"),
-        )
+        "global address is outside of the tensors",
+        "shared address is outside of the program's memory",
     ]
 
 

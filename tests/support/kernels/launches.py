@@ -306,11 +306,12 @@ def attention_gradients(started: Started) -> Results:
         torch.stack([t.sum((1, 3)) for t in terms]),
         torch.stack([t.abs().sum((1, 3)) for t in terms]),
     )
-    results = {
+    return {
         "dv": (a["dv"].first, dv),
         "dq": (a["dq"].first, a["sign"] * x.beta * x.tensor("q_grad")),
+        "dk": (a["dk"].first, x.beta * x.tensor("k_grad")),
+        "parts": parts,
     }
-    return results | {"dk": (a["dk"].first, x.beta * x.tensor("k_grad")), "parts": parts}
 
 
 DEFINITIONS: dict[str, Callable[[Started], Results]] = {
