@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 PACKAGES = {
     "PIL": "pillow",
     "open_clip": "open_clip_torch",
+    "open_clip_train": "open_clip_torch",
     "pydantic_core": "pydantic",
     "timm": "open_clip_torch",
     "torchvision": "open_clip_torch",
