@@ -3,6 +3,7 @@ import json
 import pkgutil
 import re
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -65,11 +66,18 @@ def test_every_class_of_a_backend_is_listed():
         bases += base.__subclasses__()
         if not base.__subclasses__() and base.__module__.startswith("simplclip.ops."):
             classes.add(base)
-    assert classes == {backend for row in backends.TABLE.values() for backend in row.values()}
+    listed = {backend for row in backends.TABLE.values() for backend in row.values()}
+    assert classes == listed, "BACKENDS of an op"
     inherited = {"why_not", "name", "attention", "attention_backward"}
     for backend in classes:
         own = {name for name in vars(backend) if not name.startswith("_")}
         assert own <= inherited | set(backends.TABLE), backend
+
+
+def test_the_page_lists_every_backend():
+    page = (Path(__file__).parents[2] / "docs/architecture.md").read_text()
+    table = page.partition("| backend |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| (\w+) \|", table, re.MULTILINE) == [*backends.names()]
 
 
 def test_a_backend_forced_for_all_ops_spares_parts_that_lack_it():

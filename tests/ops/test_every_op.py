@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import simplclip
+from simplclip import selftest
 from simplclip.losses.base import TEACHER
+from simplclip.ops import backends
 from simplclip.selftest.compare import run
 from support.devices import DTYPES, needs_cpu_kernels
 from support.ops.calls import LARGE
@@ -20,17 +22,21 @@ def one(name, result):
     return torch.ones_like(result)
 
 
-def kernels_and_reference():
-    """Yields each large call on the kernels in each dtype, and on the reference in float32."""
-    for name in LARGE:
+def kernels_and_others():
+    """Yields each large call on the kernels in each dtype, and on others that serve in float32."""
+    for name, make in LARGE.items():
         marks = [needs_cpu_kernels]
         if name.startswith("shaped_attention"):
             marks.append(pytest.mark.instruction_set)
         yield from (pytest.param(name, dtype, "cpu", marks=marks) for dtype in DTYPES)
-        yield name, torch.float32, "reference"
+        call = make()
+        for backend in sorted({*backends.names()} - {"cpu"}):
+            row = selftest.Row(call.op, backend, torch.float32)
+            if backend == "reference" or row.serves(call, torch.device("cpu")):
+                yield name, torch.float32, backend
 
 
-@pytest.mark.parametrize(("name", "dtype", "backend"), [*kernels_and_reference()])
+@pytest.mark.parametrize(("name", "dtype", "backend"), [*kernels_and_others()])
 def test_values_and_gradients(name, dtype, backend):
     check(LARGE[name](), dtype, backend, twice=backend == "cpu")
 
