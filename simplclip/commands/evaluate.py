@@ -78,6 +78,14 @@ def evaluate(
         ),
     ] = None,
     last: Last = False,
+    blend: Annotated[
+        bool,
+        typer.Option(
+            "--blend",
+            help="Evaluate weights between those from which the run started and its own (WiSE-FT); "
+            "write blend.json and blend.png.",
+        ),
+    ] = False,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Images or captions encoded at a time.")
     ] = 64,
@@ -88,8 +96,10 @@ def evaluate(
     """Evaluate models by zero-shot retrieval and classification; write a table, JSON and pictures
     of the results.
     """
-    from simplclip.models.source import parse_model
+    from simplclip.models.source import Checkpoint, Run, parse_model
 
+    if blend and not (len(models) == 1 and isinstance(parse_model(models[0]), Checkpoint | Run)):
+        raise InputError(f"--blend: expected one run or checkpoint, got {', '.join(models)}")
     if last:
         models = [str(parse_model(model, last=True)) for model in models]
     for model in models:
@@ -115,7 +125,14 @@ def evaluate(
         if not data and ranks.first():
             for line in trained_on(models):
                 typer.echo(line)
-        evaluation.evaluate(models, splits, settings, out=out)
+        if not blend:
+            evaluation.evaluate(models, splits, settings, out=out)
+            return
+        from simplclip.train.start import load_start
+
+        encoder = evaluation.load(models[0], device=ranks.set_device(device), precision=precision)
+        start = load_start(encoder.source, encoder.config or {})
+        evaluation.evaluate_blend(encoder, start, splits, settings, out=out)
 
 
 def _with_images(splits: dict[str, Any], images: str) -> dict[str, Any]:

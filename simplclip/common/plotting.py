@@ -171,8 +171,8 @@ def wrapped(text: str, fits: Callable[[str], bool], lines: int) -> list[str]:
 
 @dataclass
 class Panel:
-    """Lines over the steps of a run: label -> steps and values. chance: a dotted line of the colour
-    of each label.
+    """Lines over the steps of a run, or other numbers: label -> steps and values. chance: a dotted
+    line of the colour of each label. told: the place of the value that stands beside the label.
     """
 
     title: str
@@ -181,12 +181,18 @@ class Panel:
     percent: bool = False
     from_zero: bool = True  # else the axis is logarithmic, if the values differ much
     solid: int = len(COLOURS)  # lines until the colours come again, for dashed ones
+    told: int = -1
 
 
-def write_panels(path: Path, panels: Sequence[Panel], best: int | None = None) -> Path:
+def write_panels(
+    path: Path,
+    panels: Sequence[Panel],
+    best: float | None = None,
+    words: tuple[str, str] = ("step", "the best evaluation"),
+) -> Path:
     """Draws panels below each other, with one axis of steps, into a PNG file; returns its path.
 
-    best: a step at which a dashed line is drawn.
+    best: a step at which a dashed line is drawn. words: what a step is, and the best one.
     """
     # inches, and columns of labels
     left = 0.62
@@ -239,22 +245,22 @@ def write_panels(path: Path, panels: Sequence[Panel], best: int | None = None) -
                 text.set_parse_math(False)  # names of splits may have two $
         axis.tick_params(labelbottom=panel is panels[-1])
         y -= gap
-    label = "step"
+    label, about_best = words
     if best is not None:
-        label += f"; dashed: {best}, the best evaluation"
+        label += f"; dashed: {best}, {about_best}"
     axis.set_xlabel(label, color=MUTED, fontsize=10)
     return write(figure, path)
 
 
-def _draw_panel(axis: Axes, panel: Panel, best: int | None) -> list[Line2D]:
+def _draw_panel(axis: Axes, panel: Panel, best: float | None) -> list[Line2D]:
     """Draws a panel's lines, a dashed one at the step `best`; returns the line artists."""
     handles: list[Line2D] = []
     for number, (label, (steps, values)) in enumerate(panel.lines.items()):
         colour = COLOURS[number % panel.solid]
         dashes = "-" if number < panel.solid else "--"
         marker = "." if len(values) < 20 else ""
-        last = f"{values[-1]:.1%}" if panel.percent else f"{values[-1]:.3g}"
-        legend = f"{label}: {last}"
+        value = values[panel.told]
+        legend = f"{label}: {value:.1%}" if panel.percent else f"{label}: {value:.3g}"
         handles += axis.plot(steps, values, dashes, color=colour, marker=marker, label=legend)
         if label in panel.chance:
             axis.axhline(panel.chance[label], color=colour, linestyle=":", linewidth=1.2)
@@ -269,7 +275,8 @@ def _draw_panel(axis: Axes, panel: Panel, best: int | None) -> list[Line2D]:
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
         axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0) if panel.percent else "{x:g}")
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    whole = all(steps.dtype.kind == "i" for steps, _ in panel.lines.values())
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=whole))
     axis.grid(color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.tick_params(colors=MUTED, length=0, labelsize=9.5)

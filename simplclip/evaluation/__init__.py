@@ -10,6 +10,7 @@ classification.py   zero-shot accuracies, names of classes, phrases
 figures.py          the results as a table
 sheets.py           pictures of queries and their answers
 run.py              all of these for several models and splits
+blending.py         blends of a run's weights with those of its start
 """
 
 import lazy_loader as _lazy

@@ -1,5 +1,7 @@
 # The public names of simplclip.evaluation, each imported on first use; __init__.py reads this file.
 
+from .blending import blend as blend
+from .blending import evaluate_blend as evaluate_blend
 from .classification import class_names as class_names
 from .classification import named as named
 from .classification import phrases as phrases
@@ -9,6 +11,7 @@ from .encoder import load as load
 from .index import BATCH_SIZE as BATCH_SIZE
 from .index import Index as Index
 from .index import encode as encode
+from .results import BlendResults as BlendResults
 from .results import Classification as Classification
 from .results import Figure as Figure
 from .results import ModelResult as ModelResult

@@ -1,4 +1,4 @@
-"""The results of an evaluation; `model_dump` gives the content of evaluation.json."""
+"""The results of evaluations; `model_dump` gives the content of evaluation.json or blend.json."""
 
 from __future__ import annotations
 
@@ -71,6 +71,18 @@ class SplitResult(_Result):
             return None
         return Retrieval(image_to_text=self.image_to_text, text_to_image=self.text_to_image)
 
+    @property
+    def first_right(self) -> Figure:
+        """The share of queries whose first answer is right: the mean R@1 of both directions, or
+        top 1 without captions.
+        """
+        if self.retrieval is None:
+            assert self.zero_shot is not None  # an evaluation has one of them
+            return self.zero_shot.top1
+        both = [figures["R@1"] for figures in self.retrieval.directions.values()]
+        value, chance = (sum(pair) / 2 for pair in zip(*((f.value, f.chance) for f in both)))
+        return Figure(value=value, chance=chance)
+
 
 class _Evaluated(_Result):
     """Which model was evaluated."""
@@ -102,3 +114,20 @@ class Results(_Evaluated):
     def models(self) -> list[ModelResult | Results]:
         """The results of all models, the first model's at the beginning."""
         return [self, *self.baselines.values()]
+
+
+class BlendRow(BaseModel, frozen=True):
+    """The figures of one blend."""
+
+    alpha: float
+    mean: float  # of the splits' `first_right`
+    splits: dict[str, SplitResult]
+
+
+class BlendResults(_Evaluated):
+    """The figures of blends between a run and its start, the content of blend.json."""
+
+    versions: dict[str, str]
+    start: str  # what named the weights with which the run began
+    best: float  # the alpha of the highest mean; of equal ones the lowest
+    rows: list[BlendRow]

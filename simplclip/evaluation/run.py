@@ -8,20 +8,21 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from rich.console import Console
 
 from simplclip.common import ranks
 from simplclip.common.errors import InputError
 from simplclip.common.files import check_writable, write_atomically
 from simplclip.common.progress import print_lines
-from simplclip.data import held_out
+from simplclip.data import HeldOut, held_out
 from simplclip.evaluation.classification import (
     NamelessError,
     class_names,
@@ -47,6 +48,7 @@ from simplclip.version import __version__
 
 Models = str | os.PathLike | Sequence[str | os.PathLike]
 TEMPLATES = ("a photo of {}",)
+VERSIONS = {"simplclip": __version__, "torch": torch.__version__}
 
 
 @dataclass(frozen=True)
@@ -106,17 +108,7 @@ def evaluate(
     say = partial(print_lines, console=console)
     settings = settings or Settings()
     sources = _sources(models)
-    if not splits:
-        raise InputError("data: expected at least one split (--data NAME=DATA), got none")
-    workers = settings.workers
-    if workers is None:
-        workers = min(8, os.cpu_count() or 1)
-    names, synsets = class_names(settings.classnames)
-    templates = phrases(settings.templates or ())
-    data = {
-        name: named(held_out(source, captions=settings.captions), names, synsets)
-        for name, source in splits.items()
-    }
+    data = open_splits(splits, settings)
     results: Results
 
     for source in sources:
@@ -134,28 +126,19 @@ def evaluate(
         ending = ""
         model: Results | ModelResult
         if source == sources[0]:
-            folder = _folder(out, source)
-            ranks.on_first(check_writable, folder, "out")
-            folder.mkdir(parents=True, exist_ok=True)
-            config_templates = _templates_of(encoder.config)
-            versions = {"simplclip": __version__, "torch": torch.__version__}
-            model = results = Results(**about, versions=versions)
+            folder = make_folder(out, source)
+            config = encoder.config
+            model = results = Results(**about, versions=VERSIONS)
         else:
             ending = f"-{file_name(source)}"
             model = results.baselines[source] = ModelResult(**about)
-        towers = replace(encoder.towers, source=source)
         for name, held in data.items():
             label = f"{name}, {source}" if sources[1:] else name
-            split = Split(held, encoder.tokenizer, encoder.preprocess)
-            index = encode(towers, split, settings.batch_size, workers=workers, progress=label)
-            say(f"{label}: {index.report()}")
             picture = folder / f"evaluation-{file_name(name)}{ending}.png"
-            texts = templates or phrases(held.classes.templates or config_templates)
-            result = ranks.on_first(partial(_evaluate_split, encoder, index, name, texts, picture))
-            for line in result.left_out:
-                say(f"warning: {label}: {line}")
-            model.splits[name] = result
-            ranks.on_first(partial(_write, folder / "evaluation.json", results))
+            model.splits[name] = evaluate_split(
+                encoder, name, held, settings, config, label, say, picture
+            )
+            ranks.on_first(partial(write_json, folder / "evaluation.json", results))
 
     console.print(table(results))
     say(f"wrote {folder / 'evaluation.json'}")
@@ -164,6 +147,48 @@ def evaluate(
             if result.contact_sheet:
                 say(f"wrote {result.contact_sheet}")
     return results
+
+
+def open_splits(splits: Mapping[str, Any], settings: Settings) -> dict[str, HeldOut]:
+    """Opens the data of splits, with names of classes; raises what `evaluate` does of arguments."""
+    if not splits:
+        raise InputError("data: expected at least one split (--data NAME=DATA), got none")
+    names, synsets = class_names(settings.classnames)
+    phrases(settings.templates or ())
+    return {
+        name: named(held_out(source, captions=settings.captions), names, synsets)
+        for name, source in splits.items()
+    }
+
+
+def evaluate_split(
+    encoder: Encoder,
+    name: str,
+    held: HeldOut,
+    settings: Settings,
+    config: Mapping[str, Any] | None,
+    label: str,
+    say: Callable[[str], object] | None,
+    picture: Path | None = None,
+) -> SplitResult:
+    """Returns the figures of a model on a split; all ranks have to call it.
+
+    config: of the run that has eval.templates. label: of lines and of the progress. say: prints
+    what was read and left out. picture: where the contact sheet is written.
+    """
+    workers = settings.workers
+    if workers is None:
+        workers = min(8, os.cpu_count() or 1)
+    split = Split(held, encoder.tokenizer, encoder.preprocess)
+    index = encode(encoder.towers, split, settings.batch_size, workers=workers, progress=label)
+    if say:
+        say(f"{label}: {index.report()}")
+    texts = phrases(settings.templates or held.classes.templates or _templates_of(config))
+    result = ranks.on_first(partial(_figures, encoder, index, name, texts, picture))
+    for line in result.left_out:
+        if say:
+            say(f"warning: {label}: {line}")
+    return result
 
 
 def _sources(models: Models) -> list[str]:
@@ -178,16 +203,17 @@ def _sources(models: Models) -> list[str]:
     return sources
 
 
-def _folder(out: str | os.PathLike | None, model: str) -> Path:
-    """Returns the folder of the results: `out`, by default that of the model."""
-    if out:
-        return Path(out)
-    if not Path(model).exists():
+def make_folder(out: str | os.PathLike | None, model: str) -> Path:
+    """Makes and returns the folder of the results: `out`, by default that of the model."""
+    if not out and not Path(model).exists():
         raise InputError(
             f"out: expected a folder for the results (--out), got none, and {model} is not a file "
             "or a folder"
         )
-    return Path(model) if Path(model).is_dir() else Path(model).parent
+    folder = Path(out or (model if Path(model).is_dir() else Path(model).parent))
+    ranks.on_first(check_writable, folder, "out")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _templates_of(config: Mapping[str, Any] | None) -> Sequence[str]:
@@ -206,10 +232,10 @@ def file_name(name: str) -> str:
     return re.sub(r'[\x00-\x1f<>:"/\\|?*]+', "_", name).strip(" ._") or "_"
 
 
-def _evaluate_split(
-    encoder: Encoder, index: Index, name: str, templates: list[str], picture: Path
+def _figures(
+    encoder: Encoder, index: Index, name: str, templates: list[str], picture: Path | None
 ) -> SplitResult:
-    """Returns the figures of a split, and writes `picture` if it has captions.
+    """Returns the figures of a split, and writes a `picture` if it has captions.
 
     Raises InputError if it has neither captions nor labels of at least two classes, or a label of
     an unknown class; NamelessError if it has no captions, and numbers without names as labels.
@@ -240,7 +266,7 @@ def _evaluate_split(
         if classification:
             left_out += _left_out_of_classes(classification, len(index))
     sheet = None
-    if retrieval:
+    if retrieval and picture:
         sheet = str(picture)
         _draw(encoder, index, name, retrieval, picture)
     return SplitResult(
@@ -281,7 +307,7 @@ def _draw(encoder: Encoder, index: Index, name: str, retrieval: Retrieval, pictu
     contact_sheet(picture, index, f"{title}: {name}", subtitles)
 
 
-def _write(file: Path, results: Results) -> None:
+def write_json(file: Path, results: BaseModel) -> None:
     """Replaces `file` by the results as UTF-8 JSON, completely or not at all."""
     text = json.dumps(results.model_dump(), indent=2, ensure_ascii=False) + "\n"
     write_atomically(file, text.encode("utf-8", "backslashreplace"))

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -50,6 +50,11 @@ class WeightTable:
     def names(self) -> list[str]:
         """Names of the frozen modules and parameters, as `freeze` takes them."""
         return [name for name, (status, _) in self.rows.items() if status == Status.INHERITED]
+
+    def status(self, tensor: str) -> Status:
+        """Returns the status of a tensor of the model's state dict, by its name."""
+        paths = ("", *accumulate(tensor.split("."), "{}.{}".format))
+        return next(self.rows[path][0] for path in paths if path in self.rows)
 
     def __str__(self) -> str:
         """Returns the table as text: a line for each row, totals by status, the sources above."""

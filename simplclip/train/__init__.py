@@ -4,6 +4,7 @@ sections.py     the sections of a config, with every key
 config.py       a config: read, changed by --set, described
 resolve.py      what a config leaves open: shards, steps, a micro-batch that fits
 setup.py        model and weights: the state of a run
+start.py        the weights with which a run began
 optimizer.py    AdamW, the learning rate, averages of the weights
 objective.py    the loss, with weights by step
 step.py         one step: forward, loss, backward, update

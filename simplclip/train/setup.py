@@ -27,6 +27,7 @@ from simplclip.models.trained import (
     image_transform,
     other_pixels,
 )
+from simplclip.models.transfer import WeightTable
 from simplclip.models.weights import load_error
 from simplclip.nn import SimplifiedBlock
 from simplclip.train.beginning import Beginning
@@ -112,33 +113,43 @@ def load_model(
         freeze(model, checkpoint["frozen"])
         _load(model, checkpoint["model"])
         return model, checkpoint["frozen"], []
-    frozen, lines = list[str](), list[str]()
+    tables = take_start(model, config)
+    frozen = [name for table in tables for name in table.names]
+    lines = [line for table in tables for line in str(table).splitlines()]
+    return model, frozen, [*lines, *_pixel_warnings(config)]
+
+
+def take_start(model: Any, config: Config) -> list[WeightTable]:
+    """Copies the weights from which a run starts into its model; returns what each source gave."""
+    tables = list[WeightTable]()
     if config.model.checkpoint is not None:
         try:
-            table = inherit(model, config.model.checkpoint, train="*")
+            tables.append(inherit(model, config.model.checkpoint, train="*"))
         except (CheckpointError, FileNotFoundError) as error:
             raise ConfigError(f"model.checkpoint: {str(error).removeprefix('source: ')}") from None
-        lines += str(table).splitlines()
     if config.inherit.source is not None:
         table = inherit(
             model, config.inherit.source, train=config.inherit.train, blocks=config.inherit.blocks
         )
-        frozen = table.names
-        lines += str(table).splitlines()
-    lines += _pixel_warnings(config)
+        tables.append(table)
     for name in ("logit_scale", "logit_bias"):  # a value of the config replaces that of the weights
         value = config.model.options.get(f"init_{name}")
         if value is not None:
             nn.init.constant_(getattr(model, name), value)
-    return model, frozen, lines
+    return tables
+
+
+def sources_of(config: Config) -> list[str]:
+    """Returns the names of the weights from which a run starts."""
+    inherited = config.inherit.source or []
+    inherited = [inherited] if isinstance(inherited, str) else inherited
+    return [*filter(None, [config.model.checkpoint, *inherited])]
 
 
 def _pixel_warnings(config: Config) -> Iterator[str]:
     """Yields a line for each open_clip tag whose images are normalised otherwise than the run's."""
     transform = image_transform(config.model.model_dump())
-    inherited = config.inherit.source or []
-    inherited = [inherited] if isinstance(inherited, str) else inherited
-    for source in filter(None, [config.model.checkpoint, *inherited]):
+    for source in sources_of(config):
         if pixels := other_pixels(source, transform):
             yield (
                 f"warning    {source} was trained on images normalised by {pixels}; this model's "

@@ -84,7 +84,7 @@ def stored_results():
 
 def test_the_file_is_that_of_the_first_version(tmp_path):
     file = tmp_path / "evaluation.json"
-    running._write(file, stored_results())
+    running.write_json(file, stored_results())
     wanted = json.dumps(STORED, indent=2, ensure_ascii=False) + "\n"
     assert file.read_text(encoding="utf-8") == wanted
 

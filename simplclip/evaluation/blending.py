@@ -1,0 +1,137 @@
+"""Weights between those of two models, and their evaluation, `simplclip evaluate --blend`.
+
+Training on own data forgets some of what a model knew; a blend with the start may keep both
+(WiSE-FT, arXiv 2109.01903).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from simplclip.common import ranks
+from simplclip.common.errors import InputError, check_share
+from simplclip.common.plotting import Panel, write_panels
+from simplclip.common.progress import print_lines
+from simplclip.evaluation.encoder import Encoder
+from simplclip.evaluation.figures import percent
+from simplclip.evaluation.results import BlendResults, BlendRow
+from simplclip.evaluation.run import (
+    VERSIONS,
+    Settings,
+    evaluate_split,
+    make_folder,
+    open_splits,
+    write_json,
+)
+from simplclip.models.file_names import BLEND
+
+ALPHAS = tuple(tenths / 10 for tenths in range(11))
+ABOUT = "share of queries whose first answer is right"
+
+
+def blend(
+    start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float
+) -> dict[str, Tensor]:
+    """Returns the weights (1 - alpha) start + alpha end, computed in float32.
+
+    start, end: state dicts of one architecture. alpha: 0 gives the numbers of `start`, 1 those of
+    `end`, to the bit; numbers that are equal in both stay. Tensors of integers are those of `end`.
+    Dtypes are those of `end`. Tensors of the result may be those of the arguments.
+    Raises InputError for another alpha, or if names or shapes differ.
+    """
+    check_share("alpha", alpha)
+    shapes, others = ({name: t.shape for name, t in state.items()} for state in (start, end))
+    if unlike := sorted(name for name, _ in shapes.items() ^ others.items()):
+        raise InputError(f"start: expected the names and shapes of end, got others of {unlike[0]}")
+    weights = {}
+    for name, last in end.items():
+        first = start[name].to(last.dtype)
+        weights[name] = last
+        if last.is_floating_point() and alpha < 1:
+            sums = (1 - alpha) * first.float() + alpha * last.float()
+            weights[name] = first if alpha == 0 else first.where(first == last, sums.to(last.dtype))
+    return weights
+
+
+def evaluate_blend(
+    encoder: Encoder,
+    start: tuple[str, Mapping[str, Tensor]],
+    splits: Mapping[str, Any],
+    settings: Settings | None = None,
+    *,
+    out: str | os.PathLike | None = None,
+    console: Console | None = None,
+) -> BlendResults:
+    """Evaluates the weights between a run's start and the run, for each of ALPHAS, on splits.
+
+    Writes OUT/blend.json and blend.png and prints a table; returns the content of the JSON. The
+    data are read for each alpha. Ranks divide the work as in `evaluate`, which has the errors.
+
+    encoder: of the run; its weights change, and are the run's again at the end. start: what names
+    the weights with which the run began, and their state dict, by `simplclip.train.start`. Other
+    arguments are those of `evaluate`; device and precision are the encoder's.
+    """
+    console = (console or Console()) if ranks.first() else Console(quiet=True)
+    say, settings = partial(print_lines, console=console), settings or Settings()
+    data, folder = open_splits(splits, settings), make_folder(out, encoder.source)
+    say(f"start: {start[0]}; run: {encoder.source}, step {encoder.step}")
+    end = {name: tensor.to("cpu", copy=True) for name, tensor in encoder.model.state_dict().items()}
+    rows: list[BlendRow] = []
+    for alpha in ALPHAS:
+        encoder.model.load_state_dict(blend(start[1], end, alpha))
+        found = {}
+        for name, held in data.items():
+            label, told = f"{name}, alpha {alpha}", None if rows else say
+            found[name] = evaluate_split(encoder, name, held, settings, encoder.config, label, told)
+        shares = [result.first_right.value for result in found.values()]
+        rows.append(BlendRow(alpha=alpha, mean=sum(shares) / len(shares), splits=found))
+    best = max(rows, key=lambda row: row.mean)
+    results = BlendResults(
+        checkpoint=encoder.source,
+        model=encoder.name,
+        step=encoder.step,
+        precision=encoder.precision,
+        versions=VERSIONS,
+        start=start[0],
+        best=best.alpha,
+        rows=rows,
+    )
+    ranks.on_first(partial(write_json, folder / BLEND, results))
+    table = ranks.on_first(partial(_draw, results, folder / "blend.png"))
+    console.print(table)
+    say(f"best for the mean: alpha {best.alpha}, {percent(best.mean)}")
+    say(f"wrote {folder / BLEND}\nwrote {folder / 'blend.png'}")
+    return results
+
+
+def _draw(results: BlendResults, picture: Path) -> Table:
+    """Returns the shares by alpha and split as a table, and draws them as lines."""
+    rows, names = results.rows, [*results.rows[0].splits, "mean"]
+    figures = [[split.first_right for split in row.splits.values()] for row in rows]
+    shares = [[*(f.value for f in found), row.mean] for found, row in zip(figures, rows)]
+    table = Table("alpha", title=results.model, caption=ABOUT, box=SIMPLE_HEAD, pad_edge=False)
+    for name in names:
+        table.add_column(escape(name), justify="right", overflow="fold")
+    for row, values in zip(rows, shares):
+        style = "bold" if row.alpha == results.best else ""
+        table.add_row(str(row.alpha), *map(percent, values), style=style)
+    table.add_row("chance", *(percent(figure.chance) for figure in figures[0]), style="dim")
+
+    lines = {name: (np.array(ALPHAS), np.array(line)) for name, *line in zip(names, *shares)}
+    told = ALPHAS.index(results.best)
+    title = f"{ABOUT.capitalize()}; labels: at alpha {results.best}"
+    panel = Panel(title, lines, percent=True, told=told)
+    words = ("alpha, from the start (0) to the run (1)", "the best mean")
+    write_panels(picture, [panel], results.best, words)
+    return table

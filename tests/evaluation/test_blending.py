@@ -1,0 +1,217 @@
+"""Weights between a run's start and the run: `evaluate --blend`."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from simplclip import evaluation, models
+from simplclip.common.errors import InputError
+from simplclip.train.setup import make_state
+from simplclip.train.start import load_start
+from support.data.pairs import write
+from support.programs import call, one_line
+from support.train import tiny
+from support.train.runs import bits, go
+
+pytestmark = pytest.mark.long
+
+LABELS = ("--data", "labels=labels.tar")
+TEXT = tiny.MODEL
+CPU = ("--workers", 0, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(trained, tmp_path_factory):
+    """Makes a run with averages in runs/tuned, started in the folder from base/; its best.pt is of
+    step 3. It evaluates the splits held_out and one.
+    """
+    folder = tmp_path_factory.mktemp("blend")
+    shutil.copytree(trained, folder / "base")
+    tiny.write_shard(folder / "one.tar")
+    image = {name: tiny.picture(colour, "ring") for name, colour in tiny.COLOURS.items()}
+    labelled = [
+        (f"{name}-{copy}", {"png": image[name], "json": json.dumps({"label": name}).encode()})
+        for copy in range(2)
+        for name in image
+    ]
+    write(folder / "labels.tar", labelled)
+    changes = ["model.checkpoint=base", "run.out=runs/tuned", "optim.lr=5e-3", "optim.ema=0.5"]
+    changes += ["eval.hold_out=0.25", "eval.splits={one: one.tar}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        go(tiny.settings(folder, *changes))
+    run = folder / "runs" / "tuned"
+    best = torch.load(run / "last.pt")
+    averages = {name: 0.9 * value for name, value in best["ema"].items()}
+    torch.save(best | {"step": 3, "ema": averages}, run / "best.pt")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """Draws no contact sheets, which takes longer than the figures."""
+    monkeypatch.setattr("simplclip.evaluation.run._draw", lambda *_: None)
+
+
+@pytest.fixture
+def inside(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def evaluated(*words):
+    """Runs `evaluate --blend`; returns its results and its text."""
+    result = call("evaluate", *words, "--blend", *CPU, "--out", "out")
+    assert result.exit_code == 0, result.output
+    with open("out/blend.json") as file:
+        return evaluation.BlendResults.model_validate_json(file.read()), result.output
+
+
+def test_the_sum_is_that_of_float64_and_ends_are_exact():
+    random = torch.Generator().manual_seed(0)
+    start, end = (
+        {
+            "a": torch.randn(50, 3, generator=random)[:, :2],
+            "half": torch.randn(9, generator=random).half(),
+            "odd": torch.tensor([-0.0, float("inf"), float("nan"), 3.3]),
+            "count": torch.tensor(count),
+        }
+        for count in (3, 8)
+    )
+    for alpha, wanted in ((0, start), (1, end), (0.0, start), (1.0, end)):
+        floats = {name: value for name, value in wanted.items() if name != "count"}
+        blended = evaluation.blend(start, end, alpha)
+        assert blended.pop("count") == 8
+        assert bits(blended) == bits(floats)
+    blended = evaluation.blend(start, end, 0.3)
+    assert bits(blended["odd"][[0, 1, 3]]) == bits(end["odd"][[0, 1, 3]])
+    for name, error in (("a", 2e-7), ("half", 2**-10)):
+        exact = 0.7 * start[name].double() + 0.3 * end[name].double()
+        assert blended[name].dtype == end[name].dtype
+        torch.testing.assert_close(blended[name].double(), exact, rtol=error, atol=error)
+    for alpha in (1.5, -0.1, float("nan"), "0.5", None):
+        with pytest.raises(InputError, match="alpha: expected a number from 0 to 1, got "):
+            evaluation.blend(start, end, alpha)
+    for other in ({"a": end["a"]}, end | {"half": end["half"][:1]}, end | {"more": end["a"]}):
+        with pytest.raises(InputError, match="start: expected the names and shapes of end, got"):
+            evaluation.blend(start, other, 0.5)
+
+
+@pytest.mark.slow
+def test_both_ends_have_the_figures_of_evaluate_and_the_best_mean_is_named(inside):
+    data = ("--data", "one=one.tar", *LABELS)
+    results, text = evaluated("runs/tuned", *data)
+    assert call("evaluate", "runs/tuned", "base", *data, *CPU, "--out", "out").exit_code == 0
+    with open("out/evaluation.json") as file:
+        ends = evaluation.Results.model_validate_json(file.read())
+    assert [row.alpha for row in results.rows] == [
+        0,
+        0.1,
+        0.2,
+        0.3,
+        0.4,
+        0.5,
+        0.6,
+        0.7,
+        0.8,
+        0.9,
+        1,
+    ]
+    for row, end in ((results.rows[-1], ends), (results.rows[0], ends.baselines["base"])):
+        for name in ("one", "labels"):
+            assert row.splits[name].retrieval == end.splits[name].retrieval
+            assert row.splits[name].zero_shot == end.splits[name].zero_shot
+    assert ends.splits["one"].retrieval != ends.baselines["base"].splits["one"].retrieval
+    for row in results.rows:
+        to_text, to_image = row.splits["one"].retrieval.directions.values()
+        recall = (to_text["R@1"].value + to_image["R@1"].value) / 2
+        share = row.splits["labels"].zero_shot.top1.value
+        assert row.mean == (recall + share) / 2
+        (line,) = [line for line in text.splitlines() if line.split()[:1] == [str(row.alpha)]]
+        assert line.split()[1:] == [f"{value:.1%}" for value in (recall, share, row.mean)]
+    highest = max(row.mean for row in results.rows)
+    assert results.best == min(row.alpha for row in results.rows if row.mean == highest)
+    assert f"best for the mean: alpha {results.best}, {highest:.1%}\n" in text
+    assert "start: base; run: runs/tuned/best.pt, step 3\n" in text
+    assert text.count("samples read") == 2
+    assert (results.checkpoint, results.start, results.step) == ("runs/tuned/best.pt", "base", 3)
+    picture = Image.open("out/blend.png")
+    assert picture.width == 744
+    assert len(picture.getcolors(1 << 20)) > 50
+
+
+@pytest.mark.slow
+def test_a_moved_run_evaluates_its_splits_between_the_start_and_its_last_step(
+    inside, tmp_path, monkeypatch
+):
+    """Where the start is found: in the folder from which the run started, wherever that is now."""
+    monkeypatch.setattr("simplclip.evaluation.blending.ALPHAS", (0.0, 0.3))
+    shutil.copytree(inside, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(inside / "one.tar", tmp_path)
+    results, _ = evaluated("moved/runs/tuned", "--last")
+    assert list(results.rows[0].splits) == ["one", "held_out"]
+    assert (results.checkpoint, results.step) == ("moved/runs/tuned/last.pt", 7)
+    monkeypatch.chdir(inside)
+    assert results.rows == evaluated("runs/tuned", "--last")[0].rows
+    assert results.rows[1] != evaluated("runs/tuned")[0].rows[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["model.checkpoint=base"],
+        ["model.checkpoint=runs/tuned", "model.image_size=32", "model.context_length=20"],
+        ["inherit.source=[base/last.pt]", "inherit.train=[text.transformer]"],
+        ["inherit.source=base", "model.options.init_logit_scale=2.0"],
+        ["model.checkpoint=base", "loss.base=sigmoid"],
+    ],
+    ids=["run", "best-and-resized", "inherited", "scale", "bias"],
+)
+def test_a_start_is_made_again_from_the_config(inside, tmp_path, changes):
+    config = tiny.settings(tmp_path, *changes, "run.seed=3")
+    torch.manual_seed(3)
+    wanted = make_state(config, torch.device("cpu"), "fp32").model.state_dict()
+    before = torch.get_rng_state()
+    source, weights = load_start(tmp_path / "run" / "last.pt", config.to_dict())
+    assert bits(dict(weights)) == bits(dict(wanted))
+    assert source == changes[0].partition("=")[2].strip("[]")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.slow
+def test_a_run_without_a_start_of_its_architecture_is_refused_before_the_data(inside, tmp_path):
+    def line_of(*changes):
+        values = tiny.settings(tmp_path, *changes).to_dict()
+        state = torch.load("base/last.pt")
+        torch.save(state | {"config": values}, tmp_path / "run.pt")
+        return one_line("evaluate", tmp_path / "run.pt", "--blend", "--data", "one.tar")
+
+    new = "blend: expected a run that starts from trained weights of its own architecture, got "
+    other = "model.options.text_cfg={layers: 2, width: 64, heads: 2}"
+    scratch = one_line("evaluate", "base", "--blend", "--data", "one.tar")
+    assert f"{new}base, in which 62 tensors, visual." in scratch
+    with pytest.raises(InputError, match="12 tensors, text.transformer.resblocks.1"):
+        load_start("run.pt", tiny.settings(tmp_path, "model.checkpoint=base", other).to_dict())
+    plain = models.create("siclip-tiny", simplified=False, vision_cfg={"image_size": 24}, **TEXT)
+    torch.save(plain.state_dict(), tmp_path / "plain.pt")
+    average = [f"inherit.source={tmp_path / 'plain.pt'}", "inherit.blocks=average"]
+    for start in ([], ["model.checkpoint=base"]):
+        with pytest.raises(InputError, match="[0-9]+ tensors, [a-z.]+blocks.0"):
+            load_start("run.pt", tiny.settings(tmp_path, *start, *average).to_dict())
+    for change, error in (
+        ("model.checkpoint=gone", "model.checkpoint: expected a file of weights, got no such file"),
+        (
+            "inherit.source=[base, no.pt]",
+            "source: expected a file of weights, got no such file: no",
+        ),
+    ):
+        started = f"blend: expected the weights from which {tmp_path / 'run.pt'} started, got "
+        assert started + error in line_of(change)
+    for names in (["base", "runs/tuned"], ["open_clip:ViT-B-32/openai"]):
+        line = one_line("evaluate", *names, "--blend", "--data", "one.tar")
+        assert f"--blend: expected one run or checkpoint, got {', '.join(names)}" in line
