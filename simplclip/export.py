@@ -25,32 +25,36 @@ from safetensors.torch import save
 from torch import nn
 
 import simplclip
-from simplclip import models
+from simplclip import evaluation, models
 from simplclip.common.files import HOUR, identity, read_csv, remove_leftovers, temporary_folder
 from simplclip.evaluation.results import Results
 from simplclip.evaluation.retrieval import KS
-from simplclip.models.file_names import CARD, EXPORT, EXPORTED_WEIGHTS
+from simplclip.models.file_names import BLEND, CARD, EXPORT, EXPORTED_WEIGHTS
 from simplclip.models.registry import configuration
 from simplclip.models.source import about_best, check_export, parse_checkpoint
 from simplclip.models.trained import load_model, model_options
+from simplclip.train.start import load_start
 
 RANKS = tuple(f"R@{k}" for k in KS)
 
 
-def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict[str, Any]:
+def run(
+    checkpoint: str | Path, out: str | Path, *, force: bool = False, blend: float | None = None
+) -> dict[str, Any]:
     """Exports a checkpoint to the folder `out`, and returns the content of export.json.
 
     checkpoint: a file, or the folder of a run (its best.pt, else last.pt). `out` is made if it does
     not exist, and does not change before all files are written. With `force` they replace an
     earlier export, except README.md, which is kept. Prints the files and the lines that load the
     export. Leftovers of interrupted exports in or beside `out` that are older than an hour are
-    removed.
+    removed. blend: alpha, from 0 for the weights with which the run began to 1 for its own.
 
     The dict has "model" (name), "options", "step", "checkpoint" (path), "versions" and "files"
-    (name -> bytes and sha256 of the weights).
+    (name -> bytes and sha256 of the weights); of a blend also "blend", its alpha and start.
 
     Raises: FileNotFoundError, CheckpointError (not a checkpoint, or of another architecture),
-    FileExistsError (`out` has an export or other files), OSError (the disk is full).
+    FileExistsError (`out` has an export or other files), OSError (the disk is full), InputError (no
+    alpha, or a run without a start to blend with).
     """
     out = Path(out)
     check_export(out, force)
@@ -59,6 +63,12 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
     if file != str(checkpoint):
         print(about_best(file, state["step"]))
     config = state["config"]
+    blended: dict[str, Any] = {}
+    if blend is not None:
+        source, start = load_start(file, config)
+        model.load_state_dict(evaluation.blend(start, model.state_dict(), blend))
+        blended = {"blend": {"alpha": blend, "start": source}}
+        print(BLENDED.format(**blended["blend"]))
     name = config["model"]["name"]
     options = model_options(config["model"], config["loss"]["base"])
     about = open_clip_config(model, name, options)
@@ -69,6 +79,7 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
         "step": state["step"],
         "checkpoint": file,
         "versions": {"simplclip": simplclip.__version__, "torch": torch.__version__},
+        **blended,
     }
 
     # Beside a mounted folder, or a link to one, is another file system, from which none can rename.
@@ -86,7 +97,7 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
         if (out / CARD).exists():
             print(f"kept {out / CARD}, a model card of before")
         else:
-            (work / CARD).write_text(card(model, state, Path(file), lines), "utf-8")
+            (work / CARD).write_text(card(model, state, Path(file), lines, **blended), "utf-8")
         summary["files"] = {EXPORTED_WEIGHTS: identity(work / EXPORTED_WEIGHTS)}
         (work / EXPORT).write_text(json.dumps(summary, indent=2) + "\n")
         for path in work.iterdir():
@@ -122,10 +133,17 @@ def write_preprocessing(folder: Path, model: Any, tokenizer: Any) -> None:
     (folder / "preprocessing.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
-def card(model: nn.Module, state: dict[str, Any], file: Path, lines: str) -> str:
+def card(
+    model: nn.Module,
+    state: dict[str, Any],
+    file: Path,
+    lines: str,
+    blend: dict[str, Any] | None = None,
+) -> str:
     """Returns a model card in Markdown, with figures found beside the checkpoint `file`.
 
-    state: the checkpoint's content, as `load_model` returns it. lines: that load the export.
+    state: the checkpoint's content, as `load_model` returns it. lines: that load the export. blend:
+    as in export.json.
     """
     config = state["config"]
     text = TEMPLATE.format(
@@ -134,11 +152,12 @@ def card(model: nn.Module, state: dict[str, Any], file: Path, lines: str) -> str
         images=f"{state['images']:,} images, " if state.get("images") else "",
         step=state["step"],
         size=config["data"]["batch_size"],
+        blend=BLENDED.format(**blend) + "\n" if blend else "",
     )
     rows: list[str] = []
     for figures in (_evaluated_figures, _figures_in_training):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-            rows = rows or figures(file, state["step"])
+            rows = rows or figures(file, state["step"], blend)
     if rows:
         table = [
             f"| data | direction | {' | '.join(f'{name} (chance)' for name in RANKS)} |",
@@ -150,10 +169,14 @@ def card(model: nn.Module, state: dict[str, Any], file: Path, lines: str) -> str
     return "\n".join([text, *table, "", "## Use", "", lines, ""])
 
 
-def _evaluated_figures(file: Path, step: int) -> list[str]:
+def _evaluated_figures(file: Path, step: int, blend: dict[str, Any] | None) -> list[str]:
     """Returns the card's rows that `simplclip evaluate` found; [] if of another checkpoint."""
     folder = file if file.is_dir() else file.parent
-    content = json.loads((folder / "evaluation.json").read_text("utf-8"))
+    content = json.loads((folder / (BLEND if blend else "evaluation.json")).read_text("utf-8"))
+    if blend:
+        content |= {row["alpha"]: row for row in content["rows"]}[blend["alpha"]]
+        if content["start"] != blend["start"]:
+            return []
     result = Results.model_validate(content)
     if result.step != step or not result.checkpoint.endswith((file.name, folder.name)):
         return []
@@ -167,8 +190,10 @@ def _evaluated_figures(file: Path, step: int) -> list[str]:
     return rows
 
 
-def _figures_in_training(file: Path, step: int) -> list[str]:
-    """Returns the card's rows that the run found at a step."""
+def _figures_in_training(file: Path, step: int, blend: dict[str, Any] | None) -> list[str]:
+    """Returns the card's rows that the run found at a step; it has evaluated no blend."""
+    if blend:
+        return []
     folder = file if file.is_dir() else file.parent
     rows = []
     for row in read_csv(folder / "evaluation.csv"):
@@ -185,6 +210,7 @@ def _table_row(split: str, direction: str, shares: list[tuple[float, float]]) ->
     return f"| {' | '.join(cells)} |"
 
 
+BLENDED = "These weights are {alpha} of the training's and 1 - {alpha} of its start, {start}."
 TEMPLATE = """---
 library_name: open_clip
 pipeline_tag: zero-shot-image-classification
@@ -196,7 +222,7 @@ pipeline_tag: zero-shot-image-classification
 A CLIP model of {parameters:,} parameters, trained by simplclip:
 {images}{step:,} steps of {size:,} images with captions.
 It knows what its captions say, and may repeat what prejudice they hold.
-
+{blend}
 ## Figures
 """
 

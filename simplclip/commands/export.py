@@ -9,6 +9,7 @@ import typer
 
 from simplclip.commands.app import app
 from simplclip.commands.options import Last
+from simplclip.common.errors import check_share
 
 
 @app.command(
@@ -21,6 +22,13 @@ def export(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the files and export.json.")],
     last: Last = False,
+    blend: Annotated[
+        float | None,
+        typer.Option(
+            metavar="ALPHA",
+            help="Of a run: write weights between those from which it started, 0, and its own, 1.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
 ) -> None:
     """Write a checkpoint as a folder with safetensors that open_clip loads, and print the lines
@@ -29,8 +37,10 @@ def export(
     from simplclip.models.source import check_export, parse_checkpoint
 
     check_export(out, force)
+    if blend is not None:
+        check_share("--blend", blend)
     parsed = parse_checkpoint(checkpoint, last=last)
     parsed.check("checkpoint")
     from simplclip import export as exporter
 
-    exporter.run(str(parsed) if last else checkpoint, out, force=force)
+    exporter.run(str(parsed) if last else checkpoint, out, force=force, blend=blend)

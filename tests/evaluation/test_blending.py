@@ -1,4 +1,4 @@
-"""Weights between a run's start and the run: `evaluate --blend`."""
+"""Weights between a run's start and the run: `evaluate --blend` and `export --blend`."""
 
 import json
 import shutil
@@ -6,9 +6,12 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+import simplclip
 from simplclip import evaluation, models
 from simplclip.common.errors import InputError
+from simplclip.models.trained import load_model
 from simplclip.train.setup import make_state
 from simplclip.train.start import load_start
 from support.data.pairs import write
@@ -60,6 +63,10 @@ def undrawn(monkeypatch):
 def inside(folder, monkeypatch):
     monkeypatch.chdir(folder)
     return folder
+
+
+def weights_of(run):
+    return load_model(run)[0].state_dict()
 
 
 def evaluated(*words):
@@ -215,3 +222,45 @@ def test_a_run_without_a_start_of_its_architecture_is_refused_before_the_data(in
     for names in (["base", "runs/tuned"], ["open_clip:ViT-B-32/openai"]):
         line = one_line("evaluate", *names, "--blend", "--data", "one.tar")
         assert f"--blend: expected one run or checkpoint, got {', '.join(names)}" in line
+    line = one_line("export", "runs/tuned", "--out", "new", "--blend", "1.5")
+    assert "--blend: expected a number from 0 to 1, got 1.5" in line
+    assert f"{new}base, in" in one_line("export", "base", "--out", "new", "--blend", "0.5")
+
+
+@pytest.mark.slow
+def test_an_export_has_the_blended_weights_and_their_figures(inside, tmp_path, monkeypatch):
+    monkeypatch.setattr("simplclip.evaluation.blending.ALPHAS", (0.0, 0.3, 1.0))
+    results, _ = evaluated("runs/tuned", "--data", "one=one.tar")
+    shutil.copy("out/blend.json", "runs/tuned")
+
+    def exported(alpha, *options):
+        out = tmp_path / f"{alpha}{''.join(options)}"
+        result = call("export", "runs/tuned", "--out", out, "--blend", alpha, *options)
+        assert result.exit_code == 0, result.output
+        about = json.loads((out / "export.json").read_text())
+        assert about["blend"] == {"alpha": alpha, "start": "base"}
+        card = (out / "README.md").read_text()
+        told = f"These weights are {alpha} of the training's and 1 - {alpha} of its start, base.\n"
+        assert told in card
+        assert told in result.output
+        return out, card
+
+    start, best, last = (weights_of(run) for run in ("base", "runs/tuned", "runs/tuned/last.pt"))
+    out, card = exported(0.3)
+    wanted = evaluation.blend(start, best, 0.3)
+    assert bits(load_file(out / "open_clip_model.safetensors")) == bits(wanted)
+    share = results.rows[1].splits["one"].retrieval.image_to_text["R@1"].value
+    assert f"| one | image to text | {share:.1%} (4.2%) |" in card
+    model, _ = load_model("runs/tuned")
+    model.load_state_dict(wanted)
+    pixels = torch.rand(2, 3, 24, 24)
+    features = simplclip.load(out).model.encode_image(pixels)
+    assert torch.equal(features, model.encode_image(pixels))
+    out, card = exported(0.0)
+    assert bits(load_file(out / "open_clip_model.safetensors")) == bits(dict(start))
+    assert "| one | text to image |" in card
+    for words in ([0.25], [0.3, "--last"]):  # others than were evaluated
+        out, card = exported(*words)
+        assert "The weights had not been evaluated before the export." in card
+    last_blend = evaluation.blend(start, last, 0.3)
+    assert bits(load_file(out / "open_clip_model.safetensors")) == bits(last_blend)
