@@ -9,7 +9,6 @@ from pathlib import Path
 
 import open_clip
 import pytest
-from PIL import Image
 
 import simplclip
 from support.data import pairs
@@ -45,7 +44,7 @@ def run(script: str, capsys, *arguments: str) -> list[float]:
 
 def test_every_script_is_a_page():
     scripts = [*(ROOT / "examples").glob("*.py")]
-    assert len(scripts) == 7
+    assert len(scripts) == 6
     assert max(len(path.read_text().splitlines()) for path in scripts) <= 180
 
 
@@ -69,42 +68,13 @@ def test_big_batch_compares_all_pairs(captioned, capsys):
     assert simplclip.load("open_clip:tiny/big.pt").width == 16
 
 
-@pytest.mark.slow
-def test_finetune_photos(captioned, capsys):
-    weights = ["--pretrained", "tiny.bin", "--epochs", "60", "--lr", "2e-3", "--batch-size", "21"]
-    words = ["photos", "--model", "tiny", "--out", "finetuned.pt"]
-    losses = run("finetune_photos", capsys, *words, *weights)
-    assert len(losses) == 60
-    assert losses[-1] < 2.5  # ln 21 = 3.04
-    before, after = (
-        simplclip.load(f"open_clip:tiny/{name}") for name in ("tiny.bin", "finetuned.pt")
-    )
-    assert before.fingerprint() != after.fingerprint()
-
-
-def test_finetune_photos_reads_open_clips_pixels(tmp_path):
-    picture = Image.effect_noise((90, 60), 80).convert("RGBA")
-    picture.putalpha(Image.effect_noise((90, 60), 200))
-    picture.save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_bytes("\ufeffnoise\r\n".encode())  # as of Windows
-    transform = open_clip.image_transform(32, is_train=False)
-    photos = load_example("finetune_photos").Photos
-    pixels, caption = photos([tmp_path / "a.png"], transform, lambda texts: texts)[0]
-    assert pixels.equal(transform(picture))
-    assert caption == "noise"
-
-
 def test_what_would_fail_at_the_end_fails_before_the_model_is_made(captioned, monkeypatch, capsys):
-    Path("alone.png").touch()
     monkeypatch.setattr(open_clip, "create_model_and_transforms", None)
     for script, arguments, message in (
         ("drop_in_loss", ["*.tar"], "no/my.pt"),
         ("drop_in_loss", ["no/*.tar"], "shards: expected files, got none by 'no/*.tar'"),
         ("big_batch", ["*.tar"], "no/my.pt"),
         ("big_batch", ["*.tar", "--batch-size", "100"], "expected a multiple of --micro-batch"),
-        ("finetune_photos", ["photos", "--pretrained", "tiny.bin"], "no/my.pt"),
-        ("finetune_photos", [".", "--pretrained", "tiny.bin"], "got none of alone.png"),
-        ("finetune_photos", ["no", "--pretrained", "tiny.bin"], "at least two pictures, got 0"),
     ):
         with pytest.raises((SystemExit, FileNotFoundError)) as error:
             run(script, capsys, *arguments, "--model", "tiny", "--out", "no/my.pt")
