@@ -98,12 +98,12 @@ def evaluate(
     """
     from simplclip.models.source import Checkpoint, Run, parse_model
 
-    if blend and not (len(models) == 1 and isinstance(parse_model(models[0]), Checkpoint | Run)):
-        raise InputError(f"--blend: expected one run or checkpoint, got {', '.join(models)}")
     if last:
         models = [str(parse_model(model, last=True)) for model in models]
     for model in models:
         parse_model(model).check()
+    if blend and not (len(models) == 1 and isinstance(parse_model(models[0]), Checkpoint | Run)):
+        raise InputError(f"--blend: expected one run or checkpoint, got {', '.join(models)}")
     splits = named_splits(data or []) or splits_of(models[0])
     for split in splits.values():
         check_data(split, "data")

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from simplclip.common.errors import InputError, first_line
@@ -31,10 +30,8 @@ def load_start(
     try:
         named = from_dict(dict(values))
         config = _located(named, Path(checkpoint))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.run.seed)
-            model = build_model(config.model.model_dump(), config.loss.base)
-            tables = take_start(model, config)
+        model = build_model(config.model.model_dump(), config.loss.base)
+        tables = take_start(model, config)
     except (InputError, OSError) as error:
         raise InputError(
             f"blend: expected the weights from which {checkpoint} started, got {first_line(error)}"

@@ -79,14 +79,16 @@ def evaluated(*words):
 
 def test_the_sum_is_that_of_float64_and_ends_are_exact():
     random = torch.Generator().manual_seed(0)
+    same = torch.cat([torch.tensor([float("inf")]), torch.randn(100, generator=random)])
     start, end = (
         {
             "a": torch.randn(50, 3, generator=random)[:, :2],
             "half": torch.randn(9, generator=random).half(),
-            "odd": torch.tensor([-0.0, float("inf"), float("nan"), 3.3]),
+            "odd": torch.tensor(odd),
+            "same": same.clone(),
             "count": torch.tensor(count),
         }
-        for count in (3, 8)
+        for count, odd in ((3, [-0.0, 1.0, float("nan")]), (8, [1.0, float("inf"), 2.0]))
     )
     for alpha, wanted in ((0, start), (1, end), (0.0, start), (1.0, end)):
         floats = {name: value for name, value in wanted.items() if name != "count"}
@@ -94,7 +96,7 @@ def test_the_sum_is_that_of_float64_and_ends_are_exact():
         assert blended.pop("count") == 8
         assert bits(blended) == bits(floats)
     blended = evaluation.blend(start, end, 0.3)
-    assert bits(blended["odd"][[0, 1, 3]]) == bits(end["odd"][[0, 1, 3]])
+    assert bits(blended["same"]) == bits(same)
     for name, error in (("a", 2e-7), ("half", 2**-10)):
         exact = 0.7 * start[name].double() + 0.3 * end[name].double()
         assert blended[name].dtype == end[name].dtype
@@ -180,14 +182,11 @@ def test_a_moved_run_evaluates_its_splits_between_the_start_and_its_last_step(
     ids=["run", "best-and-resized", "inherited", "scale", "bias"],
 )
 def test_a_start_is_made_again_from_the_config(inside, tmp_path, changes):
-    config = tiny.settings(tmp_path, *changes, "run.seed=3")
-    torch.manual_seed(3)
+    config = tiny.settings(tmp_path, *changes)
     wanted = make_state(config, torch.device("cpu"), "fp32").model.state_dict()
-    before = torch.get_rng_state()
     source, weights = load_start(tmp_path / "run" / "last.pt", config.to_dict())
     assert bits(dict(weights)) == bits(dict(wanted))
     assert source == changes[0].partition("=")[2].strip("[]")
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.slow
@@ -222,6 +221,7 @@ def test_a_run_without_a_start_of_its_architecture_is_refused_before_the_data(in
     for names in (["base", "runs/tuned"], ["open_clip:ViT-B-32/openai"]):
         line = one_line("evaluate", *names, "--blend", "--data", "one.tar")
         assert f"--blend: expected one run or checkpoint, got {', '.join(names)}" in line
+    assert "got 'nothing.pt', no such file" in one_line("evaluate", "nothing.pt", "--blend")
     line = one_line("export", "runs/tuned", "--out", "new", "--blend", "1.5")
     assert "--blend: expected a number from 0 to 1, got 1.5" in line
     assert f"{new}base, in" in one_line("export", "base", "--out", "new", "--blend", "0.5")
