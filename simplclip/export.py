@@ -27,9 +27,9 @@ from torch import nn
 import simplclip
 from simplclip import evaluation, models
 from simplclip.common.files import HOUR, identity, read_csv, remove_leftovers, temporary_folder
-from simplclip.evaluation.results import Results
+from simplclip.evaluation.results import BLEND, Results
 from simplclip.evaluation.retrieval import KS
-from simplclip.models.file_names import BLEND, CARD, EXPORT, EXPORTED_WEIGHTS
+from simplclip.models.file_names import CARD, EXPORT, EXPORTED_WEIGHTS
 from simplclip.models.registry import configuration
 from simplclip.models.source import about_best, check_export, parse_checkpoint
 from simplclip.models.trained import load_model, model_options

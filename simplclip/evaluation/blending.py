@@ -25,7 +25,7 @@ from simplclip.common.plotting import Panel, write_panels
 from simplclip.common.progress import print_lines
 from simplclip.evaluation.encoder import Encoder
 from simplclip.evaluation.figures import percent
-from simplclip.evaluation.results import BlendResults, BlendRow
+from simplclip.evaluation.results import BLEND, BlendResults, BlendRow
 from simplclip.evaluation.run import (
     VERSIONS,
     Settings,
@@ -34,7 +34,6 @@ from simplclip.evaluation.run import (
     open_splits,
     write_json,
 )
-from simplclip.models.file_names import BLEND
 
 ALPHAS = tuple(tenths / 10 for tenths in range(11))
 ABOUT = "share of queries whose first answer is right"

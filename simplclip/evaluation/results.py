@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
 
+BLEND = "blend.json"
+
 
 class _Result(BaseModel, frozen=True):
     """What evaluation.json has of a result; other keys there are ignored."""

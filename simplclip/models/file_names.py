@@ -2,5 +2,4 @@
 
 # a run: the weights of its best evaluation, and of its last step
 BEST, LAST = "best.pt", "last.pt"
-BLEND = "blend.json"  # beside them
 EXPORT, EXPORTED_WEIGHTS, CARD = "export.json", "open_clip_model.safetensors", "README.md"
