@@ -2,4 +2,6 @@
 
 # a run: the weights of its best evaluation, and of its last step
 BEST, LAST = "best.pt", "last.pt"
+# with LoRA, the weights that both lack, since they do not change
+BASE = "base.pt"
 EXPORT, EXPORTED_WEIGHTS, CARD = "export.json", "open_clip_model.safetensors", "README.md"

@@ -89,9 +89,7 @@ def inherit(
         transfer.take(state, label)
     transfer.drop_half_tied()
     for pattern in patterns:
-        matching = [
-            unit for unit, names in transfer.units.items() if _matches(pattern, unit, names)
-        ]
+        matching = [unit for unit, names in transfer.units.items() if matches(pattern, unit, names)]
         if not matching:
             near = difflib.get_close_matches(pattern, transfer.units, 1, 0.3)
             raise InputError(
@@ -147,7 +145,7 @@ def _inside(path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(f"{path}."): state[name] for name in inside}
 
 
-def _matches(pattern: str, unit: str, names: list[str]) -> bool:
+def matches(pattern: str, unit: str, names: list[str]) -> bool:
     """Whether a pattern matches a unit, a module that contains it, or one of its tensors."""
     paths = accumulate(unit.split("."), "{}.{}".format)
     return any(fnmatchcase(name, pattern) for name in (*paths, *names))
@@ -210,6 +208,11 @@ def frozen_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _stays_in_eval(module: nn.Module) -> bool:
     """Whether `_hold_in_eval` was called on a module itself; its children are not looked at."""
     return getattr(vars(module).get("train"), "func", None) is _set_eval
+
+
+def release(module: nn.Module) -> None:
+    """Undoes what `freeze` and `freeze_norms` did to a module's mode; its children's stay."""
+    vars(module).pop("train", None)
 
 
 def _hold_in_eval(module: nn.Module) -> None:

@@ -7,6 +7,8 @@ architecture; an option that could fetch, unpickle or run files is refused.
 A checkpoint is one dict that torch.save wrote:
     format, version     "simplclip", 1
     model, ema          state dicts of the weights, and of their averages if the run has averages
+    adapter, base       with LoRA in place of "model": what changes of it, and the SHA-256 of
+                        base.pt, whose "weights" are the rest; `read_checkpoint` joins them
     step                optimizer steps done
     config              the settings of the run as a plain dict
     ...                 what the trainer needs to continue, see `simplclip.train.checkpoint`
@@ -46,8 +48,10 @@ from simplclip.models.source import (
 from simplclip.models.weights import (
     CheckpointError,
     load_error,
+    merged,
     needs_quick_gelu,
     read_weights,
+    with_base,
 )
 
 FORMAT, VERSION = "simplclip", 1
@@ -215,8 +219,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: expected checkpoint version {VERSION} or lower, got {got}")
     with contextlib.suppress(LookupError, TypeError):
         known = isinstance(state["config"]["model"]["name"], str)
-        if known and "model" in state and isinstance(state["step"], int):
-            return state
+        if known and state.keys() & {"model", "adapter"} and isinstance(state["step"], int):
+            return with_base(path, state)
     raise CheckpointError(
         f"{path}: expected a checkpoint with a config and weights, got one without"
     )
@@ -231,7 +235,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     section = state["config"]["model"]
     try:
         model = build_model(section, state["config"]["loss"]["base"])
-        model.load_state_dict(state["model"] | state.get("ema", {}), strict=True)
+        model.load_state_dict(merged(path, state), strict=True)
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # the type depends on the options, and on the damage

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from simplclip.common.errors import InputError, first_line
 from simplclip.common.files import sha256
-from simplclip.models.file_names import EXPORT
+from simplclip.models.file_names import BASE, EXPORT
 from simplclip.models.mobileclip import from_published
 
 _MOST_VALUES = 50_000_000  # in a file of weights
@@ -66,6 +66,11 @@ def renamed(source: Mapping[str, Any] | nn.Module, model: nn.Module) -> dict[str
     them, replace weights; DistributedDataParallel's prefix "module." is removed.
     """
     state = source
+    if "adapter" in (() if isinstance(state, nn.Module) else state):
+        raise CheckpointError(
+            f"source: expected weights, got a checkpoint of LoRA, which has no {BASE} when it is "
+            "read by itself; simplclip export merges both"
+        )
     if isinstance(state, nn.Module):
         _check_activation(state, model)
         state = state.state_dict()
@@ -139,7 +144,47 @@ def read_state(path: str | os.PathLike[str], argument: str = "source") -> Mappin
         raise CheckpointError(
             f"{argument}: expected a state dict in {path}, got {type(state).__name__}"
         )
-    return state
+    return {"model": merged(path, state)} if "adapter" in state else state
+
+
+def with_base(path: str | os.PathLike[str], state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a checkpoint with "model", the state dict of the model as it trains.
+
+    path: of the checkpoint. With LoRA it has "adapter", what changes, in place of "model"; base.pt
+    beside it has the rest. Raises CheckpointError, with its name, for another or a damaged file.
+    """
+    contents = dict(state)
+    if "adapter" not in contents:
+        return contents
+    file = Path(path).with_name(BASE)
+    if not file.is_file() or sha256(file) != contents["base"]:
+        got = "another or a damaged one" if file.is_file() else "no such file"
+        raise CheckpointError(
+            f"{path}: expected {file} of its run, with the weights that LoRA keeps, got {got}"
+        )
+    adapter = contents.pop("adapter")
+    return contents | {"model": {**read_weights(file)["weights"], **adapter}}
+
+
+def merged(path: str | os.PathLike[str], state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns the plain weights of the checkpoint at `path`; its averages, where it has them.
+
+    A weight W [o, i] with adapters A [r, i] and B [o, r] becomes W + alpha / rank B A, in float32.
+    Raises CheckpointError as `with_base`, and for adapters that do not fit.
+    """
+    try:
+        state = with_base(path, state)
+        tensors = {**state["model"], **state.get("ema", {})}
+        for name in [name for name in tensors if name.endswith(".lora_A")]:
+            weight, lora = name.removesuffix(".lora_A"), state["config"]["model"]["lora"]
+            a, b = tensors.pop(name).float(), tensors.pop(f"{weight}.lora_B").float()
+            w = tensors[weight]
+            tensors[weight] = (w.float() + lora["alpha"] / lora["rank"] * (b @ a)).to(w.dtype)
+        return tensors
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: expected weights, and adapters that fit, got others: {first_line(error)}"
+        ) from None
 
 
 def read_weights(path: str | os.PathLike, argument: str = "checkpoint") -> Any:

@@ -1,0 +1,227 @@
+"""LoRA, arXiv 2106.09685: `add_lora` freezes towers and gives their linear layers adapters of peft.
+
+With an adapter a layer's weight W [o, i] counts as W + alpha / rank B A, where the matrices
+A [rank, i] and B [o, rank] train, and B starts at 0. The state dict of the model has the names of
+the model without adapters, and for W also W.lora_A and W.lora_B; `weights.merged` multiplies them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from open_clip.utils import to_2tuple
+from torch import Tensor, nn
+
+from simplclip.common.errors import InputError
+from simplclip.models.inherit import freeze, matches, release
+from simplclip.models.transfer import Transfer
+from simplclip.nn import SimplifiedBlock
+
+
+class LinearAttention(nn.Module):
+    """A torch.nn.MultiheadAttention whose two projections are linear layers that are called."""
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        """Takes the parameters of `attention`, which must project q, k and v by one matrix."""
+        super().__init__()
+        width, bias = attention.embed_dim, attention.in_proj_bias
+        self.heads, self.dropout = attention.num_heads, attention.dropout
+        self.batch_first = attention.batch_first
+        self.in_proj = nn.Linear(width, 3 * width, bias=bias is not None, device="meta")
+        self.in_proj.weight, self.in_proj.bias = attention.in_proj_weight, bias
+        self.out_proj = attention.out_proj
+
+    def forward(
+        self, *inputs: Tensor, need_weights: bool = True, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """Returns (output, None) for query, key and value, as torch's without weights."""
+        query, key, value = inputs
+        if need_weights or query.dim() != 3 or (attn_mask is not None and attn_mask.dim() != 2):
+            expected = "attention of batches, by a mask [L, S], that returns no weights"
+            raise InputError(f"model.lora: expected {expected}, got other options")
+        q = self.in_proj(query)
+        k = q if key is query else self.in_proj(key)
+        v = k if value is key else self.in_proj(value)
+        parts = [projected.chunk(3, -1)[i] for i, projected in enumerate((q, k, v))]
+        if not self.batch_first:
+            parts = [part.transpose(0, 1) for part in parts]
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = ~attn_mask  # True is what is not seen
+        dropout = self.dropout if self.training else 0.0
+        output = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask, dropout)
+        output = output.transpose(1, 2).flatten(2)
+        return self.out_proj(output if self.batch_first else output.transpose(0, 1)), None
+
+
+def add_lora(
+    model: Any, lora: Mapping[str, Any] | None, frozen: list[str], train: Sequence[str] = ()
+) -> tuple[list[str], list[str]]:
+    """Adds adapters to towers of an open_clip model in place, and freezes all else of them.
+
+    lora: "rank", "alpha", "dropout", "towers" ("image", "text") and "modules", patterns of linear
+    layers; None changes nothing. Layers whose weight is read without a call, and those that share
+    it, get none. frozen: names of what `inherit` froze. train: its patterns, of what trains fully.
+    Returns the names of all that is frozen, and lines for the log.
+    Raises InputError for a tower with simplified blocks or without a matching layer, for a pattern
+    that matches none, and for `train` of a layer with an adapter; ModuleNotFoundError without peft.
+    """
+    if lora is None:
+        return frozen, []
+    from peft import LoraConfig, inject_adapter_in_model
+
+    towers = [tower for tower in ("image", "text") if tower in lora["towers"]]
+    transfer = Transfer(model)
+    trained = {
+        transfer.tensors[tensor]: pattern
+        for unit, names in transfer.units.items()
+        for pattern in train
+        for tensor in names
+        if matches(pattern, unit, names) and transfer.tensors[tensor].requires_grad
+    }
+    for name, module in [*model.named_modules()]:
+        if _tower(name) not in towers:
+            continue
+        if isinstance(module, SimplifiedBlock):
+            raise InputError(
+                "model.lora: expected towers without simplified blocks, got the "
+                f"{_tower(name)} tower with {name}"
+            )
+        release(module)
+        if (
+            type(module) is nn.MultiheadAttention
+            and module.in_proj_weight is not None
+            and module.bias_k is None
+            and not module.add_zero_attn
+        ):
+            model.set_submodule(name, LinearAttention(module))
+    layers = _chosen_layers(model, towers, lora["modules"])
+    for name, layer in layers.items():
+        if layer.weight in trained:
+            raise InputError(
+                "inherit.train: expected no layer that gets an adapter by model.lora, got "
+                f"{trained[layer.weight]!r}, which matches {name}"
+            )
+    before = [(name, weight, weight.requires_grad) for name, weight in model.named_parameters()]
+    adapters = LoraConfig(
+        r=lora["rank"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        # a list would match ends of names, too
+        target_modules="|".join(map(re.escape, layers)),
+    )
+    inject_adapter_in_model(adapters, model)
+    for name, weight, trains in before:
+        weight.requires_grad_(trains and (_tower(name) not in towers or weight in trained))
+    _name_as_before(model)
+    frozen = [name for name in frozen if _tower(name) not in towers]
+    frozen += _frozen_parts(model, towers)
+    freeze(model.train(), frozen)
+    counts = Counter(map(_tower, layers))
+    each = ", ".join(f"{counts[tower]} in the {tower} tower" for tower in towers)
+    return frozen, [f"lora       adapters of rank {lora['rank']}: {each}"]
+
+
+def _tower(name: str) -> str:
+    """Returns "image" or "text" for the name of a module or tensor of an open_clip model; or ""."""
+    if name in ("", "logit_scale", "logit_bias"):
+        return ""
+    return "image" if name.partition(".")[0] == "visual" else "text"
+
+
+def _chosen_layers(
+    model: Any, towers: Sequence[str], patterns: Sequence[str]
+) -> dict[str, nn.Linear]:
+    """Returns the linear layers of towers that get an adapter, by name."""
+    layers = {name: m for name, m in _called_layers(model).items() if _tower(name) in towers}
+    chosen: dict[str, nn.Linear] = {}
+    for pattern in patterns:
+        found = {name: layer for name, layer in layers.items() if matches(pattern, name, [])}
+        if not found:
+            # patterns may begin in the middle of a name
+            ends = {name.split(".", n)[-1] for name in layers for n in range(name.count(".") + 1)}
+            near = difflib.get_close_matches(pattern.strip("*."), sorted(ends), 3, 0.3)
+            expected = "patterns that match a linear layer"
+            raise InputError(
+                f"model.lora.modules: expected {expected}, got {pattern!r}; nearest: {near}"
+            )
+        chosen |= found
+    for tower in towers:
+        if tower not in map(_tower, chosen):
+            expected = f"towers with a linear layer that matches {[*patterns]}"
+            raise InputError(f"model.lora: expected {expected}, got the {tower} tower without one")
+    return chosen
+
+
+@torch.no_grad()
+def _called_layers(model: Any) -> dict[str, nn.Linear]:
+    """Returns the linear layers that encoding calls and that share no weight, by name.
+
+    On the meta device, where some models cannot run, layers that are not called count too.
+    """
+    owners = Counter(model.state_dict(keep_vars=True).values())
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and owners[module.weight] == 1
+    }
+    called: set[nn.Module] = set()
+    hooks = [m.register_forward_hook(lambda m, *_: called.add(m)) for m in layers.values()]
+    device = model.logit_scale.device
+    length = getattr(model, "context_length", None) or model.text.context_length
+    model.eval()
+    try:
+        model.encode_image(torch.zeros(1, 3, *to_2tuple(model.visual.image_size), device=device))
+        model.encode_text(torch.arange(length, device=device).unsqueeze(0) % 2)
+    except (RuntimeError, NotImplementedError):
+        if device.type != "meta":
+            raise
+        return layers
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: layer for name, layer in layers.items() if layer in called}
+
+
+def _name_as_before(model: nn.Module) -> None:
+    """Makes the model's state dict have the names that the module describes."""
+    attentions = {name for name, m in model.named_modules() if isinstance(m, LinearAttention)}
+    names: dict[str, str] = {}
+    for live in model.state_dict():
+        layer, adapter, matrix = live.partition(".lora_")  # matrix: A.default.weight, or B
+        name = f"{layer}.weight" if adapter else live.replace(".base_layer.", ".")
+        attention, _, tensor = name.rpartition(".in_proj.")
+        if attention in attentions:  # torch's module has parameters in place of this layer
+            name = f"{attention}.in_proj_{tensor}"
+        names[live] = f"{name}{adapter}{matrix[:1]}"
+    model.register_state_dict_post_hook(partial(_rename, names))
+    back = {name: live for live, name in names.items()}
+    model.register_load_state_dict_pre_hook(partial(_rename, back))
+
+
+def _rename(names: Mapping[str, str], _: nn.Module, state: Any, *rest: Any) -> None:
+    """Renames the tensors of a state dict in place, in their order: a hook of a module."""
+    tensors = {names.get(name, name): tensor for name, tensor in state.items()}
+    state.clear()
+    state.update(tensors)
+
+
+def _frozen_parts(module: nn.Module, towers: Sequence[str], path: str = "") -> Iterator[str]:
+    """Yields the names of the largest modules, and of other parameters, without one that trains."""
+    parts: list[tuple[str, Any]] = [*module.named_children()]
+    for child, part in (*parts, *module.named_parameters(recurse=False)):
+        name = f"{path}.{child}" if path else child
+        tensors = [part] if isinstance(part, Tensor) else [*part.parameters()]
+        if _tower(name) not in towers:
+            continue
+        if not any(tensor.requires_grad for tensor in tensors):
+            if tensors or [*part.buffers()]:
+                yield name
+        elif isinstance(part, nn.Module):
+            yield from _frozen_parts(part, towers, name)
