@@ -104,7 +104,7 @@ def _largest_micro_batch(config: Config, device: torch.device, ranks: int) -> in
 
 def check(config: Config, resume: bool) -> None:
     """Raises InputError or OSError for a wrong name, folder or file, ModuleNotFoundError for a
-    missing tensorboard; changes nothing. Only a run.device of a GPU needs seconds of imports.
+    missing package; changes nothing. Only a run.device of a GPU needs seconds of imports.
     """
     from simplclip.models.model_names import check_name
     from simplclip.models.source import parse_weights
@@ -119,8 +119,9 @@ def check(config: Config, resume: bool) -> None:
         for source in [sources] if isinstance(sources, str) else sources:
             parse_weights(source).check("inherit.source")
     check_sources(config)
-    if config.run.tensorboard and find_spec("tensorboard") is None:
-        raise ModuleNotFoundError("No module named 'tensorboard'", name="tensorboard")
+    for package, needed in (("tensorboard", config.run.tensorboard), ("peft", config.model.lora)):
+        if needed and find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
     if config.run.device.startswith("cuda"):
         if not _has_driver():
             got = f"got {config.run.device!r}; it has no driver of a GPU"

@@ -19,6 +19,7 @@ from simplclip import data, models
 from simplclip.common.errors import UserError
 from simplclip.models.crop import TextCrop
 from simplclip.models.inherit import inherit
+from simplclip.models.lora import add_lora
 from simplclip.models.packaged import STATES
 from simplclip.models.trained import model_options
 from simplclip.train import setup
@@ -213,18 +214,18 @@ def shapes_of(config: Config) -> tuple[nn.Module, list[str]]:
     model stand for it.
     """
     name, source = config.model.name, config.inherit.source
+    lora = config.model.model_dump()["lora"]
     model = models.create(
         name, device="meta", **model_options(config.model.model_dump(), config.loss.base)
     )
     if source is None:
-        return model, []
+        return model, add_lora(model, lora, [])[0]
     sources: list[Any] = [source] if isinstance(source, str) else list(source)
     for index, file in enumerate(sources):
         if file not in STATES and not Path(file).exists():
             sources[index] = models.create(name, device="meta", simplified=False)
-    return model, inherit(
-        model, sources, train=config.inherit.train, blocks=config.inherit.blocks
-    ).names
+    table = inherit(model, sources, train=config.inherit.train, blocks=config.inherit.blocks)
+    return model, add_lora(model, lora, table.names, config.inherit.train)[0]
 
 
 def busiest_step(config: Config) -> int:

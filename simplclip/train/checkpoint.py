@@ -24,19 +24,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from simplclip.common import generators, ranks
-from simplclip.common.files import differences, replacing, write_atomically
+from simplclip.common.files import differences, replacing, sha256, write_atomically
 from simplclip.data.loader import STATE
 from simplclip.data.pack import pack_folders
-from simplclip.models.file_names import BEST, LAST
+from simplclip.models.file_names import BASE, BEST, LAST
 from simplclip.models.trained import FORMAT, VERSION, CheckpointError, read_checkpoint
 from simplclip.models.weights import UnreadableError
 from simplclip.train.config import Config, ConfigError, check_out, from_dict, resumable
 from simplclip.train.setup import State
 
 # files in the folder of a run
-WRITTEN = re.compile(r"(last|best)\.pt|config\.yaml|metrics\.csv|evaluation\.csv|curves\.png")
+WRITTEN = re.compile(r"(last|best|base)\.pt|config\.yaml|metrics\.csv|evaluation\.csv|curves\.png")
 
 
 def read_last(out: Path, resume: bool) -> dict[str, Any] | None:
@@ -210,6 +211,7 @@ class Snapshot:
         if best and best["config"]["eval"]["splits"] == state.config.eval.splits:
             self.progress["best"] = {"recall": best["recall"], "step": best["step"]}
         self._written = former.get("step"), former.get("evaluated")  # of last.pt
+        self._base: str | None = former.get("base")  # digest of base.pt, once it is written
         self.take()
 
     @property
@@ -243,11 +245,24 @@ class Snapshot:
         state = self.state
         write_atomically(self.out / "config.yaml", state.config.to_yaml())
         states = {name: item.state_dict() for name, item in state.stateful().items()}
-        states["model"] |= {name: copy for name, (_, copy) in self._buffers.items()}
+        weights = states.pop("model") | {name: copy for name, (_, copy) in self._buffers.items()}
         settings = {"frozen": state.prepared.frozen, "config": state.config.to_dict()}
-        save(self.out, states | self.progress | settings)
+        save(self.out, self._divided(weights) | states | self.progress | settings)
         self.saved, self._written = self.progress["step"], progress
         self.saved_at = time.monotonic()
+
+    def _divided(self, weights: dict[str, Tensor]) -> dict[str, Any]:
+        """Returns what a checkpoint has of a state dict; with LoRA base.pt gets the rest, once."""
+        if self.state.config.model.lora is None:
+            return {"model": weights}
+        tensors = self.state.model.state_dict(keep_vars=True).items()
+        names = [n for n, t in tensors if isinstance(t, nn.Parameter) and not t.requires_grad]
+        kept = {name: weights[name] for name in names}
+        if self._base is None:
+            save(self.out, {"weights": kept}, BASE)
+            self._base = sha256(self.out / BASE)
+        adapter = {name: weight for name, weight in weights.items() if name not in kept}
+        return {"adapter": adapter, "base": self._base}
 
     def keep_best(self, recall: float) -> bool:
         """Writes best.pt and config.yaml if `recall`, a mean R@1, is the highest so far.
@@ -260,7 +275,7 @@ class Snapshot:
         if ranks.first():
             write_atomically(self.out / "config.yaml", state.config.to_yaml())
             contents = {
-                "model": state.model.state_dict(),
+                **self._divided(state.model.state_dict()),
                 "step": state.step,
                 "config": state.config.to_dict(),
                 "recall": recall,

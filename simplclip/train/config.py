@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 from simplclip.common.errors import InputError
 from simplclip.common.nearest import nearest
 from simplclip.models import presets
+from simplclip.models.file_names import BASE, BEST, LAST
 from simplclip.train.sections import (
     DEVICES,
     DataConfig,
@@ -258,7 +259,8 @@ def check_out(out: Path, resume: bool) -> None:
     """Raises ConfigError if the folder `out` has files of a run and `resume` is false."""
     if resume:
         return
-    if any((out / name).exists() for name in ("last.pt", "best.pt", "config.yaml", "metrics.csv")):
+    files = (LAST, BEST, BASE, "config.yaml", "metrics.csv")
+    if any((out / name).exists() for name in files):
         advice = "continue that run by --resume, or --set run.out=FOLDER"
         raise ConfigError(f"run.out: expected a folder without a run, got {out}; {advice}")
 
@@ -274,6 +276,11 @@ def check_new_run(config: Config) -> None:
     if inherit.source is None and (inherit.train or inherit.blocks):
         raise ConfigError(
             "inherit.source: expected weights, for inherit.train and inherit.blocks, got none"
+        )
+    if config.model.lora and config.model.checkpoint is None and inherit.source is None:
+        raise ConfigError(
+            "model.checkpoint: expected weights, which model.lora keeps, got none, and no "
+            "inherit.source"
         )
     if held_out.every and not held_out.splits and not held_out.hold_out:
         raise ConfigError(

@@ -26,7 +26,7 @@ class Average:
             weight: weight.detach().clone() for weight in model.parameters() if weight.requires_grad
         }
         # a weight that blocks share has several
-        names = model.named_parameters(remove_duplicate=False)
+        names = model.state_dict(keep_vars=True).items()
         self.names = {name: weight for name, weight in names if weight.requires_grad}
         self._average = get_ema_multi_avg_fn(decay)
 

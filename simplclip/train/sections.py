@@ -50,6 +50,16 @@ def shown(value: Any) -> str:
     return f"{text} ({type(value).__name__})"
 
 
+class LoraConfig(Section):
+    """LoRA: what `models.lora.add_lora` takes."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    towers: list[Literal["image", "text"]] = Field(["image", "text"], min_length=1)
+    modules: list[str] = Field(["*"], min_length=1)
+
+
 class ModelConfig(Section):
     name: str = setting("siclip-tiny", "name of the model, see `simplclip.models.create`")
     options: dict[str, Any] = setting({}, "keyword arguments for `simplclip.models.create`")
@@ -69,6 +79,11 @@ class ModelConfig(Section):
         False,
         "blocks keep only their input and are computed again in backward: a quarter more time",
         resumable=True,
+    )
+    lora: LoraConfig | None = setting(
+        None,
+        "train adapters of the linear layers, and of inherit.train, in place of a tower's weights: "
+        "{rank: 8, alpha: 16, dropout: 0, towers: [image, text], modules: ['*']}, modules by name",
     )
 
     @model_validator(mode="after")

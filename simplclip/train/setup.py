@@ -21,6 +21,7 @@ from simplclip.data.transforms import augmentation
 from simplclip.models.crop import TextCrop, crop_texts
 from simplclip.models.fold import fold_frozen
 from simplclip.models.inherit import freeze, freeze_norms, inherit
+from simplclip.models.lora import add_lora
 from simplclip.models.trained import (
     CheckpointError,
     build_model,
@@ -110,13 +111,15 @@ def load_model(
     """
     model: Any = build_model(config.model.model_dump(), config.loss.base)
     if checkpoint:
+        add_lora(model, config.model.model_dump()["lora"], [], config.inherit.train)
         freeze(model, checkpoint["frozen"])
         _load(model, checkpoint["model"])
         return model, checkpoint["frozen"], []
     tables = take_start(model, config)
     frozen = [name for table in tables for name in table.names]
     lines = [line for table in tables for line in str(table).splitlines()]
-    return model, frozen, [*lines, *_pixel_warnings(config)]
+    frozen, more = add_lora(model, config.model.model_dump()["lora"], frozen, config.inherit.train)
+    return model, frozen, [*lines, *more, *_pixel_warnings(config)]
 
 
 def take_start(model: Any, config: Config) -> list[WeightTable]:
