@@ -116,6 +116,18 @@ def test_checkpointed_open_clip_model(tiny):
 
 
 @pytest.mark.slow
+def test_only_adapters_have_gradients_and_moments(tiny):
+    model = "model={name: 'open_clip:small-vit', lora: {rank: 4, dropout: 0.1}}"
+    vocabulary = "model.options.text_cfg.vocab_size=49408"
+    cached = ["data.batch_size=24", "data.micro_batch=8", "optim.ema=0.9"]
+    step = trainer(tiny, "fp32", model, vocabulary, *cached)
+    names = {name for name, p in step.prepared.model.named_parameters() if p.requires_grad}
+    assert len(names) == 1 + 2 * (8 + 8)
+    assert all(".lora_" in name for name in names - {"logit_scale"})
+    check(step, within=0.01)
+
+
+@pytest.mark.slow
 def test_terms_that_come_later_count(tiny):
     later = [
         "loss.relational_weight={value: 0, to: 1, start: 10}",

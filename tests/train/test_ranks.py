@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from simplclip import models
 from simplclip.common import ranks
 from simplclip.models.trained import read_checkpoint
 from simplclip.train import loop
@@ -28,6 +30,10 @@ DISTILLED = ["loss.relational_weight=1", "loss.interactive_weight=0.5", "loss.fe
 PLANE = "loss.pm_weight={value: 1, start: 1}"
 CACHED = ["data.batch_size=60", "data.micro_batch=6"]
 EVALUATED = ["eval.every=3", "eval.splits={held: DATA}"]
+SMALL = "vision_cfg: {layers: 1, width: 32, head_width: 16, patch_size: 8, image_size: 16}"
+SMALL += ", text_cfg: {layers: 1, width: 32, heads: 2}, embed_dim: 16"
+NAME = "open_clip:ViT-B-32"
+ADAPTED = f"model={{name: '{NAME}', options: {{{SMALL}}}, checkpoint: WEIGHTS, lora: {{rank: 4}}}}"
 CASES = {
     # Some steps do not use the plane and the projections.
     "distilled": [*DISTILLED, PLANE, "loss.feature_weight={value: 10, until: 2}"],
@@ -41,6 +47,8 @@ PROOFS = {
     "workers": ["data.workers=2", *CACHED, "data.micro_batch=3"],
     "distilled cached": [*DISTILLED, PLANE, *CACHED],
     "bf16 cached": [*DISTILLED, "run.precision=bf16", *CACHED],
+    "adapters": [ADAPTED, "optim.ema=0.5", "optim.lr=1e-3"],
+    "adapters cached": [ADAPTED, *CACHED, "model.lora.towers=[image]"],
 }
 FAULTS = {
     "stopped": (["SIGTERM", 1, 2, "step"], []),
@@ -63,14 +71,23 @@ def folder(tmp_path_factory):
     # two batches, of which each rank encodes one
     tiny.write_shard(folder / "data" / "held.tar", copies=3)
     tiny.write_config(folder, teacher=16)
+    torch.save(
+        models.create(NAME, **yaml.safe_load(f"{{{SMALL}}}")).state_dict(), folder / "weights.pt"
+    )
     return folder
 
 
+def replaced(change, files):
+    for word, file in files.items():
+        change = change.replace(word, str(file))
+    return change
+
+
 def data_of(folder, changes=()):
-    held_out = str(folder / "data" / "held.tar")
+    files = {"DATA": folder / "data" / "held.tar", "WEIGHTS": folder / "weights.pt"}
     return [
         f"data.train={folder / 'data' / 'train-{0..3}.tar'}",
-        *(change.replace("DATA", held_out) for change in changes),
+        *(replaced(change, files) for change in changes),
     ]
 
 
