@@ -42,8 +42,8 @@ class LinearAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """Returns (output, None) for query, key and value, as torch's without weights."""
         query, key, value = inputs
-        if need_weights or query.dim() != 3 or (attn_mask is not None and attn_mask.dim() != 2):
-            expected = "attention of batches, by a mask [L, S], that returns no weights"
+        if need_weights or query.dim() != 3:
+            expected = "attention of batches that returns no weights"
             raise InputError(f"model.lora: expected {expected}, got other options")
         q = self.in_proj(query)
         k = q if key is query else self.in_proj(key)
@@ -54,6 +54,8 @@ class LinearAttention(nn.Module):
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = ~attn_mask  # True is what is not seen
+        if attn_mask is not None and attn_mask.dim() == 3:  # [B * H, L, S]
+            attn_mask = attn_mask.unflatten(0, (-1, self.heads))
         dropout = self.dropout if self.training else 0.0
         output = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask, dropout)
         output = output.transpose(1, 2).flatten(2)

@@ -29,8 +29,6 @@ from support.models import lora
 from support.programs import call, forked, one_line
 from support.train.runs import at_step, bits, go, rows, state_of
 
-pytestmark = pytest.mark.long
-
 CPU = torch.device("cpu")
 KINDS = ("open-clip", "timm", "hugging-face")
 
@@ -142,19 +140,27 @@ def assert_equal(ours, expected, near=1e-6):
         assert gradient.norm() > 0, name
 
 
+def set_dropout(state, rate):
+    for module in state.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.prove), 0.3])
 def test_gradient_caching_is_one_graph(folder, kind, dropout):
-    """Of cropped texts of several lengths; micro-batches draw the same dropout in both passes."""
+    """Of cropped texts, and with dropout, also of Hugging Face's tower, drawn again."""
     settings = f"{{rank: 4, dropout: {dropout}}}"
     cached = started(folder, kind, "data.batch_size=6", "data.micro_batch=2", lora=settings)
+    set_dropout(cached, dropout)
     step.keep_frozen(cached)
     parts = lora.batch(side=side(kind))
     batches = [{name: value[i : i + 2] for name, value in parts.items()} for i in (0, 2, 4)]
     torch.manual_seed(5)
     step.accumulate_gradients(cached, batches)
     whole = started(folder, kind, "data.batch_size=6", lora=settings)
+    set_dropout(whole, dropout)
     torch.manual_seed(5)
     texts, order = step.text_batches(whole, batches)
     assert order is not None
