@@ -110,6 +110,6 @@ def check_frozen(model: nn.Module) -> None:
     with ranks.fail_together():
         for name in differences(first, own):
             raise InputError(
-                f"inherit.source: expected the weights of the first rank, got others in {name}; "
-                "all nodes need the same file"
+                "inherit.source, model.checkpoint: expected the weights of the first rank, got "
+                f"others in {name}; all nodes need the same file"
             )

@@ -82,8 +82,8 @@ class ModelConfig(Section):
     )
     lora: LoraConfig | None = setting(
         None,
-        "train adapters of the linear layers, and of inherit.train, in place of a tower's weights: "
-        "{rank: 8, alpha: 16, dropout: 0, towers: [image, text], modules: ['*']}, modules by name",
+        "LoRA: of the towers only adapters of linear layers, and inherit.train, train; "
+        "{rank: 8, alpha: 16, dropout: 0, towers: [image, text], modules: ['*']}, patterns of layers",
     )
 
     @model_validator(mode="after")

@@ -203,7 +203,9 @@ def test_a_killed_run_ends_as_an_undisturbed_one(folder, trained, tmp_path, monk
     parts = lora.config_of(folder, "open-clip", *change, lora="{rank: 4, dropout: 0.1}")
     with monkeypatch.context() as patch:
         at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        assert forked(lambda: go(parts)) == -signal.SIGKILL
+        (tmp_path / "parts").mkdir()
+        (tmp_path / "parts/base.pt").write_bytes(b"of a start before its first checkpoint")
+        assert forked(lambda: go(parts, resume=True)) == -signal.SIGKILL
     base = (tmp_path / "parts/base.pt").stat().st_mtime_ns
     assert "continuing from step 4" in go(parts, resume=True)
     assert (tmp_path / "parts/base.pt").stat().st_mtime_ns == base

@@ -15,7 +15,8 @@ ERRORS = {
     "setting": f"ConfigError: optim.weight_decay: expected 0.1, {ALIKE} 0.5; all nodes",
     "fewer": f"InputError: data.train: expected train-1.tar of 51,200 bytes, {ALIKE} no more files;"
     " all nodes need the same data",
-    "weights": "InputError: inherit.source: expected the weights of the first rank, got others in ",
+    "weights": "InputError: inherit.source, model.checkpoint: expected the weights of the first "
+    "rank, got others in ",
     "train-0.tar": f"InputError: data.train: expected train-0.tar of 51,200 bytes, {ALIKE} "
     "train-0.tar of 51,712 bytes",
     "teacher/train-1.tar": "InputError: data.sidecars: expected data/teacher/train-1.tar of ",
