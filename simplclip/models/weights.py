@@ -179,6 +179,8 @@ def merged(path: str | os.PathLike[str], state: Mapping[str, Any]) -> dict[str, 
             weight, lora = name.removesuffix(".lora_A"), state["config"]["model"]["lora"]
             a, b = tensors.pop(name).float(), tensors.pop(f"{weight}.lora_B").float()
             w = tensors[weight]
+            if w.shape != (b.shape[0], a.shape[1]):  # before a product that may be huge
+                raise TypeError(f"{[*b.shape]} and {[*a.shape]} for {weight} {[*w.shape]}")
             tensors[weight] = (w.float() + lora["alpha"] / lora["rank"] * (b @ a)).to(w.dtype)
         return tensors
     except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:

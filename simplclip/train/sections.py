@@ -83,7 +83,7 @@ class ModelConfig(Section):
     lora: LoraConfig | None = setting(
         None,
         "LoRA: of the towers only adapters of linear layers, and inherit.train, train; "
-        "{rank: 8, alpha: 16, dropout: 0, towers: [image, text], modules: ['*']}, patterns of layers",
+        "{rank: 8, alpha: 16, dropout: 0, towers: [image, text], modules: ['*']}, layers by name",
     )
 
     @model_validator(mode="after")

@@ -230,5 +230,12 @@ def test_a_checkpoint_read_by_itself_is_no_source():
     state = {"adapter": {"logit_scale": model.logit_scale}, "base": "x"}
     with pytest.raises(CheckpointError, match=r"has no base\.pt .* simplclip export merges both"):
         renamed(state, plain())
-    with pytest.raises(CheckpointError, match="x: expected weights, and adapters that fit, got"):
-        merged("x", {"model": {"w.lora_A": torch.ones(2)}, "config": {"model": {"lora": SETTINGS}}})
+    config = {"model": {"lora": SETTINGS}}
+    wide = {"w": torch.ones(4, 3), "w.lora_A": torch.ones(1, 9), "w.lora_B": torch.ones(9, 1)}
+    for tensors, error in (
+        ({"w.lora_A": torch.ones(2)}, "w.lora_B"),
+        ({"w": 1, "w.lora_A": torch.ones(1, 2), "w.lora_B": torch.ones(2, 1)}, "'int' object"),
+        (wide, r"got others: \[9, 1\] and \[1, 9\] for w \[4, 3\]"),
+    ):
+        with pytest.raises(CheckpointError, match=f"x: expected weights, and adapters .*{error}"):
+            merged("x", {"model": tensors, "config": config})
