@@ -119,6 +119,8 @@ def add_lora(
         target_modules="|".join(map(re.escape, layers)),
     )
     inject_adapter_in_model(adapters, model)
+    for name in layers:  # under autocast peft would make inputs float32, and autocast undo it
+        vars(model.get_submodule(name))["cast_input_dtype_enabled"] = False
     for name, weight, trains in before:
         weight.requires_grad_(trains and (_tower(name) not in towers or weight in trained))
     _name_as_before(model)

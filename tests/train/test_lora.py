@@ -1,9 +1,7 @@
 """Runs with model.lora: steps, gradient caching, checkpoints in two files, and what is refused."""
 
 import math
-import os
 import shutil
-import signal
 import sys
 from functools import partial
 from unittest import mock
@@ -26,7 +24,7 @@ from simplclip.train import step
 from simplclip.train.config import ConfigError, load
 from simplclip.train.setup import make_state
 from support.models import lora
-from support.programs import call, forked, one_line
+from support.programs import call, one_line
 from support.train.runs import at_step, bits, go, rows, state_of
 
 CPU = torch.device("cpu")
@@ -184,40 +182,42 @@ def test_recomputed_blocks_have_the_same_gradient(folder, kind):
     assert_equal(gradients(recomputed), gradients(plain))
 
 
-EVALUATED = ["eval.hold_out=0.3", "eval.every=3", "optim.ema=0.5", "optim.lr=0.01"]
+EVALUATED = ["eval.hold_out=0.3", "eval.every=3", "run.save_every=2"]
+EVALUATED += ["optim.ema=0.5", "optim.lr=0.01"]
 
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    """Returns the folder of a run with averages, dropout and a held-out share."""
+    """Returns the folder of a run with averages, dropout and a held-out share.
+
+    Beside it is "killed", a copy of the folder during the sixth step, as kill -9 would leave it.
+    """
     config = lora.config_of(folder, "open-clip", *EVALUATED, lora="{rank: 4, dropout: 0.1}")
-    text = go(config)
+    out = folder / "run"
+    out.mkdir()
+    (out / "base.pt").write_bytes(b"of a start that was killed before its first checkpoint")
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 6, lambda: shutil.copytree(out, folder / "killed"))
+        text = go(config, resume=True)
     assert "adapters of rank 4: 8 in the image tower, 8 in the text tower" in text
     assert "1,648,129 parameters, of which 8,193 train" in text
-    return folder / "run"
+    return out
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_as_an_undisturbed_one(folder, trained, tmp_path, monkeypatch):
-    change = [*EVALUATED, "run.save_every=2", f"run.out={tmp_path / 'parts'}"]
-    parts = lora.config_of(folder, "open-clip", *change, lora="{rank: 4, dropout: 0.1}")
-    with monkeypatch.context() as patch:
-        at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        (tmp_path / "parts").mkdir()
-        (tmp_path / "parts/base.pt").write_bytes(b"of a start before its first checkpoint")
-        assert forked(lambda: go(parts, resume=True)) == -signal.SIGKILL
-    base = (tmp_path / "parts/base.pt").stat().st_mtime_ns
-    assert "continuing from step 4" in go(parts, resume=True)
-    assert (tmp_path / "parts/base.pt").stat().st_mtime_ns == base
-    states = [state_of(run) for run in (trained, tmp_path / "parts")]
-    for state in states:
-        state["config"]["run"].pop("save_every")
-    assert bits(states[0]) == bits(states[1])
-    assert rows(trained) == rows(tmp_path / "parts")
+def test_a_killed_run_ends_as_an_undisturbed_one(trained):
+    killed = trained.parent / "killed"
+    config = load(trained / "config.yaml", [f"run.out={killed}"])
+    before = (killed / "base.pt").stat().st_mtime_ns
+    assert "continuing from step 4" in go(config, resume=True)
+    assert (killed / "base.pt").stat().st_mtime_ns == before
+    assert bits(state_of(killed)) == bits(state_of(trained))
+    assert bits(state_of(killed, "best.pt")) == bits(state_of(trained, "best.pt"))
+    assert rows(killed) == rows(trained)
     with pytest.raises(ConfigError, match=r"model\.lora\.rank was 4, now 5"):
-        go(parts.replaced(model={"lora": {"rank": 5, "dropout": 0.1}}), resume=True)
+        go(config.replaced(model={"lora": {"rank": 5, "dropout": 0.1}}), resume=True)
     with pytest.raises(ConfigError, match=r"other settings: model\.lora was {.*now None"):
-        go(parts.replaced(model={"lora": None}), resume=True)
+        go(config.replaced(model={"lora": None}), resume=True)
 
 
 def features_of(model):
