@@ -235,7 +235,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     section = state["config"]["model"]
     try:
         model = build_model(section, state["config"]["loss"]["base"])
-        model.load_state_dict(merged(path, state), strict=True)
+        model.load_state_dict(merged(state), strict=True)
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # the type depends on the options, and on the damage

@@ -144,7 +144,15 @@ def read_state(path: str | os.PathLike[str], argument: str = "source") -> Mappin
         raise CheckpointError(
             f"{argument}: expected a state dict in {path}, got {type(state).__name__}"
         )
-    return {"model": merged(path, state)} if "adapter" in state else state
+    if "adapter" not in state:
+        return state
+    try:
+        return {"model": merged(with_base(path, state))}
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{argument}: expected adapters that fit their weights in {path}, got others: "
+            f"{first_line(error)}"
+        ) from None
 
 
 def with_base(path: str | os.PathLike[str], state: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,27 +174,21 @@ def with_base(path: str | os.PathLike[str], state: Mapping[str, Any]) -> dict[st
     return contents | {"model": {**read_weights(file)["weights"], **adapter}}
 
 
-def merged(path: str | os.PathLike[str], state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns the plain weights of the checkpoint at `path`; its averages, where it has them.
+def merged(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns the plain weights of a checkpoint of `with_base`; averages, where it has them.
 
     A weight W [o, i] with adapters A [r, i] and B [o, r] becomes W + alpha / rank B A, in float32.
-    Raises CheckpointError as `with_base`, and for adapters that do not fit.
+    Raises an error of any type for contents that do not fit.
     """
-    try:
-        state = with_base(path, state)
-        tensors = {**state["model"], **state.get("ema", {})}
-        for name in [name for name in tensors if name.endswith(".lora_A")]:
-            weight, lora = name.removesuffix(".lora_A"), state["config"]["model"]["lora"]
-            a, b = tensors.pop(name).float(), tensors.pop(f"{weight}.lora_B").float()
-            w = tensors[weight]
-            if w.shape != (b.shape[0], a.shape[1]):  # before a product that may be huge
-                raise TypeError(f"{[*b.shape]} and {[*a.shape]} for {weight} {[*w.shape]}")
-            tensors[weight] = (w.float() + lora["alpha"] / lora["rank"] * (b @ a)).to(w.dtype)
-        return tensors
-    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path}: expected weights, and adapters that fit, got others: {first_line(error)}"
-        ) from None
+    tensors = {**state["model"], **state.get("ema", {})}
+    for name in [name for name in tensors if name.endswith(".lora_A")]:
+        weight, lora = name.removesuffix(".lora_A"), state["config"]["model"]["lora"]
+        a, b = tensors.pop(name).float(), tensors.pop(f"{weight}.lora_B").float()
+        w = tensors[weight]
+        if w.shape != (b.shape[0], a.shape[1]):  # before a product that may be huge
+            raise TypeError(f"{[*b.shape]} and {[*a.shape]} for {weight} {[*w.shape]}")
+        tensors[weight] = (w.float() + lora["alpha"] / lora["rank"] * (b @ a)).to(w.dtype)
+    return tensors
 
 
 def read_weights(path: str | os.PathLike, argument: str = "checkpoint") -> Any:

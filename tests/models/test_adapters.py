@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import peft
 import pytest
@@ -12,9 +13,11 @@ from torch import nn
 import simplclip
 from simplclip import models
 from simplclip.common.errors import InputError
+from simplclip.common.files import sha256
 from simplclip.models.inherit import is_frozen
 from simplclip.models.lora import LinearAttention, add_lora
-from simplclip.models.weights import CheckpointError, merged, renamed
+from simplclip.models.trained import load_model
+from simplclip.models.weights import CheckpointError, merged, read_state, renamed
 from support.models import lora
 from support.models.open_clip_models import MODEL_TEXT, MODEL_VISION
 
@@ -118,7 +121,7 @@ def test_adapters_start_at_nothing_and_merge_as_pefts(name):
     now = features(lora.started(model), size)
     assert (now[0] - before[0]).norm() > 0.01 * before[0].norm()
     assert (now[1] - before[1]).norm() > 0.01 * before[1].norm()
-    weights = merged("x", {"model": model.state_dict(), "config": {"model": {"lora": SETTINGS}}})
+    weights = merged({"model": model.state_dict(), "config": {"model": {"lora": SETTINGS}}})
     other = models.create(f"open_clip:{name}")
     other.load_state_dict(weights, strict=True)
     assert_close(features(other, size), now, 1e-5)
@@ -230,15 +233,35 @@ def test_a_checkpoint_read_by_itself_is_no_source():
     state = {"adapter": {"logit_scale": model.logit_scale}, "base": "x"}
     with pytest.raises(CheckpointError, match=r"has no base\.pt .* simplclip export merges both"):
         renamed(state, plain())
-    config = {"model": {"lora": SETTINGS}}
-    wide = {"w": torch.ones(4, 3), "w.lora_A": torch.ones(1, 9), "w.lora_B": torch.ones(9, 1)}
-    for tensors, error in (
-        ({"w.lora_A": torch.ones(2)}, "w.lora_B"),
-        ({"w": 1, "w.lora_A": torch.ones(1, 2), "w.lora_B": torch.ones(2, 1)}, "'int' object"),
-        (wide, r"got others: \[9, 1\] and \[1, 9\] for w \[4, 3\]"),
-    ):
-        with pytest.raises(CheckpointError, match=f"x: expected weights, and adapters .*{error}"):
-            merged("x", {"model": tensors, "config": config})
+
+
+@pytest.mark.parametrize(
+    ("adapter", "error"),
+    [
+        ({"w.lora_A": torch.ones(1, 3)}, r"w\.lora_B"),
+        ({"v.lora_A": torch.ones(1, 3), "v.lora_B": torch.ones(4, 1)}, "'v'"),
+        ({"w.lora_A": 1, "w.lora_B": 2}, "'int' object"),
+        (
+            {"w.lora_A": torch.ones(1, 9), "w.lora_B": torch.ones(9, 1)},
+            r"\[9, 1\] and \[1, 9\] for",
+        ),
+        (3, "'int' object"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused(tmp_path, adapter, error):
+    torch.save({"weights": {"w": torch.ones(4, 3)}}, tmp_path / "base.pt")
+    state = {"adapter": adapter, "base": sha256(tmp_path / "base.pt"), "step": 1}
+    state |= {"format": "simplclip", "version": 1}
+    config = {"model": {"name": "siclip-tiny", "lora": SETTINGS}, "loss": {"base": "contrastive"}}
+    file = tmp_path / "last.pt"
+    torch.save(state | {"config": config}, file)
+    for read in (partial(models.create, "siclip-tiny", checkpoint=file), partial(load_model, file)):
+        with pytest.raises(CheckpointError) as raised:
+            read()
+        assert "\n" not in str(raised.value)
+        assert str(file) in str(raised.value)
+    with pytest.raises(CheckpointError, match=f"adapters that fit their weights in .*{error}"):
+        read_state(file)
 
 
 def test_half_precision_has_the_bits_of_pefts_casts():
