@@ -145,9 +145,9 @@ def _inside(path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(f"{path}."): state[name] for name in inside}
 
 
-def matches(pattern: str, unit: str, names: list[str]) -> bool:
-    """Whether a pattern matches a unit, a module that contains it, or one of its tensors."""
-    paths = accumulate(unit.split("."), "{}.{}".format)
+def matches(pattern: str, part: str, names: Iterable[str] = ()) -> bool:
+    """Whether a pattern (fnmatch) matches a part, a module that contains it, or one of `names`."""
+    paths = accumulate(part.split("."), "{}.{}".format)
     return any(fnmatchcase(name, pattern) for name in (*paths, *names))
 
 

@@ -153,6 +153,14 @@ class TextTower(TextTransformer):
         ends = self.ln_final(self.last(x, text.argmax(1)))
         return ends @ self.text_projection.to(ends.dtype)
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Returns the groups of `lock` by names, as timm's models have them. coarse: not used."""
+        blocks = [
+            (r"transformer\.resblocks\.(\d+)", None),
+            (r"last", (99999,)),
+        ]  # with the one before
+        return {"stem": r"token_embedding|positional_embedding|first", "blocks": blocks}
+
     def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
         """Freezes all but the last `unlocked_layers` groups of parameters, as open_clip does.
 

@@ -27,6 +27,7 @@ from simplclip.train import step as steps
 from simplclip.train.beginning import Beginning
 from simplclip.train.config import Config
 from simplclip.train.objective import Objective
+from simplclip.train.rates import freeze_zeros
 
 Batch = dict[Any, Any]
 Encode = Callable[[Batch], Tensor]
@@ -218,14 +219,16 @@ def shapes_of(config: Config) -> tuple[nn.Module, list[str]]:
     model = models.create(
         name, device="meta", **model_options(config.model.model_dump(), config.loss.base)
     )
-    if source is None:
-        return model, add_lora(model, lora, [])[0]
-    sources: list[Any] = [source] if isinstance(source, str) else list(source)
-    for index, file in enumerate(sources):
-        if file not in STATES and not Path(file).exists():
-            sources[index] = models.create(name, device="meta", simplified=False)
-    table = inherit(model, sources, train=config.inherit.train, blocks=config.inherit.blocks)
-    return model, add_lora(model, lora, table.names, config.inherit.train)[0]
+    frozen = list[str]()
+    if source is not None:
+        sources: list[Any] = [source] if isinstance(source, str) else list(source)
+        for index, file in enumerate(sources):
+            if file not in STATES and not Path(file).exists():
+                sources[index] = models.create(name, device="meta", simplified=False)
+        settings = config.inherit
+        frozen = inherit(model, sources, train=settings.train, blocks=settings.blocks).names
+    frozen, _ = add_lora(model, lora, frozen, config.inherit.train)
+    return model, frozen + freeze_zeros(model, config)
 
 
 def busiest_step(config: Config) -> int:

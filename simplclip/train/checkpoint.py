@@ -127,11 +127,11 @@ def check_settings(checkpoint: dict[str, Any], config: Config) -> None:
     for key in ("train", "sidecars"):  # folders may have moved
         if _names_of_paths(old["data"][key]) == _names_of_paths(new["data"][key]):
             old["data"][key] = new["data"][key]
-    may_change = tuple(resumable())
+    may_change = tuple(f"{key}." for key in resumable())
     changes = [
         f"{key} was {before!r}, now {now!r}"
         for key, (before, now) in differences(old, new).items()
-        if not key.startswith(may_change)
+        if not f"{key}.".startswith(may_change)
     ]
     if changes:
         raise ConfigError(

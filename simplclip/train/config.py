@@ -48,7 +48,7 @@ class Config(Section):
     loss: LossConfig = setting(
         LossConfig(), "the base, pair matching, and terms that need a teacher's features"
     )
-    optim: OptimConfig = setting(OptimConfig(), "AdamW, linear warm-up, a cosine down to 0")
+    optim: OptimConfig = setting(OptimConfig(), "the optimizer, linear warm-up, a cosine down to 0")
     eval: EvalConfig = setting(EvalConfig(), "held-out data")
     run: RunConfig = setting(..., "the run itself")
 

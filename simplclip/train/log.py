@@ -29,6 +29,7 @@ from simplclip.ops import backends
 from simplclip.train.config import Config
 from simplclip.train.curves import NAMES, read_figures, rise, write_curves
 from simplclip.train.objective import terms_of
+from simplclip.train.rates import describe
 from simplclip.train.resolve import Resolved
 from simplclip.train.setup import State
 
@@ -215,6 +216,7 @@ def first_lines(state: State, why_precision: str, resolved: Resolved) -> Iterato
     yield from _data_lines(config, resolved.samples, resolved.division)
     yield from resolved.lines
     yield f"loss       {_loss(state)}"
+    yield from describe(state.optimizer, state.model, config)
     yield f"ops        {_backends(state)}"
     processes = f"CPU threads: {torch.get_num_threads()}; loader processes: {config.data.workers}"
     if ranks.count() > 1:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
+from functools import partial
+from inspect import signature
+from typing import Any
 
+import timm.optim
 import torch
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from simplclip.train.config import Config, ConfigError
+from simplclip.train.rates import scales
 
 
 class Average:
@@ -59,45 +66,80 @@ class Average:
             self.averages[weight].copy_(state[name])
 
 
-def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.optim.AdamW:
-    """Returns an AdamW of the parameters of `model` and `loss` that train; only matrices decay.
+def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """Returns the optimizer of the parameters of `model` and `loss` that train; matrices decay.
 
-    Raises ConfigError for optim.options that AdamW does not take.
+    It is torch's fused AdamW, or made by timm's create_optimizer_v2. Raises ConfigError for a name
+    that timm does not have or that cannot train here, for options that the optimizer does not take,
+    and as `rates.scales`.
     """
-    options = config.optim.options
-    decayed: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        # A matrix has two dimensions above 1; a layer scale [C, 1, 1] is a gain.
-        if sum(size > 1 for size in parameter.shape) >= 2:
-            decayed.append(parameter)
-        else:
-            rest.append(parameter)
-    rest += [parameter for parameter in loss.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": decayed, "weight_decay": config.optim.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
+    name, options = config.optim.name, config.optim.options
+    cls: Any = torch.optim.AdamW if name == "adamw" else _class_of(name)
+    make = partial(cls, fused=True) if name == "adamw" else partial(create_optimizer_v2, opt=name)
+    groups = _groups(model, loss, config)
     try:
-        return torch.optim.AdamW(
-            groups, lr=config.optim.lr, weight_decay=0.0, fused=True, **options
-        )
-    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        # create_optimizer_v2 takes no notice of some that the class does not have
+        known = signature(cls).parameters.keys() - {"params", "lr", "weight_decay"}
+        if unknown := options.keys() - known:
+            raise TypeError(f"unexpected {', '.join(sorted(unknown))}")
+        return make(groups, lr=config.optim.lr, weight_decay=0.0, **options)
+    except (TypeError, ValueError, IndexError, RuntimeError, AssertionError) as error:
+        package = cls.__module__.rpartition(".")[0]
         raise ConfigError(
-            f"optim.options: expected arguments of torch.optim.AdamW, got {options}: {error}"
+            f"optim.options: expected arguments of {package}.{cls.__name__}, got {options}: {error}"
         ) from None
 
 
-def check_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError for moments of another shape, beyond which fused updates would read."""
+def _class_of(name: str) -> Any:
+    """Returns the class of one of timm's optimizers; ConfigError if it cannot train here."""
+    names = [str(known) for known in timm.optim.list_optimizers()]
+    try:
+        if name not in names:
+            raise ImportError(f"nearest: {', '.join(get_close_matches(name, names)) or 'none'}")
+        if timm.optim.get_optimizer_info(name).second_order:
+            raise ImportError("it needs second derivatives")
+        return timm.optim.get_optimizer_class(name, bind_defaults=False)
+    except (AssertionError, ImportError) as error:
+        expected = "an optimizer of timm that runs here"
+        raise ConfigError(f"optim.name: expected {expected}, got {name!r}; {error}") from None
+
+
+def _groups(model: nn.Module, loss: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Returns what trains, by the factor of its rate and by whether it decays, as timm groups it.
+
+    Without other factors than 1 the two groups have no "lr_scale".
+    """
+    factors = scales(model, config)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    for parameter in (*model.parameters(), *loss.parameters()):
+        if parameter.requires_grad:
+            # A matrix has two dimensions above 1; a layer scale [C, 1, 1] is a gain.
+            decays = parameter in factors and sum(size > 1 for size in parameter.shape) >= 2
+            groups.setdefault((factors.get(parameter, 1.0), decays), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": config.optim.weight_decay if decays else 0.0}
+        | ({"lr_scale": factor} if len(groups) > 2 else {})
+        for (factor, decays), parameters in sorted(groups.items(), reverse=True)
+    ]
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Loads a state dict; ValueError for other groups than those of the optimizer.
+
+    And for moments of another shape, beyond which fused updates would read.
+    """
+    settings = [(group.get("lr_scale"), group["weight_decay"]) for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for expected, group in zip(settings, optimizer.param_groups):
+        if (loaded := (group.get("lr_scale"), group["weight_decay"])) != expected:
+            raise ValueError(f"a group of lr_scale and weight_decay {loaded} for {expected}")
+    if not optimizer.defaults.get("fused"):
+        return  # moments may have other shapes, which the update checks itself
     for weight, moments in optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq", *(moments.keys() & {"max_exp_avg_sq"})):
-            if moments[name].shape != weight.shape:
-                raise ValueError(
-                    f"{name} of shape {list(moments[name].shape)} for {list(weight.shape)}"
-                )
+        for name, moment in moments.items():
+            shape = list(moment.shape)
+            if shape != ([] if name == "step" else list(weight.shape)):
+                raise ValueError(f"{name} of shape {shape} for {list(weight.shape)}")
 
 
 def learning_rate(config: Config, step: int) -> float:

@@ -15,6 +15,7 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    ValidationInfo,
     create_model,
     model_validator,
 )
@@ -289,18 +290,42 @@ def _schedule(weight: float | Schedule) -> Schedule:
     return Schedule(value=weight)
 
 
-# arguments of torch.optim.AdamW, unless optim.options replaces them
+# options of adamw, unless optim.options replaces them
 ADAMW = {"betas": [0.9, 0.98], "eps": 1e-6}
+Decay = Annotated[float, Field(gt=0, le=1)]
+Decays = Annotated[
+    Annotated[Decay, Tag("plain")]
+    | Annotated[dict[Literal["image", "text"], Decay], Tag("section")],
+    Discriminator(_form),
+]
+
+
+def _with_defaults(options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    """Returns optim.options; of adamw with those of `ADAMW` that they do not replace."""
+    return ADAMW | options if info.data.get("name") == "adamw" else options
 
 
 class OptimConfig(Section):
+    name: str = setting(
+        "adamw", "adamw: torch's; or another one of timm.optim.list_optimizers(), as lion or muon"
+    )
     lr: float = setting(1e-3, "learning rate at the end of the warm-up", gt=0, resumable=True)
+    layer_decay: Decays | None = setting(
+        None, "a layer's rate by that of the layer after it, e.g. 0.8 or {image: 0.8, text: 0.9}"
+    )
+    lr_scale: dict[str, Annotated[float, Field(ge=0)]] = setting(
+        {},
+        "{PATTERN: FACTOR} of the rates of what a pattern matches, as in inherit.train; the last "
+        "one counts, and 0 freezes",
+    )
     warmup: int = setting(100, "steps of linear warm-up", ge=0)
     weight_decay: float = setting(
         0.1, "weight decay of matrices; norms, biases, gains and scalars have none", ge=0
     )
-    options: Annotated[dict[str, Any], AfterValidator(lambda options: ADAMW | options)] = setting(
-        ADAMW, "further arguments of torch.optim.AdamW"
+    options: Annotated[dict[str, Any], AfterValidator(_with_defaults)] = setting(
+        {},
+        "further arguments of the optimizer; of adamw {betas: [0.9, 0.98], eps: 1e-6} and others",
+        validate_default=True,
     )
     ema: float | None = setting(
         None,

@@ -35,7 +35,8 @@ from simplclip.train.beginning import Beginning
 from simplclip.train.config import Config, ConfigError
 from simplclip.train.distributed import share_norms
 from simplclip.train.objective import Objective
-from simplclip.train.optimizer import Average, check_moments, make_optimizer
+from simplclip.train.optimizer import Average, load_optimizer, make_optimizer
+from simplclip.train.rates import freeze_zeros
 
 
 @dataclass
@@ -119,6 +120,7 @@ def load_model(
     frozen = [name for table in tables for name in table.names]
     lines = [line for table in tables for line in str(table).splitlines()]
     frozen, more = add_lora(model, config.model.model_dump()["lora"], frozen, config.inherit.train)
+    frozen += freeze_zeros(model, config)
     return model, frozen, [*lines, *more, *_pixel_warnings(config)]
 
 
@@ -309,9 +311,10 @@ def _continue_from(checkpoint: Mapping[str, Any], state: State) -> None:
 def _load(item: Any, saved: Any) -> None:
     """Loads a state dict into an object; raises CheckpointError if it does not fit."""
     try:
-        item.load_state_dict(saved)
         if isinstance(item, torch.optim.Optimizer):
-            check_moments(item)
+            load_optimizer(item, saved)
+        else:
+            item.load_state_dict(saved)
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         expected = f"the state of this model's {type(item).__name__}"
         raise CheckpointError(f"checkpoint: expected {expected}, got {load_error(error)}") from None

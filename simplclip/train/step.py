@@ -109,7 +109,7 @@ def update(state: State, lr: float) -> None:
     """
     state.updating = True
     for group in state.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     with torch.no_grad():
