@@ -96,6 +96,8 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.waits = waits
+        # as which the value of a tensor is read; None: an error
+        self.value: float | None = 0.0 if waits else None
         self.usage = Usage()
         self.times = 1  # the number of runs for which the next kernels count
         # ops that are no compositions: name, and whether it starts a kernel
@@ -208,9 +210,10 @@ class Counter(TorchDispatchMode):
             else:
                 out = func(*args, **kwargs)
         except (*_NO_FAKE, *_VALUES) as error:
-            if self.waits and isinstance(error, fakes.DataDependentOutputException):
-                self.count_wait(func.name())
-                return 0.0
+            if self.value is not None and isinstance(error, fakes.DataDependentOutputException):
+                if self.waits:
+                    self.count_wait(func.name())
+                return self.value
             reason = f"{type(error).__name__} {str(error).strip()}".splitlines()[0]
             raise UncountedOp(
                 f"{func.name()}: its memory cannot be predicted, since it does not run on fake "

@@ -59,9 +59,18 @@ def on_card(card: Card) -> Iterator[list[Kernel]]:
 
 def _make_state(optimizer: torch.optim.Optimizer, counter: Counter) -> None:
     """Makes the optimizer's state by an update with empty gradients, and counts it by a hook."""
-    optimizer.register_step_post_hook(
-        lambda *_: counter.hold(list(optimizer.state.values()), "optimizer state")
-    )
+
+    def begin(*_: object) -> None:
+        """Lets the update read the number of its step, by which it may divide, as 1."""
+        counter.value = 1.0
+
+    def end(*_: object) -> None:
+        """Counts what the update has made."""
+        counter.value = None
+        counter.hold(list(optimizer.state.values()), "optimizer state")
+
+    optimizer.register_step_pre_hook(begin)
+    optimizer.register_step_post_hook(end)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.empty_like(parameter)

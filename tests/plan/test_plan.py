@@ -74,6 +74,8 @@ CASES = {
     "one graph": [],
     "short texts": ["data.mean_tokens=3"],
     "averages": ["optim.ema=0.99", "data.batch_size=24"],
+    "Lion, a frozen tower": ["optim.name=lion", "optim.lr_scale={visual: 0}"],
+    "LAMB, layer decay": ["optim.name=lamb", "optim.layer_decay=0.5"],
     "cached WIKD": [*WIKD, MATCHING, CAPTIONS, "data.micro_batch=16", "loss.plane=hadamard"],
     "WIKD, recomputed": [*WIKD, RECOMPUTE, LAYERS, "data.batch_size=64", "loss.interactive=kl"],
     "sigmoid, cached": [*WIKD, MATCHING, CAPTIONS, "data.micro_batch=32", SIGMOID],
@@ -97,6 +99,16 @@ S0 = {
 )
 def test_siclip_tiny(tiny, case, precision):
     check(trainer(tiny, precision, *CASES[case]), WITHIN[precision])
+
+
+@pytest.mark.slow
+# Muon has two moments of what is no matrix; it and NovoGrad read the number of the step
+@pytest.mark.parametrize(("name", "moments"), [("muon", 1), ("novograd", 1)])
+def test_the_optimizers_state_counts(tiny, name, moments):
+    values = f"optim.name={name}", "data.batch_size=2"
+    model, _ = shapes_of(config.load(tiny, values))
+    size = sum(4 * weight.numel() for weight in model.parameters())
+    assert predict(tiny, *values).at_peak["optimizer state"] == pytest.approx(moments * size, 0.01)
 
 
 @pytest.mark.prove
