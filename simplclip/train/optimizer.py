@@ -98,6 +98,8 @@ def _class_of(name: str) -> Any:
             raise ImportError(f"nearest: {', '.join(get_close_matches(name, names)) or 'none'}")
         if timm.optim.get_optimizer_info(name).second_order:
             raise ImportError("it needs second derivatives")
+        if "kron" in name and not torch.backends.opt_einsum.is_available():
+            raise ImportError("it needs the package opt_einsum, or else too much memory")
         return timm.optim.get_optimizer_class(name, bind_defaults=False)
     except (AssertionError, ImportError) as error:
         expected = "an optimizer of timm that runs here"

@@ -49,6 +49,10 @@ PROOFS = {
     "bf16 cached": [*DISTILLED, "run.precision=bf16", *CACHED],
     "adapters": [ADAPTED, "optim.ema=0.5", "optim.lr=1e-3"],
     "adapters cached": [ADAPTED, *CACHED, "model.lora.towers=[image]"],
+    "rates": [
+        *("optim.name=lamb", "optim.options={}", "optim.layer_decay=0.5"),
+        *("optim.lr_scale={visual.trunk.patch_embed: 0, text: 0.5}", *CACHED),
+    ],
 }
 FAULTS = {
     "stopped": (["SIGTERM", 1, 2, "step"], []),

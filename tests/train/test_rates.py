@@ -279,6 +279,13 @@ RIGHT = "expected patterns of parameters or modules that train, got"
         (["name=lookahead_lion"], "optim.name: expected .*, got 'lookahead_lion'; nearest"),
         (["name=xyzzy"], "optim.name: expected .*, got 'xyzzy'; nearest: none"),
         (["name=adahessian"], "optim.name: expected .*, got 'adahessian'; it needs second"),
+        pytest.param(
+            ["name=kron"],
+            "optim.name: expected .*, got 'kron'; it needs the package opt_einsum",
+            marks=pytest.mark.skipif(
+                torch.backends.opt_einsum.is_available(), reason="it is there"
+            ),
+        ),
         (["name=bnblion8bit"], "optim.name: expected .*, got 'bnblion8bit'; .*bitsandbytes"),
         (
             ["name=lion", "options.layer_decay=0.5"],
