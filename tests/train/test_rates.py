@@ -189,13 +189,15 @@ def test_layers_of_a_resnet_are_its_blocks():
         assert layer == next(n for start, n in starts.items() if name.startswith(start)), name
 
 
-def test_what_blocks_share_is_in_the_layer_of_the_first():
+def test_what_blocks_share_is_in_the_layer_of_the_first_and_has_both_names(tmp_path):
     options = {"share": {"text": [[0, 1]]}}
-    text = models.create("siclip-tiny", device="meta", simplify_options=options).text
-    first, second = text.transformer.resblocks
-    numbers = rates.layers_of(text)
+    model = models.create("siclip-tiny", device="meta", simplify_options=options)
+    first, second = model.text.transformer.resblocks
+    numbers = rates.layers_of(model.text)
     assert first.fc1.weight is second.fc1.weight
     assert [numbers[weight] for weight in (first.fc1.weight, second.norm.weight)] == [1, 2]
+    config = settings(tmp_path, "optim.lr_scale={text.transformer.resblocks.1.fc1: 0.5}")
+    assert rates.scales(model, config)[first.fc1.weight] == 0.5
 
 
 def test_layers_of_mobileclips_text_tower_are_those_of_its_lock():
