@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import accumulate
@@ -203,6 +203,22 @@ def frozen_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             prefix = f"{name}." if name else ""
             inside += (prefix,)
             yield name, module
+
+
+def largest_parts(model: nn.Module, weights: Set[Tensor]) -> list[str]:
+    """Returns the names of the largest modules, and of other parameters, with `weights` alone.
+
+    A module may also have parameters that do not train.
+    """
+    frozen = {weight for weight in model.parameters() if not weight.requires_grad}
+    names, inside = list[str](), tuple[str, ...]()  # inside: beginnings of the names in a module
+    for name, module in model.named_modules():
+        found = set(module.parameters())
+        if found & weights and found <= weights | frozen and not name.startswith(inside):
+            names.append(name)
+            inside += (f"{name}." if name else "",)
+    singles = (name for name, weight in model.named_parameters() if weight in weights)
+    return names + [name for name in singles if not name.startswith(inside)]
 
 
 def _stays_in_eval(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,8 @@ from open_clip.utils import to_2tuple
 from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
-from simplclip.models.inherit import freeze, matches, release
+from simplclip.models.inherit import freeze, largest_parts, matches, release
+from simplclip.models.towers import tower_of
 from simplclip.models.transfer import Transfer
 from simplclip.nn import SimplifiedBlock
 
@@ -88,12 +89,12 @@ def add_lora(
         if matches(pattern, unit, names) and transfer.tensors[tensor].requires_grad
     }
     for name, module in [*model.named_modules()]:
-        if _tower(name) not in towers:
+        if tower_of(name) not in towers:
             continue
         if isinstance(module, SimplifiedBlock):
             raise InputError(
                 "model.lora: expected towers without simplified blocks, got the "
-                f"{_tower(name)} tower with {name}"
+                f"{tower_of(name)} tower with {name}"
             )
         release(module)
         if (
@@ -122,31 +123,25 @@ def add_lora(
     for name in layers:  # under autocast peft would make inputs float32, and autocast undo it
         vars(model.get_submodule(name))["cast_input_dtype_enabled"] = False
     for name, weight, trains in before:
-        weight.requires_grad_(trains and (_tower(name) not in towers or weight in trained))
+        weight.requires_grad_(trains and (tower_of(name) not in towers or weight in trained))
     _name_as_before(model)
-    frozen = [name for name in frozen if _tower(name) not in towers]
-    frozen += _frozen_parts(model, towers)
+    kept = {w for name, w, _ in before if tower_of(name) in towers and not w.requires_grad}
+    frozen = [name for name in frozen if tower_of(name) not in towers]
+    frozen += largest_parts(model, kept)
     freeze(model.train(), frozen)
-    counts = Counter(map(_tower, layers))
+    counts = Counter(map(tower_of, layers))
     each = ", ".join(f"{counts[tower]} in the {tower} tower" for tower in towers)
     return frozen, [f"lora       adapters of rank {lora['rank']}: {each}"]
-
-
-def _tower(name: str) -> str:
-    """Returns "image" or "text" for the name of a module or tensor of an open_clip model; or ""."""
-    if name in ("", "logit_scale", "logit_bias"):
-        return ""
-    return "image" if name.partition(".")[0] == "visual" else "text"
 
 
 def _chosen_layers(
     model: Any, towers: Sequence[str], patterns: Sequence[str]
 ) -> dict[str, nn.Linear]:
     """Returns the linear layers of towers that get an adapter, by name."""
-    layers = {name: m for name, m in _called_layers(model).items() if _tower(name) in towers}
+    layers = {name: m for name, m in _called_layers(model).items() if tower_of(name) in towers}
     chosen: dict[str, nn.Linear] = {}
     for pattern in patterns:
-        found = {name: layer for name, layer in layers.items() if matches(pattern, name, [])}
+        found = {name: layer for name, layer in layers.items() if matches(pattern, name)}
         if not found:
             # patterns may begin in the middle of a name
             ends = {name.split(".", n)[-1] for name in layers for n in range(name.count(".") + 1)}
@@ -156,10 +151,9 @@ def _chosen_layers(
                 f"model.lora.modules: expected {expected}, got {pattern!r}; nearest: {near}"
             )
         chosen |= found
-    for tower in towers:
-        if tower not in map(_tower, chosen):
-            expected = f"towers with a linear layer that matches {[*patterns]}"
-            raise InputError(f"model.lora: expected {expected}, got the {tower} tower without one")
+    for tower in {*towers} - {*map(tower_of, chosen)}:
+        expected = f"towers with a linear layer that matches {[*patterns]}"
+        raise InputError(f"model.lora: expected {expected}, got the {tower} tower without one")
     return chosen
 
 
@@ -214,18 +208,3 @@ def _rename(names: Mapping[str, str], _: nn.Module, state: Any, *rest: Any) -> N
     tensors = {names.get(name, name): tensor for name, tensor in state.items()}
     state.clear()
     state.update(tensors)
-
-
-def _frozen_parts(module: nn.Module, towers: Sequence[str], path: str = "") -> Iterator[str]:
-    """Yields the names of the largest modules, and of other parameters, without one that trains."""
-    parts: list[tuple[str, Any]] = [*module.named_children()]
-    for child, part in (*parts, *module.named_parameters(recurse=False)):
-        name = f"{path}.{child}" if path else child
-        tensors = [part] if isinstance(part, Tensor) else [*part.parameters()]
-        if _tower(name) not in towers:
-            continue
-        if not any(tensor.requires_grad for tensor in tensors):
-            if tensors or [*part.buffers()]:
-                yield name
-        elif isinstance(part, nn.Module):
-            yield from _frozen_parts(part, towers, name)

@@ -155,10 +155,7 @@ class TextTower(TextTransformer):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Returns the groups of `lock` by names, as timm's models have them. coarse: not used."""
-        blocks = [
-            (r"transformer\.resblocks\.(\d+)", None),
-            (r"last", (99999,)),
-        ]  # with the one before
+        blocks = [(r"transformer\.resblocks\.(\d+)", None), (r"last", (99999,))]
         return {"stem": r"token_embedding|positional_embedding|first", "blocks": blocks}
 
     def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:

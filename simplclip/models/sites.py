@@ -14,6 +14,7 @@ from torch import nn
 
 from simplclip.common.errors import InputError
 from simplclip.models.blocks import MapBlock, TimmBlock, TransformerBlock, is_causal_mask
+from simplclip.models.towers import tower_of
 from simplclip.nn import ACTIVATIONS, SimplifiedBlock
 from simplclip.ops.modes import has_values
 
@@ -128,7 +129,7 @@ def _transformer_sites(
     options = {"causal": causal}
     for index, block in enumerate(transformer.resblocks):
         if not isinstance(block, known):
-            tower = "image" if path.startswith("visual.") else "text"
+            tower = tower_of(path)
             raise InputError(
                 f"{tower}: expected residual attention blocks, got {type(block).__name__}"
             )

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from simplclip.common import ranks
+from simplclip.models.towers import SCALARS, tower_of
 from simplclip.ops import distributed
 from simplclip.train.config import ConfigError
 
@@ -68,10 +69,10 @@ def wrap(model: nn.Module) -> dict[str, DistributedDataParallel]:
         return {}
     towers: dict[str, list[nn.Parameter]] = {"image": [], "text": []}
     for name, parameter in model.named_parameters():
-        if name in ("logit_scale", "logit_bias"):
+        if name in SCALARS:
             distributed.from_first_rank([parameter], _everyone())
         elif parameter.requires_grad:
-            towers["image" if name.startswith("visual.") else "text"].append(parameter)
+            towers[tower_of(name)].append(parameter)
     trained = {name: _Weights(parameters) for name, parameters in towers.items() if parameters}
     # A tower may have parameters that no feature depends on, for which torch searches.
     # `gradient_cache` takes a single wrapper for one of both towers, in which it allows no such

@@ -15,10 +15,10 @@ import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from simplclip.models.inherit import freeze, matches
+from simplclip.models.inherit import freeze, largest_parts, matches
+from simplclip.models.towers import SCALARS
 from simplclip.train.config import Config, ConfigError
 
-SCALARS = ("logit_scale", "logit_bias")  # of a model, in neither tower
 BLOCK = re.compile(r"(.*?\.\d+\.)\w+\.")  # a name that begins so is of a module in a list
 HALF, MOST_NAMES = 3, 4  # of the log: the highest and the lowest rates, and names for each
 
@@ -71,7 +71,8 @@ def freeze_zeros(model: nn.Module, config: Config) -> list[str]:
     frozen parameters alone, and factors after which no tower trains.
     """
     factors = _factors(model, config)
-    names = _parts(model, {weight for weight, factor in factors.items() if factor == 0})
+    zeros = {weight for weight, factor in factors.items() if factor == 0}
+    names = largest_parts(model, zeros)
     freeze(model, names)
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     if names and trained.issubset(SCALARS):
@@ -98,31 +99,16 @@ def _factors(model: nn.Module, config: Config) -> dict[Tensor, float]:
     return factors
 
 
-def _parts(model: nn.Module, weights: set[Tensor]) -> list[str]:
-    """Returns the names of the largest modules of which all that trains is in `weights`.
-
-    And those of single parameters.
-    """
-    names, inside = list[str](), tuple[str, ...]()  # inside: beginnings of the names in a module
-    for name, module in model.named_modules():
-        trained = {weight for weight in module.parameters() if weight.requires_grad}
-        if trained and trained <= weights and not name.startswith(inside):
-            names.append(name)
-            inside += (f"{name}." if name else "",)
-    singles = (name for name, weight in model.named_parameters() if weight in weights)
-    return names + [name for name in singles if not name.startswith(inside)]
-
-
 def describe(optimizer: torch.optim.Optimizer, model: nn.Module, config: Config) -> Iterator[str]:
     """Yields the log's lines about the optimizer: how many parameters train at which rate."""
-    weights: dict[float, set[Tensor]] = {}
+    weights = dict[float, set[Tensor]]()
     for group in optimizer.param_groups:
         weights.setdefault(group.get("lr_scale", 1.0), set()).update(group["params"])
     factors = sorted(filter(weights.get, weights), reverse=True)
     yield f"optimizer  {config.optim.name}, learning rates: {len(factors)}"
     for factor in (*factors[:HALF], *factors[max(HALF, len(factors) - HALF) :]):
         count = sum(weight.numel() for weight in weights[factor])
-        parts = [part or "the model" for part in _parts(model, weights[factor])]
+        parts = [part or "the model" for part in largest_parts(model, weights[factor])]
         parts += [] if weights[factor] <= {*model.parameters()} else ["the loss"]
         if more := parts[MOST_NAMES:]:
             parts[MOST_NAMES:] = [f"{len(more)} more"]

@@ -22,6 +22,7 @@ from simplclip.models.crop import TextCrop, crop_texts
 from simplclip.models.fold import fold_frozen
 from simplclip.models.inherit import freeze, freeze_norms, inherit
 from simplclip.models.lora import add_lora
+from simplclip.models.towers import SCALARS
 from simplclip.models.trained import (
     CheckpointError,
     build_model,
@@ -137,7 +138,7 @@ def take_start(model: Any, config: Config) -> list[WeightTable]:
             model, config.inherit.source, train=config.inherit.train, blocks=config.inherit.blocks
         )
         tables.append(table)
-    for name in ("logit_scale", "logit_bias"):  # a value of the config replaces that of the weights
+    for name in SCALARS:  # a value of the config replaces that of the weights
         value = config.model.options.get(f"init_{name}")
         if value is not None:
             nn.init.constant_(getattr(model, name), value)
