@@ -18,6 +18,7 @@ from support.data.pairs import digests, meta
 from support.programs import EXAMPLES, call, load_example
 
 build = load_example("emoji/build")
+domains = load_example("emoji/domains")
 sources = load_example("emoji/sources")
 
 KEPT = 36  # concepts in the small builds
@@ -292,3 +293,33 @@ def test_the_demo_finds_concepts_that_it_never_saw(teach, tmp_path):
     recall = [figures[way]["R@1"]["value"] for way in ("image_to_text", "text_to_image")]
     assert min(recall) > 0.2
     assert sum(recall) / 2 > 0.23
+
+
+def test_domains_have_the_same_emoji_and_no_emoji_is_in_two_parts(few, out, monkeypatch):
+    monkeypatch.setattr(domains, "concepts", lambda: few)
+    monkeypatch.setattr(domains, "PARTS", {"test": 7, "valid": 5})
+    counts = domains.build(out)
+    groups = {}
+    for split, count in counts.items():
+        every = samples(out, split)
+        pictures = [np.asarray(Image.open(io.BytesIO(sample["png"]))) for sample in every]
+        # lines are black on white; most drawings of Twemoji have a colour
+        colourful = sum(bool((picture != picture[..., :1]).any()) for picture in pictures)
+        assert colourful == 0 if split.startswith("new") else colourful > count / 2
+        assert min(int(picture.min()) for picture in pictures) < 100
+        groups[split] = {json.loads(sample["json"])["group"] for sample in every}
+        assert len(groups[split]) == count
+    parts = [groups[f"old-{part}"] for part in ("test", "valid", "train")]
+    assert [groups[f"new-{part}"] for part in ("test", "valid", "train")] == parts
+    assert [len(part) for part in parts[:2]] == [7, 5]
+    assert len(set().union(*parts)) == sum(map(len, parts)) <= KEPT
+    made = digests(out)
+    assert domains.build(out) == counts
+    assert digests(out) == made
+
+
+def test_emoji_with_the_same_lines_are_left_out(few):
+    """Flags have a frame in common, and their colours alone differ."""
+    flags = [sources.Concept(key, ["flag"], None, None) for key in ("1f1eb-1f1f7", "1f1ee-1f1f9")]
+    lines = domains.LineVendor(sources.vendors()["openmoji"])
+    assert domains.distinct([*flags, few[0]], lines) == [few[0]]
