@@ -2,15 +2,12 @@
 of smaller batches.
 """
 
-import contextlib
 import io
 import itertools
 import json
 import os
 import runpy
-import shlex
 import sys
-import traceback
 import types
 from pathlib import Path
 from unittest import mock
@@ -19,9 +16,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from simplclip.commands.main import main
 from support.paths import ROOT
-from support.programs import forked, load_example
+from support.programs import run_line
 from support.train import tiny
 
 NOTEBOOK = ROOT / "examples" / "first_day.ipynb"
@@ -46,26 +42,6 @@ def cells() -> list[str]:
     kept = [cell for cell in made if "setup" not in cell["metadata"].get("tags", ())]
     assert len(made) == len(kept) + 2
     return ["".join(cell["source"]) for cell in kept]
-
-
-def command(line: str) -> None:
-    """Runs a line of a shell block in a fork of this process, which has the modules."""
-    program, *words = shlex.split(line)
-    assert program in ("simplclip", "python"), line
-
-    def run() -> None:
-        redirect = contextlib.redirect_stdout, contextlib.redirect_stderr
-        with open("printed", "w") as file, redirect[0](file), redirect[1](file):
-            try:
-                if program == "python":
-                    load_example(Path(words[0]).stem).main(words[1:])
-                else:
-                    assert not main(words, standalone_mode=False)
-            except BaseException:
-                traceback.print_exc()
-                raise
-
-    assert forked(run) == 0, f"{line}: {Path('printed').read_text()[-3000:]}"
 
 
 @pytest.mark.slow
@@ -115,7 +91,7 @@ def test_every_cell_runs(tmp_path, monkeypatch, request):
         elif text.startswith("!"):
             for line in text.splitlines():
                 if onnx or "export_onnx.py" not in line:
-                    command(line.removeprefix("!"))
+                    run_line(line.removeprefix("!"))
                 if line.startswith("!simplclip train"):
                     printed = Path("printed").read_text()
                     assert "1 skipped: 1 not an image (first: photos/2019/broken" in printed

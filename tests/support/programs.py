@@ -7,9 +7,11 @@ import itertools
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -96,6 +98,32 @@ def forked(action: Callable[[], object]) -> int:
         os._exit(1)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
+
+
+def run_line(line: str) -> str:
+    """Runs a line of a page in a fork of this process, which has the modules; returns its output.
+
+    It is a command of simplclip, or a script of examples/.
+    """
+    program, *words = shlex.split(line)
+    assert program in ("simplclip", "python"), line
+
+    def run() -> None:
+        redirect = contextlib.redirect_stdout, contextlib.redirect_stderr
+        with open("printed", "w") as file, redirect[0](file), redirect[1](file):
+            try:
+                if program == "python":
+                    load_example(Path(words[0]).stem).main(words[1:])
+                else:
+                    assert not app(words, standalone_mode=False)
+            except BaseException:
+                traceback.print_exc()
+                raise
+
+    code = forked(run)
+    printed = Path("printed").read_text()
+    assert code == 0, f"{line}: {printed[-3000:]}"
+    return printed
 
 
 def killed_at_any_point(
