@@ -12,7 +12,7 @@ CORES := $(shell nproc 2>/dev/null || echo 2)
 export OMP_NUM_THREADS ?= $(CORES)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help check-tools install demo ablation plan test test-quick test-cpu prove sanitize test-gpu bench \
+.PHONY: help check-tools install demo ablation finetune plan test test-quick test-cpu prove sanitize test-gpu bench \
 	bench-gpu aot oldest dist wheel wheel-test tables api lint lint-source clean
 
 help:  ## this list; it fits a screen of 24 lines of 80 columns
@@ -68,8 +68,8 @@ $(INSTALLED):
 install: $(INSTALLED)  ## a venv with torch, the compiled kernels and all extras
 
 # By default glibc returns large tensors' memory to the system at once. Getting it back by pages slows a step on a CPU.
-demo ablation: export MALLOC_MMAP_THRESHOLD_ ?= 268435456
-demo ablation: export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
+demo ablation finetune: export MALLOC_MMAP_THRESHOLD_ ?= 268435456
+demo ablation finetune: export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
 # Each stage says its time. What is finished is kept, so that a second call goes on.
 EMOJI := examples/emoji
@@ -100,6 +100,9 @@ data/emoji-noisy: data/emoji-teacher
 
 ablation: data/emoji-noisy  ## what each part of the system adds: hours of training; resumes
 	$(BIN)/python -m benchmarks.ablation $(EMOJI)/siclip-lite0.yaml --out runs/ablation --seeds 3 --jobs $(CORES) --write
+
+finetune: install  ## what ways to fine-tune learn and forget: half an hour; resumes
+	$(BIN)/python -m benchmarks.finetune --out runs/finetune --jobs $(CORES) --write
 
 # A worker with one thread for each core. The tests of a file stay together, since they share slow fixtures.
 XDIST := -n $(CORES) --dist loadfile --no-loadscope-reorder

@@ -30,7 +30,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -102,18 +102,30 @@ def run_of(options: argparse.Namespace, settings: list[str], seed: int) -> Run:
     return Run(folder, (*settings, f"run.out={json.dumps(str(folder))}"))
 
 
-def train(run: Run, source: str, threads: int) -> str | None:
-    """Trains and evaluates a run, and removes its checkpoint. Returns a line if it fails."""
+def train(
+    run: Run,
+    source: str,
+    threads: int,
+    *,
+    further: Sequence[Sequence[str]] = (),
+    keep: bool = False,
+) -> str | None:
+    """Trains and evaluates a run, and removes its checkpoint. Returns a line if it fails.
+
+    further: options of further evaluations. keep: the checkpoint stays.
+    """
     run.folder.mkdir(parents=True, exist_ok=True)
     log = run.folder / "log.txt"
     program = [sys.executable, "-m", "simplclip"]
     training = [*program, "train", source, "--resume"]
     for setting in run.settings:
         training += ["--set", setting]
-    evaluation = [*program, "evaluate", str(run.folder), "--last"]
+    evaluations = [
+        [*program, "evaluate", str(run.folder), *options] for options in (["--last"], *further)
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(log, "a") as file:
-        for command in (training, evaluation):
+        for command in (training, *evaluations):
             process = subprocess.run(
                 command, env=environment, stdout=file, stderr=subprocess.STDOUT
             )
@@ -121,7 +133,8 @@ def train(run: Run, source: str, threads: int) -> str | None:
                 return f"{run.folder} ended with {process.returncode}: see {log}"
     write_atomically(run.folder / RESULT, (run.folder / "evaluation.json").read_text())
     for file in run.folder.glob("*.pt"):
-        file.unlink()
+        if not keep:
+            file.unlink()
     return None
 
 

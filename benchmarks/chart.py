@@ -54,13 +54,13 @@ def draw(rows: list[dict[str, str]], source: str) -> str:
     ]
     for x, (style, title) in zip((24, 150, 370), SERIES.values()):
         lines.append(f'<polyline class="{style}" points="{x},20 {x + 30},20"/>')
-        lines.append(_text(x + 38, 24, title))
+        lines.append(text(x + 38, 24, title))
     for index, panel in enumerate(PANELS):
         lines += _panel(*panel, LEFT + PANEL_STEP * index, rows)
     first = rows[0]
     measured = f"float32, D = {first['d']}; {first['hardware']}; {first['date']}"
-    lines.append(_text(24, HEIGHT - 30, measured, style="small"))
-    lines.append(_text(24, HEIGHT - 13, f"drawn by make tables from {source}", style="small"))
+    lines.append(text(24, HEIGHT - 30, measured, style="small"))
+    lines.append(text(24, HEIGHT - 13, f"drawn by make tables from {source}", style="small"))
     return "\n".join([*lines, "</svg>", ""])
 
 
@@ -91,18 +91,18 @@ def _panel(
     def down(value: float) -> float:
         return TOP + PANEL_HEIGHT * math.log(ticks[-1] / value) / math.log(ticks[-1] / ticks[0])
 
-    lines = [_text(left, TOP - 14, f"{title}, {unit}", style="title")]
+    lines = [text(left, TOP - 14, f"{title}, {unit}", style="title")]
     for tick in ticks:
         y = down(tick)
         lines.append(
             f'<line class="grid" x1="{left}" x2="{left + PANEL_WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
-        lines.append(_text(left - 8, y + 4, f"{tick:,g}", style="small", anchor="end"))
+        lines.append(text(left - 8, y + 4, f"{tick:,g}", style="small", anchor="end"))
     for n in sizes:
         y = TOP + PANEL_HEIGHT + 18
-        lines.append(_text(across(n), y, f"{n:,}", style="small", anchor="middle"))
+        lines.append(text(across(n), y, f"{n:,}", style="small", anchor="middle"))
     middle, y = left + PANEL_WIDTH / 2, TOP + PANEL_HEIGHT + 36
-    lines.append(_text(middle, y, "pairs in the batch, N", style="small", anchor="middle"))
+    lines.append(text(middle, y, "pairs in the batch, N", style="small", anchor="middle"))
     ends = []
     for form, (style, _) in SERIES.items():
         points = [(across(n), down(values[form, n])) for n in sizes if (form, n) in values]
@@ -117,10 +117,11 @@ def _panel(
     # from the lowest up; a label that would cover another moves up
     for y, x, style, label in sorted(ends, reverse=True):
         label_y = min(y, label_y - 13)
-        lines.append(_text(x, label_y, label, style=style))
+        lines.append(text(x, label_y, label, style=style))
     return lines
 
 
-def _text(x: float, y: float, text: str, *, style: str = "", anchor: str = "start") -> str:
+def text(x: float, y: float, words: str, *, style: str = "", anchor: str = "start") -> str:
+    """Returns a text of an SVG; style: a class."""
     name = f' class="{style}"' if style else ""
-    return f'<text{name} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    return f'<text{name} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
