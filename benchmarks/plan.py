@@ -1,8 +1,8 @@
-"""Plans ten epochs of 12.4 million pairs on one card, by this library and by open_clip's trainer:
-no GPU is needed.
+"""Plans ten epochs of 12.4 million pairs on one card, by this library and by open_clip's trainer,
+and the ways to fine-tune ViT-B-32: no GPU is needed.
 
 The row of siclip-s0 has the figures of "largest in one graph" of `simplclip plan siclip-s0 --card
-3090 --teacher-width 768`. Writes benchmarks/results/plan-hours-*.csv.
+3090 --teacher-width 768`. Writes benchmarks/results/plan-hours-*.csv and plan-finetune-*.csv.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ PLAIN = {
 }
 
 
+def plain_config() -> config.Config:
+    return config.from_dict(PLAIN | {"run": {"out": "runs/planned", "precision": "bf16"}})
+
+
 def ours(values: config.Config) -> Callable[[int], Usage]:
     return Planner(
         values, Budget(24 * GIB), teacher_width=TEACHER_WIDTH, card="rtx-3090"
@@ -39,18 +43,50 @@ def theirs(name: str) -> Callable[[int], Usage]:
     return lambda pairs: predict(OpenClipStep(name, pairs, "bf16"), torch.device("cuda", 0))
 
 
+FINETUNED: dict[str, dict[str, dict]] = {
+    "full, also with layer decay": {},
+    "LoRA, rank 8": {"model": {"lora": {"rank": 8}}},
+    "LoRA, rank 64": {"model": {"lora": {"rank": 64}}},
+    "image tower alone, by lr_scale": {"optim": {"lr_scale": {"*": 0, "visual.*": 1}}},
+}
+FINETUNED_PAIRS = (32, 256)
 FORMS: dict[str, Callable[[], Callable[[int], Usage]]] = {
     "siclip-s0, as configured": lambda: ours(config.load("siclip-s0")),
     "siclip2-s0, as configured": lambda: ours(config.load("siclip2-s0")),
     "MobileCLIP-S0 whole, open_clip's trainer": lambda: theirs("mobileclip-s0"),
-    "ViT-B-32, simplclip": lambda: ours(
-        config.from_dict(PLAIN | {"run": {"out": "runs/planned", "precision": "bf16"}})
-    ),
+    "ViT-B-32, simplclip": lambda: ours(plain_config()),
     "ViT-B-32, open_clip's trainer": lambda: theirs("open_clip:ViT-B-32"),
 }
 
 
-def main() -> None:
+def finetuned(changes: dict[str, dict]) -> dict[str, object]:
+    """Returns what a step of ViT-B-32 takes on the first of SHOWN with these settings."""
+    values = plain_config().replaced(**changes)
+    budget = Budget(CARDS[SHOWN[0]].memory * GIB)
+    planner = Planner(values, budget, card=SHOWN[0])
+    few, many = (planner.predict_row("step", pairs, None) for pairs in FINETUNED_PAIRS)
+    weights = planner.step.prepared.model.parameters()
+    return {
+        "trained": sum(weight.numel() for weight in weights if weight.requires_grad),
+        "gib of few": round(few.peak / GIB, 2),
+        "gib": round(many.peak / GIB, 2),
+        "images_per_s": round(many.images_per_s),
+        "most_pairs": planner.find_largest("largest", None).batch_size,
+    }
+
+
+def fine_tuning() -> None:
+    """Writes the file of ways to fine-tune."""
+    where = versions()
+    rows = [{"form": form} | finetuned(changes) for form, changes in FINETUNED.items()]
+    print("\n".join(table(rows)))
+    path = RESULTS / f"plan-finetune-{where['date']}.csv"
+    write_csv(path, [row | where for row in rows])
+    print(f"wrote {path}")
+
+
+def hours() -> None:
+    """Writes the file of ten epochs."""
     rows = []
     limits = [Budget(CARDS[card].memory * GIB).usable for card in SHOWN]
     for form, make in FORMS.items():
@@ -66,6 +102,11 @@ def main() -> None:
     path = RESULTS / f"plan-hours-{where['date']}.csv"
     write_csv(path, [row | where for row in rows])
     print(f"wrote {path}")
+
+
+def main() -> None:
+    hours()
+    fine_tuning()
 
 
 if __name__ == "__main__":
