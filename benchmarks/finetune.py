@@ -63,8 +63,8 @@ class Form(NamedTuple):
 
 FORMS = {
     "full": Form([], (4e-4, 8e-4, 1.6e-3)),
-    "layer decay 0.5": Form(["optim.layer_decay=0.5"], (8e-4, 1.6e-3, 3.2e-3)),
-    "LoRA, rank 4": Form(["model.lora={rank: 4, alpha: 8}"], (2e-3, 4e-3, 8e-3)),
+    "layer decay 0.5": Form(["optim.layer_decay=0.5"], (1.6e-3, 3.2e-3, 6.4e-3)),
+    "LoRA, rank 4": Form(["model.lora={rank: 4, alpha: 8}"], (4e-3, 8e-3, 1.6e-2)),
     "LoRA, rank 32": Form(["model.lora={rank: 32, alpha: 64}"], (1e-3, 2e-3, 4e-3)),
 }
 ZERO_SHOT, BLENDED = "zero-shot", "full"

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/, and the README's chart, from the result files.
+"""Writes the tables of README.md and docs/, and charts, from the result files.
 
     python -m benchmarks.tables            write them
     python -m benchmarks.tables --check    fail if a file is not what the result files say
@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import chart
+from benchmarks import chart, finetune_chart
 from benchmarks.cards.bound import SHOWN
 from benchmarks.results_file import RESULTS, ROOT, read_csv
 from simplclip.evaluation.results import Results
@@ -27,7 +27,9 @@ README = "README.md"
 BENCHMARKS = "docs/benchmarks.md"
 PLAN = "docs/plan.md"
 EXAMPLES = "docs/examples.md"
+FINE_TUNING = "docs/fine-tuning.md"
 CHART = "docs/similarity_loss.svg"
+FINETUNE_CHART = "docs/fine-tuning.svg"
 BOTH, NONE = "forward + backward", "–"
 # The sigmoid losses of the table: of the compiled ones, the fastest.
 CHUNKS = "open_clip's main branch, chunk_size=1024"
@@ -241,6 +243,51 @@ def hours(page: str) -> list[str]:
     return [*markdown(head, lines, head[:1]), "", f"{note} ([{path.name}]({link}); `make plan`)."]
 
 
+def finetune() -> list[str]:
+    """Returns a table with a row for each form of fine-tuning, of the emoji of the part test."""
+    path, rows = finetune_rows()
+    rows = [row for row in rows if not row["form"].startswith("blends of")]
+    lines = []
+    for row in rows:
+        recalls = []
+        for name in ("new", "old", "both"):
+            mean, low, high = (float(row[f"{name}{end}"]) for end in ("", " low", " high"))
+            recalls.append(f"{mean:.1f} ({low:.1f} to {high:.1f})")
+        rate = f"{float(row['lr']):g}" if row["lr"] else NONE
+        costs = [f"{float(row[name]):,.0f}" if row[name] else NONE for name in ("mib", "ms")]
+        trained = f"{float(row['trained']) / 1e6:.1f} M" if row["trained"] else NONE
+        lines.append((row["form"], rate, *recalls, trained, *costs))
+    recalls = [f"{domain}: R@1, %" for domain in ("new", "old", "mean of both")]
+    head = ("form", "learning rate", *recalls, "trained", "MiB", "ms a step")
+    alphas = next(row["alpha"] for row in rows if row["form"].startswith("best blend"))
+    note = (
+        f"R@1 of the part test, the mean of both directions, and of {rows[0]['seeds']} seeds with "
+        f"its 95 % interval (Student's t). Alphas of the best blends: {alphas}. MiB: the peak of a "
+        "step of 64 pairs, predicted; ms: processor time of such a step"
+    )
+    return [*markdown(head, lines, ("form",)), "", f"{note}; {origin(path, rows, 'make finetune')}"]
+
+
+def finetune_rows() -> tuple[Path, list[Row]]:
+    path = newest("finetune-*.csv")
+    return path, [row for row in read_csv(path) if row["part"] == "test"]
+
+
+def finetune_costs() -> list[str]:
+    """Returns a table of what ways to fine-tune ViT-B-32 take of a card, as predicted."""
+    path, rows = read("plan-finetune")
+    lines = []
+    for row in rows:
+        trained = f"{float(row['trained']) / 1e6:.1f} M"
+        figures = [number()(row[name]) for name in ("images_per_s", "most_pairs")]
+        memory = [f"{float(row[name]):.1f} GiB" for name in ("gib of few", "gib")]
+        lines.append((row["form"], trained, *memory, *figures))
+    head = ("ViT-B-32", "trained", "32 pairs", "256 pairs", "images/s", "largest batch")
+    note = "Predicted for an RTX 3090 with 24 GB in bf16, captions of 23 tokens; no step ran on one"
+    link = f"[{path.name}](../benchmarks/results/{path.name})"
+    return [*markdown(head, lines, head[:1]), "", f"{note} ({link}; `make plan`)."]
+
+
 # Rows of the README's table: title; op and rows of its result file; an eager and a compiled
 # baseline, with how the table calls them; columns and units.
 FIGURES: tuple[tuple[str, tuple[str, dict[str, str]], dict[str, str], dict[str, str]], ...] = (
@@ -276,6 +323,7 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
     README: {"figures": figures, "hours": partial(hours, README)},
     EXAMPLES: {"demo": demo},
     PLAN: {"hours": partial(hours, PLAN)},
+    FINE_TUNING: {"finetune": finetune, "finetune-costs": finetune_costs},
     BENCHMARKS: {
         "similarity_loss": partial(
             op_table, "similarity_loss", "Forward and backward, D = 512", n="8192", dtype="float32"
@@ -327,6 +375,8 @@ def main() -> None:
     files = {name: written(name) for name in TABLES}
     path, rows = read("similarity_loss")
     files[CHART] = chart.draw(rows, str(path.relative_to(ROOT)))
+    path, rows = finetune_rows()
+    files[FINETUNE_CHART] = finetune_chart.draw(rows, str(path.relative_to(ROOT)))
     if "--check" in sys.argv[1:]:
         stale = [name for name, text in files.items() if not is_current(ROOT / name, text)]
         if stale:
