@@ -38,7 +38,7 @@ def evaluate(
             metavar="[NAME=]DATA",
             help="Shards, a table, JSON or folder as `simplclip data pack` takes them, or "
             "clip-benchmark's layout (its split test, or a split's folder). May be repeated. "
-            "Default: eval.splits in the config.yaml beside the first model.",
+            "Default: eval.splits in the config.yaml beside the first model; --blend takes both.",
         ),
     ] = None,
     *,
@@ -104,7 +104,9 @@ def evaluate(
         parse_model(model).check()
     if blend and not (len(models) == 1 and isinstance(parse_model(models[0]), Checkpoint | Run)):
         raise InputError(f"--blend: expected one run or checkpoint, got {', '.join(models)}")
-    splits = named_splits(data or []) or splits_of(models[0])
+    splits = named_splits(data or [])
+    if blend or not splits:  # a blend is judged by the run's own data too
+        splits = splits_of(models[0]) | splits
     for split in splits.values():
         check_data(split, "data")
     if images is not None:

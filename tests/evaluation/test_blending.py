@@ -112,7 +112,8 @@ def test_the_sum_is_that_of_float64_and_ends_are_exact():
 @pytest.mark.slow
 def test_both_ends_have_the_figures_of_evaluate_and_the_best_mean_is_named(inside):
     data = ("--data", "one=one.tar", *LABELS)
-    results, text = evaluated("runs/tuned", *data)
+    results, text = evaluated("runs/tuned", *LABELS)
+    assert list(results.rows[0].splits) == ["one", "held_out", "labels"]
     assert call("evaluate", "runs/tuned", "base", *data, *CPU, "--out", "out").exit_code == 0
     with open("out/evaluation.json") as file:
         ends = evaluation.Results.model_validate_json(file.read())
@@ -135,17 +136,19 @@ def test_both_ends_have_the_figures_of_evaluate_and_the_best_mean_is_named(insid
             assert row.splits[name].zero_shot == end.splits[name].zero_shot
     assert ends.splits["one"].retrieval != ends.baselines["base"].splits["one"].retrieval
     for row in results.rows:
-        to_text, to_image = row.splits["one"].retrieval.directions.values()
-        recall = (to_text["R@1"].value + to_image["R@1"].value) / 2
-        share = row.splits["labels"].zero_shot.top1.value
-        assert row.mean == (recall + share) / 2
+        shares = []
+        for name in ("one", "held_out"):
+            to_text, to_image = row.splits[name].retrieval.directions.values()
+            shares.append((to_text["R@1"].value + to_image["R@1"].value) / 2)
+        shares.append(row.splits["labels"].zero_shot.top1.value)
+        assert row.mean == sum(shares) / 3
         (line,) = [line for line in text.splitlines() if line.split()[:1] == [str(row.alpha)]]
-        assert line.split()[1:] == [f"{value:.1%}" for value in (recall, share, row.mean)]
+        assert line.split()[1:] == [f"{value:.1%}" for value in (*shares, row.mean)]
     highest = max(row.mean for row in results.rows)
     assert results.best == min(row.alpha for row in results.rows if row.mean == highest)
     assert f"best for the mean: alpha {results.best}, {highest:.1%}\n" in text
     assert "start: base; run: runs/tuned/best.pt, step 3\n" in text
-    assert text.count("samples read") == 2
+    assert text.count("samples read") == 3
     assert (results.checkpoint, results.start, results.step) == ("runs/tuned/best.pt", "base", 3)
     picture = Image.open("out/blend.png")
     assert picture.width == 744
