@@ -183,7 +183,7 @@ def test_recomputed_blocks_have_the_same_gradient(folder, kind):
 
 
 EVALUATED = ["eval.hold_out=0.3", "eval.every=3", "run.save_every=2"]
-EVALUATED += ["optim.ema=0.5", "optim.lr=0.01"]
+EVALUATED += ["optim.ema=0.5", "optim.lr=0.01", "optim.layer_decay=0.7"]
 
 
 @pytest.fixture(scope="module")
