@@ -9,6 +9,9 @@
 
 A matrix that blocks share is stored under each of its names, so that every reader can load the
 weights strictly.
+
+Or as a folder that transformers reads: config.json, written last, model.safetensors, tokenizer and
+image processor, and the model card.
 """
 
 import contextlib
@@ -29,7 +32,7 @@ from simplclip import evaluation, models
 from simplclip.common.files import HOUR, identity, read_csv, remove_leftovers, temporary_folder
 from simplclip.evaluation.results import BLEND, Results
 from simplclip.evaluation.retrieval import KS
-from simplclip.models.file_names import CARD, EXPORT, EXPORTED_WEIGHTS
+from simplclip.models.file_names import CARD, EXPORT, FORMS, Form
 from simplclip.models.registry import configuration
 from simplclip.models.source import about_best, check_export, parse_checkpoint
 from simplclip.models.trained import load_model, model_options
@@ -39,25 +42,32 @@ RANKS = tuple(f"R@{k}" for k in KS)
 
 
 def run(
-    checkpoint: str | Path, out: str | Path, *, force: bool = False, blend: float | None = None
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    to: Form = "open_clip",
+    force: bool = False,
+    blend: float | None = None,
 ) -> dict[str, Any]:
-    """Exports a checkpoint to the folder `out`, and returns the content of export.json.
+    """Exports a checkpoint to the folder `out`, and returns a summary.
 
-    checkpoint: a file, or the folder of a run (its best.pt, else last.pt). `out` is made if it does
-    not exist, and does not change before all files are written. With `force` they replace an
-    earlier export, except README.md, which is kept. Prints the files and the lines that load the
-    export. Leftovers of interrupted exports in or beside `out` that are older than an hour are
-    removed. blend: alpha, from 0 for the weights with which the run began to 1 for its own.
+    checkpoint: a file, or the folder of a run (its best.pt, else last.pt). to: what loads the
+    export. `out` is made if it does not exist, and does not change before all files are written.
+    With `force` they replace an earlier export, except README.md, which is kept. Prints the files
+    and the lines that load the export. Leftovers of interrupted exports in or beside `out` that are
+    older than an hour are removed. blend: alpha, from 0 for the weights with which the run began to
+    1 for its own.
 
-    The dict has "model" (name), "options", "step", "checkpoint" (path), "versions" and "files"
-    (name -> bytes and sha256 of the weights); of a blend also "blend", its alpha and start.
+    The summary, the content of export.json, has "model" (name), "options", "step", "checkpoint"
+    (path), "versions" and "files" (name -> bytes and sha256 of the weights); of a blend also
+    "blend", its alpha and start.
 
     Raises: FileNotFoundError, CheckpointError (not a checkpoint, or of another architecture),
     FileExistsError (`out` has an export or other files), OSError (the disk is full), InputError (no
-    alpha, or a run without a start to blend with).
+    alpha, a run without a start to blend with, or a model that transformers lacks).
     """
     out = Path(out)
-    check_export(out, force)
+    check_export(out, force, to)
     file = str(parse_checkpoint(checkpoint))
     model, state = load_model(file)
     if file != str(checkpoint):
@@ -72,7 +82,12 @@ def run(
     name = config["model"]["name"]
     options = model_options(config["model"], config["loss"]["base"])
     about = open_clip_config(model, name, options)
-    lines = loading(out, needs_simplclip="simplclip" in about["model_cfg"])
+    tokenizer = models.tokenizer(name, about["model_cfg"]["text_cfg"]["context_length"])
+    if to == "transformers":
+        lines = LOADING.format(folder=_literal(str(out)))
+    else:
+        lines = loading(out, needs_simplclip="simplclip" in about["model_cfg"])
+    weights, last = FORMS[to]
     summary = {
         "model": name,
         "options": options,
@@ -86,28 +101,33 @@ def run(
     place = out / "export" if out.is_dir() else out
     remove_leftovers(place.parent, place.name.__eq__, HOUR)
     with temporary_folder(place) as work:
-        (work / "open_clip_config.json").write_text(json.dumps(about, indent=2) + "\n")
-        # The format has neither shared memory nor strides.
-        named = model.state_dict().items()
-        tensors = {key: t.clone(memory_format=torch.contiguous_format) for key, t in named}
-        metadata = {"format": "pt", "model": name, "step": str(state["step"])}
-        (work / EXPORTED_WEIGHTS).write_bytes(save(tensors, metadata))
-        length = about["model_cfg"]["text_cfg"]["context_length"]
-        write_preprocessing(work, model, models.tokenizer(name, length))
+        if to == "transformers":
+            # its import takes seconds
+            from simplclip.models import to_transformers
+
+            to_transformers.write(model, tokenizer, work)
+        else:
+            (work / "open_clip_config.json").write_text(json.dumps(about, indent=2) + "\n")
+            # The format has neither shared memory nor strides.
+            named = model.state_dict().items()
+            tensors = {key: t.clone(memory_format=torch.contiguous_format) for key, t in named}
+            metadata = {"format": "pt", "model": name, "step": str(state["step"])}
+            (work / weights).write_bytes(save(tensors, metadata))
+            write_preprocessing(work, model, tokenizer)
         if (out / CARD).exists():
             print(f"kept {out / CARD}, a model card of before")
         else:
-            (work / CARD).write_text(card(model, state, Path(file), lines, **blended), "utf-8")
-        summary["files"] = {EXPORTED_WEIGHTS: identity(work / EXPORTED_WEIGHTS)}
-        (work / EXPORT).write_text(json.dumps(summary, indent=2) + "\n")
+            (work / CARD).write_text(card(model, state, Path(file), lines, to, **blended), "utf-8")
+        summary["files"] = {weights: identity(work / weights)}
+        if to == "open_clip":
+            (work / EXPORT).write_text(json.dumps(summary, indent=2) + "\n")
         for path in work.iterdir():
             with open(path, "rb+") as written_file:
                 os.fsync(written_file.fileno())
         out.mkdir(parents=True, exist_ok=True)
-        (out / EXPORT).unlink(missing_ok=True)
-        order = (EXPORTED_WEIGHTS, EXPORT)  # the first and the last, see `check_export`
+        (out / last).unlink(missing_ok=True)
         names = {path.name for path in work.iterdir()}
-        written = [order[0], *sorted(names.difference(order)), order[1]]
+        written = [weights, *sorted(names - {weights, last}), last]
         for name in written:  # nothing is printed between, since a closed pipe would end it
             os.replace(work / name, out / name)
 
@@ -138,15 +158,17 @@ def card(
     state: dict[str, Any],
     file: Path,
     lines: str,
+    library: str = "open_clip",
     blend: dict[str, Any] | None = None,
 ) -> str:
     """Returns a model card in Markdown, with figures found beside the checkpoint `file`.
 
-    state: the checkpoint's content, as `load_model` returns it. lines: that load the export. blend:
-    as in export.json.
+    state: the checkpoint's content, as `load_model` returns it. lines: that load the export.
+    library: which loads it. blend: as in export.json.
     """
     config = state["config"]
     text = TEMPLATE.format(
+        library=library,
         name=config["model"]["name"],
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         images=f"{state['images']:,} images, " if state.get("images") else "",
@@ -212,7 +234,7 @@ def _table_row(split: str, direction: str, shares: list[tuple[float, float]]) ->
 
 BLENDED = "These weights are {alpha} of the training's and 1 - {alpha} of its start, {start}."
 TEMPLATE = """---
-library_name: open_clip
+library_name: {library}
 pipeline_tag: zero-shot-image-classification
 # license: to be chosen by you, who know the licences of the pictures and of the weights that the
 # model started from
@@ -225,6 +247,13 @@ It knows what its captions say, and may repeat what prejudice they hold.
 {blend}
 ## Figures
 """
+
+
+LOADING = """To load it in transformers:
+
+    from transformers import AutoModel, AutoProcessor
+    model = AutoModel.from_pretrained({folder})
+    processor = AutoProcessor.from_pretrained({folder})"""
 
 
 def loading(out: Path, needs_simplclip: bool) -> str:

@@ -10,10 +10,11 @@ import typer
 from simplclip.commands.app import app
 from simplclip.commands.options import Last
 from simplclip.common.errors import check_share
+from simplclip.models.file_names import Form
 
 
 @app.command(
-    short_help="Write a folder that open_clip loads.",
+    short_help="Write a folder that open_clip or transformers loads.",
     epilog="Example: simplclip export runs/NAME --out export",
 )
 def export(
@@ -22,6 +23,10 @@ def export(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the files and export.json.")],
     last: Last = False,
+    to: Annotated[
+        Form,
+        typer.Option(help="transformers: a CLIPModel or SiglipModel, of a ViT not simplified."),
+    ] = "open_clip",
     blend: Annotated[
         float | None,
         typer.Option(
@@ -31,16 +36,16 @@ def export(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
 ) -> None:
-    """Write a checkpoint as a folder with safetensors that open_clip loads, and print the lines
-    that load it.
+    """Write a checkpoint as a folder with safetensors that open_clip or transformers loads, and
+    print the lines that load it.
     """
     from simplclip.models.source import check_export, parse_checkpoint
 
-    check_export(out, force)
+    check_export(out, force, to)
     if blend is not None:
         check_share("--blend", blend)
     parsed = parse_checkpoint(checkpoint, last=last)
     parsed.check("checkpoint")
     from simplclip import export as exporter
 
-    exporter.run(str(parsed) if last else checkpoint, out, force=force, blend=blend)
+    exporter.run(str(parsed) if last else checkpoint, out, to=to, force=force, blend=blend)

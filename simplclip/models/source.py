@@ -19,7 +19,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simplclip.models.file_names import BEST, CARD, EXPORT, EXPORTED_WEIGHTS, LAST
+from simplclip.models.file_names import BEST, CARD, EXPORT, EXPORTED_WEIGHTS, FORMS, LAST, Form
 from simplclip.models.model_names import NAMES, PLAIN, check_name, open_clip_names
 from simplclip.models.packaged import STATES
 
@@ -204,15 +204,16 @@ def _stored(path: str, exported: str, last: bool = False) -> Checkpoint | Run | 
     return Run(path, last, (exported,)) if Path(path).is_dir() else Checkpoint(path)
 
 
-def check_export(out: Path, force: bool) -> None:
-    """Raises FileExistsError unless an export may be written to the folder `out`.
+def check_export(out: Path, force: bool, form: Form) -> None:
+    """Raises FileExistsError unless an export of this form may be written to the folder `out`.
 
-    It may be missing, empty but for a model card and hidden files, or with `force` an export.
+    It may be missing, empty but for a model card and hidden files, or with `force` an export of the
+    form.
     """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"out: expected a folder, got the file {out}")
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if not names.isdisjoint((EXPORT, EXPORTED_WEIGHTS)):  # one that was interrupted has no EXPORT
+    if not names.isdisjoint(FORMS[form]):  # one that was interrupted has only the weights
         if force:
             return
         raise FileExistsError(
