@@ -1,6 +1,7 @@
 """open_clip's image transforms on uint8 tensors.
 
-A view is what was drawn for one image: a crop, changes of colour. It can be stored and replayed.
+A view is what was drawn for one image: a crop, changes of colour. It can be stored and replayed. A
+stored view may also have RandAugment's operations, which are not drawn here.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomAffine, RandomResizedCrop
+from torchvision.transforms.autoaugment import _apply_op
 from torchvision.transforms.v2 import functional as F
 
 from simplclip.common.errors import InputError
@@ -29,6 +31,11 @@ BICUBIC, BILINEAR = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
 RATIO = (3 / 4, 4 / 3)  # RandomResizedCrop's default aspect ratios
 CHANGES = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 UNCHANGED = (1.0, 1.0, 1.0, 0.0)  # with these parameters CHANGES change nothing
+# of torchvision's RandAugment, in its order
+OPERATIONS = (
+    *("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color"),
+    *("Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize"),
+)
 
 View = dict[str, Any]  # JSON values: what was drawn for an image
 
@@ -132,6 +139,8 @@ class ImageTransform:
             pixels = to_tensor(center_crop_or_pad(resized, list(self.size), self.fill))
         if "colour" in view:
             pixels = _change_colour(pixels, view["colour"])
+        if "operations" in view:
+            pixels = _operate(pixels, view)
         return pixels
 
     def finish(self, images: Tensor, *, channels_last: bool = False) -> Tensor:
@@ -320,6 +329,19 @@ def _parsed_augment(augment: Any) -> Any:
         except (ValueError, TypeError) as error:
             check("color_jitter", False, f"what torchvision's ColorJitter takes ({error})")
     return augment
+
+
+def _operate(image: Tensor, view: View) -> Tensor:
+    """Returns an image after RandAugment's operations of a view, [name, magnitude] each.
+
+    Shifts are in pixels of the view's "size", height and width, and scaled to the image's.
+    """
+    sides = dict(zip(("TranslateY", "TranslateX"), zip(F.get_size(image), view["size"])))
+    for name, magnitude in view["operations"]:
+        side, view_side = sides.get(name, (1, 1))
+        scaled = magnitude * side / view_side
+        image = _apply_op(image, name, scaled, InterpolationMode.NEAREST, fill=None)
+    return image
 
 
 def _is_range(ends: object) -> bool:

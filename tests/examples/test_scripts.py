@@ -44,7 +44,7 @@ def run(script: str, capsys, *arguments: str) -> list[float]:
 
 def test_every_script_is_a_page():
     scripts = [*(ROOT / "examples").glob("*.py")]
-    assert len(scripts) == 6
+    assert len(scripts) == 7
     assert max(len(path.read_text().splitlines()) for path in scripts) <= 180
 
 
