@@ -71,3 +71,21 @@ def test_values_and_gradients_are_theirs(example, name, theirs, options, columns
         loss = example[name](model, **options)
         evaluated = loss([model.preprocess(texts) for texts in columns], None)
     torch.testing.assert_close(evaluated, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("directions", ("query_to_doc", "doc_to_query")),
+        ("partition_mode", "per_direction"),
+        ("hardness_mode", "in_batch_negatives"),
+        ("gather_across_devices", True),
+        ("similarity_fct", torch.matmul),
+    ],
+)
+@pytest.mark.parametrize("name", ["RankingLoss", "CachedRankingLoss"])
+def test_other_settings_raise(example, name, option, value):
+    loss = example[name](example["model"], **{option: value})
+    with pytest.raises(ValueError, match=f"{option}: expected"):
+        step(loss, example["model"], TEXTS[:2])
