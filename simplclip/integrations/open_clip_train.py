@@ -135,9 +135,9 @@ def main(argv: list[str] | None = None) -> Any:
         import open_clip_train.main as trainer
     except ModuleNotFoundError as error:
         ours.error(f"open_clip's trainer does not load: {error}; pip install 'simplclip[openclip]'")
-    if not hasattr(trainer, "create_loss"):
+    if not hasattr(trainer, "create_loss") and not hasattr(trainer, "create_task"):
         ours.error(
-            "open_clip_train.main: expected that of open_clip 3.3, got another: pip install "
+            "open_clip_train.main: expected that of open_clip 3.3 or 4, got another: pip install "
             "'open_clip_torch==3.3.*'"
         )
     if {"-h", "--help"} & set(argv):
@@ -158,13 +158,14 @@ def main(argv: list[str] | None = None) -> Any:
 def _replacements(
     options: argparse.Namespace, args: argparse.Namespace, trainer: ModuleType
 ) -> dict[str, Any]:
-    """Returns what replaces names of `trainer`; making the first model also makes the loss."""
-    create_model = trainer.create_model_and_transforms
-    create_loss = trainer.create_loss
-    losses_made: list[nn.Module] = []  # at most one
+    """Returns what replaces names of `trainer`, which makes a model, then its loss or task.
 
-    def create_model_and_transforms(*arguments: Any, **keywords: Any) -> tuple:
-        """Returns what open_clip's function does; the first call also makes the loss."""
+    The loss is made before open_clip makes the optimizer, which has to train what it learns.
+    """
+    create_model = trainer.create_model_and_transforms
+
+    def create_cropped(*arguments: Any, **keywords: Any) -> tuple:
+        """Returns what open_clip's create_model_and_transforms does, with --crop-texts."""
         model, *transforms = create_model(*arguments, **keywords)
         if options.crop_texts:
             if args.torchcompile or args.ddp_static_graph:
@@ -172,14 +173,36 @@ def _replacements(
                 crop_texts(model, multiple=16, groups=1)
             else:
                 crop_texts(model)
+        return model, *transforms
+
+    if hasattr(trainer, "create_task"):  # open_clip 4
+        create_task = trainer.create_task
+
+        def create_task_with_ours(args: argparse.Namespace, model: nn.Module, **others: Any) -> Any:
+            """Returns open_clip's task with this library's loss."""
+            task = create_task(args, model=model, **others)
+            task.loss = replacement(options, args, getattr(task, "loss", None))
+            _attach(task.loss, model, args)
+            return task
+
+        return {
+            "create_model_and_transforms": create_cropped,
+            "create_task": create_task_with_ours,
+        }
+
+    create_loss = trainer.create_loss
+    losses_made: list[nn.Module] = []  # at most one
+
+    def create_with_loss(*arguments: Any, **keywords: Any) -> tuple:
+        """Returns what `create_cropped` does; the first call also makes the loss."""
+        model, *transforms = create_cropped(*arguments, **keywords)
         if not losses_made:  # the first model is the student, a second one the teacher
-            loss = replacement(options, args, create_loss(args))
-            _attach(loss, model, args)
-            losses_made.append(loss)
+            losses_made.append(replacement(options, args, create_loss(args)))
+            _attach(losses_made[0], model, args)
         return model, *transforms
 
     return {
-        "create_model_and_transforms": create_model_and_transforms,
+        "create_model_and_transforms": create_with_loss,
         "create_loss": lambda args: losses_made[0],
     }
 
@@ -222,7 +245,9 @@ def _check(
             "--siglip: expected no --distill-model, since open_clip's distillation takes no logit "
             "bias, got both"
         )
-    if options.crop_texts and (args.trace or args.torchscript):
+    # options of open_clip 3.3
+    scripted = getattr(args, "trace", False) or getattr(args, "torchscript", False)
+    if options.crop_texts and scripted:
         ours.error(
             "--crop-texts: expected no --trace and no --torchscript, which fix the length of texts"
         )

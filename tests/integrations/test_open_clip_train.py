@@ -29,6 +29,8 @@ from support.train.open_clip_plan import STEPS, Plan, coca, needs_trainer, prepa
 pytestmark = pytest.mark.long
 
 
+OPEN_CLIP_4 = hasattr(open_clip, "create_task")
+STRATEGIES = ("task", "model", "step")  # what open_clip 4 compiles
 DOCUMENTED = 6  # steps of a documented command
 # Options that a command of docs/losses.md adds to the first; open_clip's loss and this library's;
 # the names of the losses.
@@ -111,6 +113,11 @@ def single(folder, request):
     plan.add("matching", "ours", command=documented("--siglip --pm-weight"), **options)
     plan.add("cropped", "ours", command=documented("--crop-texts"), **options)
     plan.add("siglip-used", "used", "--siglip", **options)
+    if OPEN_CLIP_4:
+        compiled = ("--torchcompile", "--torchcompile-backend", "aot_eager")
+        for strategy in STRATEGIES:
+            plan.both(f"compiled-{strategy}", *compiled, "--torchcompile-strategy", strategy)
+        plan.add("compiled-used", "used", *compiled)
     return plan.run("single")
 
 
@@ -124,6 +131,18 @@ def double(folder, request):
     plan.more("two-pm", "--pm-weight", 1, data="two")
     plan.add("two-wide", "ours", "--feature-weight", 1, *teacher(folder, "tiny-wide"), data="two")
     return plan.run("double")
+
+
+@pytest.mark.slow
+@needs_trainer
+@pytest.mark.skipif(not OPEN_CLIP_4, reason="open_clip 3.3 has no ways of compiling a step")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_open_clip_4_compiles_the_losses(strategy, single):
+    assert_same_run(single, f"compiled-{strategy}")
+    if strategy == "task":
+        used, ours = (single[f"compiled-{name}"]["steps"] for name in ("used", "task-ours"))
+        for step, expected in zip(used, ours, strict=True):
+            assert step == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.slow
