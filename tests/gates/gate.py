@@ -87,6 +87,11 @@ def disassemble(path: Path) -> tuple[str, str]:
 
 def measure(kernel: Kernel, architecture: int) -> Row:
     """Compiles a kernel and gates it."""
+    return measure_with_code(kernel, architecture)[0]
+
+
+def measure_with_code(kernel: Kernel, architecture: int) -> tuple[Row, str]:
+    """Compiles a kernel and gates it; returns its row and its machine code."""
     compiled = compile_kernel(kernel, architecture)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -107,7 +112,7 @@ def measure(kernel: Kernel, architecture: int) -> Row:
         row.failures.append(f"{row.blocks} blocks per multiprocessor, planned {kernel.tile.blocks}")
     if kernel.tensor_cores and kernel.dtype != "float32" and not row.tensor_core:
         row.failures.append("no tensor-core instructions")
-    return gated(row)
+    return gated(row), sass
 
 
 def measure_all(architecture: int, dtype: str, everything: bool) -> list[Row]:

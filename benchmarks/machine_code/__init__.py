@@ -1,0 +1,1 @@
+"""Predicts how fast the GPU kernels of this library are, from their machine code, without a GPU."""

@@ -1,0 +1,122 @@
+"""Counts the machine code of the GPU kernels and predicts how fast they are; needs no GPU.
+
+    PYTHONPATH=tests python -m benchmarks.machine_code
+        every kernel with the tiles of kernels/tuning.py, on every architecture
+    PYTHONPATH=tests python -m benchmarks.machine_code --kernel gradient --arch 86 \\
+            --tile 128x64x32/4/3/248
+        some kernels with a tile: block sides, warps, stages, registers of a thread at most
+    PYTHONPATH=tests python -m benchmarks.machine_code --write
+        also writes benchmarks/results/machine-code-*.csv
+
+Columns: regs, KiB (shared memory), spills, programs on a multiprocessor; in the loop over the width
+instructions for each tensor-core instruction, and what issue, shared memory and L2 cache take in
+per cent of the time of the tensor cores; instructions for an element outside of the loop (rest),
+and what their issue and exponentials take in per cent of that time; the predicted share of the data
+sheet's rate, and what bounds it. pipes.py has the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+
+from benchmarks.machine_code.kernels import CASES, WIDTH, attention, compiled
+from benchmarks.machine_code.pipes import ARCHITECTURES, Prediction
+from benchmarks.machine_code.sass import LANES
+from benchmarks.results_file import RESULTS, table, versions, write_csv
+from gates import extension
+from gates.gate import Row
+from simplclip.kernels.tuning import Tile
+
+WIDTHS = (512, 768)
+
+
+def parse_tile(text: str) -> Tile:
+    """Returns the tile of a text such as 128x64x32/4/3 or 128x64x32/4/3/248."""
+    try:
+        sides, warps, stages, *limit = text.split("/")
+        block_m, block_n, block_k = map(int, sides.split("x"))
+        (registers,) = map(int, limit) if limit else (None,)
+        return Tile(block_m, block_n, block_k, int(warps), int(stages), registers=registers)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected block sides, warps, stages such as 128x64x32/4/3, got {text!r}"
+        ) from None
+
+
+def tile_text(tile: Tile) -> str:
+    """Returns the text that `parse_tile` reads."""
+    numbers = (tile.warps, tile.stages, tile.registers)
+    sides = "x".join(map(str, tile[:3]))
+    return "/".join([sides, *(str(number) for number in numbers if number)])
+
+
+def described(name: str, row: Row, tile: str, width: int, found: Prediction) -> dict[str, object]:
+    """Returns a row of the table."""
+    loop = {f"loop {pipe} %": found.products[pipe] for pipe in ("issue", "shared", "l2")}
+    rest = {f"rest {pipe} %": found.rest[pipe] for pipe in ("issue", "mufu")}
+    return {
+        "kernel": name,
+        "sm": row.architecture,
+        "tile": tile,
+        "D": width,
+        "regs": row.registers,
+        "KiB": round(row.shared / 1024),
+        "spills": row.spills,
+        "programs": row.blocks,
+        "instr/MMA": round(found.per_mma, 1),
+        **{column: round(100 * share) for column, share in (loop | rest).items()},
+        "share": round(found.share, 2),
+        "bound": found.bound,
+    }
+
+
+def rows(
+    architectures: Sequence[int], names: Sequence[str], widths: Sequence[int], tile: Tile | None
+) -> Iterator[dict[str, object]]:
+    """Yields a row for each kernel whose name begins so, architecture and width."""
+    for case in CASES:
+        if not case.name.startswith(tuple(names)):
+            continue
+        for architecture in architectures:
+            counted = compiled(case, architecture, tile)
+            for width in widths:
+                found = counted.predicted(width)
+                text = tile_text(counted.tile)
+                row = described(case.name, counted.row, text, width, found)
+                elements = counted.tile.block_m * counted.tile.block_n
+                rest = found.elsewhere * counted.tile.warps * LANES / elements
+                yield row | {"rest": round(rest, 1)}
+    built = set() if extension.why_not() else extension.built()
+    for architecture in built.intersection(architectures):
+        for direction, row, found in attention(architecture):
+            if f"attention {direction}".startswith(tuple(names)):
+                yield described(f"attention {direction}", row, row.tile, WIDTH, found)
+
+
+def main(argv: list[str] | None = None) -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.machine_code", description=__doc__, formatter_class=raw
+    )
+    parser.add_argument("--kernel", nargs="+", default=[""], help="beginnings of names")
+    parser.add_argument("--arch", nargs="+", type=int, choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--width", nargs="+", type=int, default=WIDTHS)
+    parser.add_argument("--tile", type=parse_tile, help="instead of the table's")
+    parser.add_argument("--write", action="store_true", help="write a result file")
+    options = parser.parse_args(argv)
+    found = []
+    for row in rows(options.arch, options.kernel, options.width, options.tile):
+        found.append(row)
+        print(".", end="", file=sys.stderr, flush=True)
+    print("\n".join(table(found)))
+    if options.write:
+        where = versions()
+        path = RESULTS / f"machine-code-{where['date']}.csv"
+        write_csv(path, [row | where for row in found], ("kernel", "sm", "tile", "D"))
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
