@@ -6,7 +6,10 @@
             --tile 128x64x32/4/3/248
         some kernels with a tile: block sides, warps, stages, registers of a thread at most
     PYTHONPATH=tests python -m benchmarks.machine_code --write
-        also writes benchmarks/results/machine-code-*.csv
+        also writes benchmarks/results/machine-code-*.csv, and prints the constants of
+        simplclip/plan/time.py; those of kernels and architectures that are not asked for stay
+    PYTHONPATH=tests python -m benchmarks.machine_code --peers
+        kernels of others, predicted and measured, as benchmarks/results/peers-predicted-*.csv
 
 Columns: regs, KiB (shared memory), spills, programs on a multiprocessor; in the loop over the width
 instructions for each tensor-core instruction, and what issue, shared memory and L2 cache take in
@@ -18,13 +21,15 @@ sheet's rate, and what bounds it. pipes.py has the model.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from benchmarks.machine_code import peers
 from benchmarks.machine_code.kernels import CASES, WIDTH, attention, compiled
 from benchmarks.machine_code.pipes import ARCHITECTURES, Prediction
 from benchmarks.machine_code.sass import LANES
-from benchmarks.results_file import RESULTS, table, versions, write_csv
+from benchmarks.results_file import RESULTS, read_csv, table, versions, write_csv
 from gates import extension
 from gates.gate import Row
 from simplclip.kernels.tuning import Tile
@@ -104,18 +109,40 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--arch", nargs="+", type=int, choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--width", nargs="+", type=int, default=WIDTHS)
     parser.add_argument("--tile", type=parse_tile, help="instead of the table's")
+    parser.add_argument("--peers", action="store_true", help="kernels of others")
     parser.add_argument("--write", action="store_true", help="write a result file")
     options = parser.parse_args(argv)
+    where = versions()
+    if options.peers:
+        found = list(peers.rows())
+        print("\n".join(table(found)))
+        print(f"CALIBRATION = {peers.calibration(found)}")
+        write_csv(RESULTS / f"peers-predicted-{where['date']}.csv", [row | where for row in found])
+        return
     found = []
     for row in rows(options.arch, options.kernel, options.width, options.tile):
         found.append(row)
         print(".", end="", file=sys.stderr, flush=True)
     print("\n".join(table(found)))
     if options.write:
-        where = versions()
         path = RESULTS / f"machine-code-{where['date']}.csv"
-        write_csv(path, [row | where for row in found], ("kernel", "sm", "tile", "D"))
-        print(f"wrote {path}")
+        write_csv(path, [row | where for row in found], ("kernel", "sm", "D"))
+        print("OWN_RATES = {")
+        for kind, shares in own_rates(read_csv(path)).items():
+            print(f"    {json.dumps(kind)}: {shares},")
+        print("}")
+
+
+def own_rates(of_file: Sequence[Mapping[str, str]]) -> dict[str, tuple[float, ...]]:
+    """Returns the constants of simplclip/plan/time.py: shares by kernel, for each architecture."""
+    shares: dict[str, dict[int, float]] = {}
+    for row in of_file:
+        if row["D"] in (str(WIDTHS[0]), str(WIDTH)):
+            shares.setdefault(row["kernel"], {})[int(row["sm"])] = float(row["share"])
+    return {
+        f"own {kernel}": tuple(of_kernel[sm] for sm in ARCHITECTURES)
+        for kernel, of_kernel in sorted(shares.items())
+    }
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ CASES = (
     Case("gradient, pair matching", "_similarity_gradient_kernel", "Z+plane", ITEMSIZE),
     Case("gradient, teacher", "_similarity_gradient_kernel", "Z+teacher", ITEMSIZE, products=2),
     Case("sigmoid", "_similarity_sigmoid_kernel", "1 terms gradient", ITEMSIZE),
+    Case("sigmoid, ids", "_similarity_sigmoid_kernel", "1 terms+ids gradient", ITEMSIZE),
     Case("sigmoid, two terms", "_similarity_sigmoid_kernel", "2 terms gradient", ITEMSIZE),
     Case("mlp hidden", "_parallel_mlp_hidden_kernel", "gelu", 2 * ITEMSIZE),
 )
@@ -75,8 +76,11 @@ def compiled(case: Case, architecture: int, tile: Tile | None = None) -> Counted
         for kernel in gates.kernels("bfloat16", architecture, True)
         if (kernel.name, kernel.matrices) == (case.function, case.form)
     )
-    if tile:
-        kernel = _with_tile(kernel, tile)
+    return counted(_with_tile(kernel, tile) if tile else kernel, case, architecture)
+
+
+def counted(kernel: gates.Kernel, case: Case, architecture: int) -> Counted:
+    """Compiles a kernel with a loop for each of its products."""
     row, text = measure_with_code(kernel, architecture)
     (instructions,) = sass.functions(text).values()
     inside = sass.innermost(instructions)
