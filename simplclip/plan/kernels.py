@@ -320,7 +320,21 @@ def extension_work(started: ExtensionCall) -> tuple[str, int, str]:
     if started.op not in CUDA_PRODUCTS:
         return "own", 0, "own"
     batch, length, heads, width = started.call.q.shape
-    return "own", CUDA_PRODUCTS[started.op] * batch * heads * length**2 * width, "own"
+    work = CUDA_PRODUCTS[started.op] * batch * heads * length**2 * width
+    rate = f"own attention {'backward' if started.op.endswith('bwd') else 'forward'}"
+    return rate, work, "own"
+
+
+# Forms of a kernel of similarities, by the argument that each has; of several the first counts.
+_FORMS = {"teacher_image": ", teacher", "ids": ", ids", "plane": ", pair matching"}
+
+
+def _form(arguments: dict[str, Any]) -> str:
+    """Returns the form of a kernel of similarities, as in the kinds of rates; mostly ""."""
+    if arguments.get("TERMS", 1) > 1:
+        return ", two terms"
+    given = (form for name, form in _FORMS.items() if arguments.get(name) is not None)
+    return next(given, "")
 
 
 def launch_work(name: str, launch: Launch) -> tuple[str, int, str, int]:
@@ -332,7 +346,8 @@ def launch_work(name: str, launch: Launch) -> tuple[str, int, str, int]:
     tensors = [t for t in tree_leaves(list(arguments.values())) if isinstance(t, Stand)]
     moved = sum(t.bytes for t in tensors)
     if name == "parallel_mlp_hidden":
-        return "own", arguments["grad"].elements * arguments["h"].shape[1], "own", moved
+        work = arguments["grad"].elements * arguments["h"].shape[1]
+        return "own mlp hidden", work, "own", moved
     if "TILE" not in arguments:
         return "own", 0, "own", moved
     # A kernel of similarities: forward takes some rows of the matrix, backward a block of it, which
@@ -348,4 +363,5 @@ def launch_work(name: str, launch: Launch) -> tuple[str, int, str, int]:
     written = 0
     if out is not None and out.elements:
         written = itemsize * rows * columns
-    return "own", rows * columns * width, "own", itemsize * (rows + columns) * width + written
+    rate = f"own {name.removeprefix('similarity_')}{_form(arguments)}"
+    return rate, rows * columns * width, "own", itemsize * (rows + columns) * width + written

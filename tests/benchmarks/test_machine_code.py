@@ -4,15 +4,28 @@ import importlib.util
 from collections import Counter
 
 import pytest
+import torch
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("the package triton is not installed", allow_module_level=True)
 
 from benchmarks.machine_code import sass
-from benchmarks.machine_code.__main__ import main, parse_tile, tile_text
-from benchmarks.machine_code.kernels import CASES, compiled
-from benchmarks.machine_code.pipes import CONSTANTS, Phase, Program, cycles, predict
+from benchmarks.machine_code.__main__ import main, own_rates, parse_tile, tile_text
+from benchmarks.machine_code.kernels import ATTENTION, CASES, compiled
+from benchmarks.machine_code.peers import PUBLISHED, calibration
+from benchmarks.machine_code.pipes import (
+    ARCHITECTURES,
+    CONSTANTS,
+    Phase,
+    Program,
+    cycles,
+    predict,
+)
+from benchmarks.results_file import RESULTS, read_csv
 from simplclip.kernels.tuning import Tile
+from simplclip.plan import time
+from simplclip.plan.cards import CARDS
+from support.ops.predicted_calls import predicted, similarity_call
 
 # A loop over tiles with a loop of two products, as cuobjdump prints it.
 TEXT = """
@@ -133,3 +146,42 @@ def test_a_compiled_kernel():
     assert copied * 4 == (128 + 64) * 64 * 2
     assert 0 < counted.predicted(512).share <= 1
     assert (counted.row.registers, counted.row.spills) > (64, 0)
+
+
+def test_the_constants_of_the_plan_are_those_of_the_result_files():
+    """The newest ones, by `--write` and `--peers`: every kernel with every architecture."""
+    path = max(RESULTS.glob("machine-code-*.csv"))
+    assert own_rates(read_csv(path)) == time.OWN_RATES
+    assert tuple(sorted(ARCHITECTURES)) == time.OWN_ARCHITECTURES
+    kinds = {case.name for case in CASES} | {f"attention {way}" for way in ATTENTION}
+    assert {f"own {name}" for name in kinds} == set(time.OWN_RATES)
+    peers = read_csv(max(RESULTS.glob("peers-predicted-*.csv")))
+    assert calibration(peers) == time.CALIBRATION
+    assert len(peers) == len(PUBLISHED)
+
+
+@pytest.mark.parametrize(
+    ("name", "ids", "kinds"),
+    [
+        ("contrastive", False, {"statistics", "gradient"}),
+        ("contrastive", True, {"statistics, ids", "gradient, ids"}),
+        ("pair matching", False, {"statistics, pair matching", "gradient, pair matching"}),
+        ("relational", True, {"statistics, teacher", "gradient, teacher"}),
+        ("sigmoid", False, {"sigmoid"}),
+    ],
+)
+def test_the_plan_names_kernels_and_forms(name, ids, kinds):
+    """With the machine code's shares in half types; float32 has none."""
+    kernels = predicted(
+        similarity_call(name, ids=ids), torch.bfloat16, torch.device("cuda", 0)
+    ).usage.kernels
+    counted = {kernel.rate: kernel for kernel in kernels if kernel.multiply_adds}
+    assert {f"own {kind}" for kind in kinds} == {kind for kind in counted if kind[:3] == "own"}
+    for kind in kinds:
+        kernel = counted[f"own {kind}"]
+        share = time.OWN_RATES[kernel.rate][time.OWN_ARCHITECTURES.index(90)] * time.CALIBRATION
+        card = CARDS["h100"]
+        ms = 2e-9 * kernel.multiply_adds / card.half / share
+        assert time.likely_ms(kernel, card)["products"] == pytest.approx(ms)
+        kernel.dtype = torch.float32
+        assert time.likely_share(kernel, card) == time.ASSUMED_RATES["own"]
