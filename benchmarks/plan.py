@@ -1,22 +1,29 @@
 """Plans ten epochs of 12.4 million pairs on one card, by this library and by open_clip's trainer,
 and the ways to fine-tune ViT-B-32: no GPU is needed.
 
+Also the likely milliseconds of losses and of steps on several cards.
+
 The row of siclip-s0 has the figures of "largest in one graph" of `simplclip plan siclip-s0 --card
-3090 --teacher-width 768`. Writes benchmarks/results/plan-hours-*.csv and plan-finetune-*.csv.
+3090 --teacher-width 768`. Writes benchmarks/results/plan-hours-*.csv, plan-finetune-*.csv and
+plan-likely-*.csv.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
 
+from benchmarks.cards import calls
+from benchmarks.cards.bound import SHOWN as CARDS_OF_LOSSES
 from benchmarks.results_file import RESULTS, table, versions, write_csv
 from benchmarks.steps import TEACHER_WIDTH, OpenClipStep
 from simplclip.plan.cards import CARDS, GIB
 from simplclip.plan.count import Usage
-from simplclip.plan.measure import predict
+from simplclip.plan.measure import on_card, predict
 from simplclip.plan.search import Budget, Planner, predict_graphs
+from simplclip.plan.time import step_time
 from simplclip.train import config
 
 SHOWN = ("rtx-3090", "rtx-4090", "rtx-5090")
@@ -57,6 +64,11 @@ FORMS: dict[str, Callable[[], Callable[[int], Usage]]] = {
     "ViT-B-32, simplclip": lambda: ours(plain_config()),
     "ViT-B-32, open_clip's trainer": lambda: theirs("open_clip:ViT-B-32"),
 }
+
+
+# Pairs and widths of losses, and pairs of steps in one graph.
+LOSS_SIZES = (32768, 65536), (512, 768)
+STEPS = {"siclip-s0, as configured": 1024, "ViT-B-32, simplclip": 512}
 
 
 def finetuned(changes: dict[str, dict]) -> dict[str, object]:
@@ -104,9 +116,33 @@ def hours() -> None:
     print(f"wrote {path}")
 
 
+def likely() -> None:
+    """Writes the file of losses and steps in milliseconds."""
+    where = versions()
+    rows: list[dict[str, object]] = []
+    for terms, n, width in itertools.product(("contrastive", "sigmoid"), *LOSS_SIZES):
+        row: dict[str, object] = {"form": f"{terms} loss, {n:,} pairs, D = {width}"}
+        for card in CARDS_OF_LOSSES:
+            with on_card(CARDS[card]) as kernels:
+                calls.loss((terms,), n, width, torch.bfloat16, backward=True)
+            row[f"{card} ms"] = round(step_time(kernels, CARDS[card]).likely, 2)
+        rows.append(row)
+    for form, pairs in STEPS.items():
+        usage = FORMS[form]()(pairs)  # with an RTX 3090's tiles
+        row = {"form": f"step of {form}, {pairs} pairs"}
+        for card in CARDS_OF_LOSSES:
+            row[f"{card} ms"] = round(step_time(usage.kernels, CARDS[card]).ms, 1)
+        rows.append(row)
+    print("\n".join(table(rows)))
+    path = RESULTS / f"plan-likely-{where['date']}.csv"
+    write_csv(path, [row | where for row in rows])
+    print(f"wrote {path}")
+
+
 def main() -> None:
     hours()
     fine_tuning()
+    likely()
 
 
 if __name__ == "__main__":

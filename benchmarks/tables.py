@@ -21,7 +21,7 @@ from benchmarks import chart, finetune_chart
 from benchmarks.cards.bound import SHOWN
 from benchmarks.results_file import RESULTS, ROOT, read_csv
 from simplclip.evaluation.results import Results
-from simplclip.plan.time import HELD_OUT
+from simplclip.plan.time import CALIBRATION, HELD_OUT
 
 README = "README.md"
 BENCHMARKS = "docs/benchmarks.md"
@@ -243,6 +243,58 @@ def hours(page: str) -> list[str]:
     return [*markdown(head, lines, head[:1]), "", f"{note} ([{path.name}]({link}); `make plan`)."]
 
 
+def likely() -> list[str]:
+    """Returns a table of the likely milliseconds of losses and steps."""
+    path, rows = read("plan-likely")
+    lines = []
+    for row in rows:
+        times = (float(row[f"{card} ms"]) for card in SHOWN)
+        lines.append((row["form"], *(number(1 if ms < 100 else 0)(ms) for ms in times)))
+    head = ("bf16, forward and backward", *(f"{card.removeprefix('rtx-')}, ms" for card in SHOWN))
+    note = "Predicted, nothing of it ran on a card. Steps are in one graph"
+    link = f"[{path.name}](../benchmarks/results/{path.name})"
+    return [*markdown(head, lines, head[:1]), "", f"{note} ({link}; `make plan`)."]
+
+
+def machine_code() -> list[str]:
+    """Returns a table of the share that each kernel's machine code allows, by architecture."""
+    path, rows = read("machine-code", D="512|64")
+    cells: dict[str, list[str]] = {}
+    for row in sorted(rows, key=lambda row: int(row["sm"])):
+        cells.setdefault(row["kernel"], []).append(f"{float(row['share']):.2f}, {row['bound']}")
+    head = ("kernel", *(f"sm_{sm}" for sm in dict.fromkeys(sorted(int(r["sm"]) for r in rows))))
+    lines = [(name, *shares) for name, shares in cells.items()]
+    note = (
+        "Predicted shares of the data sheet's rate in bfloat16 at D = 512 (attention: 77 tokens, "
+        "K = 64), and what bounds them"
+    )
+    link = f"[{path.name}](../benchmarks/results/{path.name})"
+    command = "PYTHONPATH=tests python -m benchmarks.machine_code --write"
+    return [*markdown(head, lines, head), "", f"{note} ({link}; `{command}`)."]
+
+
+def peers() -> list[str]:
+    """Returns a table of what others measured beside what the model says."""
+    path, rows = read("peers-predicted")
+    lines = []
+    for row in rows:
+        shares = (f"{float(row[name]):.2f}" for name in ("measured", "predicted"))
+        size = f"{int(row['size']):,}"
+        source = row["source"]
+        if source.startswith("https"):
+            source = f"[Triton {source.rpartition('/')[2]}]({source})"
+        name = f"memeff's loss, D = {row['D']}" if row["kernel"] == "memeff" else "matmul"
+        lines.append((name, row["card"], size, *shares, row["measured/predicted"], source))
+    head = ("kernel", "card", "N", "measured", "predicted", "ratio", "source")
+    link = f"[{path.name}](../benchmarks/results/{path.name})"
+    note = (
+        f"The geometric mean of the ratios is {CALIBRATION}. Shares of the data sheet's rate; "
+        "matmul is that of Triton's tutorial in float16, memeff's loss has five products in "
+        "bfloat16"
+    )
+    return [*markdown(head, lines, ("kernel", "card", "source")), "", f"{note} ({link})."]
+
+
 def finetune() -> list[str]:
     """Returns a table with a row for each form of fine-tuning, of the emoji of the part test."""
     path, rows = finetune_rows()
@@ -322,7 +374,7 @@ CPU = "On a CPU"
 TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
     README: {"figures": figures, "hours": partial(hours, README)},
     EXAMPLES: {"demo": demo},
-    PLAN: {"hours": partial(hours, PLAN)},
+    PLAN: {"hours": partial(hours, PLAN), "likely": likely},
     FINE_TUNING: {"finetune": finetune, "finetune-costs": finetune_costs},
     BENCHMARKS: {
         "similarity_loss": partial(
@@ -350,6 +402,8 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
         "predicted": partial(
             op_table, "bound-predicted", "", "python -m benchmarks.cards --call all", call=PREDICTED
         ),
+        "machine-code": machine_code,
+        "peers": peers,
         "ablation": ablation,
     },
 }
