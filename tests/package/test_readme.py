@@ -191,7 +191,7 @@ def check_command(words: list[str]) -> None:
     if program.startswith("benchmarks."):
         path = ROOT / program.replace(".", "/")
         check_script(path if path.is_dir() else path.with_suffix(".py"), arguments)
-    elif program not in ("sudo", "git", "cd", "tar", "pre-commit", "venv", "."):
+    elif program not in ("sudo", "git", "cd", "tar", "pre-commit", "venv", ".", "ncu", "nsys"):
         assert program in checks, f"{program}: expected one of {sorted(checks)}"
         checks[program](arguments)
 
