@@ -19,8 +19,10 @@ from benchmarks.cards import calls
 from benchmarks.cards.bound import SHOWN as CARDS_OF_LOSSES
 from benchmarks.results_file import RESULTS, table, versions, write_csv
 from benchmarks.steps import TEACHER_WIDTH, OpenClipStep
+from simplclip import simplify
 from simplclip.plan.cards import CARDS, GIB
 from simplclip.plan.count import Usage
+from simplclip.plan.kernels import Kernel
 from simplclip.plan.measure import on_card, predict
 from simplclip.plan.search import Budget, Planner, predict_graphs
 from simplclip.plan.time import step_time
@@ -69,6 +71,8 @@ FORMS: dict[str, Callable[[], Callable[[int], Usage]]] = {
 # Pairs and widths of losses, and pairs of steps in one graph.
 LOSS_SIZES = (32768, 65536), (512, 768)
 STEPS = {"siclip-s0, as configured": 1024, "ViT-B-32, simplclip": 512}
+# Of more than 80 image tokens, whose attention is torch's beside two kernels of the library.
+SIMPLIFIED = {"open_clip:ViT-B-16": 256, "open_clip:ViT-L-14": 128}
 
 
 def finetuned(changes: dict[str, dict]) -> dict[str, object]:
@@ -116,23 +120,36 @@ def hours() -> None:
     print(f"wrote {path}")
 
 
+def likely_row(form: str, kernels: list[Kernel]) -> dict[str, object]:
+    """Returns a row of the file of `likely`."""
+    times = {f"{card} ms": step_time(kernels, CARDS[card]).likely for card in CARDS_OF_LOSSES}
+    return {"form": form} | {name: round(ms, 2) for name, ms in times.items()}
+
+
 def likely() -> None:
     """Writes the file of losses and steps in milliseconds."""
     where = versions()
     rows: list[dict[str, object]] = []
     for terms, n, width in itertools.product(("contrastive", "sigmoid"), *LOSS_SIZES):
-        row: dict[str, object] = {"form": f"{terms} loss, {n:,} pairs, D = {width}"}
+        row: dict[str, object] = {}
         for card in CARDS_OF_LOSSES:
             with on_card(CARDS[card]) as kernels:
                 calls.loss((terms,), n, width, torch.bfloat16, backward=True)
-            row[f"{card} ms"] = round(step_time(kernels, CARDS[card]).likely, 2)
+            of_card = likely_row(f"{terms} loss, {n:,} pairs, D = {width}", kernels)
+            row |= {name: of_card[name] for name in ("form", f"{card} ms")}
         rows.append(row)
     for form, pairs in STEPS.items():
-        usage = FORMS[form]()(pairs)  # with an RTX 3090's tiles
-        row = {"form": f"step of {form}, {pairs} pairs"}
-        for card in CARDS_OF_LOSSES:
-            row[f"{card} ms"] = round(step_time(usage.kernels, CARDS[card]).ms, 1)
-        rows.append(row)
+        kernels = FORMS[form]()(pairs).kernels  # with an RTX 3090's tiles
+        rows.append(likely_row(f"step of {form}, {pairs} pairs", kernels))
+    for name, pairs in SIMPLIFIED.items():
+        step = OpenClipStep(name, pairs, "bf16")
+        simplify(step.model)
+        kernels = predict(step, torch.device("cuda", 0)).kernels
+        form = f"step of {name.partition(':')[2]} of simplified blocks, {pairs} pairs"
+        rows.append(likely_row(form, kernels))
+        for own in ("shaped_attention_terms", "shaped_attention_gradients"):
+            part = [kernel for kernel in kernels if kernel.name == own]
+            rows.append(likely_row(f"{form}: {own}", part))
     print("\n".join(table(rows)))
     path = RESULTS / f"plan-likely-{where['date']}.csv"
     write_csv(path, [row | where for row in rows])

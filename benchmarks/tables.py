@@ -247,7 +247,7 @@ def likely() -> list[str]:
     """Returns a table of the likely milliseconds of losses and steps."""
     path, rows = read("plan-likely")
     lines = []
-    for row in rows:
+    for row in [row for row in rows if ": shaped_attention" not in row["form"]]:
         times = (float(row[f"{card} ms"]) for card in SHOWN)
         lines.append((row["form"], *(number(1 if ms < 100 else 0)(ms) for ms in times)))
     head = ("bf16, forward and backward", *(f"{card.removeprefix('rtx-')}, ms" for card in SHOWN))

@@ -10,6 +10,8 @@
         simplclip/plan/time.py; those of kernels and architectures that are not asked for stay
     PYTHONPATH=tests python -m benchmarks.machine_code --peers
         kernels of others, predicted and measured, as benchmarks/results/peers-predicted-*.csv
+    PYTHONPATH=tests python -m benchmarks.machine_code --chunks
+        losses by kernels, and by cuBLAS in chunks, as benchmarks/results/chunks-predicted-*.csv
 
 Columns: regs, KiB (shared memory), spills, programs on a multiprocessor; in the loop over the width
 instructions for each tensor-core instruction, and what issue, shared memory and L2 cache take in
@@ -25,7 +27,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
-from benchmarks.machine_code import peers
+from benchmarks.machine_code import chunks, peers
 from benchmarks.machine_code.kernels import CASES, WIDTH, attention, compiled
 from benchmarks.machine_code.pipes import ARCHITECTURES, Prediction
 from benchmarks.machine_code.sass import LANES
@@ -110,15 +112,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--width", nargs="+", type=int, default=WIDTHS)
     parser.add_argument("--tile", type=parse_tile, help="instead of the table's")
     parser.add_argument("--peers", action="store_true", help="kernels of others")
+    parser.add_argument("--chunks", action="store_true", help="losses by cuBLAS in chunks")
     parser.add_argument("--write", action="store_true", help="write a result file")
     options = parser.parse_args(argv)
     where = versions()
-    if options.peers:
-        found = list(peers.rows())
-        print("\n".join(table(found)))
-        print(f"CALIBRATION = {peers.calibration(found)}")
-        write_csv(RESULTS / f"peers-predicted-{where['date']}.csv", [row | where for row in found])
-        return
+    for name, of in (("peers", peers.rows), ("chunks", chunks.rows)):
+        if getattr(options, name):
+            found = list(of())
+            print("\n".join(table(found)))
+            path = RESULTS / f"{name}-predicted-{where['date']}.csv"
+            write_csv(path, [row | where for row in found])
+            if name == "peers":
+                print(f"CALIBRATION = {peers.calibration(found)}")
+            return
     found = []
     for row in rows(options.arch, options.kernel, options.width, options.tile):
         found.append(row)

@@ -326,7 +326,7 @@ def extension_work(started: ExtensionCall) -> tuple[str, int, str]:
 
 
 # Forms of a kernel of similarities, by the argument that each has; of several the first counts.
-_FORMS = {"teacher_image": ", teacher", "ids": ", ids", "plane": ", pair matching"}
+_FORMS = {"teacher_image": ", teacher", "plane": ", pair matching", "ids": ", ids"}
 
 
 def _form(arguments: dict[str, Any]) -> str:
