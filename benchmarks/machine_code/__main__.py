@@ -28,7 +28,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks.machine_code import chunks, peers
-from benchmarks.machine_code.kernels import CASES, WIDTH, attention, compiled
+from benchmarks.machine_code.kernels import ATTENTION, CASES, WIDTH, attention, compiled
 from benchmarks.machine_code.pipes import ARCHITECTURES, Prediction
 from benchmarks.machine_code.sass import LANES
 from benchmarks.results_file import RESULTS, read_csv, table, versions, write_csv
@@ -102,6 +102,25 @@ def rows(
                 yield described(f"attention {direction}", row, row.tile, WIDTH, found)
 
 
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Exits with an error for options that do not fit each other, or the extension."""
+    of_extension = [f"attention {direction}" for direction in ATTENTION]
+    names = [case.name for case in CASES] + of_extension
+    for name in options.kernel:
+        if not any(known.startswith(name) for known in names):
+            parser.error(f"--kernel: expected the beginning of one of {names}, got {name!r}")
+    if options.write and options.tile:
+        parser.error("--write: expected the tiles of kernels/tuning.py, got --tile")
+    built = set() if extension.why_not() else extension.built()
+    missing = set(options.arch) - built
+    asked = any(name.startswith(tuple(options.kernel)) for name in of_extension)
+    if options.write and asked and missing:
+        parser.error(
+            f"--write: expected a CUDA extension for {sorted(missing)} (SIMPLCLIP_CUDA_ARCHS=all) "
+            f"or --kernel without attention, got {sorted(built)}"
+        )
+
+
 def main(argv: list[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -115,6 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--chunks", action="store_true", help="losses by cuBLAS in chunks")
     parser.add_argument("--write", action="store_true", help="write a result file")
     options = parser.parse_args(argv)
+    check(parser, options)
     where = versions()
     for name, of in (("peers", peers.rows), ("chunks", chunks.rows)):
         if getattr(options, name):
@@ -132,6 +152,8 @@ def main(argv: list[str] | None = None) -> None:
     print("\n".join(table(found)))
     if options.write:
         path = RESULTS / f"machine-code-{where['date']}.csv"
+        if not path.exists():
+            write_csv(path, read_csv(max(RESULTS.glob("machine-code-*.csv"))))
         write_csv(path, [row | where for row in found], ("kernel", "sm", "D"))
         print("OWN_RATES = {")
         for kind, shares in own_rates(read_csv(path)).items():

@@ -106,7 +106,7 @@ _FAMILIES = {
     "VIADDMNMX VIMNMX VIMNMX3 VOTE",
     "mufu": "BREV F2F F2I FLO FRND I2F MUFU POPC",
     "shuffle": "SHFL",
-    "shared": "LDS LDSM STS STSM LDGSTS",
+    "shared": "LDS LDSM STS STSM LDGSTS LDL STL",  # the last two are of spilled registers
     "mma.sync": "HMMA",
     "tensor": "HGMMA",
 }

@@ -131,8 +131,20 @@ def test_the_busiest_pipe_or_the_latencies_bound_a_kernel():
 def test_tiles_by_their_text():
     assert parse_tile("128x64x32/4/3/248") == Tile(128, 64, 32, 4, 3, registers=248)
     assert tile_text(parse_tile("64x64x16/8/3")) == "64x64x16/8/3"
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--tile", "128x64/4"], "expected block sides, warps, stages such as 128x64x32/4/3, got"),
+        (["--kernel", "statistic", "softmax"], "--kernel: expected the beginning of one of"),
+        (["--write", "--tile", "64x64x32/4/3"], "--write: expected the tiles of kernels/tuning.py"),
+    ],
+)
+def test_options_are_checked_first(options, error, capsys):
     with pytest.raises(SystemExit):
-        main(["--tile", "128x64/4"])
+        main(options)
+    assert error in capsys.readouterr().err
 
 
 @pytest.mark.slow
