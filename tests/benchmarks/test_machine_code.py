@@ -126,6 +126,9 @@ def test_the_busiest_pipe_or_the_latencies_bound_a_kernel():
     assert (found.share, found.bound) == (pytest.approx(expected), "latency")
     found = predict(Program(86, 4, 9, 2), waiting, macs)
     assert (found.share, found.bound) == (1, "tensor")
+    # with two stages the copies of a step start one step before it
+    expected = tensor / (8 * CONSTANTS["l2 latency"][86])
+    assert predict(Program(86, 4, 2, 1), waiting, macs).share == pytest.approx(expected)
 
 
 def test_tiles_by_their_text():
