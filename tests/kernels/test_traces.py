@@ -76,10 +76,10 @@ def every_term(n: int) -> dict[str, object]:
 
 SIGMOIDS = {"terms": ("sigmoid", "pair_matching"), "plane": (number(), number())}
 CALLS = {  # options of similarity_loss, and the most launches and kernels of torch in a step
-    "contrastive": ({}, 5, 35),
-    "pair matching": ({"terms": TERMS[:2], "plane": (number(), number())}, 5, 60),
-    "sigmoid": ({"terms": ("sigmoid",), "logit_bias": number()}, 1, 25),
-    "sigmoids": (SIGMOIDS | {"weights": dict.fromkeys(SIGMOIDS["terms"], 0.5)}, 1, 40),
+    "contrastive": ({}, 5, 29),
+    "pair matching": ({"terms": TERMS[:2], "plane": (number(), number())}, 5, 51),
+    "sigmoid": ({"terms": ("sigmoid",), "logit_bias": number()}, 1, 20),
+    "sigmoids": (SIGMOIDS | {"weights": dict.fromkeys(SIGMOIDS["terms"], 0.5)}, 1, 25),
     "ids": (
         {
             "ids": torch.empty(1024, dtype=torch.int64, device="meta"),
@@ -87,9 +87,9 @@ CALLS = {  # options of similarity_loss, and the most launches and kernels of to
             "plane": (0.5, -1.0),
         },
         5,
-        75,
+        59,
     ),
-    "every term": (every_term(1024), 8, 115),
+    "every term": (every_term(1024), 8, 91),
 }
 
 

@@ -212,7 +212,7 @@ def count_negatives(
     ordered = text_ids.sort().values
     positives = text_ids[label_offset : label_offset + ids.shape[0]]
     equal = torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
-    count = (m - equal - (positives != ids).long()).sum(dtype=torch.float64)
+    count = m * ids.shape[0] - (equal + (positives != ids)).sum(dtype=torch.float64)
     if group is not None:
         count = distributed.mean_over_ranks(count, group)
     return count.clamp(min=1)

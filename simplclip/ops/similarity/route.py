@@ -192,12 +192,11 @@ def _sigmoid_sweeps(
                 features = (image * factor).to(image.dtype)
                 factor = 1.0
             dtype = pairs.scale.dtype
-            column = [checks.scalar(term, x, image.device, dtype) for x in (factor, *others)]
-            columns.append(torch.stack(column))
+            columns.append([checks.scalar(term, x, image.device, dtype) for x in (factor, *others)])
         call = SigmoidCall(
             features,
             pairs.text,
-            torch.stack(columns, 1),
+            torch.stack([x for row in zip(*columns) for x in row]).view(-1, len(sweep)),
             ids=pairs.ids,
             text_ids=pairs.text_ids,
             label_offset=pairs.label_offset,

@@ -16,12 +16,9 @@ def softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=80)
 
 
-def mismatch(negated: Tensor) -> Tensor:
-    """Returns softplus(-l) of each positive's logit l, from the negated logits -l.
-
-    NaN where l is infinite, even if softplus would be 0.
-    """
-    return torch.add(softplus(negated), negated, alpha=0)
+def nan_of_infinite(values: Tensor, logits: Tensor) -> Tensor:
+    """Returns the values, NaN where the positives' logits are infinite, which get no gradient."""
+    return torch.add(values, logits.detach(), alpha=0)
 
 
 class Sigmoid(NamedTuple):
@@ -62,32 +59,34 @@ def values(
 
     r - E_T[Z] + entropy (E_T[T] - r̂) = (r - z) - entropy (r̂ - t) + m (mean + z - entropy t).
     """
-    lse, teacher_lse, mean, diagonal, teacher_diagonal, unmatched = rows.unbind()
+    # of the parts that are not used, autograd makes zeros one by one
+    lse, of_teacher, diagonal, teacher_diagonal, unmatched = rows.split([1, 2, 1, 1, 1])
+    of_teacher = of_teacher.unsqueeze(1)
     if columns is not None:  # both directions, [2, N]
-        column_lse, column_teacher_lse, column_mean = columns.unbind()
-        lse = torch.stack([lse, column_lse])
+        column_lse, of_columns = columns.split([1, 2])
+        lse = torch.cat([lse, column_lse])
     terms = []
     positive = scale * diagonal
-    excess = lse - positive
-    cross_entropy = torch.add(softplus(excess), positive, alpha=0)
+    cross_entropy = nan_of_infinite(softplus(lse - positive), positive)
     if options.contrastive:
         terms.append(cross_entropy.mean())
     if options.relational:
         assert teacher_scale is not None
         if columns is not None:
-            teacher_lse = torch.stack([teacher_lse, column_teacher_lse])
-            mean = torch.stack([mean, column_mean])
-        teacher = teacher_scale * teacher_diagonal
-        teacher_excess = teacher_lse - teacher
-        gap = mean + positive - options.entropy * teacher
+            of_teacher = torch.cat([of_teacher, of_columns.unsqueeze(1)], 1)
+        teacher_lse, mean = of_teacher.unbind()
+        teacher = teacher_scale * teacher_diagonal.detach()
+        teacher_excess = teacher_lse.detach() - teacher
+        gap = torch.sub(mean + positive, teacher, alpha=options.entropy)
         loss = cross_entropy + torch.sigmoid(teacher_excess) * gap
-        terms.append((loss - options.entropy * softplus(teacher_excess) + 0 * teacher).mean())
+        loss = torch.sub(loss, softplus(teacher_excess), alpha=options.entropy)
+        terms.append(nan_of_infinite(loss, teacher).mean())
     if plane is not None:
         weight, bias = plane
-        negated = -torch.addcmul(bias, weight, diagonal)  # the logits of the positives
+        logits = torch.addcmul(bias, weight, diagonal)  # of the positives
         unmatched_share = unmatched.sum() * (0.5 / options.negatives)
-        matched_sum = mismatch(negated).sum()
-        terms.append(torch.add(unmatched_share, matched_sum, alpha=0.5 / diagonal.shape[0]))
+        matched_sum = nan_of_infinite(softplus(-logits), logits).sum()
+        terms.append(torch.add(unmatched_share, matched_sum, alpha=0.5 / rows.shape[1]))
     if options.weights is not None:
         first, *factors = options.weights
         total = terms[0]
