@@ -71,7 +71,7 @@ def plan(
     if cards is not None and (as_json or device == "cpu"):
         raise InputError("--cards: expected neither --json nor --device cpu, got one of them")
     count = parse_count(pairs)
-    values = configs.from_dict(configs.override(_read_planned_config(config), set_ or ()))
+    values = configs.from_dict(configs.override(read_planned_config(config), set_ or ()))
     check_name(values.model.name, "model.name")
     size = None if memory is None else parse_memory(memory)
     from simplclip.plan import report
@@ -90,7 +90,7 @@ def plan(
     )
 
 
-def _read_planned_config(source: str) -> dict[str, Any]:
+def read_planned_config(source: str) -> dict[str, Any]:
     """Returns the values of a config, or of a model's with defaults, with REQUIRED ones added."""
     from simplclip.models import presets
     from simplclip.models.model_names import PLAIN

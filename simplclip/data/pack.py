@@ -13,13 +13,11 @@ the images and write the shards.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import json
 import multiprocessing
 import os
 import re
-import signal
 import sys
 import tarfile
 from collections import deque
@@ -32,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from simplclip.common.errors import InputError, UserError
+from simplclip.common.processes import cores, end_with_parent
 from simplclip.common.progress import Progress, print_lines
 from simplclip.data.captions import SomeCaptions
 from simplclip.data.decode_images import open_image, remarks_on
@@ -90,7 +89,7 @@ def pack(
     with folder.claimed():
         earlier = folder.complete and all(map(folder.is_whole, folder.entries))
         if not earlier:
-            _write_missing_shards(rows, folder, workers or _cores(), progress)
+            _write_missing_shards(rows, folder, workers or cores(), progress)
         shards = _shards_in(folder)
     if progress:
         _print_result(folder, rows.name, earlier)
@@ -344,7 +343,7 @@ def _mapped(write: Callable, tasks: Iterator[tuple], workers: int) -> Iterator[t
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     try:
-        with ProcessPoolExecutor(workers, context, _set_up_packer) as pool:
+        with ProcessPoolExecutor(workers, context, end_with_parent) as pool:
             while started := list(itertools.islice(tasks, 4 * workers)):
                 yield from zip(started, pool.map(write, *zip(*started)))
     except BrokenProcessPool:
@@ -352,22 +351,6 @@ def _mapped(write: Callable, tasks: Iterator[tuple], workers: int) -> Iterator[t
             "workers: a process died before its work was done (out of memory, the system kills "
             "processes); the same command goes on where it was"
         ) from None
-
-
-def _set_up_packer() -> None:
-    """Makes a process of the pool ignore Ctrl-C and, on Linux, end with its parent."""
-    # Ctrl-C reaches the whole group; the pool ends when the parent has ended it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        # PR_SET_PDEATHSIG: it ends with its parent, even if that is killed
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
-def _cores() -> int:
-    """Returns the number of CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _stem(path: str) -> str:

@@ -4,9 +4,11 @@ caching.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 
@@ -16,9 +18,11 @@ from simplclip.common.errors import InputError
 from simplclip.ops.similarity.chunks import SCRATCH_BYTES, SCRATCH_BYTES_ELSEWHERE, STORE_BYTES
 from simplclip.plan.cards import CARDS, GIB, Card
 from simplclip.plan.count import Usage
+from simplclip.plan.kernels import Launch
 from simplclip.plan.measure import predict
-from simplclip.plan.step import TrainerStep
+from simplclip.plan.step import TrainerStep, steps_of_terms
 from simplclip.plan.time import StepTime, step_time
+from simplclip.train import step as steps
 from simplclip.train.config import Config, ConfigError
 
 WITHIN = 0.05  # the largest batch is found up to this share
@@ -248,6 +252,30 @@ class Planner:
         if size not in self._usages:
             self._usages[size] = predict(self.step, self.device, self.card)
         return self._usages[size]
+
+    def launches(self) -> list[Launch]:
+        """Returns the launches of Triton kernels in the steps of a run, with each set of terms.
+
+        They depend on values if a batch may have several pairs of one group, and on memory with a
+        micro-batch "auto": then they are those of both cases.
+        """
+        data = self.config.data
+        sizes = [data.micro_batch]
+        if data.micro_batch == "auto":
+            divisors = [size for size in range(1, data.batch_size) if data.batch_size % size == 0]
+            sizes = [None, *(divisors[-1:] if self.cacheable else [])]
+        groups = [steps.groups_of]
+        if data.captions_per_image == 1:
+            groups.append(lambda *_: None)
+        kernels = []
+        for number, size, groups_of in itertools.product(
+            steps_of_terms(self.config).values(), sizes, groups
+        ):
+            self.step.number = number
+            self.step.config = self.config.replaced(data={"micro_batch": size})
+            with mock.patch.object(steps, "groups_of", groups_of):
+                kernels += predict(self.step, self.device, self.card).kernels
+        return [kernel.launch for kernel in kernels if isinstance(kernel.launch, Launch)]
 
     def find_largest(self, what: str, micro_batch: int | None) -> Row:
         """Returns the row of the largest batch that fits, up to the share WITHIN.

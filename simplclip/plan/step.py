@@ -25,7 +25,7 @@ from simplclip.models.trained import model_options
 from simplclip.train import setup
 from simplclip.train import step as steps
 from simplclip.train.beginning import Beginning
-from simplclip.train.config import Config
+from simplclip.train.config import Config, corners_of
 from simplclip.train.objective import Objective
 from simplclip.train.rates import freeze_zeros
 
@@ -103,6 +103,7 @@ class TrainerStep:
             self.assumed.append("the memory of towers that are not compiled")
         config = config.replaced(run={"compile": False})
         self.config, self.precision = config, precision
+        self.number = busiest_step(config)  # which step of the run
         with torch.device("meta"):  # folding frozen parts makes new modules
             self.prepared = setup.prepare_model(*shapes_of(config), [], config, precision, device)
         self.modules: list[nn.Module] = [self.prepared.model, *self.prepared.folded.values()]
@@ -144,7 +145,7 @@ class TrainerStep:
         )
         # an enabled one reads values of tensors
         self.state.scaler = torch.amp.GradScaler(device.type, enabled=False)
-        self.state.step = busiest_step(self.config)
+        self.state.step = self.number
         self.optimizer = self.state.optimizer
         self.modules = [prepared.model, *prepared.folded.values(), self.state.objective.loss]
         self.averages = list(self.state.ema.averages.values()) if self.state.ema else []
@@ -231,23 +232,27 @@ def shapes_of(config: Config) -> tuple[nn.Module, list[str]]:
     return model, frozen + freeze_zeros(model, config)
 
 
+def steps_of_terms(config: Config) -> dict[tuple[str, ...], int]:
+    """Returns the first step of a run, from 0, with each set of active loss terms."""
+    schedules, steps = config.loss.weights, config.run.steps
+    assert steps is not None  # epochs are steps by now
+    first: dict[tuple[str, ...], int] = {}
+    for corner in corners_of(schedules.values(), steps):
+        for step in (corner, corner + 1):  # a weight may begin at 0
+            active = tuple(name for name, each in schedules.items() if each.at(step, steps) > 0)
+            if step < steps:
+                first.setdefault(active, step)
+    return first
+
+
 def busiest_step(config: Config) -> int:
     """Returns the first step of a run, from 0, with the largest number of active loss terms.
 
     On a CPU, a step of a large batch without the teacher's terms may keep rows, at most
     STORE_BYTES, that this step does not.
     """
-    schedules, steps = config.loss.weights.values(), config.run.steps
-    assert steps is not None  # epochs are steps by now
-    candidates = {0, steps - 1}
-    for schedule in schedules:
-        candidates |= {schedule.start, schedule.start + 1}
-    active = {
-        step: sum(schedule.at(step, steps) > 0 for schedule in schedules)
-        for step in sorted(candidates)
-        if step < steps
-    }
-    return max(active, key=lambda step: active[step])
+    first = steps_of_terms(config)
+    return first[max(first, key=len)]
 
 
 class _Tower(nn.Module):

@@ -69,7 +69,7 @@ class Config(Section):
         if steps is None:
             return self  # the config is checked again when run.steps is known
         schedules = self.loss.weights.values()
-        for step in _corners(schedules, steps):
+        for step in corners_of(schedules, steps):
             if not any(schedule.at(step, steps) for schedule in schedules):
                 raise ValueError(
                     "loss: expected at least one weight above 0 at every step, got none at step "
@@ -108,7 +108,7 @@ class Config(Section):
         return from_dict(values)
 
 
-def _corners(schedules: Iterable[Schedule], steps: int) -> list[int]:
+def corners_of(schedules: Iterable[Schedule], steps: int) -> list[int]:
     """Returns the steps, in order, between which the weights of all schedules are linear."""
     corners = {0, steps}
     for schedule in schedules:

@@ -130,7 +130,7 @@ def compute_losses(
     teacher = []
     if state.teacher:
         teacher = _teacher_features(state, state.teacher["width"], batches)
-    groups = _groups(state, batches)
+    groups = groups_of(state, batches)
     with hardware.autocast(state.precision, state.device):
         scale, bias = average_gradient(state.model.logit_scale), average_gradient(state.logit_bias)
         return state.objective(state.step, image, text, scale.exp(), bias, groups, *teacher)
@@ -233,7 +233,7 @@ def text_batches(state: State, batches: list[Batch]) -> tuple[list[Batch], Tenso
     return [{"text": texts[part]} for part in parts], rows
 
 
-def _groups(state: State, batches: list[Batch]) -> Tensor | None:
+def groups_of(state: State, batches: list[Batch]) -> Tensor | None:
     """Returns the groups, int64 [N] on the device; None if all are known to differ."""
     # on the CPU, where reading them waits for nothing
     groups = torch.cat([batch["group"] for batch in batches])
