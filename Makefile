@@ -148,6 +148,7 @@ plan: install  ## hours of a run on a card, predicted; writes benchmarks/results
 bench: install  ## microbenchmarks on this CPU; writes benchmarks/results
 	$(BIN)/python -m pytest benchmarks --write
 	$(BIN)/python -m benchmarks.host
+	$(BIN)/python -m benchmarks.launches
 
 bench-gpu: install  ## selftest, timings; writes benchmarks/results
 	$(BIN)/python -m benchmarks.gpu

@@ -51,9 +51,10 @@ def _step(call: Callable[[], Tensor], backward: bool) -> None:
     out.backward(torch.empty_like(out) if out.dim() else None)
 
 
-def loss(
-    terms: tuple[str, ...], n: int, width: int, dtype: torch.dtype, backward: bool, **options
-) -> None:
+def loss_function(
+    terms: tuple[str, ...], n: int, width: int, dtype: torch.dtype, **options
+) -> Callable[[], Tensor]:
+    """Returns a function that computes the sum of a loss's terms."""
     tensors = {name: _leaf(n, width, dtype=dtype) for name in ("image", "text")}
     tensors["logit_scale"] = _leaf()
     if "pair_matching" in terms:
@@ -68,10 +69,13 @@ def loss(
         tensors["teacher_scale"] = _leaf(grad=False)
     weights = dict.fromkeys(terms, 1.0) if len(terms) > 1 else None
     total = "loss" if weights else terms[0]
-    _step(
-        lambda: ops.similarity_loss(**tensors, terms=terms, weights=weights, **options)[total],
-        backward,
-    )
+    return lambda: ops.similarity_loss(**tensors, terms=terms, weights=weights, **options)[total]
+
+
+def loss(
+    terms: tuple[str, ...], n: int, width: int, dtype: torch.dtype, backward: bool, **options
+) -> None:
+    _step(loss_function(terms, n, width, dtype, **options), backward)
 
 
 def attention(shape: tuple[int, ...], causal: bool, dtype: torch.dtype, backward: bool) -> None:

@@ -60,10 +60,10 @@ def values(
     r - E_T[Z] + entropy (E_T[T] - r̂) = (r - z) - entropy (r̂ - t) + m (mean + z - entropy t).
     """
     # of the parts that are not used, autograd makes zeros one by one
-    lse, of_teacher, diagonal, teacher_diagonal, unmatched = rows.split([1, 2, 1, 1, 1])
+    lse, of_teacher, diagonal, teacher_diagonal, unmatched = rows.split_with_sizes([1, 2, 1, 1, 1])
     of_teacher = of_teacher.unsqueeze(1)
     if columns is not None:  # both directions, [2, N]
-        column_lse, of_columns = columns.split([1, 2])
+        column_lse, of_columns = columns.split_with_sizes([1, 2])
         lse = torch.cat([lse, column_lse])
     terms = []
     positive = scale * diagonal
