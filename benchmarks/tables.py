@@ -73,6 +73,9 @@ COLUMNS: dict[str, tuple[str, Callable[[str], str]]] = TEXT | {
     "bound": ("bound by", str),
     "bytes": ("GB", lambda value: f"{float(value) / 1e9:.2f}"),
     "launches": ("kernels", str),
+    "triton_launches": ("launches by Triton", str),
+    "torch_launches": ("by torch", str),
+    "host_us": ("µs of the host", str),
 }
 
 
@@ -404,6 +407,9 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
         ),
         "machine-code": machine_code,
         "peers": peers,
+        "launches": partial(
+            op_table, "launches", "Forward and backward, bfloat16", "python -m benchmarks.launches"
+        ),
         "ablation": ablation,
     },
 }
