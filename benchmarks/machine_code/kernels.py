@@ -69,13 +69,18 @@ class Counted:
         return predict(program, phases, macs * len(self.products))
 
 
-def compiled(case: Case, architecture: int, tile: Tile | None = None) -> Counted:
-    """Returns a case's machine code. tile: replaces the table's."""
-    kernel = next(
+def kernel_of(case: Case, architecture: int) -> gates.Kernel:
+    """Returns what a case compiles, with the table's tile."""
+    return next(
         kernel
         for kernel in gates.kernels("bfloat16", architecture, True)
         if (kernel.name, kernel.matrices) == (case.function, case.form)
     )
+
+
+def compiled(case: Case, architecture: int, tile: Tile | None = None) -> Counted:
+    """Returns a case's machine code. tile: replaces the table's."""
+    kernel = kernel_of(case, architecture)
     return counted(_with_tile(kernel, tile) if tile else kernel, case, architecture)
 
 

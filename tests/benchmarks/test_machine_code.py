@@ -1,6 +1,7 @@
 """benchmarks.machine_code: parsing of SASS, the pipes of a tile by hand, and compiled kernels."""
 
 import importlib.util
+import itertools
 from collections import Counter
 
 import pytest
@@ -11,7 +12,7 @@ if importlib.util.find_spec("triton") is None:
 
 from benchmarks.machine_code import sass
 from benchmarks.machine_code.__main__ import main, own_rates, parse_tile, tile_text
-from benchmarks.machine_code.kernels import ATTENTION, CASES, compiled
+from benchmarks.machine_code.kernels import ATTENTION, CASES, compiled, kernel_of
 from benchmarks.machine_code.peers import PUBLISHED, calibration
 from benchmarks.machine_code.pipes import (
     ARCHITECTURES,
@@ -173,6 +174,15 @@ def test_the_constants_of_the_plan_are_those_of_the_result_files():
     peers = read_csv(max(RESULTS.glob("peers-predicted-*.csv")))
     assert calibration(peers) == time.CALIBRATION
     assert len(peers) == len(PUBLISHED)
+
+
+def test_the_result_file_has_the_tiles_of_the_table():
+    """After a change of a tile the shares are counted again."""
+    rows = read_csv(max(RESULTS.glob("machine-code-*.csv")))
+    tiles = {(row["kernel"], int(row["sm"])): row["tile"] for row in rows}
+    for case, architecture in itertools.product(CASES, ARCHITECTURES):
+        tile = tile_text(kernel_of(case, architecture).tile)
+        assert tiles[case.name, architecture] == tile, (case.name, architecture)
 
 
 @pytest.mark.parametrize(
