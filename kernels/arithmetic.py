@@ -9,6 +9,8 @@ import triton.language as tl
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 INF: tl.constexpr = tl.constexpr(float("inf"))
+# of a group of blocks: of half types 2 MB of a cache at a width of 1024
+GROUP_ROWS: tl.constexpr = tl.constexpr(1024)
 
 
 @triton.jit
@@ -34,12 +36,13 @@ def reciprocal(x):
 
 
 @triton.jit
-def block_of_program(row_blocks, column_blocks, GROUP: tl.constexpr):
+def block_of_program(row_blocks, column_blocks, BLOCK_M: tl.constexpr):
     """Returns (row, column), in blocks, of this program's block of a matrix of blocks.
 
-    Programs go through GROUP blocks of rows in turn, so that those that run together read the same
-    rows and columns.
+    Programs go through groups of blocks of rows, 1024 rows in each, so that those that run together
+    read the same rows and columns.
     """
+    GROUP: tl.constexpr = GROUP_ROWS // BLOCK_M
     program = tl.program_id(0)
     first = program // (GROUP * column_blocks) * GROUP
     group = tl.minimum(row_blocks - first, GROUP)

@@ -36,7 +36,6 @@ def _parallel_mlp_hidden_kernel(
     h_stride,
     ACT: tl.constexpr,
     EVEN: tl.constexpr,  # C is a multiple of BLOCK_K
-    GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -47,7 +46,7 @@ def _parallel_mlp_hidden_kernel(
     It reads only the part of h that it overwrites.
     """
     row_block, column_block = block_of_program(
-        tl.cdiv(tokens, BLOCK_M), tl.cdiv(hidden, BLOCK_N), GROUP
+        tl.cdiv(tokens, BLOCK_M), tl.cdiv(hidden, BLOCK_N), BLOCK_M
     )
     row = row_block * BLOCK_M
     rows = tl.minimum(tl.arange(0, BLOCK_M), tokens - 1 - row)

@@ -23,7 +23,6 @@ from simplclip.kernels.runtime import (
     product,
 )
 
-GROUP = 8  # blocks of rows that use the same blocks of columns while these columns are in the cache
 BLOCK = 2048  # elements that a program activates
 SCRATCH_BYTES = 16 << 20  # of the rows of act(h) that exist at a time
 
@@ -102,7 +101,6 @@ def _overwrite_hidden(grad: Tensor, weight: Tensor, h: Tensor, act: str) -> None
         *sizes,
         ACT=act,
         EVEN=width % tile.block_k == 0,
-        GROUP=GROUP,
         PRECISION=tuning.dot_precision(precision),
         **tile.options(),
     )

@@ -19,7 +19,6 @@ from simplclip.kernels.similarity.rows import (
     sigmoid_number,
 )
 from simplclip.kernels.similarity.tile import (
-    GROUP,
     exp,
     finite,
     is_negative,
@@ -115,7 +114,7 @@ def _similarity_gradient_kernel(
 
     The sums are the gradients of scale and of plane's p and q.
     """
-    row_block, column_block = block_of_program(row_blocks, column_blocks, GROUP)
+    row_block, column_block = block_of_program(row_blocks, column_blocks, TILE.BLOCK_M)
     row = first_row + row_block * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)
     column = first_column + column_block * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
     sums += tl.program_id(0) * 3  # SUMS

@@ -14,7 +14,6 @@ from simplclip.kernels.similarity.rows import (
     sigmoid_number,
 )
 from simplclip.kernels.similarity.tile import (
-    GROUP,
     is_negative,
     product,
     softplus_and_sigmoid,
@@ -52,7 +51,7 @@ def _similarity_sigmoid_kernel(
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    row_block, column_block = block_of_program(row_blocks, column_blocks, GROUP)
+    row_block, column_block = block_of_program(row_blocks, column_blocks, BLOCK_M)
     row = first_row + row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     column = first_column + column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     sums += tl.program_id(0) * 3 * TERMS

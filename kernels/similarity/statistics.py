@@ -8,7 +8,6 @@ import triton.language as tl
 from simplclip.kernels.arithmetic import INF, LN2, block_of_program
 from simplclip.kernels.similarity.rows import LSE_STUDENT, LSE_TEACHER, MEAN, PAIR_MATCHING
 from simplclip.kernels.similarity.tile import (
-    GROUP,
     exp,
     finite,
     is_negative,
@@ -79,7 +78,7 @@ def _similarity_statistics_kernel(
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    row_block, split = block_of_program(row_blocks, splits, GROUP)
+    row_block, split = block_of_program(row_blocks, splits, BLOCK_M)
     row_of_part = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     row = first_row + row_of_part
 

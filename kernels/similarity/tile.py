@@ -5,9 +5,6 @@ import triton.language as tl
 
 from simplclip.kernels.arithmetic import INF, LOG2E, reciprocal, rounded_to_tf32
 
-# of block_of_program: with tiles of 64 rows and D = 512, 1 MB of the cache
-GROUP: tl.constexpr = tl.constexpr(16)
-
 
 @triton.jit
 def product(

@@ -184,7 +184,7 @@ def mlp_kernels(
         activate, constants = mlp._parallel_mlp_activate_kernel, {"ACT": act, "BLOCK": mlp.BLOCK}
         yield Kernel(activate, constants, tuning.Tile(0, 0, 0, 4, 3), dtype, act, False, types)
         for whole in even:
-            constants = {"ACT": act, "EVEN": whole, "GROUP": mlp.GROUP, **products(tile, precision)}
+            constants = {"ACT": act, "EVEN": whole, **products(tile, precision)}
             what = act + " odd C" * (not whole), True, types
             yield Kernel(mlp._parallel_mlp_hidden_kernel, constants, tile, dtype, *what)
 
