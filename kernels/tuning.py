@@ -1,4 +1,4 @@
-"""Tiles of the kernels that multiply matrices, by op and precision, without autotuning.
+"""Tiles of the kernels that multiply matrices, by kernel and precision, without autotuning.
 
 `make aot` compiles every kernel with its tile and prints registers, shared memory and occupancy;
 none may spill.
@@ -6,6 +6,7 @@ none may spill.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 
@@ -17,7 +18,8 @@ class Tile(NamedTuple):
     block_k: int
     warps: int
     stages: int
-    # at least so many programs share a multiprocessor; forward divides the columns accordingly
+    # at least so many programs share a multiprocessor; of statistics with half types exactly so
+    # many, since forward divides the columns accordingly
     blocks: int = 1
     # of a thread at most; without a limit ptxas spills a few where more programs fit then
     registers: int | None = None
@@ -35,25 +37,40 @@ def dot_precision(precision: str) -> str:
     return "tf32" if precision == "tf32" else "ieee"
 
 
-# Several programs of the similarity kernels share a multiprocessor: the statistics of one run
-# beside the products of others.
+# By words: the architecture, the precision, the kernel (statistics, gradient, sigmoid or
+# parallel_mlp), and what its call has (teacher, plane, ids). A launch has the tile of the first
+# line whose words all fit it. Two programs share a multiprocessor where they can: one multiplies
+# while the other computes exponentials. Large tiles read less from the L2 cache, but some forms
+# spill with them.
 _TILES = {
-    ("similarity", "half"): Tile(64, 64, 32, 4, 4, 2, registers=248),
-    # its L2 cache is slow beside its tensor cores; three stages spill
-    ("similarity", "half", 90): Tile(128, 64, 64, 8, 2),
-    ("similarity", "tf32"): Tile(64, 64, 16, 4, 4, 2, registers=248),
-    ("similarity", "tf32", 90): Tile(64, 64, 16, 8, 3),  # four warps spill
-    ("similarity", "ieee"): Tile(64, 64, 16, 8, 3, registers=248),
-    ("parallel_mlp", "half"): Tile(128, 128, 32, 8, 3),
-    ("parallel_mlp", "tf32"): Tile(128, 128, 16, 8, 3),
-    ("parallel_mlp", "ieee"): Tile(64, 64, 16, 8, 3),
+    "sm_90 half statistics teacher": Tile(128, 64, 64, 8, 2),  # three stages spill
+    "sm_90 half statistics plane": Tile(64, 128, 32, 4, 7, 2, registers=248),
+    "sm_90 half statistics ids": Tile(64, 128, 32, 4, 7, 2, registers=248),
+    "sm_90 half statistics": Tile(128, 128, 32, 4, 4, 2),
+    "sm_90 half gradient teacher": Tile(64, 64, 64, 4, 3, 2, registers=248),
+    "sm_90 half gradient plane": Tile(64, 64, 64, 4, 3, 2, registers=248),
+    "sm_90 half gradient": Tile(64, 128, 64, 4, 4, 2, registers=248),
+    "sm_90 half sigmoid": Tile(64, 64, 64, 4, 3, 2, registers=248),
+    "sm_90 half parallel_mlp": Tile(128, 64, 64, 4, 3, 2),
+    "half parallel_mlp": Tile(128, 64, 32, 4, 4, 2),
+    "half teacher": Tile(64, 64, 32, 4, 4, 2, registers=248),
+    "half sigmoid": Tile(64, 64, 32, 4, 4, 2, registers=248),
+    "half": Tile(128, 64, 32, 4, 3, 2, registers=248),
+    "tf32 parallel_mlp": Tile(128, 128, 16, 8, 3),
+    "sm_90 tf32": Tile(64, 64, 16, 8, 3),  # four warps spill
+    "tf32 teacher": Tile(64, 64, 16, 4, 4, 2, registers=248),
+    "tf32 sigmoid": Tile(64, 64, 16, 4, 4, 2, registers=248),
+    "tf32": Tile(128, 64, 16, 4, 3, 2, registers=248),
+    "ieee": Tile(64, 64, 16, 8, 3, registers=248),
 }
 
 
-def lookup(op: str, precision: str, architecture: int) -> Tile:
-    """Returns the tile of an op on a GPU: its architecture's own, or else that of all.
+@functools.cache
+def lookup(precision: str, architecture: int, kernel: str, *parts: str) -> Tile:
+    """Returns the tile of a kernel on a GPU: that of the first line whose words all fit. Cached.
 
-    op: "similarity" or "parallel_mlp". precision: "half", "tf32" or "ieee". architecture: e.g. 90.
-    Raises KeyError for others.
+    precision: "half", "tf32" or "ieee". architecture: e.g. 90. kernel: "statistics", "gradient",
+    "sigmoid" or "parallel_mlp". parts: those of "teacher", "plane" and "ids" that the call has.
     """
-    return _TILES.get((op, precision, architecture)) or _TILES[op, precision]
+    words = {precision, f"sm_{architecture}", kernel, *parts}
+    return next(tile for line, tile in _TILES.items() if words.issuperset(line.split()))

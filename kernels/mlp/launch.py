@@ -88,7 +88,7 @@ def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], [0, F] if not n
 def _overwrite_hidden(grad: Tensor, weight: Tensor, h: Tensor, act: str) -> None:
     """Overwrites h [T, F] by (grad weight) ∘ act'(h); grad [T, C], weight [C, F]."""
     precision = precision_of(h.dtype)
-    tile = tuning.lookup("parallel_mlp", precision, architecture_and_processors(h)[0])
+    tile = tuning.lookup(precision, architecture_and_processors(h)[0], "parallel_mlp")
     tokens, width = grad.shape
     hidden = h.shape[1]
     sizes = (tokens, width, hidden, grad.stride(0), weight.stride(0), h.stride(0))

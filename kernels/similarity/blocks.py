@@ -13,7 +13,8 @@ from torch import Tensor
 from simplclip.calls.similarity import SigmoidCall, SimilarityGradient
 from simplclip.kernels.runtime import launch, product
 from simplclip.kernels.similarity.gradient import _similarity_range_kernel
-from simplclip.kernels.similarity.plan import arguments, block_sides, blocks_of, tile_of
+from simplclip.kernels.similarity.plan import block_sides, blocks_of
+from simplclip.kernels.tuning import Tile
 
 RANGE = {"BLOCK": 2048}  # of the range kernel, which has no tile in tuning.py
 
@@ -73,6 +74,7 @@ class FeatureGradient:
 def gradients_in_blocks(
     call: SimilarityGradient | SigmoidCall,
     kernel: Any,
+    tile: Tile,
     numbers: int,  # sums of a program
     range_: tuple[Tensor | None, Tensor | None],
     dtype: torch.dtype,
@@ -85,10 +87,9 @@ def gradients_in_blocks(
     sums are those that the kernel makes for gradients of numbers, as of the scale; a program adds
     to its own in all blocks, so that their order is fixed. range_: from `range_factor`.
     dtype: of d_image and d_text; one that the call does not need has no rows. stored: whether the
-    kernel stores G; False only if neither is needed. inputs: further arguments of the kernel.
+    kernel stores G; False only if neither is needed. inputs: its other arguments and options.
     """
     factor, unscale = range_
-    tile = tile_of(call)
     n = call.image.shape[0]
     m = call.text.shape[0]
     rows, columns = block_sides(n, m, call.chunk * m)
@@ -100,7 +101,7 @@ def gradients_in_blocks(
     d_image = FeatureGradient(call.image, call.need_image, dtype)
     d_text = FeatureGradient(call.text, call.need_text, dtype)
     outputs = {"factor": factor, "out": scratch, "sums": sums, "out_stride": pitch}
-    shared = {**arguments(call), **inputs, **outputs}
+    shared = {**inputs, **outputs}
     for row_range, column_range in blocks_of(n, m, rows, columns):
         height = row_range.stop - row_range.start
         breadth = column_range.stop - column_range.start

@@ -22,13 +22,14 @@ from simplclip.calls.similarity import (
 from simplclip.kernels.runtime import launch
 from simplclip.kernels.similarity.blocks import gradients_in_blocks, range_factor
 from simplclip.kernels.similarity.gradient import SUMS, _similarity_gradient_kernel
-from simplclip.kernels.similarity.plan import ROW_SLOTS, arguments, column_slots, sweeps
+from simplclip.kernels.similarity.plan import ROW_SLOTS, arguments, column_slots, sweeps, tile_of
 from simplclip.kernels.similarity.sigmoid import _similarity_sigmoid_kernel
 from simplclip.kernels.similarity.statistics import (
     _similarity_diagonal_kernel,
     _similarity_merge_kernel,
     _similarity_statistics_kernel,
 )
+from simplclip.kernels.tuning import Tile
 
 # Blocks of the small kernels, which have no tiles in tuning.py.
 MERGE = {"BLOCK_PARTS": 16, "BLOCK": 64}
@@ -63,11 +64,11 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
     return rows, columns, stored
 
 
-def _matrix_arguments(call: SimilarityCall) -> dict[str, Any]:
+def _matrix_arguments(call: SimilarityCall, tile: Tile) -> dict[str, Any]:
     """Returns the arguments by name that the kernels of statistics and of the gradient share."""
     teacher_width = 0 if call.teacher_image is None else call.teacher_image.shape[1]
     return {
-        **arguments(call, teacher_width),
+        **arguments(call, tile, teacher_width),
         "teacher_image": call.teacher_image,
         "teacher_text": call.teacher_text,
         "teacher_scale": call.teacher_scale,
@@ -79,10 +80,11 @@ def _matrix_arguments(call: SimilarityCall) -> dict[str, Any]:
 
 def _write_statistics(call: SimilarityCall, rows: Tensor, columns: Tensor) -> None:
     """Writes all statistics but those of the positives to rows [6, N] and columns [3, M]."""
-    shared = _matrix_arguments(call)
+    tile = tile_of(call, "statistics")
+    shared = _matrix_arguments(call, tile)
     m = call.text.shape[0]
     slots = column_slots(call)
-    for sweep in sweeps(call):
+    for sweep in sweeps(call, tile):
         row_parts = rows.new_empty(sweep.splits, ROW_SLOTS, sweep.row_count)
         column_parts = rows.new_empty(sweep.row_blocks, slots, m) if call.columns else None
         launch(
@@ -141,6 +143,7 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tenso
     if call.columns:
         columns = call.column_stats
         grads["grad_columns"] = call.grad_columns
+    tile = tile_of(call, "gradient")
     with torch.cuda.device_of(call.image):
         factor = range_factor(
             call, scale=call.scale, plane=call.plane, **grads, HAS_TEACHER=call.has_teacher
@@ -148,10 +151,11 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tenso
         d_image, d_text, sums = gradients_in_blocks(
             call,
             _similarity_gradient_kernel,
+            tile,
             SUMS,
             factor,
             call.image.dtype,
-            **_matrix_arguments(call),
+            **_matrix_arguments(call, tile),
             rows=call.row_stats,
             columns=columns,
             **grads,
@@ -172,6 +176,7 @@ def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tenso
     terms = call.sigmoids.shape[1]
     dtype = torch.float32 if call.image.dtype == torch.float16 else call.image.dtype
     inputs: dict[str, Any] = {"sigmoids": call.sigmoids, "TERMS": terms}
+    tile = tile_of(call, "sigmoid")
     with torch.cuda.device_of(call.image):
         factor: tuple[Tensor | None, Tensor | None] = (None, None)
         if call.gradient:
@@ -179,10 +184,12 @@ def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tenso
         d_image, d_text, sums = gradients_in_blocks(
             call,
             _similarity_sigmoid_kernel,
+            tile,
             3 * terms,
             factor,
             dtype,
             stored=call.gradient,
+            **arguments(call, tile),
             **inputs,
             GRADIENT=call.gradient,
         )

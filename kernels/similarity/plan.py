@@ -30,18 +30,24 @@ class Tiling:
     PRECISION: str
 
 
-def tile_of(call: SimilarityCall | SigmoidCall) -> tuning.Tile:
-    """Returns the tile of the similarity kernels for the call's dtype, on its device."""
+# parts of a call by which tiles differ, and the field that is None without one
+PARTS = {"teacher": "teacher_image", "plane": "plane", "ids": "ids"}
+
+
+def tile_of(call: SimilarityCall | SigmoidCall, kernel: str) -> tuning.Tile:
+    """Returns the tile of a kernel for this call: "statistics", "gradient" or "sigmoid"."""
     architecture, _ = architecture_and_processors(call.image)
-    return tuning.lookup("similarity", precision_of(call.image.dtype), architecture)
+    parts = [part for part, field in PARTS.items() if getattr(call, field, None) is not None]
+    return tuning.lookup(precision_of(call.image.dtype), architecture, kernel, *parts)
 
 
-def arguments(call: SimilarityCall | SigmoidCall, *widths: int) -> dict[str, object]:
+def arguments(
+    call: SimilarityCall | SigmoidCall, tile: tuning.Tile, *widths: int
+) -> dict[str, object]:
     """Returns arguments and launch options by name, of every kernel that multiplies features.
 
     widths: of the teacher's features, if the kernel multiplies them too.
     """
-    tile = tile_of(call)
     n, width = call.image.shape
     even = all(count % tile.block_k == 0 for count in (width, *widths))
     precision = tuning.dot_precision(precision_of(call.image.dtype))
@@ -81,13 +87,12 @@ class Sweep(NamedTuple):
     tiles_per_split: int
 
 
-def sweeps(call: SimilarityCall) -> Iterator[Sweep]:
+def sweeps(call: SimilarityCall, tile: tuning.Tile) -> Iterator[Sweep]:
     """Yields the ranges of rows, from row 0 to N, one for each launch of forward.
 
     A sweep's parts of columns have at most as many bytes as `chunk` rows of a matrix, or are those
     of one block of rows.
     """
-    tile = tile_of(call)
     _, processors = architecture_and_processors(call.image)
     n = call.image.shape[0]
     m = call.text.shape[0]

@@ -23,7 +23,7 @@ from simplclip.kernels.similarity.gradient import (
     _similarity_range_kernel,
 )
 from simplclip.kernels.similarity.launch import DIAGONAL, MERGE, MERGE_WARPS
-from simplclip.kernels.similarity.plan import ROW_SLOTS, Tiling
+from simplclip.kernels.similarity.plan import PARTS, ROW_SLOTS, Tiling
 from simplclip.kernels.similarity.sigmoid import _similarity_sigmoid_kernel
 from simplclip.kernels.similarity.statistics import (
     _similarity_diagonal_kernel,
@@ -115,7 +115,9 @@ def similarity(
 ) -> Kernel:
     """Returns the large kernel of a form. tile: replaces the tile of the table."""
     precision = DTYPES[dtype][1]
-    tile = tile or tuning.lookup("similarity", precision, architecture)
+    kernel = "gradient" if backward else "statistics"
+    parts = [part for part in PARTS if getattr(form, part)]
+    tile = tile or tuning.lookup(precision, architecture, kernel, *parts)
     constants = {"TILE": tiling(tile, form.even, precision), **absent("ids text_ids", not form.ids)}
     constants |= absent("teacher_image teacher_text teacher_scale", not form.teacher) | absent(
         "plane", not form.plane
@@ -135,11 +137,11 @@ def similarity(
 def sigmoid_kernels(dtype: str, architecture: int, everything: bool) -> Iterator[Kernel]:
     """Yields kernels of one and two terms, with gradients or not."""
     precision = DTYPES[dtype][1]
-    tile = tuning.lookup("similarity", precision, architecture)
     for terms, gradient, ids, even in itertools.product(
         (1, 2), (True, False), (True, False), (True, False)
     ):
         if everything or (ids and not even):
+            tile = tuning.lookup(precision, architecture, "sigmoid", *["ids"] * ids)
             constants = {"TERMS": terms, "GRADIENT": gradient}
             constants |= {"TILE": tiling(tile, even, precision), **absent("ids text_ids", not ids)}
             constants |= absent("factor", not gradient or dtype != "float16")
@@ -179,7 +181,7 @@ def mlp_kernels(
     """Yields kernels for a C that is a multiple of a block, and for other C."""
     precision = DTYPES[dtype][1]
     types = dict.fromkeys(("h", "activated", "weight", "grad"), "*element")
-    tile = tuning.lookup("parallel_mlp", precision, architecture)
+    tile = tuning.lookup(precision, architecture, "parallel_mlp")
     for act in acts:
         activate, constants = mlp._parallel_mlp_activate_kernel, {"ACT": act, "BLOCK": mlp.BLOCK}
         yield Kernel(activate, constants, tuning.Tile(0, 0, 0, 4, 3), dtype, act, False, types)

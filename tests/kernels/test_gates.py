@@ -52,11 +52,18 @@ def test_too_much_shared_memory_fails_the_gate():
 
 def test_every_precision_has_tiles():
     """A tile divides the sides of blocks; 16 is the least product of all versions of Triton."""
-    for op, precision in itertools.product(("similarity", "parallel_mlp"), tuning.PRECISIONS):
-        for architecture in gate.LIMITS:
-            tile = tuning.lookup(op, precision, architecture)
-            assert min(tile[:3]) >= 16, (op, precision, architecture)
-            assert SIDE % tile.block_m == SIDE % tile.block_n == 0, (op, precision, architecture)
+    for precision, architecture in itertools.product(tuning.PRECISIONS, gate.LIMITS):
+        for kernel in ("statistics", "gradient", "sigmoid", "parallel_mlp"):
+            assert tuning.lookup(precision, architecture, kernel)
+    for line, tile in tuning._TILES.items():
+        assert min(tile[:3]) >= 16, line
+        assert SIDE % tile.block_m == SIDE % tile.block_n == 0, line
+
+
+@pytest.mark.slow
+def test_statistics_have_just_the_planned_blocks():
+    kernel = similarity(SIMPLEST, "bfloat16", 86, False, tuning.Tile(64, 64, 32, 4, 4, 2))
+    assert gate.measure(kernel, 86).failures == ["3 blocks per multiprocessor, planned 2"]
 
 
 def test_the_gates_compile_every_kernel():

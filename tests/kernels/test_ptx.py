@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -30,6 +33,8 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 import ptx
 from ptx.capture import Started
 from ptx.machine import Code, Variant
+from simplclip.kernels import runtime as launching
+from simplclip.kernels import tuning
 from simplclip.kernels.similarity.blocks import range_factor
 from simplclip.kernels.similarity.launch import _merge
 from simplclip.kernels.similarity.plan import ROW_SLOTS, column_slots
@@ -83,10 +88,51 @@ SUITE = [
 ]
 
 
+# what the suite runs in bfloat16 for sm_90, which has tiles of its own
+SUITE_90 = ("contrastive, odd width", "pair matching, ids, odd width", "parallel_mlp")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), SUITE)
 def test_ops(name, kind):
     run(name, kind, 86)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SUITE_90)
+def test_tiles_of_sm_90(name):
+    skip_without_fence(name, "bf16", 90)
+    run(name, "bf16", 90)
+
+
+def lines(calls: Iterable[tuple[str, str]], sm: int) -> set[str]:
+    """Returns the lines of the table of tiles that the calls' launches take; executes none."""
+    line_of = {id(tile): line for line, tile in tuning._TILES.items()}
+    taken = set()
+
+    def noted(*words: Any) -> tuning.Tile:
+        tile = lookup(*words)
+        taken.add(line_of[id(tile)])
+        return tile
+
+    lookup = tuning.lookup
+    for name, kind in calls:
+        case = case_of(name, kind)
+        with (
+            mock.patch.object(tuning, "lookup", noted),
+            mock.patch.object(launching, "start"),
+            kernels_alone(name),
+            ptx.card(sm, tf32=case.tf32),
+        ):
+            case.run()
+    return taken
+
+
+@pytest.mark.slow
+def test_the_proof_executes_every_tile():
+    calls = [each for each in EVERY if "attention" not in each[0] and each[1] != "fp16"]
+    left = tuning._TILES.keys() - lines(calls, 86) - lines(calls, 90)
+    assert not left, f"no call has the tiles {left}"
 
 
 @pytest.mark.prove

@@ -118,6 +118,15 @@ def bfe(x: int, start: int, count: int, negative: bool) -> int:
     return sum(bit << i for i, bit in enumerate(bits))
 
 
+def permuted(a: int, b: int, selector: int) -> int:
+    """As prmt in the PTX ISA, byte by byte; the top bit of a digit repeats the byte's sign."""
+    bytes_ = (a | b << 32).to_bytes(8, "little")
+    digits = [selector >> 4 * i & 15 for i in range(4)]
+    chosen = [bytes_[digit & 7] for digit in digits]
+    signed_ = [255 * (byte >> 7) if digit & 8 else byte for byte, digit in zip(chosen, digits)]
+    return int.from_bytes(signed_, "little")
+
+
 INTEGERS = {
     "add.s32 %r20, %r21, %r22;": lambda a, b, c: a + b,
     "mul.lo.s32 %r20, %r21, %r22;": lambda a, b, c: a * b,
@@ -133,6 +142,9 @@ INTEGERS = {
     "bfe.u32 %r20, %r21, %r23, 7;": lambda a, b, c: bfe(a, c, 7, False),
     "bfe.s32 %r20, %r21, 3, %r23;": lambda a, b, c: bfe(a, 3, c, True),
     "bfi.b32 %r20, %r21, %r22, 29, 3;": lambda a, b, c: b & (1 << 29) - 1 | (a & 7) << 29,
+    "prmt.b32 %r20, %r21, %r22, %r23;": lambda a, b, c: permuted(a, b, c),
+    "prmt.b32 %r20, %r21, 0, 0x7701U;": lambda a, b, c: (a & 255) << 8 | a >> 8 & 255,
+    "prmt.b32 %r20, %r21, %r22, 0xC362U;": lambda a, b, c: permuted(a, b, 0xC362),
     "max.s32 %r20, %r21, %r22;": lambda a, b, c: max(signed(a), signed(b)),
     "min.u32 %r20, %r21, %r22;": min,
 }

@@ -72,6 +72,7 @@ ELEMENTWISE: list[tuple[str, str, Callable]] = [
     ("shl.T", "T T u32", lambda x, count: numbers.shifted(x, count, left=True)),
     ("shr.T", "T T u32", lambda x, count: numbers.shifted(x, count, left=False)),
     ("bfe.T", "T T u32 u32", numbers.extracted),
+    ("prmt.b32", "b32 b32 b32 u32", numbers.permuted),
     ("bfi.b32", "b32 b32 b32 u32 u32", numbers.inserted),
     *((f"setp.{name}.T", "pred T T", f) for name, f in _COMPARE.items()),
     *((f"setp.{name}.ftz?.f32", "pred f32 f32", _ordered(f)) for name, f in _COMPARE.items()),

@@ -151,6 +151,18 @@ def extracted(x: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarra
     return np.where(negative, field | ~mask, field).astype(x.dtype)
 
 
+def permuted(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    """Returns prmt: byte i is the byte of b:a that digit i of the selector names, or its sign."""
+    both = b.astype(np.uint64) << np.uint64(32) | a
+    result = np.zeros(both.shape, np.uint64)
+    for i in range(4):
+        digit = (selector >> 4 * i & 15).astype(np.uint64)
+        byte = both >> 8 * (digit & 7) & 255
+        sign = np.where(byte >> 7, 255, 0).astype(np.uint64)
+        result |= np.where(digit & 8, sign, byte) << np.uint64(8 * i)
+    return result.astype(np.uint32)
+
+
 def inserted(a: np.ndarray, b: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
     """Returns bfi of 32 bits: the low `length` bits of a at bit `start` of b."""
     start, length = (np.minimum(each & 255, 32).astype(np.uint64) for each in (start, length))

@@ -66,6 +66,9 @@ QUICK: dict[str, Callable[[], Call]] = {
 QUICK_IN_BF16: dict[str, Callable[[], Call]] = {
     "every term, blocks": pairs(160, 320, width=64, teacher_width=112, ids=True, **BLOCKS),
     "attention, wide": lengths([33, 0], 2, 40, 1, 128),
+    # several tiles of 128 rows, the last ones partly filled
+    "contrastive, odd width": pairs(130, 133, "contrastive", width=72),
+    "pair matching, ids, odd width": pairs(130, 133, *TERMS[:2], width=72, ids=True),
 }
 CALLS: dict[str, Callable[[], Call]] = {
     **QUICK,
@@ -75,7 +78,6 @@ CALLS: dict[str, Callable[[], Call]] = {
     "contrastive": pairs(256, 384, "contrastive", width=512),
     "contrastive, one pair": pairs(1, 1, "contrastive", width=64),
     "contrastive, one side": pairs(70, 133, "contrastive", width=72, ids=True, symmetric=False),
-    "contrastive, odd width": pairs(65, 129, "contrastive", width=100),
     "contrastive, blocks": lambda: uneven(
         similarity_call(300, 400, 50, terms=TERMS[:1], width=40, ids=True, **BLOCKS)
     ),
