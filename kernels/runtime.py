@@ -14,15 +14,24 @@ COMPILE = {"enable_fp_fusion": True}
 
 
 @functools.cache
-def _device(index: int) -> tuple[int, int]:
-    """Returns (architecture, multiprocessors) of the GPU of this index, e.g. (90, 132). Cached."""
+def _device(index: int) -> tuple[int, int, int]:
+    """Returns (architecture, multiprocessors, bytes of L2 cache) of the GPU of this index. Cached.
+
+    For example (90, 132, 52428800).
+    """
     properties = torch.cuda.get_device_properties(index)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count
+    architecture = 10 * properties.major + properties.minor
+    return architecture, properties.multi_processor_count, properties.L2_cache_size
 
 
 def architecture_and_processors(tensor: Tensor) -> tuple[int, int]:
     """Returns the architecture of the tensor's GPU, e.g. 90, and its number of multiprocessors."""
-    return _device(tensor.device.index)
+    return _device(tensor.device.index)[:2]
+
+
+def cache_bytes(tensor: Tensor) -> int:
+    """Returns the size of the L2 cache of the tensor's GPU."""
+    return _device(tensor.device.index)[2]
 
 
 def precision_of(dtype: torch.dtype) -> str:
@@ -74,16 +83,18 @@ def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
 
 
 @functools.cache
-def splits(blocks: int, tiles: int, slots: int) -> tuple[int, int]:
+def splits(blocks: int, tiles: int, slots: int, least: int = 1) -> tuple[int, int]:
     """Returns (ranges, tiles per range): how the tiles of each block of rows are divided.
 
-    slots: programs that run at a time. The cost is the number of rounds of programs times tiles per
-    range, and half a tile for the other work of a program, which prefers large ranges. Cached.
+    slots: programs that run at a time. least: ranges, where there are so many tiles. The cost is
+    the number of rounds of programs times tiles per range, and half a tile for the other work of a
+    program, which prefers large ranges. Cached.
     """
-    limit = min(tiles, max(8, -(-2 * slots // blocks)))
+    least = min(least, tiles)
+    limit = min(tiles, least + max(7, -(-2 * slots // blocks)))
 
     def cost(ranges: int) -> float:
         return -(-blocks * ranges // slots) * (-(-tiles // ranges) + 0.5)
 
-    per_split = -(-tiles // min(range(1, limit + 1), key=cost))
+    per_split = -(-tiles // min(range(least, limit + 1), key=cost))
     return -(-tiles // per_split), per_split

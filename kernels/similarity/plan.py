@@ -11,7 +11,12 @@ from typing import NamedTuple
 
 from simplclip.calls.similarity import SigmoidCall, SimilarityCall
 from simplclip.kernels import tuning
-from simplclip.kernels.runtime import architecture_and_processors, precision_of, splits
+from simplclip.kernels.runtime import (
+    architecture_and_processors,
+    cache_bytes,
+    precision_of,
+    splits,
+)
 
 # sides of a block of G are multiples of 128, and so of a tile's sides, unless they end with the
 # matrix
@@ -91,7 +96,8 @@ def sweeps(call: SimilarityCall, tile: tuning.Tile) -> Iterator[Sweep]:
     """Yields the ranges of rows, from row 0 to N, one for each launch of forward.
 
     A sweep's parts of columns have at most as many bytes as `chunk` rows of a matrix, or are those
-    of one block of rows.
+    of one block of rows. Each program reads its rows once for each tile of columns, so that columns
+    have so many ranges that the rows of all programs at a time fit half of the L2 cache.
     """
     _, processors = architecture_and_processors(call.image)
     n = call.image.shape[0]
@@ -101,10 +107,13 @@ def sweeps(call: SimilarityCall, tile: tuning.Tile) -> Iterator[Sweep]:
         blocks = min(blocks, max(1, call.chunk * call.image.itemsize // (4 * column_slots(call))))
     tiles = -(-m // tile.block_n)
     slots = processors * tile.blocks
+    features = (call.image, call.teacher_image)
+    row_bytes = sum(each.shape[1] * each.itemsize for each in features if each is not None)
+    least = -(-slots * tile.block_m * row_bytes // (cache_bytes(call.image) // 2))
     for first in first_rows(n, blocks * tile.block_m):
         count = min(n - first, blocks * tile.block_m)
         row_blocks = -(-count // tile.block_m)
-        yield Sweep(first, count, row_blocks, *splits(row_blocks, tiles, slots))
+        yield Sweep(first, count, row_blocks, *splits(row_blocks, tiles, slots, least))
 
 
 @functools.cache

@@ -3,14 +3,18 @@
 import functools
 import operator
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch._dynamo
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from simplclip.common.terms import SWEPT as TERMS
 from simplclip.ops import similarity_loss
+from simplclip.plan.cards import CARDS
+from simplclip.plan.fake import fake_step
 from support.devices import needs_triton
 from support.ops.predicted_calls import names, trace
 
@@ -57,6 +61,24 @@ def test_sides_of_blocks(n, m, elements):
     assert rows * columns <= max(elements, SIDE * SIDE)
     if rows < n and columns < m and elements > SIDE * SIDE:
         assert 0.8 < rows / columns < 1.25
+
+
+@pytest.mark.parametrize(("card", "width"), [("rtx-3090", 512), ("rtx-3090", 1024), ("h100", 768)])
+def test_the_rows_of_all_programs_fit_half_of_the_cache(card, width):
+    from simplclip.kernels.similarity.plan import sweeps, tile_of
+
+    card = CARDS[card]
+    with fake_step(FakeTensorMode(), torch.device("cuda", 0), card):
+        for n in (4096, 32768):
+            features = torch.empty(n, width, dtype=torch.bfloat16, device="cuda:0")
+            call = SimpleNamespace(
+                image=features, text=features, columns=False, has_teacher=False, chunk=n,
+                teacher_image=None,
+            )  # fmt: skip
+            tile = tile_of(call, "statistics")
+            (sweep,) = sweeps(call, tile)
+            at_a_time = card.multiprocessors * tile.blocks / sweep.splits * tile.block_m
+            assert at_a_time * width * 2 <= 1.1 * (card.l2 << 19)
 
 
 def number() -> torch.Tensor:

@@ -178,10 +178,11 @@ def test_large_calls_on_a_gpu(dtype):
 def test_every_tile_has_one_program():
     from simplclip.kernels.runtime import splits
 
-    for row_blocks, tiles, slots in itertools.product(
-        (1, 2, 7, 64, 257), (1, 2, 3, 41, 256), (1, 82, 264)
+    for row_blocks, tiles, slots, least in itertools.product(
+        (1, 2, 7, 64, 257), (1, 2, 3, 41, 256), (1, 82, 264), (1, 11)
     ):
-        ranges, per_split = splits(row_blocks, tiles, slots)
+        ranges, per_split = splits(row_blocks, tiles, slots, least)
         assert (ranges - 1) * per_split < tiles <= ranges * per_split
+        assert per_split <= -(-tiles // min(least, tiles))
     # with few rows alone, most multiprocessors would have no work
     assert splits(1, 256, 82)[0] > 60

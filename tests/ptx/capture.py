@@ -35,6 +35,7 @@ from simplclip.ops.similarity import chunks, route, sweeps
 PROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 120: 170}
 # bytes of a program at most
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
+CACHE = 6 << 20  # bytes of the L2 cache, an RTX 3090's
 CUDA = torch.device("cuda")
 
 
@@ -223,7 +224,7 @@ def card(
     """
     machine = Card(sm=sm, **options)
     why_not = backends.why_not_kernels
-    properties = (sm, processors or PROCESSORS[sm])
+    properties = (sm, processors or PROCESSORS[sm], CACHE)
 
     def serves(served: str, *of_call: Any) -> str | None:
         return why_not("cpu" if served == "cuda" else served, *of_call)

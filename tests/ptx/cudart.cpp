@@ -162,6 +162,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   properties->minor = gpu.minor;
   properties->multiProcessorCount = gpu.processors;
   properties->warpSize = 32;
+  properties->l2CacheSize = 6 << 20;
   properties->totalGlobalMem = kArena;
   return cudaSuccess;
 }
