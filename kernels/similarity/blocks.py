@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from simplclip.calls.similarity import SigmoidCall, SimilarityGradient
-from simplclip.kernels.runtime import launch, product
+from simplclip.kernels.runtime import architecture_and_processors, launch, product
 from simplclip.kernels.similarity.gradient import _similarity_range_kernel
 from simplclip.kernels.similarity.plan import block_sides, blocks_of
 from simplclip.kernels.tuning import Tile
@@ -92,7 +92,8 @@ def gradients_in_blocks(
     factor, unscale = range_
     n = call.image.shape[0]
     m = call.text.shape[0]
-    rows, columns = block_sides(n, m, call.chunk * m)
+    processors = architecture_and_processors(call.image)[1]
+    rows, columns = block_sides(n, m, call.chunk * m, call.image.shape[1], processors)
     # rows begin at multiples of 16 bytes, which the fast kernels of the BLAS need
     pitch = -(-columns // 16) * 16
     scratch = call.image.new_empty(rows if stored else 0, pitch)

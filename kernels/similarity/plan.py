@@ -117,21 +117,30 @@ def sweeps(call: SimilarityCall, tile: tuning.Tile) -> Iterator[Sweep]:
 
 
 @functools.cache
-def block_sides(n: int, m: int, elements: int) -> tuple[int, int]:
+def block_sides(n: int, m: int, elements: int, width: int, processors: int) -> tuple[int, int]:
     """Returns rows R and columns C, R C at most `elements` or 128², of backward's blocks. Cached.
 
-    For each block the gradients of its rows and of its columns are read and written once, 8 D (N
-    ceil(M / C) + M ceil(N / R)) bytes in all, the fewest where R and C are about equal.
+    The cost is that of the products [R, C] [C, D] and [C, R] [R, D], in rounds of cuBLAS's tiles of
+    128², each as long as its sum, and that of gradients, of which a block reads and writes
+    8 D (R + C) bytes: a byte takes as long as about 64 multiply-adds.
     """
-    sides = {}
-    for parts in range(1, -(-n // SIDE) + 1):
-        rows = min(n, -(-n // (parts * SIDE)) * SIDE)
-        columns = m if rows * m <= elements else elements // rows // SIDE * SIDE
-        if columns:
-            sides[n * -(-m // columns) + m * -(-n // rows)] = rows, columns
-    if not sides:
-        return min(n, SIDE), min(m, SIDE)
-    return sides[min(sides)]
+
+    def rounds(size: int, side: int) -> int:
+        """Returns the rounds of all ranges of `side` of `size` rows of a gradient."""
+        tiles = [-(-each // SIDE) * -(-width // SIDE) for each in (side, size % side)]
+        return size // side * -(-tiles[0] // processors) + -(-tiles[1] // processors)
+
+    def cost(sides: tuple[int, int]) -> float:
+        rows, columns = sides
+        traffic = width * (n * -(-m // columns) + m * -(-n // rows)) / (32 * processors)
+        return m * rounds(n, rows) + n * rounds(m, columns) + traffic
+
+    found = [(min(n, SIDE), min(m, SIDE))]
+    for rows in sorted({n, *range(SIDE, n, SIDE)}):
+        most = m if rows * m <= elements else elements // rows // SIDE * SIDE
+        less = range(most // SIDE * SIDE, most * 3 // 4, -SIDE)
+        found += [(rows, columns) for columns in (most, *less)]
+    return min((sides for sides in found if sides[1]), key=cost)
 
 
 def blocks_of(n: int, m: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
