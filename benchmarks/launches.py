@@ -61,7 +61,7 @@ def still_card() -> Iterator[None]:
     import triton
 
     card = CARDS[CARD]
-    numbers = card.architecture, card.multiprocessors
+    numbers = card.architecture, card.multiprocessors, card.l2 << 20
     patches = (
         (backends, "why_not_kernels", lambda *_: None),
         (backends, "capability", lambda _: divmod(card.architecture, 10)),

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
+from simplclip.kernels.similarity.plan import PARTS
+
 
 @dataclass
 class Stand:
@@ -325,15 +327,15 @@ def extension_work(started: ExtensionCall) -> tuple[str, int, str]:
     return rate, work, "own"
 
 
-# Forms of a kernel of similarities, by the argument that each has; of several the first counts.
-_FORMS = {"teacher_image": ", teacher", "plane": ", pair matching", "ids": ", ids"}
+# Forms of a kernel of similarities, by the part of the call; of several the first counts.
+_FORMS = {"teacher": ", teacher", "plane": ", pair matching", "ids": ", ids"}
 
 
 def _form(arguments: dict[str, Any]) -> str:
     """Returns the form of a kernel of similarities, as in the kinds of rates; mostly ""."""
     if arguments.get("TERMS", 1) > 1:
         return ", two terms"
-    given = (form for name, form in _FORMS.items() if arguments.get(name) is not None)
+    given = (form for part, form in _FORMS.items() if arguments.get(PARTS[part]) is not None)
     return next(given, "")
 
 
