@@ -120,7 +120,7 @@ def lines(calls: Iterable[tuple[str, str]], sm: int) -> set[str]:
         case = case_of(name, kind)
         with (
             mock.patch.object(tuning, "lookup", noted),
-            mock.patch.object(launching, "start"),
+            mock.patch.object(launching, "start", return_value=None),
             kernels_alone(name),
             ptx.card(sm, tf32=case.tf32),
         ):

@@ -10,7 +10,7 @@ from simplclip import losses
 from simplclip.common import ranks
 from simplclip.train.objective import Objective
 from simplclip.train.sections import LossConfig, Schedule
-from simplclip.train.step import _groups
+from simplclip.train.step import groups_of
 
 TEACHER = {"name": "t", "width": 6, "logit_scale": 12.0}
 
@@ -137,8 +137,8 @@ def test_sigmoid_and_pair_matching(plane):
 def test_groups_that_are_all_different_are_not_passed_by_one_rank(monkeypatch):
     state = types.SimpleNamespace(device=torch.device("cpu"))
     batches = [{"group": torch.tensor(groups)} for groups in ([3, 1], [2, 5])]
-    assert _groups(state, batches) is None
+    assert groups_of(state, batches) is None
     repeated = [*batches, {"group": torch.tensor([1])}]
-    assert _groups(state, repeated).tolist() == [3, 1, 2, 5, 1]
+    assert groups_of(state, repeated).tolist() == [3, 1, 2, 5, 1]
     monkeypatch.setattr(ranks, "count", lambda: 2)  # another rank may have the same group
-    assert _groups(state, batches).tolist() == [3, 1, 2, 5]
+    assert groups_of(state, batches).tolist() == [3, 1, 2, 5]
