@@ -16,6 +16,8 @@ from simplclip.ops import checks
 from simplclip.ops.modes import has_values
 
 GROUP_TOKENS = 512  # cost of one more call of the tower, in tokens: launches, and small products
+# ways of pooling by which padding counts
+_POOLED = {"last": "the last token, which is padding behind a short text", "none": "no token"}
 _LOCK = threading.RLock()  # a tower has the positions and the mask of one length at a time
 
 
@@ -125,7 +127,7 @@ class TextCrop:
         tower = _tower(self.model)
         if isinstance(tower, HFTextEncoder):
             pad = tower.config.pad_token_id
-        elif getattr(tower, "use_pad_mask", False):
+        elif getattr(tower, "use_pad_mask", False) or _is_modern(tower):
             pad = tower.pad_id
         else:
             pad = text[:, -1:]
@@ -157,8 +159,10 @@ class TextCrop:
 
 def _why_not(model: Any) -> str:
     """Returns why a model's texts cannot be cropped, the end of an error, or an empty string."""
-    if not hasattr(model, "encode_text") or not hasattr(model, "visual"):
-        return type(model).__name__
+    if not hasattr(model, "encode_text"):
+        return f"{type(model).__name__}, which has no encode_text"
+    if not hasattr(model, "visual") and not hasattr(model, "audio"):
+        return f"{type(model).__name__}, which has no tower visual or audio"
     if hasattr(model, "_orig_mod"):
         return "one that torch.compile made: crop the texts of the model, then compile it"
     if hasattr(model, "text_decoder"):
@@ -168,11 +172,13 @@ def _why_not(model: Any) -> str:
     tower = _tower(model)
     if isinstance(tower, HFTextEncoder):  # it always masks padding
         return ""
+    if _is_modern(tower):  # it masks padding, or is causal, in the blocks and in the pooling
+        return "" if tower.pad_id is not None else "a text tower without a padding token"
     if getattr(tower, "cls_emb", None) is not None:
         return "a text tower with a class token, whose position depends on the length"
     pool = getattr(tower, "pool_type", getattr(tower, "text_pool_type", "argmax"))
     if pool not in ("argmax", "eos", "first"):
-        return "a text tower that pools other tokens than the end of a text"
+        return f"a text tower that pools {_POOLED.get(pool, pool)}"
     if getattr(tower, "masks_padding", False) or getattr(tower, "use_pad_mask", False):
         return ""
     mask: Any = getattr(tower, "attn_mask", None)
@@ -181,6 +187,11 @@ def _why_not(model: Any) -> str:
     return (
         "a text tower in which every token sees every token (simplify's mask_padding masks padding)"
     )
+
+
+def _is_modern(tower: Any) -> bool:
+    """Whether this is the ModernTextTransformer of open_clip 4."""
+    return type(tower).__name__ == "ModernTextTransformer"
 
 
 def _tower(model: Any) -> Any:

@@ -93,7 +93,14 @@ def create(
             f"{dict(simplify_options)}"
         )
     config = configuration(spec, overrides)
-    custom_text = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
+    # as open_clip's create_model decides; version 3.3 has neither modern nor variable texts
+    text_cfg = config["text_cfg"]
+    custom_text = (
+        config.pop("custom_text", False)
+        or "hf_model_name" in text_cfg
+        or text_cfg.get("text_arch") == "modern"
+        or text_cfg.get("variable_text", False)
+    )
     build: Callable[..., Any] = CLIP
     if spec.build is not None:
         build = spec.build
@@ -102,6 +109,12 @@ def create(
     elif custom_text:
         build = CustomTextCLIP
     model: Any = build(**config)
+    if "hf_model_name" in text_cfg:
+        # Hugging Face's towers name the positions they have, 0 or 1,024, whatever the tokenizer
+        # gives
+        model.text.context_length = text_cfg.get("context_length", 77)
+        if build is CustomTextCLIP:
+            model.context_length = model.text.context_length
     if hasattr(model.visual, "set_input_size") and "image_size" in overrides.get("vision_cfg", {}):
         # open_clip does not pass the size to timm's trunk
         model.visual.set_input_size(config["vision_cfg"]["image_size"])
@@ -118,6 +131,13 @@ def create(
 
 
 create_model = create  # simplclip.create_model
+
+# Parts of open_clip 4's configurations of other kinds of models -> what these are.
+_OTHER_KINDS = {
+    "audio_cfg": "a model of audio and texts (CLAP)",
+    "genlip_cfg": "a model that writes captions and has no text tower (GenLIP)",
+    "genlap_cfg": "a model that writes captions of audio and has no text tower (GenLAP)",
+}
 
 
 def _preprocessing(
@@ -222,4 +242,8 @@ def spec_of(name: str) -> Spec:
         return _SPECS[name]
     check_name(name)
     plain = name.removeprefix(PLAIN)
-    return Spec(open_clip.get_model_config(plain), partial(open_clip.get_tokenizer, plain))
+    config = open_clip.get_model_config(plain)
+    for part, words in _OTHER_KINDS.items():
+        if part in config:
+            raise InputError(f"name: expected a model of images and texts, got {name!r}, {words}")
+    return Spec(config, partial(open_clip.get_tokenizer, plain))

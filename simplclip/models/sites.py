@@ -97,13 +97,17 @@ def _text_sites(model: nn.Module) -> Iterable[Site]:
 def _image_sites(model: nn.Module) -> Iterable[Site]:
     """Returns the sites of the image tower in order; InputError without any."""
     visual: Any = getattr(model, "visual", None)
+    if visual is None:
+        raise InputError(
+            f"image: expected a model with a tower visual, got {type(model).__name__} without one"
+        )
     transformer = getattr(visual, "transformer", None)
     if isinstance(transformer, Transformer):
         return _transformer_sites(transformer, "visual.transformer")
     # Subclasses may change the signature or the attention, so only the exact classes are known to
     # fit. A simplified block of an earlier call keeps its index and can be replaced again.
     classes: dict[type, type[SimplifiedBlock]] = {Block: TimmBlock, AttentionBlock: MapBlock}
-    modules = dict(visual.named_modules(prefix="visual")) if visual is not None else {}
+    modules = dict(visual.named_modules(prefix="visual"))
     for module in modules.values():
         if isinstance(module, SimplifiedBlock):
             classes[type(module)] = type(module)

@@ -144,7 +144,7 @@ def other_mask():
     [
         (lambda: model_of("", no_causal_mask=True), "every token sees every token"),
         (other_mask, "every token sees every token"),
-        (lambda: model_of("", pool_type="last"), "pools other tokens"),
+        (lambda: model_of("", pool_type="last"), "pools the last token, which is padding behind a"),
         (lambda: model_of("", embed_cls=True), "a class token, whose position depends on the le"),
         (convolved, "every token sees every token"),
         (coca, "CoCa, whose decoder reads the features of all tokens"),
@@ -177,6 +177,50 @@ def test_an_exported_model_computes_whole_texts(strict):
     other = texts(LENGTHS[::-1])
     expected = model(images, other)[1]
     torch.testing.assert_close(exported(images, other)[1], expected, rtol=0, atol=2e-6)
+
+
+class ModernTextTransformer(torch.nn.Module):
+    """The parts of open_clip 4's tower that count: no positions, a masked mean."""
+
+    def __init__(self, pad_id=98):
+        super().__init__()
+        self.pad_id = pad_id
+        self.embedding = torch.nn.Embedding(100, 16)
+
+    def forward(self, text):
+        self.length = text.shape[1]
+        valid = (text != self.pad_id).unsqueeze(-1)
+        return (self.embedding(text) * valid).sum(1) / valid.sum(1)
+
+
+def clap(pad_id=98):
+    """Returns a model of audio as open_clip 4's CLAP is, without a tower `visual`."""
+    model = model_of("a tower of its own")
+    model.audio = model._modules.pop("visual")
+    model.text = ModernTextTransformer(pad_id)
+    return model
+
+
+def test_open_clip_4s_modern_text_tower():
+    model = clap()
+    text = texts(LENGTHS[:3])
+    text[text == 0] = 98
+    expected = model.encode_text(text)
+    simplclip.crop_texts(model, groups=1)
+    torch.testing.assert_close(model.encode_text(text[[0, 2]]), expected[[0, 2]])
+    assert model.text.length == 8
+    with pytest.raises(InputError, match="got a text tower without a padding token"):
+        simplclip.crop_texts(clap(pad_id=None))
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [("encode_text", "X, which has no encode_text"), ("", "X, which has no tower visual or audio")],
+)
+def test_models_without_two_towers(missing, message):
+    functions = {name: None for name in ("encode_text",) if name != missing}
+    with pytest.raises(InputError, match=message):
+        simplclip.crop_texts(type("X", (torch.nn.Module,), functions)())
 
 
 def test_models_without_values():

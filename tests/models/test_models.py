@@ -1,8 +1,11 @@
 """Models by name: their parts, and that they behave as open_clip models."""
 
+from types import SimpleNamespace
+
 import open_clip
 import pytest
 import torch
+import transformers
 from open_clip.model import get_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from PIL import Image
@@ -144,3 +147,25 @@ def test_preprocessing_that_open_clip_does_not_have(fields, message):
         models.create(VIT, **SMALL, preprocess=fields)
     with pytest.raises(InputError, match=message):
         models.transforms(VIT, train=True, preprocess=fields)
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [("audio_cfg", "a model of audio and texts"), ("genlip_cfg", "a model that writes captions ")],
+)
+def test_models_of_other_kinds_are_refused(monkeypatch, part, words):
+    known = {"other": {"embed_dim": 8, "text_cfg": {}, part: {}}}
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", known)
+    for function in (models.create, models.tokenizer):
+        with pytest.raises(InputError, match=f"name: .* got 'open_clip:other', {words}"):
+            function("open_clip:other")
+
+
+def test_texts_of_a_hugging_face_tower_have_the_tokenizers_length(monkeypatch):
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=99
+    )
+    hub = SimpleNamespace(from_pretrained=lambda name: config)
+    monkeypatch.setattr(open_clip.hf_model, "AutoConfig", hub)
+    model = models.create("open_clip:roberta-ViT-B-32", device="meta", vision_cfg={"layers": 1})
+    assert model.context_length == model.text.context_length == 77 < 512
