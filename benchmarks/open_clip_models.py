@@ -29,6 +29,7 @@ import transformers
 from torch import nn
 
 from benchmarks import results_file
+from benchmarks.model_table import COLUMNS
 from simplclip import crop_texts, fold, gradient_cache, models, simplify
 from simplclip.commands.plan import REQUIRED
 from simplclip.common.errors import UserError
@@ -39,39 +40,6 @@ from simplclip.train import config as configs
 LAYERS = 2
 OTHERS = {"audio_cfg", "genlip_cfg", "genlap_cfg"}  # not of images and texts, or without a tower
 WORKS, NOTHING = "works", "nothing to fold"
-COLUMNS = {
-    "crop_texts": "crop_texts",
-    "simplify_text": "simplify, text",
-    "simplify_image": "simplify, image",
-    "gradient_cache": "gradient_cache",
-    "fold": "fold",
-    "plan": "plan",
-}
-# families of models that behave alike, by their names; the first that fits counts
-FAMILIES = {
-    "CLIP's and OpenCLIP's ViTs": r"ViT-(\w|bigG)-\d+(?!.*(SigLIP|CLIPA))",
-    "CLIPA": r".*CLIPA",
-    "SigLIP and SigLIP 2": r"ViT-\w+-\d+-SigLIP(?!.*naflex)",
-    "SigLIP 2, NaFlex": r".*SigLIP2-naflex",
-    "ResNets": r"RN",
-    "ConvNeXt": r"convnext",
-    "Swin": r"swin",
-    "timm's ViTs with relative positions": r"vit_relpos",
-    "timm's ViTs": r"vit_",
-    "EVA, Perception Encoder": r"EVA|PE-Core",
-    "ViTamin": r"ViTamin",
-    "MobileCLIP-B": r"MobileCLIP2?-B",
-    "MobileCLIP2-L": r"MobileCLIP2-L",
-    "MobileCLIP-S": r"MobileCLIP",
-    "CoCa with Hugging Face's text tower": r"coca_roberta",
-    "CoCa": r"coca_",
-    "text towers of Hugging Face": r"(gte|roberta|xlm|mt5|nllb)",
-    "NaFlex ViT, CLIP's text tower": r"naflex_ViT",
-    "modern text tower, ViT": r"moderntext-ViT",
-    "modern text tower, NaFlex ViT": r"moderntext-naflex",
-    "CLAP (audio)": r"CLAP-|naflexclap",
-    "GenLIP, GenLAP (captions)": r"naflexgenl",
-}
 # by the beginning of a name on Hugging Face's hub
 TOWERS: dict[str, Callable[..., Any]] = {
     "roberta": transformers.RobertaConfig,
@@ -173,7 +141,7 @@ def cropped(name: str, config: dict[str, Any]) -> str | None:
     pad = text_cfg.get("pad_id", 0) if hub is None else hub.pad_token_id
     end = text_cfg.get("eos_id") or tower.vocab_size - 1
     text = torch.full((4, length), pad)
-    for row, count in zip(text, (3, 9, 17, 30)):
+    for row, count in zip(text, (3, 9, min(17, length), min(30, length))):
         row[:count] = torch.arange(5, 5 + count)
         row[count - 1] = end
     padded = model.encode_text(text)

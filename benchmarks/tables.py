@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import chart, finetune_chart
+from benchmarks import chart, finetune_chart, model_table
 from benchmarks.cards.bound import SHOWN
 from benchmarks.results_file import RESULTS, ROOT, read_csv
 from simplclip.evaluation.results import Results
@@ -28,6 +28,7 @@ BENCHMARKS = "docs/benchmarks.md"
 PLAN = "docs/plan.md"
 EXAMPLES = "docs/examples.md"
 FINE_TUNING = "docs/fine-tuning.md"
+OPEN_CLIP = "docs/open_clip.md"
 CHART = "docs/similarity_loss.svg"
 FINETUNE_CHART = "docs/fine-tuning.svg"
 BOTH, NONE = "forward + backward", "–"
@@ -379,6 +380,7 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
     EXAMPLES: {"demo": demo},
     PLAN: {"hours": partial(hours, PLAN), "likely": likely},
     FINE_TUNING: {"finetune": finetune, "finetune-costs": finetune_costs},
+    OPEN_CLIP: {"models": model_table.lines},
     BENCHMARKS: {
         "similarity_loss": partial(
             op_table, "similarity_loss", "Forward and backward, D = 512", n="8192", dtype="float32"
@@ -427,10 +429,6 @@ def written(name: str) -> str:
     return text
 
 
-def is_current(path: Path, text: str) -> bool:
-    return path.exists() and path.read_text() == text
-
-
 def main() -> None:
     files = {name: written(name) for name in TABLES}
     path, rows = read("similarity_loss")
@@ -438,7 +436,7 @@ def main() -> None:
     path, rows = finetune_rows()
     files[FINETUNE_CHART] = finetune_chart.draw(rows, str(path.relative_to(ROOT)))
     if "--check" in sys.argv[1:]:
-        stale = [name for name, text in files.items() if not is_current(ROOT / name, text)]
+        stale = [name for name, text in files.items() if (ROOT / name).read_text() != text]
         if stale:
             sys.exit(f"{', '.join(stale)}: not what the result files say; run make tables")
         sys.exit(0)
