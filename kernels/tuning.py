@@ -44,8 +44,8 @@ def dot_precision(precision: str) -> str:
 # spill with them.
 _TILES = {
     "sm_90 half statistics teacher": Tile(128, 64, 64, 8, 2),  # three stages spill
-    "sm_90 half statistics plane": Tile(64, 128, 32, 4, 7, 2, registers=248),
-    "sm_90 half statistics ids": Tile(64, 128, 32, 4, 7, 2, registers=248),
+    "sm_90 half statistics plane": Tile(64, 64, 64, 4, 5, 2, registers=248),
+    "sm_90 half statistics ids": Tile(64, 128, 64, 4, 4, 2, registers=248),
     "sm_90 half statistics": Tile(128, 128, 32, 4, 4, 2),
     "sm_90 half gradient teacher": Tile(64, 64, 64, 4, 3, 2, registers=248),
     "sm_90 half gradient plane": Tile(64, 64, 64, 4, 3, 2, registers=248),

@@ -160,8 +160,7 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tenso
             columns=columns,
             **grads,
         )
-    total = sums.sum(0)
-    return d_image, d_text, total[0], total[1:]
+    return d_image, d_text, sums[:, 0].sum(), sums[:, 1:].sum(0)
 
 
 def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -19,3 +19,9 @@ def test_no_test_imports_a_test():
     imports = re.compile(r"^ *(?:from|import) +(?:\w+\.)*test_\w+", re.MULTILINE)
     files = (ROOT / "tests").rglob("*.py")
     assert [path for path in files if imports.search(path.read_text())] == []
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """One process collects them by their names."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted({*names})
