@@ -109,12 +109,6 @@ def create(
     elif custom_text:
         build = CustomTextCLIP
     model: Any = build(**config)
-    if "hf_model_name" in text_cfg:
-        # Hugging Face's towers name the positions they have, 0 or 1,024, whatever the tokenizer
-        # gives
-        model.text.context_length = text_cfg.get("context_length", 77)
-        if build is CustomTextCLIP:
-            model.context_length = model.text.context_length
     if hasattr(model.visual, "set_input_size") and "image_size" in overrides.get("vision_cfg", {}):
         # open_clip does not pass the size to timm's trunk
         model.visual.set_input_size(config["vision_cfg"]["image_size"])

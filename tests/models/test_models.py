@@ -1,11 +1,8 @@
 """Models by name: their parts, and that they behave as open_clip models."""
 
-from types import SimpleNamespace
-
 import open_clip
 import pytest
 import torch
-import transformers
 from open_clip.model import get_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from PIL import Image
@@ -159,13 +156,3 @@ def test_models_of_other_kinds_are_refused(monkeypatch, part, words):
     for function in (models.create, models.tokenizer):
         with pytest.raises(InputError, match=f"name: .* got 'open_clip:other', {words}"):
             function("open_clip:other")
-
-
-def test_texts_of_a_hugging_face_tower_have_the_tokenizers_length(monkeypatch):
-    config = transformers.BertConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=99
-    )
-    hub = SimpleNamespace(from_pretrained=lambda name: config)
-    monkeypatch.setattr(open_clip.hf_model, "AutoConfig", hub)
-    model = models.create("open_clip:roberta-ViT-B-32", device="meta", vision_cfg={"layers": 1})
-    assert model.context_length == model.text.context_length == 77 < 512
