@@ -18,8 +18,8 @@ class Tile(NamedTuple):
     block_k: int
     warps: int
     stages: int
-    # at least so many programs share a multiprocessor; of statistics with half types exactly so
-    # many, since forward divides the columns accordingly
+    # at least so many programs share a multiprocessor; of statistics exactly so many, since forward
+    # divides the columns accordingly
     blocks: int = 1
     # of a thread at most; without a limit ptxas spills a few where more programs fit then
     registers: int | None = None
@@ -58,10 +58,14 @@ _TILES = {
     "half sigmoid": Tile(64, 64, 32, 4, 4, 2, registers=248),
     "half": Tile(128, 64, 32, 4, 3, 2, registers=248),
     "tf32 parallel_mlp": Tile(128, 128, 16, 8, 3),
-    "sm_90 tf32": Tile(64, 64, 16, 8, 3),  # four warps spill
+    "sm_90 tf32 statistics": Tile(64, 64, 16, 16, 3, registers=128),  # four warps spill
+    "sm_90 tf32": Tile(64, 64, 16, 8, 3),
     "tf32 teacher": Tile(64, 64, 16, 4, 4, 2, registers=248),
     "tf32 sigmoid": Tile(64, 64, 16, 4, 4, 2, registers=248),
     "tf32": Tile(128, 64, 16, 4, 3, 2, registers=248),
+    "ieee statistics teacher": Tile(64, 64, 16, 16, 3, registers=128),
+    "ieee statistics plane": Tile(64, 64, 16, 16, 3, registers=128),
+    "ieee statistics": Tile(64, 64, 16, 8, 3, 2, registers=128),
     "ieee": Tile(64, 64, 16, 8, 3, registers=248),
 }
 
