@@ -60,6 +60,7 @@ _TILES = {
     "tf32 parallel_mlp": Tile(128, 128, 16, 8, 3),
     "sm_90 tf32 statistics": Tile(64, 64, 16, 16, 3, registers=128),  # four warps spill
     "sm_90 tf32": Tile(64, 64, 16, 8, 3),
+    "tf32 gradient plane": Tile(64, 64, 16, 4, 4, 2, registers=248),  # 128 x 64 spills
     "tf32 teacher": Tile(64, 64, 16, 4, 4, 2, registers=248),
     "tf32 sigmoid": Tile(64, 64, 16, 4, 4, 2, registers=248),
     "tf32": Tile(128, 64, 16, 4, 3, 2, registers=248),
