@@ -52,6 +52,7 @@ _TILES = {
     "sm_90 half gradient": Tile(64, 128, 64, 4, 4, 2, registers=248),
     "sm_90 half sigmoid": Tile(64, 64, 64, 4, 3, 2, registers=248),
     "sm_90 half parallel_mlp": Tile(128, 64, 64, 4, 3, 2),
+    "sm_80 half statistics plane ids": Tile(64, 128, 32, 4, 3, 2, registers=248),
     "sm_120 half parallel_mlp": Tile(64, 128, 32, 4, 3, 2),  # gelu spills in 128 x 64
     "half parallel_mlp": Tile(128, 64, 32, 4, 4, 2),
     "half teacher": Tile(64, 64, 32, 4, 4, 2, registers=248),
