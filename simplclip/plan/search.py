@@ -316,8 +316,8 @@ def _assumptions(budget: Budget, device: str) -> list[str]:
     chunks = f"chunks of {SCRATCH_BYTES_ELSEWHERE >> 20} MiB"
     if device == "cpu":
         chunks = (
-            f"chunks of {SCRATCH_BYTES >> 20} MiB, and {STORE_BYTES >> 20} MiB of their rows kept "
-            "for backward where that saves a product"
+            f"chunks of {SCRATCH_BYTES >> 20} MiB, and at most {STORE_BYTES >> 20} MiB of their "
+            "rows kept for backward"
         )
     lines = [
         f"{budget.context >> 20} MiB for the context of the driver and of torch's libraries",

@@ -7,8 +7,9 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from simplclip.ops import simplified_block
+from simplclip.ops import similarity_loss, simplified_block
 from simplclip.plan.actual import cpu_peak_bytes
 from simplclip.selftest.calls import Call, attention_call, block_call, feature_call, mlp_call
 from simplclip.selftest.compare import outputs_of
@@ -115,3 +116,46 @@ def test_frozen_tensors_of_a_block_cost_no_products(monkeypatch):
     # x: two products into the gradient of n; each weight: one product; parallel_mlp_bwd's products
     # are the backend's.
     assert counts == {"x": 2, "qk_weight": 1, "fc1_weight": 1, "fc2_bias": 0, "all": 4}
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "width"), [(1024, 512), (2048, 384), (2048, 512), (2048, 768)])
+def test_the_contrastive_loss_takes_less_memory_than_torchs_chunks(n, width, dtype):
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("needs torch 2.13 or later, which has linear_cross_entropy")
+    leaves = [torch.randn(n, width, dtype=dtype, requires_grad=True) for _ in range(2)]
+    scale = torch.tensor(10.0)
+    labels = torch.arange(n)
+    chunks = torch.nn.LinearCrossEntropyOptions()
+
+    def torchs():
+        x, y = leaves
+        by_image = F.linear_cross_entropy(scale * x, y, labels, options=chunks)
+        (by_image + F.linear_cross_entropy(scale * y, x, labels, options=chunks)).backward()
+
+    def ours():
+        similarity_loss(*leaves, scale)["contrastive"].backward()
+
+    peaks = []
+    for step in (torchs, ours):
+        for leaf in leaves:
+            leaf.grad = None
+        peaks.append(cpu_peak_bytes(step))
+    assert peaks[1] < peaks[0]
+
+
+@needs_cpu_kernels
+def test_a_larger_budget_keeps_all_rows():
+    x, y = torch.randn(2, 1000, 64)
+    x.requires_grad_()
+    for budget, expected in ((None, 0), (1 << 30, 4 * 1000 * 1000)):
+        kept = []
+
+        def pack(t, kept=kept):
+            kept.append(t)
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            similarity_loss(x, y, 10.0, store_bytes=budget)
+        assert sum(t.nbytes for t in kept if t.shape[-1:] == (1000,) and t.dim() == 3) == expected

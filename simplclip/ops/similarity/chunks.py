@@ -14,6 +14,7 @@ SCRATCH_BYTES_ELSEWHERE = 128 << 20
 # Budget of the first rows of the matrices, which forward keeps so that backward need not compute
 # them again; only the CPU's kernels do.
 STORE_BYTES = 208 << 20
+_STATISTICS_BYTES = 40  # about what forward computes of a row and of a column
 _CHUNK_ROWS = 1024
 _STRIP = 64  # rows of one task of the CPU kernel; a chunk is a multiple of it
 
@@ -45,22 +46,28 @@ def sweep_rows(image: Tensor, m: int, live: int, scratch_bytes: int | None) -> i
     return -(-n // (chunks * _STRIP)) * _STRIP
 
 
-def stored_rows(image: Tensor, m: int, matrices: int, store_bytes: int | None) -> int:
+def stored_rows(image: Tensor, m: int, matrices: int, store_bytes: int | None, chunk: int) -> int:
     """Returns how many of the N rows of each matrix forward keeps for backward: all if they fit.
 
     Else those of a single matrix that fit, a multiple of 64, and none of two, where they would save
-    little. 0 unless the CPU's C++ kernels run. store_bytes: None for 208 MiB.
+    little. 0 unless the CPU's C++ kernels run. store_bytes: None for 208 MiB; the rows of a single
+    matrix, those of a chunk and the statistics then take at most twice the bytes of the features'
+    gradients in float32, and the loss less memory than torch's linear_cross_entropy in chunks.
     """
-    n = image.shape[0]
+    n, width = image.shape
     dtype = computes_in(image.dtype, "cpu")
     spec = backends.forced()
     if image.device.type != "cpu" or dtype == torch.float64 or backends.extension is None:
         return 0  # only the CPU's kernels keep rows
     if spec and backends.forced_for("similarity_loss_fwd", spec) not in ("", "cpu"):
         return 0
+    row_bytes = m * dtype.itemsize
     if store_bytes is None:
         store_bytes = STORE_BYTES
-    rows = store_bytes // (m * dtype.itemsize * matrices)
+        if matrices == 1:
+            rest = (n + m) * (8 * width - _STATISTICS_BYTES) - chunk * row_bytes
+            store_bytes = max(0, min(STORE_BYTES, rest))
+    rows = store_bytes // (row_bytes * matrices)
     if rows >= n:
         return n
     if matrices > 1:

@@ -85,7 +85,9 @@ def similarity_loss(
         scratch_bytes: budget of the chunk of a similarity matrix that exists at a time, by default
             64 MiB on a CPU and 128 MiB on a GPU.
         store_bytes: budget of the rows of the similarity matrices that forward keeps on a CPU for
-            backward, by default 208 MiB.
+            backward. By default, without a teacher these rows and a chunk take at most twice the
+            bytes of the features' gradients in float32; they never take more than 208 MiB. A
+            larger budget is faster: all rows kept save one of four matrix products.
 
     Returns:
         A dict with one 0-dimensional tensor for each term, and "loss" with `weights`, float32

@@ -116,9 +116,10 @@ def _softmax_sweep(
     n = image.shape[0]
     m = pairs.text.shape[0]
     matrices = 1 if pairs.teacher is None else 2
+    chunk = sweep_rows(image, m, matrices, settings.scratch_bytes)
     rows_to_store = 0
     if wants_grad(image, pairs.text):
-        rows_to_store = stored_rows(image, m, matrices, settings.store_bytes)
+        rows_to_store = stored_rows(image, m, matrices, settings.store_bytes, chunk)
     call = SimilarityCall(
         image,
         pairs.text,
@@ -132,7 +133,7 @@ def _softmax_sweep(
         label_offset=pairs.label_offset,
         columns=settings.symmetric,
         entropy=_ENTROPY[settings.divergence],
-        chunk=sweep_rows(image, m, matrices, settings.scratch_bytes),
+        chunk=chunk,
         stored_rows=rows_to_store,
     )
     rows, columns, _ = registry.call(FORWARD, call)
