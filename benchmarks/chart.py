@@ -1,4 +1,5 @@
-"""The README's chart of the contrastive loss: time and memory against the number of pairs.
+"""Charts of the contrastive loss: time and memory against the number of pairs, and against each
+other.
 
 The SVG is written as text, without a plotting library: the same result file gives the same bytes on
 every machine, so that a test can compare them.
@@ -24,14 +25,31 @@ polyline { fill: none; stroke-width: 2.2 }
 polyline.ours { stroke: #0969da } .ours { fill: #0969da }
 polyline.eager { stroke: #bc4c00 } .eager { fill: #bc4c00 }
 polyline.compiled { stroke: #1a7f37 } .compiled { fill: #1a7f37 }
-polyline.ours, polyline.eager, polyline.compiled { fill: none }
+polyline.chunked { stroke: #8250df } .chunked { fill: #8250df }
+polyline.ours, polyline.eager, polyline.compiled, polyline.chunked { fill: none }
 """
 # Forms of the result file: class of STYLE, and title.
 SERIES = {
     "simplclip": ("ours", "simplclip"),
     "open_clip.ClipLoss": ("eager", "open_clip.ClipLoss, eager"),
-    "torch.compile, one product": ("compiled", "the N×N loss in plain torch, torch.compile"),
+    "torch.compile, one product": ("compiled", "the N×N loss in plain torch, compiled"),
+    "torch's linear_cross_entropy in chunks": ("chunked", "torch's linear_cross_entropy in chunks"),
 }
+# Points of the chart of time against memory: form, and its label.
+TRADES = {
+    "ours": {
+        "simplclip, no rows kept": "store_bytes=0",
+        "simplclip": "default",
+        "simplclip, all rows kept": "all rows kept",
+    },
+    "chunked": {
+        "torch's linear_cross_entropy in chunks, a quarter of the rows": "aspect_ratio:4",
+        "torch's linear_cross_entropy in chunks": "default",
+    },
+    "eager": {"open_clip.ClipLoss": "open_clip.ClipLoss"},
+    "compiled": {"torch.compile, one product": "compiled"},
+}
+TRADE_SIZE = 8192
 # Title, column of the result file, what to divide it by, and unit.
 PANELS = (
     ("Forward and backward", "p50_ms", 1000, "s"),
@@ -45,23 +63,81 @@ def draw(rows: list[dict[str, str]], source: str) -> str:
     """
     shown = ("contrastive", "float32")
     rows = [row for row in rows if (row["objective"], row["dtype"]) == shown and row["p50_ms"]]
-    size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
-        "<title>Time and memory of the contrastive loss against the number of pairs</title>",
-        f"<style>{STYLE}</style>",
-        f'<rect width="{WIDTH}" height="{HEIGHT}" rx="6" fill="#ffffff"/>',
-    ]
-    for x, (style, title) in zip((24, 150, 370), SERIES.values()):
+    lines = _head("Time and memory of the contrastive loss against the number of pairs")
+    for x, (style, title) in zip((24, 138, 338, 610), SERIES.values()):
         lines.append(f'<polyline class="{style}" points="{x},20 {x + 30},20"/>')
         lines.append(text(x + 38, 24, title))
     for index, panel in enumerate(PANELS):
         lines += _panel(*panel, LEFT + PANEL_STEP * index, rows)
-    first = rows[0]
-    measured = f"float32, D = {first['d']}; {first['hardware']}; {first['date']}"
-    lines.append(text(24, HEIGHT - 30, measured, style="small"))
-    lines.append(text(24, HEIGHT - 13, f"drawn by make tables from {source}", style="small"))
-    return "\n".join([*lines, "</svg>", ""])
+    return "\n".join([*lines, *_foot(rows[0], source)])
+
+
+def draw_trade(rows: list[dict[str, str]], source: str) -> str:
+    """Returns the SVG of time against memory of TRADE_SIZE pairs in float32. rows: as of `draw`."""
+    shown = ("contrastive", "float32", str(TRADE_SIZE))
+    at = {
+        row["form"]: (float(row["extra_mib"]), float(row["p50_ms"]) / 1000)
+        for row in rows
+        if (row["objective"], row["dtype"], row["n"]) == shown and row["p50_ms"]
+    }
+    named = [form for forms in TRADES.values() for form in forms]
+    across = _Axis([at[form][0] for form in named], LEFT, WIDTH - LEFT - 200)
+    down = _Axis([at[form][1] for form in named], TOP + PANEL_HEIGHT, -PANEL_HEIGHT)
+    lines = _head("Time of the contrastive loss against its memory")
+    title = f"Forward and backward of {TRADE_SIZE:,} pairs, s, against MiB beside the features"
+    lines.append(text(24, TOP - 40, title, style="title"))
+    right, bottom = LEFT + across.length, TOP + PANEL_HEIGHT
+    for tick in down.ticks:
+        y = down.place(tick)
+        lines.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        lines.append(text(LEFT - 8, y + 4, f"{tick:,g}", style="small", anchor="end"))
+    for tick in across.ticks:
+        x = across.place(tick)
+        lines.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}"/>')
+        lines.append(text(x, bottom + 18, f"{tick:,g}", style="small", anchor="middle"))
+    for style, forms in TRADES.items():
+        points = [(across.place(at[form][0]), down.place(at[form][1])) for form in forms]
+        corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        lines.append(f'<polyline class="{style}" points="{corners}"/>')
+        for (x, y), label in zip(points, forms.values()):
+            owner = {"ours": "simplclip, ", "chunked": "torch in chunks, "}.get(style, "")
+            lines.append(f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>')
+            lines.append(text(x + 8, y - 5, owner + label, style=style))
+    return "\n".join([*lines, *_foot(rows[0], source)])
+
+
+class _Axis:
+    """A logarithmic axis with its ticks, in pixels from `start` on."""
+
+    def __init__(self, values: list[float], start: float, length: float) -> None:
+        self.ticks, self.start, self.length = _ticks(values), start, length
+
+    def place(self, value: float) -> float:
+        """Returns the pixel of a value."""
+        share = math.log(value / self.ticks[0]) / math.log(self.ticks[-1] / self.ticks[0])
+        return self.start + self.length * share
+
+
+def _head(title: str) -> list[str]:
+    """Returns the first lines of a chart."""
+    size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
+        f"<title>{title}</title>",
+        f"<style>{STYLE}</style>",
+        f'<rect width="{WIDTH}" height="{HEIGHT}" rx="6" fill="#ffffff"/>',
+    ]
+
+
+def _foot(row: dict[str, str], source: str) -> list[str]:
+    """Returns the last lines of a chart."""
+    measured = f"float32, D = {row['d']}; {row['hardware']}; {row['date']}"
+    return [
+        text(24, HEIGHT - 30, measured, style="small"),
+        text(24, HEIGHT - 13, f"drawn by make tables from {source}", style="small"),
+        "</svg>",
+        "",
+    ]
 
 
 def _ticks(values: list[float]) -> list[float]:

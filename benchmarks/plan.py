@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from unittest import mock
 
 import torch
+from torch import Tensor
 
+from benchmarks import similarity_forms
 from benchmarks.cards import calls
 from benchmarks.cards.bound import SHOWN as CARDS_OF_LOSSES
 from benchmarks.results_file import RESULTS, table, versions, write_csv
@@ -120,10 +123,35 @@ def hours() -> None:
     print(f"wrote {path}")
 
 
+def likely_chunks(card: str, n: int, width: int) -> list[Kernel]:
+    """Returns the kernels of torch's linear_cross_entropy as a contrastive loss on a card.
+
+    Its op is a single one for fake tensors, so that its function runs in its place. Backward, which
+    scales the gradients that forward made, is left out.
+    """
+    from torch.nn.modules import linear_cross_entropy  # of torch 2.13 or later
+
+    name = "_linear_cross_entropy_batch_chunked"
+    op = getattr(linear_cross_entropy, name)
+
+    def function(*arguments: object) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return op._init_fn(*arguments)
+
+    features = {"dtype": torch.bfloat16, "requires_grad": True, "device": "cuda"}
+    with on_card(CARDS[card]) as kernels, mock.patch.object(linear_cross_entropy, name, function):
+        image, text = (torch.empty(n, width, **features) for _ in range(2))
+        similarity_forms.linear_cross_entropy(image, text, torch.empty((), device="cuda"))
+    return kernels
+
+
 def likely_row(form: str, kernels: list[Kernel]) -> dict[str, object]:
     """Returns a row of the file of `likely`."""
     times = {f"{card} ms": step_time(kernels, CARDS[card]).likely for card in CARDS_OF_LOSSES}
-    return {"form": form} | {name: round(ms, 2) for name, ms in times.items()}
+    traffic = sum(kernel.bytes * kernel.times for kernel in kernels)
+    launches = step_time(kernels, CARDS[SHOWN[0]]).launches
+    row: dict[str, object] = {"form": form, "bytes": traffic, "launches": launches}
+    return row | {name: round(ms, 2) for name, ms in times.items()}
 
 
 def likely() -> None:
@@ -136,8 +164,13 @@ def likely() -> None:
             with on_card(CARDS[card]) as kernels:
                 calls.loss((terms,), n, width, torch.bfloat16, backward=True)
             of_card = likely_row(f"{terms} loss, {n:,} pairs, D = {width}", kernels)
-            row |= {name: of_card[name] for name in ("form", f"{card} ms")}
+            # bytes and launches of the first card
+            row = of_card | row | {f"{card} ms": of_card[f"{card} ms"]}
         rows.append(row)
+    for n, width in itertools.product(*LOSS_SIZES):
+        kernels = likely_chunks(SHOWN[0], n, width)
+        form = f"contrastive loss by {similarity_forms.TORCH}, {n:,} pairs, D = {width}"
+        rows.append(likely_row(form, kernels))
     for form, pairs in STEPS.items():
         kernels = FORMS[form]()(pairs).kernels  # with an RTX 3090's tiles
         rows.append(likely_row(f"step of {form}, {pairs} pairs", kernels))

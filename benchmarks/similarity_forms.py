@@ -16,13 +16,15 @@ from torch import Tensor
 from benchmarks.measure import BASE, compare, peak_mib
 from simplclip.losses import WIKDLoss
 from simplclip.ops import similarity_loss
-from simplclip.ops.similarity.chunks import stored_rows
+from simplclip.ops.similarity.chunks import stored_rows, sweep_rows
 
 OBJECTIVES = ("contrastive", "sigmoid", "all four")
 PLANE = (10.0, -2.0)
 SCALE = 50.0
 CHUNK = 1024  # rows of a chunk in forms of other libraries
 PRODUCTS = "three products"  # S = X Yᵀ, G Y and Gᵀ X alone
+TORCH = "torch's linear_cross_entropy in chunks"  # of torch 2.13 or later
+ALL_ROWS = 1 << 40  # a store_bytes that holds all rows of a matrix
 
 
 @dataclass
@@ -64,9 +66,9 @@ def batch(n: int, d: int, dtype: torch.dtype, device: str = "cpu") -> Batch:
     return Batch(*student, scale, bias, *teacher, torch.tensor(60.0, device=device))
 
 
-def _ours(terms: tuple[str, ...]) -> Callable[[Batch], Tensor]:
+def _ours(terms: tuple[str, ...], store_bytes: int | None = None) -> Callable[[Batch], Tensor]:
     def run(b: Batch) -> Tensor:
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"store_bytes": store_bytes}
         if "pair_matching" in terms:
             options["plane"] = PLANE
         if "sigmoid" in terms:
@@ -105,6 +107,24 @@ def _siglip_loss_in_chunks(b: Batch) -> Tensor:
         rows = torch.arange(logits.shape[0], device=logits.device)
         total = total + _sum(F.softplus(logits)) - _sum(logits[rows, first + rows])
     return total / b.image.shape[0]
+
+
+def linear_cross_entropy(image: Tensor, text: Tensor, scale: Tensor, **options: Any) -> Tensor:
+    """The contrastive loss by torch's linear_cross_entropy in chunks, one call a direction.
+
+    options: those of torch.nn.LinearCrossEntropyOptions.
+    """
+    labels = torch.arange(image.shape[0], device=image.device)
+    chunks = torch.nn.LinearCrossEntropyOptions(**options)
+    scale = scale.to(image.dtype)
+    by_image = F.linear_cross_entropy(scale * image, text, labels, options=chunks)
+    return 0.5 * (by_image + F.linear_cross_entropy(scale * text, image, labels, options=chunks))
+
+
+def _of_torch(parts: int) -> Callable[[Batch], Tensor]:
+    """The same with chunks of a fraction of the default's rows."""
+    method = f"aspect_ratio:{parts}"
+    return lambda b: linear_cross_entropy(b.image, b.text, b.scale, chunking_method=method)
 
 
 def _one_product(b: Batch) -> Tensor:
@@ -177,20 +197,24 @@ def _products(features: Tensor, terms: tuple[str, ...]) -> float:
     products.
     """
     n = len(features)
-    kept = stored_rows(features, n, 1, None) / n  # share of the rows of one matrix
+
+    def kept(matrices: int) -> float:
+        """Returns the share of the rows that forward keeps."""
+        chunk = sweep_rows(features, n, matrices, None)
+        return stored_rows(features, n, matrices, None, chunk) / n
+
     joins_softmax = "contrastive" in terms
     products = 0.0
     if "relational" in terms:
-        kept_of_two = stored_rows(features, n, 2, None) / n
-        products = 2 * (2 - kept_of_two) + 2
+        products = 2 * (2 - kept(2)) + 2
         joins_softmax = features.device.type == "cpu"  # a GPU has no such sweep with a teacher
     elif "contrastive" in terms:
-        products = 4 - kept
+        products = 4 - kept(1)
     separate_matching = "pair_matching" in terms and not joins_softmax
     if "sigmoid" in terms or separate_matching:
         products += 3
     if "interactive" in terms:
-        products += 2 * (3 - kept)
+        products += 2 * (3 - kept(1))
     return products
 
 
@@ -225,9 +249,16 @@ def forms(objective: str, dtype: str) -> list[Form]:
         return [Form(name, run, products, tf32=True)]
 
     if objective == "contrastive":
+        in_chunks = []
+        if hasattr(F, "linear_cross_entropy"):
+            in_chunks = [Form(TORCH, _of_torch(1), 6)]
+            in_chunks += [Form(f"{TORCH}, a quarter of the rows", _of_torch(4), 6)]
         return [
             ours(BASE, "contrastive"),
             ours(f"{BASE}, pair matching too", "contrastive", "pair_matching"),
+            Form(f"{BASE}, no rows kept", _ours(("contrastive",), 0), 4),
+            Form(f"{BASE}, all rows kept", _ours(("contrastive",), ALL_ROWS), 3),
+            *in_chunks,
             dense("open_clip.ClipLoss", _clip_loss, 6),
             compiled(" of open_clip.ClipLoss", _clip_loss, 6),
             compiled(", one product", _one_product, 3),
