@@ -66,7 +66,7 @@ COLUMNS: dict[str, tuple[str, Callable[[str], str]]] = TEXT | {
     "images_per_s": ("images/s", str),
     "times": ("times open_clip's", str),
     "gemms": ("products", lambda value: f"{float(value):g}"),
-    "gemm_share": ("of the GEMM rate", lambda value: f"{float(value):.0%}"),
+    "gemm_share": ("share of the GEMM rate", lambda value: f"{float(value):.0%}"),
     "extra_mib": ("extra MiB", number()),
     "mib": ("MiB", number()),
     "memory_times_ours": ("MiB, times simplclip's", str),
