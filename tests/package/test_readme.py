@@ -49,6 +49,7 @@ FILES = [
 PHOTOS = "docs/your-photos.md"  # has a config that README.md trains
 MAKEFILE = (ROOT / "Makefile").read_text()
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
+OTHERS = ("apt", "conda", "docker", "ncu", "nsys", "pre-commit", "sudo", "tar")  # are not checked
 
 
 @functools.cache
@@ -185,13 +186,14 @@ def check_command(words: list[str]) -> None:
         "simplclip-open-clip": check_open_clip_train,
         "simplclip.integrations.open_clip_train": check_open_clip_train,
         "pip": check_pip,
+        "uv": lambda rest: check_pip(rest[1:]) if rest[0] == "pip" else None,
         "pytest": lambda rest: [(ROOT / file).stat() for file in rest if file.startswith("tests")],
         "python": lambda rest: check_script(ROOT / rest[0], rest[1:]),
     }
     if program.startswith("benchmarks."):
         path = ROOT / program.replace(".", "/")
         check_script(path if path.is_dir() else path.with_suffix(".py"), arguments)
-    elif program not in ("sudo", "git", "cd", "tar", "pre-commit", "venv", ".", "ncu", "nsys"):
+    elif program not in ("git", "cd", "venv", ".", *OTHERS):
         assert program in checks, f"{program}: expected one of {sorted(checks)}"
         checks[program](arguments)
 
