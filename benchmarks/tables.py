@@ -21,7 +21,7 @@ from benchmarks import chart, finetune_chart, model_table
 from benchmarks.cards.bound import SHOWN
 from benchmarks.results_file import RESULTS, ROOT, read_csv
 from simplclip.evaluation.results import Results
-from simplclip.plan.time import CALIBRATION, HELD_OUT
+from simplclip.plan.time import CALIBRATION
 
 README = "README.md"
 BENCHMARKS = "docs/benchmarks.md"
@@ -218,8 +218,8 @@ def figures() -> list[str]:
     return [*markdown(head, lines, head), "", note]
 
 
-def hours(page: str) -> list[str]:
-    """Returns the table of ten epochs on a card, for README or a page in docs/."""
+def hours() -> list[str]:
+    """Returns a table of ten epochs on a card."""
     path, rows = read("plan-hours")
     columns = [name for name in rows[0] if name.endswith((" pairs", " images/s", " hours"))]
     head = ["ten epochs of 12.4 million pairs"]
@@ -229,23 +229,23 @@ def hours(page: str) -> list[str]:
     lines = []
     for row in rows:
         lines.append((row["form"], *(f"{float(row[name]):,.0f}" for name in columns)))
-    measured = read_csv(RESULTS / "cards-measured.csv")
-    steps = sum(row["mode"] == "train" and row["fitted"] == "yes" for row in measured)
-    within, median = HELD_OUT["train within_35"][0], HELD_OUT["train median_error"][0]
-    error = (
-        f"{within:.0%} of {steps} training steps that timm's authors measured on an RTX 3090 were "
-        "predicted to 35 %"
-    )
-    link = f"benchmarks/results/{path.name}"
-    if page != README:
-        link = f"../{link}"
     note = (
-        f"Predicted, no step of these ran on a card; {error}, half to {median:.0%}. pairs: the "
-        "largest batch in one graph, bf16; siclip models with two captions an image and a "
-        "teacher's stored features, all others with one caption; open_clip's trainer trains all "
+        "Predicted: no step of these ran on a card ([how well](#how-well)). pairs: the largest "
+        "batch in one graph, in bf16. siclip models train with two captions an image and a "
+        "teacher's stored features, the others with one caption. open_clip's trainer trains all "
         "weights of the whole model"
     )
-    return [*markdown(head, lines, head[:1]), "", f"{note} ([{path.name}]({link}); `make plan`)."]
+    link = f"[{path.name}](../benchmarks/results/{path.name})"
+    return [*markdown(head, lines, head[:1]), "", f"{note} ({link}; `make plan`)."]
+
+
+def hours_of_cards() -> list[str]:
+    """Returns the README's sentence: the hours of siclip-s0 on three cards."""
+    path, (row,) = read("plan-hours", form="siclip-s0, as configured")
+    cards = [(name[4:-6], float(row[name])) for name in row if name.endswith(" hours")]
+    hours = ", ".join(f"{hours:.0f} h on an RTX {card}" for card, hours in cards)
+    link = f"[predicted](benchmarks/results/{path.name})"
+    return [f"siclip-s0, ten epochs of 12.4 M pairs, {link}, no step ran on a card: {hours}."]
 
 
 def likely() -> list[str]:
@@ -380,9 +380,9 @@ FIGURES: tuple[tuple[str, tuple[str, dict[str, str]], dict[str, str], dict[str, 
 CPU = "On a CPU"
 LOSS = "Forward and backward, D = 512"
 TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
-    README: {"figures": figures, "hours": partial(hours, README)},
+    README: {"figures": figures, "hours": hours_of_cards},
     EXAMPLES: {"demo": demo},
-    PLAN: {"hours": partial(hours, PLAN), "likely": likely},
+    PLAN: {"hours": hours, "likely": likely},
     FINE_TUNING: {"finetune": finetune, "finetune-costs": finetune_costs},
     OPEN_CLIP: {"models": model_table.lines},
     BENCHMARKS: {
