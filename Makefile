@@ -46,10 +46,11 @@ SOURCES := pyproject.toml setup.py requirements.txt simplclip/ops/extension.py \
 	$(wildcard simplclip/calls/*.py csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 INSTALLED := $(VENV)/.installed-$(firstword $(shell cat $(SOURCES) | cksum))
 
-# NVCC=pypi: the CUDA compiler comes from PyPI, in the version of torch's CUDA, into the same venv.
+# NVCC=pypi: the CUDA compiler comes from PyPI, in the version of torch's CUDA, into the same venv. Each part is named, since
+# nvcc itself takes any version of the others, and its assembler refuses the PTX of a later nvvm.
 define ADD_NVCC
 $(if $(filter pypi,$(NVCC)),$1/python -m pip install --quiet \
-	"nvidia-cuda-nvcc==$$($1/python -c 'import torch; print(torch.version.cuda)').*")
+	$(foreach part,cuda-nvcc cuda-crt nvvm,"nvidia-$(part)==$$($1/python -c 'import torch; print(torch.version.cuda)').*"))
 endef
 
 # --no-build-isolation: the extensions are built against the torch that they will run with, and torch is not fetched twice.

@@ -279,9 +279,11 @@ def check_pip(arguments: list[str]) -> None:
         if extras := re.fullmatch(r"(?:\.|simplclip)(?:\[([\w,]+)\])?", argument):
             for extra in extras[1].split(",") if extras[1] else ():
                 assert re.search(rf"^{extra} = \[", PYPROJECT, re.MULTILINE), extra
+        elif parts := re.fullmatch(r"nvidia-\{([\w,-]+)\}(==.+)", argument):
+            each = f'$(foreach part,{parts[1].replace(",", " ")},"nvidia-$(part){parts[2]}")'
+            assert each in MAKEFILE.replace("$$($1/python", "$(python"), argument
         elif argument not in ("-e", "--no-build-isolation", "--no-deps"):
-            known = PYPROJECT + MAKEFILE.replace("$$($1/python", "$(python")
-            assert f'"{argument}"' in known, argument
+            assert f'"{argument}"' in PYPROJECT + MAKEFILE, argument
 
 
 @pytest.mark.parametrize("name", FILES)
