@@ -137,7 +137,7 @@ PROGRAMS += [(name, "-") for name in FILES if blocks(name, "diff")]
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "side"), PROGRAMS)
 def test_python_blocks_run(name, side, tmp_path):
-    if name in ("docs/evaluation.md", "docs/training.md"):
+    if name in ("docs/evaluation.md", "docs/export.md"):
         write_run(tmp_path)
     if name == "docs/your-photos.md":
         (tmp_path / "photos").mkdir()

@@ -1,4 +1,4 @@
-"""Part of losses.py: a small CLIP under fully_shard as in docs/scaling.md.
+"""Part of losses.py: a small CLIP under fully_shard as in docs/several-gpus.md.
 
 Its blocks, loss and gradient caching, with mixed precision, activation checkpointing and
 torch.compile.
@@ -82,7 +82,7 @@ def train(
 def main(backend: str) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
-    shard = run("scaling.md", "FSDP2")["shard"]
+    shard = run("several-gpus.md", "FSDP2")["shard"]
     parameters = [*Clip().parameters(), *ClipPMLoss().parameters()]
     start = torch.cat([p.detach().flatten() for p in parameters])
     options = [(False, True), (True, False)]  # half, cached
