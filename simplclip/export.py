@@ -1,8 +1,8 @@
 """Exports a checkpoint of the trainer as a folder that open_clip and `simplclip.load` read:
 
     open_clip_config.json, open_clip_model.safetensors, and the files of a tokenizer of Hugging Face
-    README.md             a model card; an existing one is kept, since its licence is the user's to
-                          write
+    README.md             a model card, see model_card.py; an existing one is kept, since its
+                          licences are the user's to write
     preprocessing.json    what other programs need to make the model's inputs
     export.json           the model, its options, and the digest of the weights; written last: an
                           export with it is whole
@@ -14,7 +14,6 @@ Or as a folder that transformers reads: config.json, written last, model.safeten
 image processor, and the model card.
 """
 
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -25,20 +24,16 @@ from open_clip.model import get_model_preprocess_cfg, get_model_tokenize_cfg
 from open_clip.transform import PreprocessCfg
 from open_clip.utils import to_2tuple
 from safetensors.torch import save
-from torch import nn
 
 import simplclip
 from simplclip import evaluation, models
-from simplclip.common.files import HOUR, identity, read_csv, remove_leftovers, temporary_folder
-from simplclip.evaluation.results import BLEND, Results
-from simplclip.evaluation.retrieval import KS
+from simplclip.common.files import HOUR, identity, remove_leftovers, temporary_folder
+from simplclip.model_card import BLENDED, card
 from simplclip.models.file_names import CARD, EXPORT, FORMS, Form
 from simplclip.models.registry import configuration
 from simplclip.models.source import about_best, check_export, parse_checkpoint
 from simplclip.models.trained import load_model, model_options
 from simplclip.train.start import load_start
-
-RANKS = tuple(f"R@{k}" for k in KS)
 
 
 def run(
@@ -151,102 +146,6 @@ def write_preprocessing(folder: Path, model: Any, tokenizer: Any) -> None:
         text["tokenizer"] = "tokenizer.json"
     about = {"image": get_model_preprocess_cfg(model), "text": text}
     (folder / "preprocessing.json").write_text(json.dumps(about, indent=2) + "\n")
-
-
-def card(
-    model: nn.Module,
-    state: dict[str, Any],
-    file: Path,
-    lines: str,
-    library: str = "open_clip",
-    blend: dict[str, Any] | None = None,
-) -> str:
-    """Returns a model card in Markdown, with figures found beside the checkpoint `file`.
-
-    state: the checkpoint's content, as `load_model` returns it. lines: that load the export.
-    library: which loads it. blend: as in export.json.
-    """
-    config = state["config"]
-    text = TEMPLATE.format(
-        library=library,
-        name=config["model"]["name"],
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        images=f"{state['images']:,} images, " if state.get("images") else "",
-        step=state["step"],
-        size=config["data"]["batch_size"],
-        blend=BLENDED.format(**blend) + "\n" if blend else "",
-    )
-    rows: list[str] = []
-    for figures in (_evaluated_figures, _figures_in_training):
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-            rows = rows or figures(file, state["step"], blend)
-    if rows:
-        table = [
-            f"| data | direction | {' | '.join(f'{name} (chance)' for name in RANKS)} |",
-            f"|---|---|{'--:|' * len(RANKS)}",
-            *rows,
-        ]
-    else:
-        table = ["The weights had not been evaluated before the export."]
-    return "\n".join([text, *table, "", "## Use", "", lines, ""])
-
-
-def _evaluated_figures(file: Path, step: int, blend: dict[str, Any] | None) -> list[str]:
-    """Returns the card's rows that `simplclip evaluate` found; [] if of another checkpoint."""
-    folder = file if file.is_dir() else file.parent
-    content = json.loads((folder / (BLEND if blend else "evaluation.json")).read_text("utf-8"))
-    if blend:
-        content |= {row["alpha"]: row for row in content["rows"]}[blend["alpha"]]
-        if content["start"] != blend["start"]:
-            return []
-    result = Results.model_validate(content)
-    if result.step != step or not result.checkpoint.endswith((file.name, folder.name)):
-        return []
-    rows = []
-    for name, split in result.splits.items():
-        if split.retrieval is None:
-            continue
-        for direction, figures in split.retrieval.directions.items():
-            shares = [(figure.value, figure.chance) for figure in figures.values()]
-            rows.append(_table_row(name, direction, shares))
-    return rows
-
-
-def _figures_in_training(file: Path, step: int, blend: dict[str, Any] | None) -> list[str]:
-    """Returns the card's rows that the run found at a step; it has evaluated no blend."""
-    if blend:
-        return []
-    folder = file if file.is_dir() else file.parent
-    rows = []
-    for row in read_csv(folder / "evaluation.csv"):
-        if int(row["step"]) == step:
-            shares = [(float(row[name]), float(row[f"chance {name}"])) for name in RANKS]
-            rows.append(_table_row(row["split"], row["direction"], shares))
-    return rows
-
-
-def _table_row(split: str, direction: str, shares: list[tuple[float, float]]) -> str:
-    """Returns a row in Markdown. shares: value and chance of R@k for each k."""
-    cells = [split, direction.replace("_", " ")]
-    cells += [f"{value:.1%} ({chance:.1%})" for value, chance in shares]
-    return f"| {' | '.join(cells)} |"
-
-
-BLENDED = "These weights are {alpha} of the training's and 1 - {alpha} of its start, {start}."
-TEMPLATE = """---
-library_name: {library}
-pipeline_tag: zero-shot-image-classification
-# license: to be chosen by you, who know the licences of the pictures and of the weights that the
-# model started from
----
-# {name}
-
-A CLIP model of {parameters:,} parameters, trained by simplclip:
-{images}{step:,} steps of {size:,} images with captions.
-It knows what its captions say, and may repeat what prejudice they hold.
-{blend}
-## Figures
-"""
 
 
 LOADING = """To load it in transformers:

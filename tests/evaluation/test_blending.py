@@ -258,6 +258,6 @@ def test_an_export_has_the_blended_weights_and_their_figures(inside, tmp_path, m
     assert "| one | text to image |" in card
     for words in ([0.25], [0.3, "--last"]):  # others than were evaluated
         out, card = exported(*words)
-        assert "The weights had not been evaluated before the export." in card
+        assert "The weights had not been evaluated before the export: " in card
     last_blend = evaluation.blend(start, last, 0.3)
     assert bits(load_file(out / "open_clip_model.safetensors")) == bits(last_blend)

@@ -22,10 +22,9 @@ from torch import nn
 
 import simplclip
 from simplclip import export, models
-from simplclip.evaluation import Figure, Results, SplitResult
 from simplclip.integrations.open_clip import register_models
 from simplclip.models.trained import CheckpointError, read_checkpoint
-from support.data.pairs import digests, table
+from support.data.pairs import digests
 from support.models.exported_models import HF, TIMM, VIT
 from support.programs import call, forked, one_line
 from support.train.runs import save_run
@@ -115,63 +114,6 @@ def test_the_printed_lines_load_a_timm_trunk_of_another_size(size, tmp_path, cap
     pixels = names["preprocess"](Image.new("RGB", (50, 40)))[None]
     assert pixels.shape == (1, 3, size, size)
     assert names["model"].eval().encode_image(pixels).shape == (1, 16)
-
-
-@pytest.mark.slow
-def test_the_model_card_has_counts_figures_and_the_lines_that_load_it(tiny, tmp_path):
-    state = read_checkpoint(tiny.run) | {"images": 841}
-    run = tmp_path / "run"
-    run.mkdir()
-    torch.save(state, run / "best.pt")
-    shares = {f"R@{k}": Figure(value=k / 16, chance=k / 1000) for k in (1, 5, 10)}
-    held = SplitResult(images=9, texts=9, image_to_text=shares, text_to_image=shares)
-    splits = {"held": held, "classes": SplitResult(images=3, texts=0)}
-
-    def write_results(checkpoint, step):
-        about = {"checkpoint": str(run / checkpoint), "model": "siclip-tiny", "step": step}
-        results = Results(**about, precision="fp32", versions={}, splits=splits)
-        (run / "evaluation.json").write_text(results.model_dump_json())
-
-    write_results("best.pt", step=7)
-    out = tmp_path / "out"
-    export.run(run, out)
-    text = (out / "README.md").read_text("utf-8")
-    size = f"{sum(p.numel() for p in tiny.model.parameters()):,} parameters"
-    for words in (
-        "# siclip-tiny\n",
-        size,
-        "841 images, 7 steps of 256 images with captions",
-        "# license: to be chosen by you",
-        "library_name: open_clip",
-        "| held | image to text | 6.2% (0.1%) | 31.2% (0.5%) | 62.5% (1.0%) |",
-        "| held | text to image | 6.2% (0.1%) |",
-        "    register_models()\n",
-        f'    encoder = simplclip.load("{out}")',
-        "To load it in open_clip, with simplclip installed:",
-    ):
-        assert words in text, words
-    assert text.startswith("---\n")
-    assert "classes |" not in text
-    (out / "README.md").write_text("my card")  # e.g. with a licence
-    export.run(run, out, force=True)
-    assert (out / "README.md").read_text() == "my card"
-    write_results("last.pt", step=6)
-    for wrong in (None, "[1]", "{"):  # figures of another step are not this model's
-        if wrong:
-            (run / "evaluation.json").write_text(wrong)
-        text = export.card(tiny.model, state, run / "best.pt", "")
-        assert "The weights had not been evaluated before the export." in text
-    # what the run itself found at this step
-    columns = ["step", "split", "direction", "R@1", "R@5", "R@10", "loss"]
-    columns += ["chance R@1", "chance R@5", "chance R@10"]
-    found = [
-        [6, "held_out", "image_to_text", 0.1, 0.1, 0.1, 1.0, 0.1, 0.1, 0.1],
-        [7, "held_out", "text_to_image", 0.25, 0.5, 0.75, 1.0, 0.01, 0.05, 0.1],
-    ]
-    table(run / "evaluation.csv", found, columns)
-    text = export.card(tiny.model, state, run / "best.pt", "")
-    assert "| held_out | text to image | 25.0% (1.0%) | 50.0% (5.0%) | 75.0% (10.0%) |" in text
-    assert "image to text" not in text
 
 
 def test_a_run_of_other_pixels_keeps_them(tmp_path):
