@@ -13,17 +13,37 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE, NOTEBOOK = ROOT / "docs" / "your-photos.md", ROOT / "examples" / "first_day.ipynb"
 
+INSTALL = """\
+## On Colab
+
+The next cell clones the repository and installs simplclip with the extras `demo` and `export`. pip
+keeps Colab's torch if it is 2.11 or later. Compiling the CPU kernels takes some minutes. If the
+notebook was opened in a clone, the cell installs that clone.
+
+A T4 has compute capability 7.5. The GPU kernels of simplclip are for 8.0 and later. On a T4 the ops
+therefore run in plain torch, by the backend `reference`, and attention by torch's own kernels,
+`sdpa`. The cell ends with `simplclip doctor`, which names the backend of each op. Training computes
+in float32 there, since a T4 has no bfloat16. The batches of this page need no kernels: the matrix
+of 128 pairs takes 64 KiB. On an L4 or an A100 the Triton kernels run. This notebook has run on a
+CPU, but not on these GPUs yet."""
+
 SETUP = """\
+import os
+
 URL = "URL"  # the address of the repository
-!git clone $URL simplclip
-%cd simplclip
-!pip install -q 'setuptools>=77' ninja
-!SIMPLCLIP_CUDA=0 pip install -q --no-build-isolation -e '.[demo,export]'"""
+if os.path.exists("../examples/first_day.ipynb"):
+    %cd ..
+elif not os.path.exists("examples/first_day.ipynb"):
+    !git clone -q $URL simplclip
+    %cd simplclip
+!pip install -q 'torch>=2.11' torchvision 'setuptools>=77' ninja
+!SIMPLCLIP_CUDA=0 pip install -q --no-build-isolation -e '.[demo,export]'
+!simplclip doctor"""
 
 STAMPS = """\
 # These are 951 captioned pictures of a Debian package. Upload your own to simplclip/photos instead,
 # if you have some.
-!apt-get -qq install tuxpaint-stamps-default
+!apt-get -qq update && apt-get -qq install tuxpaint-stamps-default
 import shutil
 from pathlib import Path
 
@@ -66,13 +86,14 @@ def cells(page: str) -> list[dict]:
     """Returns the cells of the page but its last section's, with links from examples/."""
     text = page.split("\n## With a GPU")[0]
     text = re.sub(r"\]\((?!https?:|#)([\w./-]+)", r"](../docs/\1", text)
-    introduction, _, rest = text.partition("\n## 1.")
-    made = [("markdown", introduction, ()), ("code", SETUP, ("setup",))]
-    made.append(("code", STAMPS, ("setup",)))
+    introduction, _, rest = text.partition("\n## ")
+    made = [("markdown", introduction, ()), ("markdown", INSTALL, ())]
+    made += [("code", SETUP, ("setup",)), ("code", STAMPS, ("setup",))]
     # words, language, block, words, ...
-    parts = re.split(r"```(\w+)\n(.*?)```\n", f"## 1.{rest}", flags=re.DOTALL)
+    parts = re.split(r"```(\w+)\n(.*?)```\n", f"## {rest}", flags=re.DOTALL)
     for words, language, block in zip(parts[::3], [*parts[1::3], ""], [*parts[2::3], ""]):
-        made.append(("markdown", words, ()))
+        if words.strip():
+            made.append(("markdown", words, ()))
         if block:
             made.append(("code", code_of(language, block), ()))
         if "simplclip evaluate" in block:

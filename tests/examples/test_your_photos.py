@@ -14,8 +14,10 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from PIL import ExifTags, Image
 
+from simplclip.ops import backends
 from support.paths import ROOT
 from support.programs import run_line
 from support.train import tiny
@@ -33,6 +35,18 @@ def test_the_notebook_is_that_of_the_page():
     assert made["notebook"](
         (ROOT / "docs" / "your-photos.md").read_text("utf-8")
     ) == NOTEBOOK.read_text("utf-8"), "python docs/make_notebook.py makes it anew"
+
+
+def test_a_t4_has_the_backends_that_the_notebook_names(monkeypatch):
+    monkeypatch.setattr(backends, "capability", lambda device: (7, 5))
+    monkeypatch.setattr(backends, "_has_binary", lambda index: False)
+    t4, facts = torch.device("cuda", 0), backends.Facts(length=16, width=32)
+    chosen = {op: backends.select(op, t4, torch.float32, facts=facts).name for op in backends.TABLE}
+    attention = {op: name for op, name in chosen.items() if "attention" in op}
+    assert {*attention.values()} == {"sdpa"}
+    assert {chosen[op] for op in chosen.keys() - attention.keys()} == {"reference"}
+    text = NOTEBOOK.read_text("utf-8")
+    assert "by the backend `reference`, and attention by torch's own kernels" in text
 
 
 def cells() -> list[str]:
@@ -112,6 +126,14 @@ def test_every_cell_runs(tmp_path, monkeypatch, request):
     assert len(np.load(tmp_path / "photos.npz")["features"]) == 49
     for made in ("hits.png", "export/open_clip_model.safetensors", "export/README.md", *onnx):
         assert os.path.getsize(made), made
+    card = (tmp_path / "export" / "README.md").read_text("utf-8")
+    for words in (
+        "| held_out | image to text | ",
+        "- Sources: `photos`\n",
+        "It started from `efficientnet-lite0`, `minilm`.",
+        "    data.batch_size: 8\n",
+    ):
+        assert words in card, words
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
