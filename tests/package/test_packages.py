@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import simplclip
 from support.package import extension_symbols
 from support.paths import ROOT, SUPPORT
 
@@ -72,6 +73,12 @@ def test_pins_of_ruff_agree():
     repositories = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     (ruff,) = [entry for entry in repositories if entry["repo"].endswith("ruff-pre-commit")]
     assert f"ruff=={ruff['rev'].removeprefix('v')}" in project["optional-dependencies"]["lint"]
+
+
+def test_the_citation_and_the_changelog_have_the_version():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == simplclip.__version__
+    versions = re.findall(r"^## (\d\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == simplclip.__version__
 
 
 @pytest.mark.slow

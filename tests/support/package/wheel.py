@@ -1,11 +1,12 @@
 """Installs a wheel of simplclip into an empty environment and tries it there, as a user would.
 
-    python tests/support/package/wheel.py dist/simplclip-0.1.0-*.whl [--train] [--cuda] [--python
+    python tests/support/package/wheel.py dist/simplclip-*.whl [--train] [--cuda] [--python
     python3.12] [--packages-of PYTHON]
 
 With the required packages alone it runs `simplclip doctor` and `simplclip selftest`; --train adds
 the extra `train` and one training step on eight pictures. Commands run in a temporary folder, so
-that nothing of the checkout is on their path.
+that nothing of the checkout is on their path, and find no programs but the environment's: neither
+a compiler nor nvcc.
 --packages-of: a path file names that Python's packages instead of a download of gigabytes.
 """
 
@@ -44,7 +45,8 @@ PACKAGES = r"""
 import sys
 print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")
 """
-NOT_INHERITED = ("PYTHON", "SIMPLCLIP_", "VIRTUAL_ENV")  # beginnings of variables' names
+# beginnings of variables' names
+NOT_INHERITED = ("PYTHON", "SIMPLCLIP_", "VIRTUAL_ENV", "CC", "CXX", "CUDA_HOME")
 
 
 class Environment:
@@ -55,15 +57,16 @@ class Environment:
         subprocess.run([python, "-m", "venv", "--without-pip", folder / "venv"], check=True)
         self.bin = folder / "venv" / "bin"
         (self.site,) = (folder / "venv").glob("lib/python*/site-packages")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(NOT_INHERITED)}
+        self.variables = kept | {"PATH": str(self.bin)}
 
     def run(self, program: str, *arguments: str) -> str:
         """Runs a program of the environment and returns its output; exits if it fails."""
-        variables = {k: v for k, v in os.environ.items() if not k.startswith(NOT_INHERITED)}
         command = [self.bin / program, *arguments]
         line = f"{program} {' '.join(arguments)}"
         start = time.monotonic()
         run = subprocess.run(
-            command, cwd=self.folder, env=variables, capture_output=True, text=True
+            command, cwd=self.folder, env=self.variables, capture_output=True, text=True
         )
         if run.returncode:
             raise SystemExit(f"{line}\n{run.stdout[-4000:]}\n{run.stderr[-4000:]}\nfailed")
@@ -75,7 +78,7 @@ class Environment:
         """Installs by this Python's pip; the environment's tags decide on wheels."""
         pip = [sys.executable, "-m", "pip", "--python", self.bin / "python", "install", "--quiet"]
         start = time.monotonic()
-        subprocess.run([*pip, *arguments], check=True, cwd=self.folder)
+        subprocess.run([*pip, *arguments], check=True, cwd=self.folder, env=self.variables)
         print(f"pip install {' '.join(arguments)}: {time.monotonic() - start:.0f} s", flush=True)
 
     def take_packages(self, python: str) -> None:
