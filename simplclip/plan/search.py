@@ -173,7 +173,7 @@ class Planner:
             self.precision = "bf16"
             why = "auto: cards since Ampere have native bf16"
             if self.card is not None and not self.card.triton:
-                self.precision = "fp16"
+                self.precision = "fp32"  # as pick_precision says of such a card
                 why += ", this one is older"
         else:
             self.precision, why = hardware.pick_precision(config.run.precision, self.device)

@@ -90,6 +90,12 @@ def test_the_step_that_is_chosen(tiny, monkeypatch):
     assert [chosen(usable) for usable in (200, 95, 40, 0)] == [(96, None), (96, 48), (96, 16), None]
 
 
+@pytest.mark.parametrize(("card", "precision"), [("rtx-3090", "bf16"), ("t4", "fp32")])
+def test_automatic_precision_is_that_of_training_on_the_card(tiny, card, precision):
+    values = config.load(tiny, ["run.precision=auto"])
+    assert Planner(values, Budget(GIB), card=card).precision == precision
+
+
 @pytest.mark.slow
 def test_cards_share_their_predictions(tiny):
     """Memory and time of other batches and cards lie between three predictions, as near as a search
