@@ -95,7 +95,7 @@ def why_no_cuda() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
     if cpp_extension.CUDA_HOME is None:
-        packages = f"PyPI's nvidia-cuda-nvcc=={torch.version.cuda}.*"
+        packages = f"PyPI's nvidia-{{cuda-nvcc,cuda-crt,nvvm}}=={torch.version.cuda}.*"
         return (
             f"nvcc was not found: install {packages} or the CUDA toolkit {torch.version.cuda}, or "
             "set CUDA_HOME to it"
