@@ -86,11 +86,11 @@ def cells(page: str) -> list[dict]:
     """Returns the cells of the page but its last section's, with links from examples/."""
     text = page.split("\n## With a GPU")[0]
     text = re.sub(r"\]\((?!https?:|#)([\w./-]+)", r"](../docs/\1", text)
-    introduction, _, rest = text.partition("\n## ")
+    introduction, _, rest = text.partition("\n## 1. ")
     made = [("markdown", introduction, ()), ("markdown", INSTALL, ())]
     made += [("code", SETUP, ("setup",)), ("code", STAMPS, ("setup",))]
     # words, language, block, words, ...
-    parts = re.split(r"```(\w+)\n(.*?)```\n", f"## {rest}", flags=re.DOTALL)
+    parts = re.split(r"```(\w+)\n(.*?)```\n", f"## 1. {rest}", flags=re.DOTALL)
     for words, language, block in zip(parts[::3], [*parts[1::3], ""], [*parts[2::3], ""]):
         if words.strip():
             made.append(("markdown", words, ()))
