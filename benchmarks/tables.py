@@ -208,14 +208,13 @@ def figures() -> list[str]:
             cells.append(label + ", ".join(values))
         cells += [NONE] * (3 - len(cells))
         ours = by_form["simplclip"]
-        lines.append((title, *cells, f"{ours['hardware']}; {ours['date']}, {ours['commit']}"))
+        clock = " (processor time)" if ", 1 thread of" in ours["hardware"] else ""
+        where = f"{ours['hardware']}{clock}; {ours['date']}, {ours['commit']}"
+        lines.append((title, *cells, where))
     baselines = ("eager baseline", "chunked or compiled baseline")
-    head = ("measured", "simplclip", *baselines, "hardware; date, commit")
-    note = (
-        "Forward and backward on a CPU, medians of interleaved runs; with one thread, processor "
-        "time. [More figures](docs/benchmarks.md)."
-    )
-    return [*markdown(head, lines, head), "", note]
+    measured = "forward and backward on a CPU, medians ([more](docs/benchmarks.md))"
+    head = (measured, "simplclip", *baselines, "hardware; date, commit")
+    return markdown(head, lines, head)
 
 
 def hours() -> list[str]:
@@ -245,7 +244,7 @@ def hours_of_cards() -> list[str]:
     cards = [(name[4:-6], float(row[name])) for name in row if name.endswith(" hours")]
     hours = ", ".join(f"{hours:.0f} h on an RTX {card}" for card, hours in cards)
     link = f"[predicted](benchmarks/results/{path.name})"
-    return [f"siclip-s0, ten epochs of 12.4 M pairs, {link}, no step ran on a card: {hours}."]
+    return [f"siclip-s0, ten epochs of 12.4 M pairs: {link}, not measured, to take {hours}."]
 
 
 def likely() -> list[str]:

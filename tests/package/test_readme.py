@@ -24,6 +24,7 @@ from pathlib import Path
 
 import open_clip
 import pytest
+import torch
 from markdown_it import MarkdownIt
 from PIL import Image
 from pydantic import BaseModel
@@ -132,6 +133,8 @@ def program(name: str, side: str = "+") -> str:
 
 PROGRAMS = [(name, "+") for name in FILES if blocks(name, "python", "diff")]
 PROGRAMS += [(name, "-") for name in FILES if blocks(name, "diff")]
+# what a program may use of the reader's own loop: the batch of his loader
+BATCH = {"images": torch.zeros(66, 3, 224, 224), "texts": torch.ones(66, 77, dtype=torch.long)}
 
 
 @pytest.mark.slow
@@ -151,7 +154,7 @@ def test_python_blocks_run(name, side, tmp_path):
         warnings.filterwarnings("error", category=DeprecationWarning, module="__main__")
         with open("errors", "w") as errors, contextlib.redirect_stderr(errors):
             try:
-                runpy.run_path(str(file), run_name="__main__")
+                runpy.run_path(str(file), BATCH, run_name="__main__")
             except BaseException:
                 traceback.print_exc()
                 raise
