@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import stat
 import subprocess
 import tarfile
@@ -379,6 +380,8 @@ def _curl(url: str) -> Any:
     Unlike webdataset's gopen_curl it gives up on a server that sends nothing for STALL seconds, and
     has no retries, which would start the output again in the middle of the tar.
     """
+    if shutil.which("curl") is None:
+        raise ShardError(f"shard {url!r}: expected the program curl, which fetches URLs, got none")
     limits = ["--connect-timeout", "30", "--speed-limit", "1", "--speed-time", str(STALL)]
     schemes = ["--proto", "=http,https", "--proto-redir", "=http,https", "--globoff"]
     command = ["curl", "-f", "-sS", "-L", *limits, *schemes, "--", str(url)]

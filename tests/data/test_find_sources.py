@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import os
+import shutil
 import threading
 from collections import Counter
 from pathlib import Path
@@ -60,6 +61,9 @@ class Server(http.server.BaseHTTPRequestHandler):
             super().finish()
 
 
+NEEDS_CURL = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+
+
 @pytest.fixture
 def server(tmp_path):
     """Yields a local server of tmp_path / "served"."""
@@ -80,6 +84,7 @@ def server(tmp_path):
         thread.join()
 
 
+@NEEDS_CURL
 def test_urls_with_brace_patterns_and_signatures(server):
     for number in (0, 12):
         shard(server.folder, number)
@@ -88,6 +93,7 @@ def test_urls_with_brace_patterns_and_signatures(server):
     assert server.asked == {"train-000.tar": 2, "train-012.tar": 1}  # the next pass has begun
 
 
+@NEEDS_CURL
 @pytest.mark.parametrize("fault", ["404", "cut", "slow"])
 def test_a_server_that_fails(server, monkeypatch, fault):
     """A stream goes on where it broke; one that stays broken ends the loader in a line."""
@@ -100,6 +106,13 @@ def test_a_server_that_fails(server, monkeypatch, fault):
     message = rf"shard '{urls[0]}' cannot be read: curl: \(\d+\) .+"
     with pytest.raises(data.ShardError, match=message):
         one_pass(urls)
+
+
+def test_a_machine_without_curl(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    message = "shard 'https://host/a.tar': expected the program curl, which fetches URLs, got none"
+    with pytest.raises(data.ShardError, match=message):
+        one_pass("https://host/a.tar")
 
 
 @pytest.mark.parametrize(
