@@ -59,19 +59,21 @@ def store_gradient(
     out,  # [rows, out_stride], a block of G
     g,  # [BLOCK_M, BLOCK_N]
     factor,  # [] or None
-    row,  # [BLOCK_M]
+    row,  # [BLOCK_M], in the block of G, as is column
     column,  # [BLOCK_N]
-    first_row,  # of the block, as is first_column
-    first_column,
-    n,
-    m,
-    out_stride,
+    height,  # rows of the block that are in the matrix
+    out_stride,  # a multiple of 16
 ):
-    """Stores a tile g to a block of G, in its dtype, multiplied by the factor if there is one."""
+    """Stores a tile g to a block of G, in its dtype, multiplied by the factor if there is one.
+
+    It stores also what lies between the last column and the pitch, which nobody reads: a mask that
+    ends at a multiple of 16 lets a thread store 16 bytes at a time.
+    """
     if factor is not None:
         g *= tl.load(factor)
-    out += (row - first_row).to(tl.int64)[:, None] * out_stride + (column - first_column)[None, :]
-    tl.store(out, g.to(out.dtype.element_ty), (row < n)[:, None] & (column < m)[None, :])
+    out += row.to(tl.int64)[:, None] * out_stride + column[None, :]
+    inside = (row < height)[:, None] & (column < out_stride)[None, :]
+    tl.store(out, g.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -115,8 +117,10 @@ def _similarity_gradient_kernel(
     The sums are the gradients of scale and of plane's p and q.
     """
     row_block, column_block = block_of_program(row_blocks, column_blocks, TILE.BLOCK_M)
-    row = first_row + row_block * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)
-    column = first_column + column_block * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
+    row_of_block = row_block * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)
+    column_of_block = column_block * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
+    row = first_row + row_of_block
+    column = first_column + column_of_block
     sums += tl.program_id(0) * 3  # SUMS
 
     t = None
@@ -145,7 +149,7 @@ def _similarity_gradient_kernel(
         g += slope * tl.load(plane)
     positive = column[None, :] == row[:, None] + label_offset
     g = tl.where(positive, load_clamped(grad_rows + DIAGONAL_STUDENT * n, row, n)[:, None], g)
-    store_gradient(out, g, factor, row, column, first_row, first_column, n, m, out_stride)
+    store_gradient(out, g, factor, row_of_block, column_of_block, n - first_row, out_stride)
 
 
 @triton.jit

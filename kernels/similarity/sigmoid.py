@@ -52,8 +52,10 @@ def _similarity_sigmoid_kernel(
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     row_block, column_block = block_of_program(row_blocks, column_blocks, BLOCK_M)
-    row = first_row + row_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = first_column + column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_of_block = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    column_of_block = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = first_row + row_of_block
+    column = first_column + column_of_block
     sums += tl.program_id(0) * 3 * TERMS
 
     similarity = product(image, text, row, column, n, m, width, TILE)
@@ -79,4 +81,4 @@ def _similarity_sigmoid_kernel(
             add_to_sum(sums + 2 * TERMS + k, slope)
             g += slope * sigmoid_number(sigmoids, WEIGHT, k, TERMS)
     if GRADIENT:
-        store_gradient(out, g, factor, row, column, first_row, first_column, n, m, out_stride)
+        store_gradient(out, g, factor, row_of_block, column_of_block, n - first_row, out_stride)

@@ -27,6 +27,13 @@ LIMITS = {
     90: (227 * KIB, 228 * KIB, 64, 32),
     120: (99 * KIB, 100 * KIB, 48, 24),
 }
+# Kernels that write a matrix. A thread that stores its elements one at a time writes parts of
+# sectors: several times as many bytes.
+MATRIX_WRITERS = (
+    "_similarity_gradient_kernel",
+    "_similarity_sigmoid_kernel",
+    "_parallel_mlp_hidden_kernel",
+)
 
 
 @dataclass
@@ -114,6 +121,9 @@ def measure_with_code(kernel: Kernel, architecture: int) -> tuple[Row, str]:
         row.failures.append(f"{row.blocks} blocks per multiprocessor, planned {planned}")
     if kernel.tensor_cores and kernel.dtype != "float32" and not row.tensor_core:
         row.failures.append("no tensor-core instructions")
+    writes_matrix = kernel.name in MATRIX_WRITERS and kernel.constants.get("GRADIENT", True)
+    if writes_matrix and "STG.E.128" not in codes:
+        row.failures.append("no store of 16 bytes")
     return gated(row), sass
 
 

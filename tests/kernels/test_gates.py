@@ -44,6 +44,13 @@ def test_tf32_operands_are_rounded():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", gate.MATRIX_WRITERS)
+def test_a_thread_stores_16_bytes_at_a_time(name):
+    kernel = next(kernel for kernel in kernels("bfloat16", 86, False) if kernel.name == name)
+    assert not gate.measure(kernel, 86).failures
+
+
+@pytest.mark.slow
 def test_too_much_shared_memory_fails_the_gate():
     row = of_one_matrix(tuning.Tile(128, 128, 64, 8, 6, 2))
     assert any("shared memory" in failure for failure in row.failures)

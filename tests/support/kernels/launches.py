@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ptx.capture import Started
 from simplclip.calls.similarity import RowStat  # ColumnStat's numbers are those of the first
@@ -137,8 +138,11 @@ def _block(a: dict[str, Any]) -> tuple[slice, slice]:
 
 
 def _stored(a: dict[str, Any], g: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the block of G as stored and as defined: 0 between its last column and the pitch."""
     factor = 1 if a["factor"] is None else a["factor"].double()
-    return a["out"][: g.shape[0], : g.shape[1]], g * factor
+    rows, columns = g.shape
+    stored = min(a["out_stride"], a["column_blocks"] * a["TILE"].BLOCK_N)
+    return a["out"][:rows, :stored], pad(g * factor, (0, stored - columns))
 
 
 def _sums(started: Started, *terms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
