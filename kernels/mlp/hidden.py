@@ -7,11 +7,11 @@ from simplclip.kernels.arithmetic import block_of_program
 from simplclip.kernels.mlp.activations import activation, slope
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
 def _parallel_mlp_activate_kernel(
     h,  # [count]
     activated,  # [count], written
-    count,
+    count,  # a thread accesses 16 bytes at a time if this is a multiple of 16
     ACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):

@@ -32,6 +32,7 @@ LIMITS = {
 MATRIX_WRITERS = (
     "_similarity_gradient_kernel",
     "_similarity_sigmoid_kernel",
+    "_parallel_mlp_activate_kernel",
     "_parallel_mlp_hidden_kernel",
 )
 

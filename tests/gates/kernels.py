@@ -48,7 +48,7 @@ _TYPES = {
     "entropy": "fp32",
 }
 # Arguments that are multiples of 16 in any call that tables are made for, like the strides.
-_ALIGNED = {"width", "teacher_width", "hidden"}
+_ALIGNED = {"width", "teacher_width", "hidden", "count"}
 _ALIGNED |= {f"{name}_stride" for name in ("out", "h", "weight", "grad")}
 
 
