@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from simplclip.kernels.arithmetic import block_of_program
+from simplclip.kernels.arithmetic import block_of_program, rounded_to_tf32
 from simplclip.kernels.mlp.activations import activation, slope
 
 
@@ -65,6 +65,8 @@ def _parallel_mlp_hidden_kernel(
         else:
             grad_tile = tl.load(grad_pointers, (depth < width - start)[None, :], 0.0)
             weight_tile = tl.load(weight_pointers, (depth < width - start)[:, None] & inside, 0.0)
+        if PRECISION == "tf32":
+            grad_tile, weight_tile = rounded_to_tf32(grad_tile), rounded_to_tf32(weight_tile)
         tile = tl.dot(grad_tile, weight_tile, tile, input_precision=PRECISION)
         grad_pointers += BLOCK_K
         weight_pointers += BLOCK_K * weight_stride

@@ -251,12 +251,8 @@ def hidden(started: Started) -> Results:
         (slope,) = torch.autograd.grad(plain.ACTIVATIONS[a["ACT"]](h).sum(), h)
     grad, weight = a["grad"], a["weight"]
     if a["PRECISION"] == "tf32":
-        grad, weight = _truncated_to_tf32(grad), _truncated_to_tf32(weight)
+        grad, weight = rounded_to_tf32(grad), rounded_to_tf32(weight)
     return {"dh": (a["h"], (grad.double() @ weight.double()) * slope)}
-
-
-def _truncated_to_tf32(t: Tensor) -> Tensor:
-    return (t.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
 class Attention:
