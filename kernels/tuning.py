@@ -24,9 +24,9 @@ class Tile(NamedTuple):
     # of a thread at most; without a limit ptxas spills a few where more programs fit then
     registers: int | None = None
 
-    def options(self) -> dict[str, int]:
-        """Returns a launch's arguments BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages by name."""
-        return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), self[:5]))
+    def options(self) -> dict[str, int | None]:
+        """Returns a launch's options num_warps, num_stages and maxnreg by name."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
 PRECISIONS = ("half", "tf32", "ieee")

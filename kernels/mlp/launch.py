@@ -102,6 +102,9 @@ def _overwrite_hidden(grad: Tensor, weight: Tensor, h: Tensor, act: str) -> None
         ACT=act,
         EVEN=width % tile.block_k == 0,
         PRECISION=tuning.dot_precision(precision),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
         **tile.options(),
     )
 

@@ -66,9 +66,7 @@ def arguments(
         "width": width,
         "label_offset": call.label_offset,
         "TILE": Tiling(*tile[:3], even, precision),
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-        "maxnreg": tile.registers,
+        **tile.options(),
     }
 
 

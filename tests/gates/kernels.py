@@ -68,6 +68,16 @@ class Kernel:
     def name(self) -> str:
         return self.function.__name__
 
+    @property
+    def options(self) -> dict[str, int | bool | None]:
+        """With which it is compiled."""
+        return {
+            "num_warps": self.tile.warps,
+            "num_stages": self.tile.stages,
+            "maxnreg": self.tile.registers,
+            **COMPILE,
+        }
+
 
 class Form(NamedTuple):
     """The parts of a call that make other kernels of it."""
@@ -233,12 +243,7 @@ def compile_kernel(kernel: Kernel, architecture: int):
     return triton.compile(
         ASTSource(kernel.function, signature, constants, attributes),
         target=GPUTarget("cuda", architecture, 32),
-        options={
-            "num_warps": kernel.tile.warps,
-            "num_stages": kernel.tile.stages,
-            "maxnreg": kernel.tile.registers,
-            **COMPILE,
-        },
+        options=kernel.options,
     )
 
 

@@ -6,10 +6,9 @@ Each launch is also compared by itself with its definition
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -31,6 +30,7 @@ from support.kernels.calls import (
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 import ptx
+from gates import kernels as gates
 from ptx.capture import Started
 from ptx.machine import Code, Variant
 from simplclip.kernels import runtime as launching
@@ -45,6 +45,8 @@ pytestmark = pytest.mark.long
 
 FEW = 4  # multiprocessors, so that a program has several tiles of columns
 ARCHITECTURES = (80, 86, 89, 90, 120)
+GATED = {"bf16": "bfloat16", "fp16": "float16", "tf32": "tf32", "fp32": "float32"}
+DEFAULTS = {"num_warps": 4, "num_stages": 3, "maxnreg": None}  # a launch's, by Triton
 # kernel -> the code of its forms for sm_86 that the calls of this file started
 FORMS: dict[str, set[Code]] = defaultdict(set)
 
@@ -105,33 +107,70 @@ def test_tiles_of_sm_90(name):
     run(name, "bf16", 90)
 
 
-def lines(calls: Iterable[tuple[str, str]], sm: int) -> set[str]:
-    """Returns the lines of the table of tiles that the calls' launches take; executes none."""
-    line_of = {id(tile): line for line, tile in tuning._TILES.items()}
-    taken = set()
+def started_by(name: str, kind: str, sm: int) -> list[tuple[Any, dict[str, Any]]]:
+    """Returns a call's launches: kernel, arguments and options by name; executes none."""
+    found = []
 
-    def noted(*words: Any) -> tuning.Tile:
-        tile = lookup(*words)
-        taken.add(line_of[id(tile)])
-        return tile
+    def noted(kernel: Any, programs: int, args: tuple, options: dict[str, Any]) -> None:
+        found.append((kernel, dict(zip(kernel.arg_names, args)) | options))
 
-    lookup = tuning.lookup
-    for name, kind in calls:
-        case = case_of(name, kind)
-        with (
-            mock.patch.object(tuning, "lookup", noted),
-            mock.patch.object(launching, "start", return_value=None),
-            kernels_alone(name),
-            ptx.card(sm, tf32=case.tf32),
-        ):
-            case.run()
-    return taken
+    case = case_of(name, kind)
+    with (
+        mock.patch.object(launching, "start", noted),
+        kernels_alone(name),
+        ptx.card(sm, tf32=case.tf32),
+    ):
+        case.run()
+    return found
+
+
+@functools.cache
+def gated(kind: str, sm: int) -> list[gates.Kernel]:
+    """Returns the kernels that make aot compiles."""
+    return [*gates.kernels(GATED[kind], sm, True), *gates.attention_kernels("float32")]
+
+
+@functools.cache
+def compiled_as(name: str, kind: str, sm: int) -> list[gates.Kernel]:
+    """Returns the kernels of make aot that a call's launches start; checks launches' options.
+
+    Of kernels with tiles it compiles every form, of the others a few that stand for all.
+    """
+    found = []
+    for function, launch in started_by(name, kind, sm):
+        compiled = [kernel for kernel in gated(kind, sm) if kernel.function is function]
+        if any(kernel.tensor_cores for kernel in compiled):
+            constants = {
+                argument: launch[argument]
+                for argument in function.arg_names
+                if argument.isupper() or launch[argument] is None
+            }
+            compiled = [kernel for kernel in compiled if kernel.constants == constants]
+            assert compiled, f"make aot does not compile {function.__name__} with {constants}"
+        for kernel in compiled:
+            options = {option: (DEFAULTS | launch)[option] for option in kernel.options}
+            assert options == kernel.options, f"{name}: {function.__name__}"
+        found += compiled
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_launches_are_what_the_gates_compile(kind, sm):
+    for name, of_call in EVERY:
+        if of_call == kind:
+            assert compiled_as(name, kind, sm), name
 
 
 @pytest.mark.slow
 def test_the_proof_executes_every_tile():
-    calls = [each for each in EVERY if "attention" not in each[0] and each[1] != "fp16"]
-    left = tuning._TILES.keys() - set().union(*(lines(calls, sm) for sm in ARCHITECTURES))
+    taken = {
+        id(kernel.tile)
+        for (name, kind), sm in itertools.product(EVERY, ARCHITECTURES)
+        for kernel in compiled_as(name, kind, sm)
+    }
+    left = [line for line, tile in tuning._TILES.items() if id(tile) not in taken]
     assert not left, f"no call has the tiles {left}"
 
 
@@ -164,7 +203,7 @@ def test_range_of_many_rows(largest):
     """More rows and columns than a block has, and an infinite bound."""
     n, m = 5003, 4100
     features = SimpleNamespace(image=torch.empty(n, 1).half(), text=torch.empty(m, 1).half())
-    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
     scale = torch.tensor(-20.0)
     planes = (None, draw(2))
 
@@ -184,7 +223,7 @@ def test_range_of_many_rows(largest):
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 50])
 def test_merge_of_many_parts(count):
     """The merge kernel with more parts than a block has; a call with so many takes minutes."""
-    draw = partial(torch.randn, generator=torch.Generator().manual_seed(count))
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(count))
 
     def parts(slots: int) -> Tensor:
         drawn = draw(count, slots, 133)
