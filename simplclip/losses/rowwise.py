@@ -153,6 +153,8 @@ class RowwiseLoss(DistributedLoss):
         with no_autocast(image.device):
             means = [self._mean(fn, direction) for direction in directions]
             value = sum(means) / len(means)
+        if value.requires_grad:
+            value = _Unchanged.apply(value, *_tensors_of(pairs))
         if self.world_size > 1:
             value = self._averaged_over_ranks(value)
         return {"rowwise_loss": value} if output_dict else value
@@ -209,6 +211,37 @@ class RowwiseLoss(DistributedLoss):
                 chunk_sum, chunk, columns, teacher_chunk, index, use_reentrant=False
             )
         return total / n
+
+
+class _Unchanged(torch.autograd.Function):
+    """Returns a value as it is; its backward raises torch's error if a tensor of the others was
+    changed in place since.
+
+    It runs before all chunks. An error of a chunk would leave other chunks ready to run in a queue
+    that torch empties when the process ends; there the hooks of `checkpoint` end it by SIGSEGV.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, *tensors: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, *[None for _ in ctx.saved_tensors]
+
+
+def _tensors_of(pairs: Pairs) -> list[Tensor]:
+    """Returns the features and scalars of pairs and of their teacher, detached."""
+    values = [pairs.image, pairs.text, pairs.scale, pairs.bias]
+    if pairs.teacher is not None:
+        values += [pairs.teacher.image, pairs.teacher.text, pairs.teacher.scale]
+    return [value.detach() for value in values if value is not None]
 
 
 def _chunk_sizes(n: int, most: int) -> list[int]:

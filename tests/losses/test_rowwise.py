@@ -184,6 +184,43 @@ def test_errors_of_fn_and_of_its_result(fn, error, message):
         chunked(fn)(*leaves)
 
 
+@pytest.mark.parametrize("position", range(7))
+def test_an_argument_changed_in_place_before_backward_is_an_error(position):
+    """The features, the scale, the bias, and the teacher's features and scale."""
+    leaves, teacher = batch(dtype=torch.float32)
+    arguments = [t.detach().clone() for t in (*leaves, *teacher)]
+    leaves = [t.requires_grad_() for t in arguments[:4]]
+    value = call(RowwiseLoss(distilled), leaves, arguments[4:])
+    with torch.no_grad():
+        arguments[position].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+FAILED_BACKWARD = """
+import sys, torch
+sys.modules["open_clip"] = None  # takes seconds to import
+from simplclip.losses import RowwiseLoss
+
+def fail():
+    image, text = torch.randn(9, 16, requires_grad=True), torch.randn(9, 16)
+    value = RowwiseLoss(lambda logits, index: logits.square().sum(1))(image, text, 9.0)
+    text.mul_(2)
+    try:
+        value.backward()
+    except RuntimeError as error:
+        print("modified by an inplace operation" in str(error))
+
+fail()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_ends_well_after_a_backward_that_raised():
+    result = run_python(FAILED_BACKWARD)
+    assert (result.returncode, result.stdout) == (0, "True\n"), result.stderr
+
+
 class Learned(RowwiseLoss):
     """A loss whose fn is a method, and whose parameter is not in fn."""
 
