@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 
 import simplclip
+from simplclip.calls.similarity import SigmoidCall
 from simplclip.common.terms import SWEPT as TERMS
 from simplclip.ops import similarity_loss
+from simplclip.ops.similarity.reference import ReferenceSimilarity, empty_sigmoids
 from simplclip.selftest.calls import similarity_call
 from simplclip.selftest.compare import outputs_of, run
 from support.devices import BACKENDS, DTYPES, needs_cpu_kernels
@@ -102,6 +104,17 @@ def test_all_ids_equal_leaves_no_negatives(n, backend):
     out = of_ones(call, backend)
     assert out["contrastive"] == out["relational"] == 0
     assert all(value.isfinite().all() for value in out.values())
+
+
+def test_the_reference_keeps_the_small_gradients_of_float16():
+    """A device without kernels gets float16 features here; 1e-9 is 0 in float16."""
+    image, text = (torch.eye(4, dtype=torch.float16) for _ in range(2))
+    numbers = torch.tensor([[1.0], [0.0], [1e-9], [1e-9], [1.0]])
+    call = SigmoidCall(image, text, numbers, None, None, 0, 4, True, True, True)
+    results = ReferenceSimilarity.similarity_sigmoid(call)
+    assert [t.dtype for t in results] == [t.dtype for t in empty_sigmoids(call)]
+    assert results[1].all()
+    assert results[2].all()
 
 
 def test_numbers_of_numpy_and_fractions_are_scales():

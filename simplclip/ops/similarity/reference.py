@@ -177,6 +177,7 @@ class ReferenceSimilarity(Reference):
         These are d_image, d_text (without rows unless needed) and d_sigmoids [2, K].
         """
         dtype = accumulate_dtype(call.image.dtype)
+        stored = _sigmoid_dtype(call)
         image, text = call.image.to(dtype), call.text.to(dtype)
         d_image = image.new_empty(image.shape if call.need_image else (0, image.shape[1]))
         d_text = text.new_zeros(text.shape if call.need_text else (0, text.shape[1]))
@@ -205,7 +206,7 @@ class ReferenceSimilarity(Reference):
                 torch.mm(g, text, out=d_image[chunk.rows])
             if g is not None and call.need_text:
                 d_text.addmm_(g.T, image[chunk.rows])
-        return terms, d_image.to(call.image.dtype), d_text.to(call.text.dtype), d_sigmoids
+        return terms, d_image.to(stored), d_text.to(stored), d_sigmoids
 
 
 def empty_statistics(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -232,14 +233,14 @@ def empty_gradients(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tensor, T
     return d_image, d_text, call.scale.new_empty(()), call.scale.new_empty(2)
 
 
-def empty_sigmoids(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns uninitialised terms, d_image, d_text and d_sigmoids, as of similarity_sigmoid.
-
-    For float16, gradients are stored in float32, which does not lose entries of 1/N².
-    """
+def _sigmoid_dtype(call: SigmoidCall) -> torch.dtype:
+    """Returns the dtype of d_image and d_text: for float16 float32, which keeps entries of 1/N²."""
     dtype = computes_in(call.image.dtype, call.image.device.type)
-    if dtype == torch.float16:
-        dtype = torch.float32
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def empty_sigmoids(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns uninitialised terms, d_image, d_text and d_sigmoids, as of similarity_sigmoid."""
     values = torch.empty_like(call.sigmoids[0])
-    d_image, d_text = _of_features(call, dtype)
+    d_image, d_text = _of_features(call, _sigmoid_dtype(call))
     return values, d_image, d_text, torch.empty_like(call.sigmoids[: SigmoidRow.NEGATIVE])
