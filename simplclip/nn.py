@@ -25,6 +25,13 @@ NORMS: dict[str, Callable[..., Any]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn
 _FORWARDS = (nn.Linear.forward, nn.LayerNorm.forward, nn.RMSNorm.forward)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has forward or backward hooks, or a forward set on the instance."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    backward = module._backward_hooks or module._backward_pre_hooks
+    return bool(forward or backward) or "forward" in module.__dict__
+
+
 class ShapedAttention(nn.Module):
     """Multi-head shaped attention without value and output projections.
 
@@ -195,20 +202,18 @@ class SimplifiedBlock(ShapedAttention):
 
         lengths: int [B], the valid tokens at the start of each sequence; None if all are valid. In
         training with drop_path it draws random numbers. Raises TypeError if a linear layer or norm
-        was replaced or hooked (LoRA, pruning), ValueError for another shape of x, and as
+        was replaced or has hooks (LoRA, pruning), ValueError for another shape of x, and as
         `ops.simplified_block`.
         """
         self._check(x)
         for name, part in self._modules.items():
             if part is None:
                 continue
-            # by torch.nn.utils
-            hooked = "weight_orig" in part._parameters or "weight_g" in part._parameters
-            if hooked or type(part).forward not in _FORWARDS:
+            if has_hooks(part) or type(part).forward not in _FORWARDS:
                 raise TypeError(
                     f"{name}: expected a Linear or norm as it was made, since the op reads its "
-                    "weight and does not call it (LoRA, pruning and old weight_norm change calls), "
-                    f"got {part}"
+                    "weight and does not call it (LoRA, hooks, pruning and old weight_norm change "
+                    f"calls), got {part}"
                 )
         if self.training and self.drop_path > 0:
             n = self.norm(x)

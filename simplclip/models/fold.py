@@ -26,6 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from simplclip.common.errors import InputError
 from simplclip.models import mobileclip
 from simplclip.models.inherit import frozen_modules
+from simplclip.nn import has_hooks
 from simplclip.ops import checks
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -119,13 +120,6 @@ def _pairs(module: nn.Module, owners: Counter[int]) -> list[tuple[str, str]]:
         if conv.target in convs:
             pairs.append((conv.target, node.target))
     return pairs
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a module has forward or backward hooks, or a forward set on the instance."""
-    forward = module._forward_hooks or module._forward_pre_hooks
-    backward = module._backward_hooks or module._backward_pre_hooks
-    return bool(forward or backward) or "forward" in vars(module)
 
 
 def _merge(module: nn.Module, conv_name: str, norm_name: str) -> None:

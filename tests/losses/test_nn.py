@@ -225,3 +225,28 @@ def test_layers_whose_call_the_op_would_leave_out_are_refused(change):
         TypeError, match="fc1: expected a Linear or norm as it was made, .* got (Linear|Adapted)"
     ):
         block(x)
+
+
+def set_forward(layer, hook):
+    layer.forward = hook
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        nn.Module.register_forward_hook,
+        nn.Module.register_forward_pre_hook,
+        nn.Module.register_full_backward_hook,
+        nn.Module.register_full_backward_pre_hook,
+        set_forward,
+    ],
+)
+def test_hooks_of_layers_which_the_op_would_not_call_are_refused(add):
+    for name in ("qk", "fc1", "fc2", "norm", "value", "output"):
+        block = SimplifiedBlock(8, 2, value=True, output=True)
+        handle = add(block.get_submodule(name), lambda *_: None)
+        with pytest.raises(TypeError, match=f"^{name}: expected .* hooks"):
+            block(torch.randn(2, 5, 8))
+        if handle is not None:
+            handle.remove()
+            block(torch.randn(2, 5, 8))
