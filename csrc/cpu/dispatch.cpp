@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#define SIMPLCLIP_HAS(name) && __builtin_cpu_supports(name)
+
 namespace simplclip {
 
 namespace avx512_bf16 { extern const InstructionSet kernels; }
@@ -19,12 +21,9 @@ namespace {
 std::vector<const InstructionSet*> available() {
   std::vector<const InstructionSet*> found;
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    if (__builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16::kernels);
-    found.push_back(&avx512::kernels);
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kernels);
+  if (true SIMPLCLIP_NEEDS_AVX512_BF16(SIMPLCLIP_HAS)) found.push_back(&avx512_bf16::kernels);
+  if (true SIMPLCLIP_NEEDS_AVX512(SIMPLCLIP_HAS)) found.push_back(&avx512::kernels);
+  if (true SIMPLCLIP_NEEDS_AVX2(SIMPLCLIP_HAS)) found.push_back(&avx2::kernels);
 #endif
   found.push_back(&baseline::kernels);
   return found;
@@ -53,7 +52,7 @@ const InstructionSet& instruction_set() {
 bool has_native_bf16() {
 #if defined(__x86_64__)
   const char* wanted = std::getenv("SIMPLCLIP_CPU_ISA");
-  return __builtin_cpu_supports("avx512bf16") && (!wanted || !*wanted || wanted == std::string("avx512_bf16"));
+  return (!wanted || !*wanted || wanted == std::string("avx512_bf16")) SIMPLCLIP_NEEDS_AVX512_BF16(SIMPLCLIP_HAS);
 #else
   return false;
 #endif

@@ -1,7 +1,7 @@
 #include "instruction_set.h"
 
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma,f16c,bmi2")
+SIMPLCLIP_NEEDS_AVX2(SIMPLCLIP_COMPILE_FOR)
 #define SIMPLCLIP_ISA avx2
 #define SIMPLCLIP_LANES 8
 #include "isa_kernels.h"

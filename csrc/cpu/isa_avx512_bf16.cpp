@@ -2,7 +2,7 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx512bf16,fma,f16c,bmi2")
+SIMPLCLIP_NEEDS_AVX512_BF16(SIMPLCLIP_COMPILE_FOR)
 #define SIMPLCLIP_ISA avx512_bf16
 #define SIMPLCLIP_LANES 16
 #define SIMPLCLIP_NATIVE_BF16

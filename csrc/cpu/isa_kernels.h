@@ -1,5 +1,5 @@
 // The kernels of the instruction set that SIMPLCLIP_ISA names. Each file isa_*.cpp includes this header once,
-// after its `#pragma GCC target`, so that every function exists once per instruction set and the linker cannot mix them up.
+// after SIMPLCLIP_COMPILE_FOR, so that every function exists once per instruction set and the linker cannot mix them up.
 // System headers come first (instruction_set.h), so that their inline functions are baseline code.
 
 #define SIMPLCLIP_STRING_OF(name) #name

@@ -4,6 +4,9 @@ A process chooses its set once, so that each set has a test run of its own.
 """
 
 import os
+import re
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +20,8 @@ from support.paths import ROOT
 pytestmark = pytest.mark.long
 
 
-# Flags of /proc/cpuinfo that a set needs, as in csrc/cpu/dispatch.cpp; the best set comes first.
-AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+# Flags of /proc/cpuinfo that a set needs, see csrc/cpu/instruction_set.h; the best set comes first.
+AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"}
 CPU = set(Path("/proc/cpuinfo").read_text().split())
 FLAGS = {
     "avx512_bf16": AVX512 | {"avx512_bf16"},
@@ -59,3 +62,31 @@ def test_ops_on_every_instruction_set(isa, request):
 def test_the_instruction_set_is_the_variables_or_the_best_of_this_cpu():
     best = next(isa for isa, flags in FLAGS.items() if flags <= CPU)
     assert backends.extension.cpu_isa() == (os.environ.get("SIMPLCLIP_CPU_ISA") or best)
+
+
+def preprocessed(name, headers):
+    command = ["g++", "-E", "-P", "-std=c++20", f"-I{headers}", f"csrc/cpu/{name}.cpp"]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++, which preprocesses the sources")
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the sets are those of x86-64")
+def test_the_cpu_is_asked_for_what_each_set_is_compiled_for(tmp_path):
+    """A virtual machine may hide one instruction of a set, which then must not run."""
+    headers = runpy.run_path(str(ROOT / "csrc/call_headers.py"))["headers"]
+    for name, text in headers(ROOT / "simplclip/calls").items():
+        (tmp_path / name).write_text(text)
+    asked = {}
+    condition = r"if \((.+?)\) found\.push_back\(&(\w+)::kernels\);"
+    for tests, isa in re.findall(condition, preprocessed("dispatch", tmp_path), re.DOTALL):
+        asked[isa] = set(re.findall(r'__builtin_cpu_supports\s*\("(\w+)"\)', tests))
+    compiled = {}
+    for isa in FLAGS.keys() - {"baseline"}:
+        source = preprocessed(f"isa_{isa}", tmp_path)
+        of_immintrin = r"#pragma GCC push_options.*?#pragma GCC pop_options"
+        source = re.sub(of_immintrin, "", source, flags=re.DOTALL)
+        names = re.findall(r'#pragma GCC target\s*\("(.+)"\)', source)
+        compiled[isa] = set(",".join(names).split(","))
+    assert asked == compiled
+    flags = {isa: {flag.replace("_", "") for flag in FLAGS[isa]} for isa in compiled}
+    assert flags == compiled
