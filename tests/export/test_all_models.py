@@ -93,11 +93,8 @@ def test_every_model_loads_in_open_clip_in_another_process_and_folder(names, tmp
     for name, (pixels, tokens, image, text, scale) in loaded.items():
         encoder, opened = encoders[name], [Image.fromarray(picture.numpy()) for picture in pictures]
         ours = torch.stack([*map(encoder.preprocess, opened)])
-        torch.testing.assert_close(pixels, ours, rtol=0, atol=2.01 / 255 / 0.26)
+        torch.testing.assert_close(pixels, ours, rtol=0, atol=2e-6)
         assert torch.equal(tokens, encoder.tokenizer(texts)), name
-        torch.testing.assert_close(image, encoder.features("image", pixels), rtol=0, atol=1e-5)
-        torch.testing.assert_close(text, encoder.encode_text(texts), rtol=0, atol=1e-5)
-        # of this library's own pixels
-        cosines = encoder.encode_image(opened) @ encoder.encode_text(texts).T
-        torch.testing.assert_close(image @ text.T, cosines, rtol=0, atol=1e-2)
+        torch.testing.assert_close(image, encoder.encode_image(opened), rtol=0, atol=1e-6)
+        torch.testing.assert_close(text, encoder.encode_text(texts), rtol=0, atol=1e-6)
         assert math.exp(scale) == pytest.approx(encoder.logit_scale)
