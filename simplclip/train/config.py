@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -311,17 +312,23 @@ def resumable() -> list[str]:
 
 
 END_OF_DOCUMENT = "...\n"  # which yaml writes after a scalar
+TERMINAL = textwrap.TextWrapper(  # the comment goes on below its beginning
+    80, subsequent_indent=f"{'':<31}# ", break_long_words=False, break_on_hyphens=False
+)
 
 
 def describe() -> str:
-    """Returns the text of a YAML file of all keys with defaults; descriptions are in comments."""
+    """Returns the text of a YAML file of all keys with defaults; descriptions are in comments.
+
+    Its lines have at most 80 columns.
+    """
     lines = []
     for key, field in keys().items():
         section, _, name = key.rpartition(".")
         if section:
-            lines.append(_described(name, field))
+            lines.append(TERMINAL.fill(_described(name, field)))
         else:
-            lines.append(f"\n{key}:  # {field.description}")
+            lines += ["", TERMINAL.fill(f"{key}:  # {field.description}")]
     return "\n".join(lines).lstrip() + "\n"
 
 
