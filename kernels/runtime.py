@@ -92,9 +92,12 @@ def splits(blocks: int, tiles: int, slots: int, least: int = 1) -> tuple[int, in
     """
     least = min(least, tiles)
     limit = min(tiles, least + max(7, -(-2 * slots // blocks)))
+    # more tiles in a range would make fewer ranges
+    most = tiles // least
+    sizes = [min(most, -(-tiles // ranges)) for ranges in range(least, limit + 1)]
 
-    def cost(ranges: int) -> float:
-        return -(-blocks * ranges // slots) * (-(-tiles // ranges) + 0.5)
+    def cost(per_split: int) -> float:
+        return -(-blocks * -(-tiles // per_split) // slots) * (per_split + 0.5)
 
-    per_split = -(-tiles // min(range(least, limit + 1), key=cost))
+    per_split = min(sizes, key=cost)
     return -(-tiles // per_split), per_split

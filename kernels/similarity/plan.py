@@ -5,6 +5,7 @@ of G in backward.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -107,7 +108,9 @@ def sweeps(call: SimilarityCall, tile: tuning.Tile) -> Iterator[Sweep]:
     slots = processors * tile.blocks
     features = (call.image, call.teacher_image)
     row_bytes = sum(each.shape[1] * each.itemsize for each in features if each is not None)
-    least = -(-slots * tile.block_m * row_bytes // (cache_bytes(call.image) // 2))
+    half = cache_bytes(call.image) // 2
+    # a driver may report no cache
+    least = -(-slots * tile.block_m * row_bytes // half) if half else 1
     for first in first_rows(n, blocks * tile.block_m):
         count = min(n - first, blocks * tile.block_m)
         row_blocks = -(-count // tile.block_m)
@@ -120,25 +123,34 @@ def block_sides(n: int, m: int, elements: int, width: int, processors: int) -> t
 
     The cost is that of the products [R, C] [C, D] and [C, R] [R, D], in rounds of cuBLAS's tiles of
     128², each as long as its sum, and that of gradients, of which a block reads and writes
-    8 D (R + C) bytes: a byte takes as long as about 64 multiply-adds.
+    8 D (R + C) bytes: a byte takes as long as about 64 multiply-adds. It is the sum of a cost of R
+    and a cost of C.
     """
 
-    def rounds(size: int, side: int) -> int:
-        """Returns the rounds of all ranges of `side` of `size` rows of a gradient."""
-        tiles = [-(-each // SIDE) * -(-width // SIDE) for each in (side, size % side)]
-        return size // side * -(-tiles[0] // processors) + -(-tiles[1] // processors)
+    def costs(size: int, other: int) -> dict[int, float]:
+        """Returns the cost of each side, for a gradient [size, D] of sums over `other` numbers."""
+        across = -(-width // SIDE)
+        found = {}
+        for side in (*range(SIDE, size, SIDE), size):
+            whole, rest = divmod(size, side)
+            rounds = whole * -(-(-(-side // SIDE) * across) // processors)
+            rounds += -(-(-(-rest // SIDE) * across) // processors)
+            traffic = width * -(-size // side) / (32 * processors)
+            found[side] = other * (rounds + traffic)
+        return found
 
-    def cost(sides: tuple[int, int]) -> float:
-        rows, columns = sides
-        traffic = width * (n * -(-m // columns) + m * -(-n // rows)) / (32 * processors)
-        return m * rounds(n, rows) + n * rounds(m, columns) + traffic
-
-    found = [(min(n, SIDE), min(m, SIDE))]
-    for rows in sorted({n, *range(SIDE, n, SIDE)}):
-        most = m if rows * m <= elements else elements // rows // SIDE * SIDE
-        less = range(most // SIDE * SIDE, most * 3 // 4, -SIDE)
-        found += [(rows, columns) for columns in (most, *less)]
-    return min((sides for sides in found if sides[1]), key=cost)
+    elements = max(elements, SIDE * SIDE)
+    of_rows = costs(n, m)
+    of_columns = costs(m, n)
+    # of the first sides of columns, by their number
+    best = [*itertools.accumulate(of_columns, lambda *two: min(two, key=of_columns.__getitem__))]
+    found = {}
+    for rows, cost in of_rows.items():
+        most = elements // rows
+        if most >= min(m, SIDE):
+            columns = best[-1 if most >= m else most // SIDE - 1]
+            found[rows, columns] = cost + of_columns[columns]
+    return min(found, key=found.__getitem__)
 
 
 def blocks_of(n: int, m: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:

@@ -179,10 +179,10 @@ def test_every_tile_has_one_program():
     from simplclip.kernels.runtime import splits
 
     for row_blocks, tiles, slots, least in itertools.product(
-        (1, 2, 7, 64, 257), (1, 2, 3, 41, 256), (1, 82, 264), (1, 11)
+        (1, 4, 7, 64, 257), (1, 2, 3, 42, 256), (1, 82, 264), (1, 11, 19)
     ):
         ranges, per_split = splits(row_blocks, tiles, slots, least)
         assert (ranges - 1) * per_split < tiles <= ranges * per_split
-        assert per_split <= -(-tiles // min(least, tiles))
+        assert ranges >= min(least, tiles)
     # with few rows alone, most multiprocessors would have no work
     assert splits(1, 256, 82)[0] > 60
