@@ -78,7 +78,7 @@ CASES: dict[str, Callable[[], Call]] = {
     "sigmoid": partial(loss_call, LARGE, "sigmoid"),
     "all": partial(loss_call, LARGE, "contrastive", "pair_matching", "relational"),
 }
-SUITE = ("mlp", "attention", "attention, sequences", "attention, heads first")
+SUITE = ("mlp", "many sigmoid", "attention", "attention, sequences", "attention, heads first")
 TURNS = itertools.cycle((("float32", "rtx-3090"), ("float16", "rtx-5090"), ("bfloat16", "h100")))
 
 

@@ -219,7 +219,7 @@ def test_range_of_many_rows(largest):
     assert machine.launches == 26
 
 
-@pytest.mark.prove
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 50])
 def test_merge_of_many_parts(count):
     """The merge kernel with more parts than a block has; a call with so many takes minutes."""

@@ -69,19 +69,21 @@ QUICK_IN_BF16: dict[str, Callable[[], Call]] = {
     # several tiles of 128 rows, the last ones partly filled
     "contrastive, odd width": pairs(130, 133, "contrastive", width=72),
     "pair matching, ids, odd width": pairs(130, 133, *TERMS[:2], width=72, ids=True),
+    # more rows than a group of programs has
+    "contrastive, many parts": pairs(1030, 1111, "contrastive", width=16),
+    # gradients of q, k and v with gaps between their rows
+    "block": lambda: of_lengths(block_call(3, 20, 64, 2, 72), [20, 0, 7]),
 }
 CALLS: dict[str, Callable[[], Call]] = {
     **QUICK,
     **QUICK_IN_BF16,
     "similarity_loss, whole tiles of columns": pairs(70, 128, width=72, teacher_width=96),
-    "block": lambda: of_lengths(block_call(3, 20, 64, 2, 72), [20, 0, 7]),
     "contrastive": pairs(256, 384, "contrastive", width=512),
     "contrastive, one pair": pairs(1, 1, "contrastive", width=64),
     "contrastive, one side": pairs(70, 133, "contrastive", width=72, ids=True, symmetric=False),
     "contrastive, blocks": lambda: uneven(
         similarity_call(300, 400, 50, terms=TERMS[:1], width=40, ids=True, **BLOCKS)
     ),
-    "contrastive, many parts": pairs(1030, 1111, "contrastive", width=16),
     "pair matching": pairs(70, 133, *TERMS[:2], width=64),
     "pair matching, one side, ids": pairs(70, 133, *TERMS[:2], width=72, ids=True, symmetric=False),
     "pair matching, blocks": pairs(200, 300, *TERMS[:2], width=72, ids=True, **BLOCKS),

@@ -43,9 +43,10 @@ def diagonal(a: dict[str, Any], programs: int) -> Regions:
 
 
 def gradient(a: dict[str, Any], programs: int) -> Regions:
-    tile, n, m = a["TILE"], a["n"] - a["first_row"], a["m"] - a["first_column"]
-    rows = slice(min(n, a["row_blocks"] * tile.BLOCK_M))
-    columns = slice(min(m, a["column_blocks"] * tile.BLOCK_N))
+    tile = a["TILE"]
+    rows = slice(min(a["n"] - a["first_row"], a["row_blocks"] * tile.BLOCK_M))
+    # also what lies between the matrix's last column and the pitch is written
+    columns = slice(min(a["out_stride"], a["column_blocks"] * tile.BLOCK_N))
     return {"G": region(a["out"], rows, columns), "sums": region(a["sums"], slice(programs), 0)}
 
 
