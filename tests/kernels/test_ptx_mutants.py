@@ -28,7 +28,7 @@ CALLS = {
         similarity_call(70, 133, 20, terms=TERMS, width=80, teacher_width=48, ids=True),
         torch.bfloat16,
     ),
-    "fp32": (similarity_call(70, 133, 20, terms=TERMS[:1], width=80), torch.float32),
+    "fp32": (similarity_call(70, 133, 20, terms=("contrastive",), width=80), torch.float32),
     "mlp": (mlp_call(193, 72, 200, 40), torch.bfloat16),
 }
 # Calls with the same code: of less than a tile, so that no mask is full, with longer loops, with
@@ -39,14 +39,14 @@ MORE_CALLS = (
         similarity_call(477, 500, 20, terms=TERMS, width=144, teacher_width=112, ids=True),
         torch.bfloat16,
     ),
-    (similarity_call(3, 5, 1, terms=TERMS[:1], width=16), torch.float32),
-    (similarity_call(129, 200, 20, terms=TERMS[:1], width=144), torch.float32),
+    (similarity_call(3, 5, 1, terms=("contrastive",), width=16), torch.float32),
+    (similarity_call(129, 200, 20, terms=("contrastive",), width=144), torch.float32),
     (mlp_call(113, 24, 8, 8), torch.bfloat16),
     (
         similarity_call(70, 133, 20, terms=TERMS, width=16, teacher_width=16, ids=True, scale=1e3),
         torch.bfloat16,
     ),
-    (similarity_call(70, 133, 20, terms=TERMS[:1], width=16, scale=1e3), torch.float32),
+    (similarity_call(70, 133, 20, terms=("contrastive",), width=16, scale=1e3), torch.float32),
 )
 PROCESSORS = 4  # so few that a program computes several tiles
 # A kind, and which of the instructions that it fits: the first, the last, or all together, since

@@ -125,15 +125,16 @@ def every_term(n: int) -> dict[str, object]:
 
 
 SIGMOIDS = {"terms": ("sigmoid", "pair_matching"), "plane": (number(), number())}
+SOFTMAXES = ("contrastive", "pair_matching")
 CALLS = {  # options of similarity_loss, and the most launches and kernels of torch in a step
     "contrastive": ({}, 5, 30),
-    "pair matching": ({"terms": TERMS[:2], "plane": (number(), number())}, 5, 52),
+    "pair matching": ({"terms": SOFTMAXES, "plane": (number(), number())}, 5, 52),
     "sigmoid": ({"terms": ("sigmoid",), "logit_bias": number()}, 1, 20),
     "sigmoids": (SIGMOIDS | {"weights": dict.fromkeys(SIGMOIDS["terms"], 0.5)}, 1, 25),
     "ids": (
         {
             "ids": torch.empty(1024, dtype=torch.int64, device="meta"),
-            "terms": TERMS[:2],
+            "terms": SOFTMAXES,
             "plane": (0.5, -1.0),
         },
         5,

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from open_clip.model import CustomTextCLIP
 from PIL import Image
@@ -37,6 +38,16 @@ def test_a_preset_makes_a_model_with_its_tokenizer_and_transform(name):
     width = models.spec_of(name).config["embed_dim"]
     assert model.encode_image(image.to("meta")).shape == (1, width)
     assert model.encode_text(tokens.to("meta")).shape == (1, width)
+
+
+@pytest.mark.parametrize("name", presets.NAMES)
+def test_a_preset_names_its_own_trunk_everywhere(name):
+    """In SPEC, default_cfgs and vit_over; timm takes another name without an error."""
+    trunk = models.spec_of(name).config["vision_cfg"]["timm_model_name"]
+    assert made(name).visual.trunk.pretrained_cfg["architecture"] == trunk
+    assert timm.get_pretrained_cfg(trunk) is not None
+    registered = timm.list_models(module=name.replace("-", "_"))
+    assert registered in ([], [trunk])
 
 
 def test_s0_is_mobileclip2_s0_with_simplified_blocks():

@@ -103,7 +103,7 @@ def test_all_ids_equal_leaves_no_negatives(n, backend):
     call.tensors["ids"] = torch.zeros(n, dtype=torch.int64)
     out = of_ones(call, backend)
     assert out["contrastive"] == out["relational"] == 0
-    assert all(value.isfinite().all() for value in out.values())
+    assert [name for name, value in out.items() if not value.isfinite().all()] == []
 
 
 def test_the_reference_keeps_the_small_gradients_of_float16():
@@ -256,7 +256,8 @@ def test_pair_matching_in_float64_is_exact_above_the_threshold_of_softplus():
 def test_an_infinite_feature_of_a_lone_pair(backend):
     """There are no negatives; softplus(-inf) would make the loss 0."""
     image, text = torch.tensor([[math.inf, 1.0]]), torch.tensor([[1.0, 1.0]])
+    terms = "contrastive", "pair_matching"
     with simplclip.backend(backend):
-        terms = similarity_loss(image, text, 1.0, terms=TERMS[:2], plane=(1.0, 0.0))
+        terms = similarity_loss(image, text, 1.0, terms=terms, plane=(1.0, 0.0))
     assert terms["contrastive"].isnan()
     assert terms["pair_matching"].isnan()

@@ -38,7 +38,7 @@ WIDTHS = (1, 2, 3, 5, 8, 15, 16, 17, 32, 33, 48, 65)
 def _similarity(r: random.Random, dtype: torch.dtype) -> Call:
     n = r.choice(SIZES)
     m = n if r.random() < 0.6 else n + r.randrange(40)
-    terms = tuple(r.sample(TERMS, r.choice((1, 1, 2, 3, 4))))
+    terms = tuple(r.sample(TERMS, r.choice((1, 1, 2, 3, len(TERMS)))))
     teacher_width = r.choice(WIDTHS) if r.random() < 0.4 else None
     largest_scale = 20 if dtype in (torch.bfloat16, torch.float16) else 100
     call = similarity_call(
