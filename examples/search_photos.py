@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageOps
 
 import simplclip
-from simplclip.common.errors import visible
+from simplclip.common.errors import UserError, visible
 from simplclip.common.files import replacing
 from simplclip.common.plotting import MARGIN, MUTED, WIDTH, Font, Sheet
 from simplclip.data.decode_images import IMAGE_SUFFIXES
@@ -155,7 +155,10 @@ def main(arguments: list[str] | None = None) -> None:
         if path_like and not os.path.isfile(query):
             parser.error(f"--find: expected words or the path of a photo, got no file {query!r}")
 
-    encoder = simplclip.load(options.model)
+    try:
+        encoder = simplclip.load(options.model)
+    except (UserError, OSError) as error:
+        raise SystemExit(visible(f"--model: {error}")) from None
     print(f"weights: {weights_of(encoder)}")
     paths, features = features_of(options.folder, encoder)
     print(f"searching {len(paths)} photos")

@@ -2,16 +2,18 @@
 
 import io
 import random
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image, features
 
-from simplclip.data.decode_images import decode_pil, open_image
+from simplclip.data.decode_images import IMAGE_SUFFIXES, decode_pil, open_image
 from simplclip.data.errors import BrokenSample
 from simplclip.data.transforms import decode_image, to_tensor
 from support.data.photos import encode, jpeg_of_scans, photo, png_that_claims, with_tag
+from support.paths import ROOT
 
 
 def by_pillow(encoded):
@@ -215,3 +217,9 @@ def test_a_jpeg_is_decoded_at_a_fraction_of_its_size(scale):
     means = torch.nn.functional.avg_pool2d(to_tensor(image).float(), scale, ceil_mode=True)
     assert (small.float() - means).abs().mean() < 3
     assert decode_image(PLAIN["png"], least=(240 // scale, 320 // scale)).shape == (3, 240, 320)
+
+
+def test_the_page_on_security_names_every_format():
+    page = (ROOT / "SECURITY.md").read_text().lower()
+    suffixes = {"jpeg", "tiff"} | ({*IMAGE_SUFFIXES} - {"jpg", "tif"})
+    assert [suffix for suffix in suffixes if not re.search(rf"\b{suffix}\b", page)] == []
