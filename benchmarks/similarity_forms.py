@@ -200,7 +200,7 @@ def _products(features: Tensor, terms: tuple[str, ...]) -> float:
 
     def kept(matrices: int) -> float:
         """Returns the share of the rows that forward keeps."""
-        chunk = sweep_rows(features, n, matrices, None)
+        chunk = sweep_rows(features, n, matrices, None, keeps=True)
         return stored_rows(features, n, matrices, None, chunk) / n
 
     joins_softmax = "contrastive" in terms

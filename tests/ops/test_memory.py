@@ -145,17 +145,50 @@ def test_the_contrastive_loss_takes_less_memory_than_torchs_chunks(n, width, dty
     assert peaks[1] < peaks[0]
 
 
+def rows_kept(n, width, trained, **options):
+    """Returns how many rows of the matrix forward keeps for backward."""
+    tensors = dict(zip(("image", "text"), torch.randn(2, n, width)))
+    tensors["logit_scale"] = torch.tensor(10.0)
+    tensors[trained].requires_grad_()
+    kept = []
+
+    def pack(t):
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        similarity_loss(**tensors, **options)
+    (rows,) = [t.shape[1] for t in kept if t.dim() == 3 and t.shape[2] == n]
+    return rows
+
+
 @needs_cpu_kernels
 def test_a_larger_budget_keeps_all_rows():
-    x, y = torch.randn(2, 1000, 64)
-    x.requires_grad_()
-    for budget, expected in ((None, 0), (1 << 30, 4 * 1000 * 1000)):
-        kept = []
+    assert rows_kept(1000, 64, "image") == 0
+    assert rows_kept(1000, 64, "image", store_bytes=1 << 30) == 1000
 
-        def pack(t, kept=kept):
-            kept.append(t)
-            return t
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            similarity_loss(x, y, 10.0, store_bytes=budget)
-        assert sum(t.nbytes for t in kept if t.shape[-1:] == (1000,) and t.dim() == 3) == expected
+@needs_cpu_kernels
+@pytest.mark.parametrize("trained", ["image", "logit_scale"])
+@pytest.mark.parametrize("n", [1024, 1536])
+def test_all_rows_are_kept_where_a_smaller_chunk_leaves_room(n, trained):
+    assert rows_kept(n, 512, trained) == n
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("terms", [("contrastive",), ("sigmoid",)])
+@pytest.mark.parametrize(("m", "width"), [(2048, 64), (2048, 128), (6000, 64), (2048, 512)])
+def test_a_chunk_and_rows_take_twice_the_gradients(m, width, terms):
+    image, text = (torch.randn(rows, width, requires_grad=True) for rows in (2048, m))
+
+    def step():
+        image.grad = text.grad = None
+        losses = similarity_loss(image, text, 10.0, logit_bias=-5.0, terms=terms)
+        losses[terms[0]].backward()
+
+    step()
+    image.grad = text.grad = None
+    gradients = 4 * (2048 + m) * width
+    if terms == ("sigmoid",):  # forward keeps them, and backward scales them
+        gradients += gradients
+    assert cpu_peak_bytes(step) <= gradients + 2 * 4 * (2048 + m) * width

@@ -175,8 +175,8 @@ def widening(function: Callable) -> Callable:
 
 def _as_on_cuda(function: Callable) -> Callable:
     """Returns a function of sizes for tensors on a GPU, called with one on the CPU."""
-    return lambda image, *rest: function(
-        SimpleNamespace(shape=image.shape, dtype=image.dtype, device=CUDA), *rest
+    return lambda image, *rest, **options: function(
+        SimpleNamespace(shape=image.shape, dtype=image.dtype, device=CUDA), *rest, **options
     )
 
 

@@ -83,11 +83,11 @@ def similarity_loss(
             as in open_clip with local_loss and gather_with_grad, so that DDP's average is the
             gradient of the batch's loss.
         scratch_bytes: budget of the chunk of a similarity matrix that exists at a time, by default
-            64 MiB on a CPU and 128 MiB on a GPU.
+            64 MiB on a CPU and 128 MiB on a GPU. On a CPU a chunk has at least 64 rows.
         store_bytes: budget of the rows of the similarity matrices that forward keeps on a CPU for
-            backward. By default, without a teacher these rows and a chunk take at most twice the
-            bytes of the features' gradients in float32; they never take more than 208 MiB. A
-            larger budget is faster: all rows kept save one of four matrix products.
+            backward, by default 208 MiB. A larger budget is faster: all rows kept save one of four
+            matrix products. By default, on a CPU without a teacher, these rows and a chunk take at
+            most twice the bytes of the features' gradients in float32, or are one chunk of 64 rows.
 
     Returns:
         A dict with one 0-dimensional tensor for each term, and "loss" with `weights`, float32

@@ -116,9 +116,10 @@ def _softmax_sweep(
     n = image.shape[0]
     m = pairs.text.shape[0]
     matrices = 1 if pairs.teacher is None else 2
-    chunk = sweep_rows(image, m, matrices, settings.scratch_bytes)
+    keeps = settings.store_bytes is None
+    chunk = sweep_rows(image, m, matrices, settings.scratch_bytes, keeps=keeps)
     rows_to_store = 0
-    if wants_grad(image, pairs.text):
+    if wants_grad(image, pairs.text, pairs.scale, *(plane or ())):
         rows_to_store = stored_rows(image, m, matrices, settings.store_bytes, chunk)
     call = SimilarityCall(
         image,
