@@ -73,7 +73,8 @@ def add_lora(
     it, get none. frozen: names of what `inherit` froze. train: its patterns, of what trains fully.
     Returns the names of all that is frozen, and lines for the log.
     Raises InputError for a tower with simplified blocks or without a matching layer, for a pattern
-    that matches none, and for `train` of a layer with an adapter; ModuleNotFoundError without peft.
+    that matches none, for a rank above a layer's smaller side, and for `train` of a layer with an
+    adapter; ModuleNotFoundError without peft.
     """
     if lora is None:
         return frozen, []
@@ -106,6 +107,11 @@ def add_lora(
             model.set_submodule(name, LinearAttention(module))
     layers = _chosen_layers(model, towers, lora["modules"])
     for name, layer in layers.items():
+        if lora["rank"] > min(layer.weight.shape):
+            raise InputError(
+                "model.lora.rank: expected at most the smaller side of each layer, got "
+                f"{lora['rank']} for {name} {[*layer.weight.shape]}"
+            )
         if layer.weight in trained:
             raise InputError(
                 "inherit.train: expected no layer that gets an adapter by model.lora, got "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
@@ -16,6 +16,8 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from simplclip.common.errors import first_line
+from simplclip.ops.modes import has_values
 from simplclip.train.config import Config, ConfigError
 from simplclip.train.rates import scales
 
@@ -70,8 +72,8 @@ def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.o
     """Returns the optimizer of the parameters of `model` and `loss` that train; matrices decay.
 
     It is torch's fused AdamW, or made by timm's create_optimizer_v2. Raises ConfigError for a name
-    that timm does not have or that cannot train here, for options that the optimizer does not take,
-    and as `rates.scales`.
+    that timm does not have or that cannot train here, for options that the optimizer does not take
+    or that its first step refuses, and as `rates.scales`.
     """
     name, options = config.optim.name, config.optim.options
     cls: Any = torch.optim.AdamW if name == "adamw" else _class_of(name)
@@ -82,12 +84,28 @@ def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.o
         known = signature(cls).parameters.keys() - {"params", "lr", "weight_decay"}
         if unknown := options.keys() - known:
             raise TypeError(f"unexpected {', '.join(sorted(unknown))}")
+        _try(make, groups, lr=config.optim.lr, weight_decay=0.0, **options)
         return make(groups, lr=config.optim.lr, weight_decay=0.0, **options)
     except (TypeError, ValueError, IndexError, RuntimeError, AssertionError) as error:
         package = cls.__module__.rpartition(".")[0]
         raise ConfigError(
-            f"optim.options: expected arguments of {package}.{cls.__name__}, got {options}: {error}"
+            f"optim.options: expected arguments of {package}.{cls.__name__}, got {options}: "
+            f"{first_line(error)}"
         ) from None
+
+
+def _try(make: Callable, groups: list[dict[str, Any]], **options: Any) -> None:
+    """Updates a small vector, matrix and convolution, on the groups' device, and raises what that
+    raises: many classes read some of their options only then.
+    """
+    like = next(weight for group in groups for weight in group["params"]).detach()
+    if not has_values(like):  # in a plan an update cannot read them
+        return
+    shapes = ((8,), (8, 8), (8, 8, 2, 2))
+    weights = [nn.Parameter(like.new_zeros(shape)) for shape in shapes]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    make([{"params": weights}], **options).step()
 
 
 def _class_of(name: str) -> Any:
