@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class HeldOutRow(NamedTuple):
     captions: list[str]
     label: str | int | None  # name or number of the class
     group: str | None  # the json's, see `Pair.group`
+    checksum: int  # of the image file
 
 
 class HeldOutBatch(NamedTuple):
@@ -186,7 +188,9 @@ class HeldOut:
         with seeded("eval", pair.name):
             image = pixels_of(transform, pair)
         position = sample["__position__"]
-        return image, HeldOutRow(position, pair.key, pair.captions, pair.label, pair.group)
+        checksum = zlib.crc32(pair.encoded)
+        row = HeldOutRow(position, pair.key, pair.captions, pair.label, pair.group, checksum)
+        return image, row
 
 
 def held_out(source: Any, *, captions: int | None = None, name: str = "data") -> HeldOut:

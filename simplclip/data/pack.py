@@ -140,17 +140,6 @@ def pack_shards(data: Any, out: str | os.PathLike, *, progress: bool = True) -> 
     return _with_sources_replaced(data, Path(out), packed_source)
 
 
-def pack_folders(data: Any, out: str | os.PathLike) -> dict[str, str]:
-    """Returns {OUT/NAME: source} of the folders that `pack_shards` writes; touches no file."""
-    sources = dict[str, str]()
-
-    def noted(source: str | os.PathLike, folder: Path, options: Options) -> None:
-        sources[str(folder)] = os.fspath(source)
-
-    _with_sources_replaced(data, Path(out), noted)
-    return sources
-
-
 def _with_sources_replaced(
     data: Any, out: Path, replacement: Callable[[str | os.PathLike, Path, Options], Any]
 ) -> Any:

@@ -15,6 +15,7 @@ from simplclip.common import ranks
 from simplclip.common.progress import Progress
 from simplclip.data.errors import Skipped
 from simplclip.data.held_out_loader import HeldOutRow
+from simplclip.data.samples import digest_of
 from simplclip.data.transforms import finish_on_device
 from simplclip.evaluation.results import Retrieval
 from simplclip.evaluation.retrieval import recall
@@ -71,6 +72,10 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def digest(self) -> str:
+        """Returns a digest of the images, captions and groups, which tells other samples apart."""
+        return digest_of([[row.checksum, row.captions, row.group] for row in self.rows])
 
     def captioned(self) -> Tensor:
         """Returns whether each image's group has a caption, boolean [n]."""

@@ -7,12 +7,12 @@ A checkpoint is one dict that torch.save wrote, see `simplclip.models.trained`. 
                                 others are seeded by step
     frozen                      names of frozen modules
     evaluated                   the step of the last evaluation that was finished
-    best                        "recall" and "step" of the best evaluation on the eval.splits of
-                                "config", which best.pt has; None without one
+    best                        "recall" and "step" of the best evaluation, which best.pt has, and
+                                "samples", a digest of those that it was measured on; None without
     images                      the number of images of an epoch, None if they are not counted
 
 best.pt has the weights of the evaluation with the highest mean R@1, "recall", averaged if the run
-has averages.
+has averages, and "samples". Evaluations of other held-out samples are not compared with it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from simplclip.common import generators, ranks
 from simplclip.common.files import differences, replacing, sha256, write_atomically
 from simplclip.data.loader import STATE
-from simplclip.data.pack import pack_folders
 from simplclip.models.file_names import BASE, BEST, LAST
 from simplclip.models.trained import FORMAT, VERSION, CheckpointError, read_checkpoint
 from simplclip.models.weights import UnreadableError
@@ -44,9 +43,8 @@ def read_last(out: Path, resume: bool) -> dict[str, Any] | None:
     """Reads the checkpoint to continue from; returns None for a run that begins.
 
     out: folder of the run. With `resume` it is last.pt, if there is one, on the CPU. Its key "best"
-    has "recall", "step" and "config" of best.pt, or of last.pt if that file is gone or damaged; it
-    is None without an evaluation. "damage" is what is wrong with best.pt, or None. Without `resume`
-    the folder must not hold a run.
+    is that of best.pt, or of last.pt if that file is gone or damaged. "damage" is what is wrong
+    with best.pt, or None. Without `resume` the folder must not hold a run.
     Raises ConfigError if it does, CheckpointError for files that `simplclip train` does not write
     so.
     """
@@ -60,8 +58,6 @@ def read_last(out: Path, resume: bool) -> dict[str, Any] | None:
             f"{last}: expected the values that simplclip train writes, got others"
         )
     best, damage = checkpoint.get("best"), None
-    if best is not None:
-        best = best | {"config": checkpoint["config"]}
     if (out / BEST).exists():
         try:
             best = _read_best(out / BEST)
@@ -71,14 +67,15 @@ def read_last(out: Path, resume: bool) -> dict[str, Any] | None:
 
 
 def _read_best(file: Path) -> dict[str, Any]:
-    """Returns "recall", "step" and "config" of a best.pt; UnreadableError if it is damaged."""
+    """Returns "recall", "step" and "samples" of a best.pt; UnreadableError if it is damaged."""
     best = read_checkpoint(file)
     # a copy that the user made, which must not be replaced
     if not isinstance(best.get("recall"), float):
         raise CheckpointError(
             f"{file}: expected the best weights as simplclip train writes them, got another file"
         )
-    return {key: best[key] for key in ("recall", "step", "config")}
+    # version 0.1.0 wrote no "samples"
+    return {key: best[key] for key in ("recall", "step", "samples") if key in best}
 
 
 def set_aside(out: Path, former: dict[str, Any]) -> list[str]:
@@ -124,9 +121,8 @@ def check_settings(checkpoint: dict[str, Any], config: Config) -> None:
         raise CheckpointError(
             f"{last}: expected settings that this version of simplclip has, got others: {error}"
         ) from None
-    for key in ("train", "sidecars"):  # folders may have moved
-        if _names_of_paths(old["data"][key]) == _names_of_paths(new["data"][key]):
-            old["data"][key] = new["data"][key]
+    if _names(old["data"]["sidecars"]) == _names(new["data"]["sidecars"]):
+        old["data"]["sidecars"] = new["data"]["sidecars"]  # folders that have moved
     may_change = tuple(f"{key}." for key in resumable())
     changes = [
         f"{key} was {before!r}, now {now!r}"
@@ -145,39 +141,14 @@ def check_settings(checkpoint: dict[str, Any], config: Config) -> None:
         )
 
 
-def check_sources(checkpoint: dict[str, Any], config: Config) -> None:
-    """Raises ConfigError for a source of data.train, by name, without shards in the run."""
-    last = Path(config.run.out) / "last.pt"
-    packed = _folders_of(checkpoint["config"]["data"]["train"])
-    for folder, source in pack_folders(config.data.train, last.parent / "shards").items():
-        if Path(folder).name not in packed:
-            raise ConfigError(
-                f"resume: expected the data.train of {last}, got {source!r}, of which the run has "
-                f"no shards. {_new_run(last)}"
-            )
-
-
-def _folders_of(data: Any) -> set[str]:
-    """Returns the names of the folders in which the shards of a data.train are."""
-    if isinstance(data, str):
-        return {Path(data).parent.name}
-    if isinstance(data, dict):
-        return _folders_of(data["shards"])
-    return {name for part in data for name in _folders_of(part)}
+def _names(folders: list[str]) -> list[str]:
+    """Returns the last parts of paths."""
+    return [Path(folder).name for folder in folders]
 
 
 def _new_run(last: Path) -> str:
     """Returns the sentence for the terminal which says how a new run begins with these weights."""
     return f"A new run takes its weights: --set model.checkpoint={last} --set run.out=FOLDER"
-
-
-def _names_of_paths(data: Any) -> Any:
-    """Returns data.train or data.sidecars with the last parts of paths; commands stay whole."""
-    if isinstance(data, str):
-        return data if data.startswith("pipe:") else Path(data).name
-    if isinstance(data, dict):
-        return data | {"shards": _names_of_paths(data["shards"])}
-    return [_names_of_paths(part) for part in data]
 
 
 class Snapshot:
@@ -205,18 +176,15 @@ class Snapshot:
         self.progress: dict[str, Any] = {
             "evaluated": former.get("evaluated", state.step),
             "images": images,
-            "best": None,
+            "best": former.get("best"),
         }
-        best = former.get("best")
-        if best and best["config"]["eval"]["splits"] == state.config.eval.splits:
-            self.progress["best"] = {"recall": best["recall"], "step": best["step"]}
         self._written = former.get("step"), former.get("evaluated")  # of last.pt
         self._base: str | None = former.get("base")  # digest of base.pt, once it is written
         self.take()
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """ "recall" and "step" of the best evaluation so far; None without one."""
+        """ "recall", "step" and "samples" of the best evaluation so far; None without one."""
         return self.progress["best"]
 
     def take(self) -> None:
@@ -264,13 +232,14 @@ class Snapshot:
         adapter = {name: weight for name, weight in weights.items() if name not in kept}
         return {"adapter": adapter, "base": self._base}
 
-    def keep_best(self, recall: float) -> bool:
-        """Writes best.pt and config.yaml if `recall`, a mean R@1, is the highest so far.
+    def keep_best(self, recall: float, samples: str) -> bool:
+        """Writes best.pt and config.yaml if `recall`, a mean R@1, is the highest on these samples.
 
-        Returns on all ranks whether it is; figures of other eval.splits do not count.
+        Returns on all ranks whether it is. samples: a digest. A best.pt of other samples is
+        replaced.
         """
-        state = self.state
-        if self.best and recall <= self.best["recall"]:
+        state, best = self.state, self.best
+        if best and best.get("samples", samples) == samples and recall <= best["recall"]:
             return False
         if ranks.first():
             write_atomically(self.out / "config.yaml", state.config.to_yaml())
@@ -279,10 +248,11 @@ class Snapshot:
                 "step": state.step,
                 "config": state.config.to_dict(),
                 "recall": recall,
+                "samples": samples,
                 "images": self.progress["images"],
             }
             save(self.out, contents, BEST)
-        self.progress["best"] = {"recall": recall, "step": state.step}
+        self.progress["best"] = {"recall": recall, "step": state.step, "samples": samples}
         return True
 
     def save_after_error(self) -> str | None:

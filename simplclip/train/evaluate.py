@@ -10,6 +10,7 @@ from torch import Tensor
 
 from simplclip import evaluation
 from simplclip.common import ranks
+from simplclip.data.samples import digest_of
 from simplclip.models.trained import image_transform, tokenizer
 from simplclip.train.checkpoint import Snapshot
 from simplclip.train.config import Config
@@ -79,7 +80,7 @@ def _evaluate(
     log: Log,
 ) -> None:
     """Prints and writes the figures of the splits, and the weights if they are the best."""
-    recalls = []
+    recalls, digests = [], []
     # as `simplclip evaluate` and the export compute, so that the figures are equal
     towers = _Towers(state.model, state.device, "fp32", stop=stop)
     with state.ema.in_place() if state.ema else nullcontext():
@@ -90,6 +91,7 @@ def _evaluate(
             loss = ranks.on_first(_loss, state, index)
             retrieval = ranks.on_first(index.retrieval, state.device)
             if retrieval and loss is not None:
+                digests.append([name, ranks.on_first(index.digest)])
                 for direction, figures in retrieval.directions.items():
                     log.write_evaluation(name, direction, figures, loss)
                     recalls.append(figures["R@1"].value)
@@ -98,8 +100,14 @@ def _evaluate(
                 size = min(len(index), state.config.data.batch_size)
                 log.print(f"evaluation {name} loss: {loss:.3f}, in batches of {size}")
         if recalls:
-            mean = sum(recalls) / len(recalls)
-            if snapshot.keep_best(mean):
+            mean, former = sum(recalls) / len(recalls), snapshot.best
+            samples = digest_of(digests)
+            if former and former.get("samples", samples) != samples:
+                log.print(
+                    f"best       other held-out samples than those of step {former['step']}, whose "
+                    f"mean R@1 of {former['recall']:.1%} counts no more"
+                )
+            if snapshot.keep_best(mean, samples):
                 best = snapshot.out / "best.pt"
                 log.print(f"best       step {state.step}: mean R@1 {mean:.1%}, in {best}")
         ranks.on_first(log.end_evaluation)

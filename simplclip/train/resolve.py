@@ -68,9 +68,7 @@ def resolve(config: Config, former: dict[str, Any] | None) -> Resolved:
     if the config cannot continue the run of the checkpoint `former`.
     """
     out = Path(config.run.out)
-    if former:
-        checkpoint.check_sources(former, config)
-    else:
+    if not former:
         check_new_run(config)
     remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
     config = config.replaced(data={"train": data.pack_shards(config.data.train, out / "shards")})

@@ -138,7 +138,8 @@ class DataConfig(Section):
         ...,
         "the pairs: tars by path, glob, brace pattern, URL or pipe:COMMAND; {shards, weight}: each "
         "sample weight times an epoch; or a list of these. A table, a JSON or a folder is packed "
-        "into the run's folder first",
+        "into the run's folder first. Other data on --resume start a new epoch",
+        resumable=True,
     )
     samples: int | None = setting(
         None,

@@ -35,6 +35,6 @@ def index_of_features(image_features, text_features):
     """Returns the index of n images, of which the first m have a caption."""
     captions = [[f"text {row}"] for row in range(len(text_features))]
     captions += [[]] * (len(image_features) - len(captions))
-    rows = [HeldOutRow(row, str(row), texts, None, None) for row, texts in enumerate(captions)]
+    rows = [HeldOutRow(row, str(row), texts, None, None, row) for row, texts in enumerate(captions)]
     split = Split(None, None, blank)
     return Index(split, rows, *candidates_of(rows), image_features, text_features, Skipped())

@@ -272,13 +272,15 @@ def test_a_signal_ends_an_evaluation_after_the_running_batch(
 
 @pytest.mark.slow
 def test_best_weights_stay_unless_a_better_evaluation_comes(tmp_path, monkeypatch):
-    recalls = {1: 0.25, 2: 0.5, 3: 0.5, 4: 0.125, 5: 0.75, 6: 0.125}
+    recalls = {1: 0.25, 2: 0.5, 3: 0.5, 4: 0.125, 5: 0.75, 6: 0.125, 7: 0.0625}
     kept = []
     original = checkpoint.Snapshot.keep_best
     monkeypatch.setattr(
         checkpoint.Snapshot,
         "keep_best",
-        lambda self, _: original(self, recalls[self.state.step]) and kept.append(self.state.step),
+        lambda self, _, samples: (
+            original(self, recalls[self.state.step], samples) and kept.append(self.state.step)
+        ),
     )
     changes = ["eval.hold_out=0.4", "eval.every=1"]
     go(tiny.settings(tmp_path, *changes, "run.steps=3"))
@@ -290,14 +292,28 @@ def test_best_weights_stay_unless_a_better_evaluation_comes(tmp_path, monkeypatc
     go(tiny.settings(tmp_path, *changes, "run.steps=5"), resume=True)
     assert kept == [1, 2, 5]
     changes.append(f"eval.splits.other={other}")
-    go(tiny.settings(tmp_path, *changes, "run.steps=6"), resume=True)
+    text = go(tiny.settings(tmp_path, *changes, "run.steps=6"), resume=True)
     assert kept == [1, 2, 5, 6], "figures of other splits cannot be compared"
+    mark = "other held-out samples than those of step 5, whose mean R@1 of 75.0% counts no more"
+    assert f"best       {mark}\n" in text
+    assert state_of(tmp_path / "run")["best"]["recall"] == 0.125
+    # the same names and captions, but other and larger pictures
+    samples = [
+        (key, files | {"png": tiny.picture((9, 9, 9), key) + bytes(1000)})
+        for key, files in files_of(tmp_path / "data/train-0.tar").items()
+    ]
+    (tmp_path / "more").mkdir()
+    changes.append(f"data.train={write(tmp_path / 'more/train-0.tar', samples)}")
+    text = go(tiny.settings(tmp_path, *changes, "run.steps=7"), resume=True)
+    assert kept == [1, 2, 5, 6, 7], "figures of other pictures cannot be compared"
+    assert "resume     ranks, workers or shards were others: the epoch starts again" in text
+    assert "other held-out samples than those of step 6, whose" in text
     # by the user, whose file is not replaced
     shutil.copy(tmp_path / "run/last.pt", tmp_path / "run/best.pt")
     with pytest.raises(
         CheckpointError, match="best.pt: expected the best weights as simplclip train writes them"
     ):
-        go(tiny.settings(tmp_path, *changes, "run.steps=7"), resume=True)
+        go(tiny.settings(tmp_path, *changes, "run.steps=8"), resume=True)
 
 
 @pytest.mark.slow
@@ -305,7 +321,9 @@ def test_a_damaged_best_pt_is_set_aside_and_its_recall_stays(tmp_path, monkeypat
     recalls = {1: 0.5, 2: 0.25, 3: 0.75}
     original = checkpoint.Snapshot.keep_best
     monkeypatch.setattr(
-        checkpoint.Snapshot, "keep_best", lambda self, _: original(self, recalls[self.state.step])
+        checkpoint.Snapshot,
+        "keep_best",
+        lambda self, _, samples: original(self, recalls[self.state.step], samples),
     )
     changes = ["eval.hold_out=0.4", "eval.every=1"]
     go(tiny.settings(tmp_path, *changes, "run.steps=1"))
@@ -330,7 +348,7 @@ def test_a_damaged_best_pt_is_set_aside_and_its_recall_stays(tmp_path, monkeypat
     assert f"best       mean R@1 75.0%, of step 3: {best}" in text
     # a last.pt of version 0.1.0
     state = torch.load(tmp_path / "run/last.pt", weights_only=True)
-    assert state.pop("best") == {"recall": 0.75, "step": 3}
+    assert state.pop("best").items() >= {"recall": 0.75, "step": 3}.items()
     torch.save(state, tmp_path / "run/last.pt")
     assert checkpoint.read_last(tmp_path / "run", resume=True)["best"]["recall"] == 0.75
     best.unlink()
