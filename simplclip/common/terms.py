@@ -1,4 +1,4 @@
-"""The table of the terms of a loss: what the ops, losses, config, log and options say of a term.
+"""The table of the terms of a loss: what the ops, losses, config and log say of a term.
 
 Imports nothing, so that a config is checked without torch.
 """
@@ -24,7 +24,6 @@ class Term:
     name: str  # in `terms` and `weights` of the op and the losses
     weight: str  # the argument of WIKDLoss, and the key in the config's section loss
     help: str  # of that key
-    default: float = 0.0  # of that argument
     open_clip_key: str = ""  # in the result of a loss, if open_clip has a name for it
     # The sweeps of similarity_loss that can compute it, the preferred one first. Without one it is
     # the method of WIKDLoss named after it, on features in the teacher's width.
@@ -52,7 +51,6 @@ TERMS = (
         "contrastive",
         weight="contrastive_weight",
         help="of the base; each weight is a number, or a schedule {value, to, start, end, until}",
-        default=1.0,
         sweeps=("softmax",),
         is_base=True,
     ),
@@ -68,7 +66,6 @@ TERMS = (
         "relational",
         weight="relational_weight",
         help="weight of relational distillation: KL to the teacher's softmax",
-        default=1.0,
         open_clip_key="distill_loss",
         sweeps=("softmax",),
         needs_teacher=True,

@@ -268,11 +268,7 @@ def check_simplclip(arguments: list[str]) -> None:
 def check_open_clip_train(arguments: list[str]) -> None:
     from open_clip_train.params import parse_args
 
-    from simplclip.integrations import open_clip_train
-
-    parser = open_clip_train.parser()
-    options, of_open_clip = parser.parse_known_args(arguments)
-    open_clip_train._check(parser, options, parse_args(of_open_clip))
+    parse_args([argument for argument in arguments if argument != "--crop-texts"])
 
 
 def check_pip(arguments: list[str]) -> None:

@@ -30,7 +30,6 @@ data/photos          pictures that compress like photographs
 data/archives        damaged and hostile tars, each made from its number
 train/tiny           a tiny training: shards, teacher's features, config
 train/runs           runs a training, and compares what runs leave
-train/open_clip_plan runs of open_clip's trainer, with its losses and with ours
 models/              tiny models of open_clip and transformers, published layouts, random weights
 ranks/launch         runs a script on several ranks; the other files are such scripts
 package/             programs of the Makefile: the sanitized kernels, a wheel in a new environment
