@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,36 +20,30 @@ from simplclip.commands.options import (
 
 @app.command(
     short_help="Add synthetic captions to shards.",
-    epilog="Example: simplclip caption 'shards/*.tar' --out captioned --checkpoint coca.pt --n 3",
+    epilog="Example: simplclip caption 'shards/*.tar' --out captioned "
+    "--model Salesforce/blip-image-captioning-base --n 3",
 )
 def caption(
     source: Pairs,
     out: SidecarFolder,
     *,
-    model: Annotated[str, typer.Option(help="An open_clip CoCa model.")] = "coca_ViT-B-32",
-    checkpoint: Annotated[Path | None, typer.Option(help="File with its weights.")] = None,
-    pretrained: Annotated[
-        str | None, typer.Option(help="Tag of open_clip's weights to download instead.")
+    model: Annotated[
+        str, typer.Option(help="Image-to-text model of transformers: a folder, or a hub's name.")
+    ],
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Question to a model that chats; else the start of each caption."),
     ] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Captions drawn for each image.")] = 3,
-    top_p: Annotated[
-        float,
-        typer.Option(help="Draw from the most likely tokens with this share of the probability."),
-    ] = 0.9,
-    temperature: Annotated[
-        float, typer.Option(help="Below 1: more likely captions; above 1: more varied ones.")
-    ] = 1.0,
-    max_tokens: Annotated[
-        int, typer.Option(help="Most tokens of a caption, including start and end.")
-    ] = 30,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a caption.")] = 30,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images captioned at a time.")] = 32,
     workers: Decoders = 4,
     sidecars: Sidecars = None,
     device: Device = "auto",
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
 ) -> None:
-    """Write synthetic captions by a CoCa model into sidecars of the shards.
+    """Write synthetic captions by a model of transformers into sidecars of the shards.
 
     Repeat the command to continue after a stop.
     """
@@ -58,28 +51,23 @@ def caption(
     from simplclip.common import ranks
     from simplclip.teacher import caption as captioning
 
-    sampling = captioning.Sampling(n, top_p, temperature, max_tokens, seed)
     with ranks.join():
         summary = captioning.run(
             source,
             out,
             model,
-            sampling,
-            checkpoint=checkpoint,
-            pretrained=pretrained,
+            n=n,
+            prompt=prompt or "",
+            max_tokens=max_tokens,
+            seed=seed,
             batch_size=batch_size,
             workers=workers,
             sidecars=sidecars or (),
             device=device,
             precision=precision,
         )
-        if not ranks.first():
-            return
-    typer.echo(
-        f"wrote {summary['written']} of {summary['shards']} sidecars to {summary['path']}: "
-        f"{summary['samples']} pairs"
-    )
-    typer.echo(
-        f"  {summary['captions']} new captions; dropped {summary['duplicate']} duplicates and "
-        f"{summary['empty']} empty ones"
-    )
+        if ranks.first():
+            typer.echo(
+                f"wrote {summary['written']} of {summary['shards']} sidecars to "
+                f"{summary['path']}: {summary['samples']} pairs"
+            )

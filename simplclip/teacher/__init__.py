@@ -2,7 +2,7 @@
 
 features.py   `simplclip teacher`: a teacher's features of captions and of images, or of augmented
               views of images
-caption.py    `simplclip caption`: captions drawn by a CoCa model
+caption.py    `simplclip caption`: captions drawn by a model of transformers
 """
 
 from simplclip.teacher.features import Views, run, student_transform, write_features

@@ -11,27 +11,26 @@ import os
 import sys
 from pathlib import Path
 
-import open_clip
 import pytest
 import torch
 import torch.distributed as dist
 
 from support.data.pairs import png, write
 from support.models import captioners
+from support.models.open_clip_models import register_models, write_models
 from support.programs import call
 from support.ranks.launch import forked_ranks
 from support.train import tiny
 
 pytestmark = pytest.mark.slow
-MODEL = f"open_clip:{captioners.NAME}"
-TEACHER = f"--teacher {MODEL} --checkpoint ../coca.pt"
+TEACHER = "--teacher open_clip:tiny --checkpoint ../tiny.bin"
 COMMANDS = {
-    "evaluate": f"evaluate {MODEL}/../coca.pt --data held=../data/train-*.tar "
+    "evaluate": "evaluate open_clip:tiny/../tiny.bin --data held=../data/train-*.tar "
     "--classnames ../names.txt --out evaluated --batch-size 10 --workers 0",
     "teacher": f"teacher ../data/train-{{0..2}}.tar --out taught {TEACHER} --precision fp32 "
     "--workers 1",
-    "caption": f"caption ../data/train-{{2..3}}.tar --out captioned --model {captioners.NAME} "
-    "--checkpoint ../coca.pt --max-tokens 5 --n 1 --temperature 0.5 --workers 0",
+    "caption": "caption ../data/train-{2..3}.tar --out captioned --model ../blip --max-tokens 5 "
+    "--n 1 --precision fp32 --workers 0",
     # The sidecar of the second shard, the first of the second rank, is not a tar.
     "error": f"teacher ../data/train-{{3..5}}.tar --out bad {TEACHER} --sidecars ../joined "
     "--workers 0",
@@ -39,7 +38,7 @@ COMMANDS = {
 
 
 def run(folder: Path) -> dict[str, list]:
-    open_clip.add_model_config(folder.parent / f"{captioners.NAME}.json")
+    register_models(folder.parent)
     results = {}
     with contextlib.chdir(folder):
         for name, command in COMMANDS.items():
@@ -55,8 +54,8 @@ def run(folder: Path) -> dict[str, list]:
 def results(tmp_path_factory):
     """Returns the results of one process, those of two ranks, and their folder."""
     folder = tmp_path_factory.mktemp("commands")
-    captioners.register(folder)
-    torch.save(captioners.build().state_dict(), folder / "coca.pt")
+    write_models(folder)
+    captioners.write(folder / "blip")
     for number in range(3):
         tiny.write_shard(folder / "data" / f"train-{number}.tar")
         samples = [

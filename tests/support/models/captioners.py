@@ -1,56 +1,59 @@
-"""A small CoCa of open_clip with random weights."""
+"""A small BLIP of transformers with random weights, and a small LLaVA, which chats."""
 
-import json
 from pathlib import Path
 
-import open_clip
 import torch
-from torch import nn
+import transformers
 
-from simplclip import models
+from simplclip.models import packaged
 
-NAME = "caption-tiny-coca"
-CONTEXT = 12
-_TEXT = {"context_length": CONTEXT, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-_VISION = {
-    "image_size": 32,
-    "layers": 1,
-    "width": 16,
-    "patch_size": 16,
-    "head_width": 8,
-    "output_tokens": True,
-    "attentional_pool": True,
-    "attn_pooler_heads": 2,
-    "attn_pooler_queries": 8,
-}
-_CONFIG = {
-    "embed_dim": 16,
-    "vision_cfg": _VISION,
-    "text_cfg": {**_TEXT, "embed_cls": True, "output_tokens": True},
-    "multimodal_cfg": {**_TEXT, "attn_pooler_heads": 2},
-    "custom_text": True,
+TEMPLATE = (
+    "{% for part in messages[0]['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %} answer:"
+)
+VISION = {"image_size": 32, "patch_size": 16}
+TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
 }
 
 
-def register(folder: Path) -> None:
-    """Registers the models NAME and NAME-wide in open_clip.
-
-    The weights of NAME-wide fit no other model.
-    """
-    for name, changes in ((NAME, {}), (f"{NAME}-wide", {"embed_dim": 24})):
-        path = folder / f"{name}.json"
-        path.write_text(json.dumps(_CONFIG | changes))
-        open_clip.add_model_config(path)
+def _tokens() -> dict:
+    """Returns the vocabulary's ids of a config: MiniLM's, and 8 more."""
+    return {"vocab_size": 30530, "bos_token_id": 101, "eos_token_id": 102, "pad_token_id": 0}
 
 
-def build(spread: float = 0.3) -> nn.Module:
-    """Returns the model with random weights, since open_clip leaves some weights of the decoder
-    uninitialised.
-    """
-    torch.manual_seed(0)
-    model = models.create(f"open_clip:{NAME}")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=spread)
-    return model.eval()
+def write(folder: Path, kind: str = "blip", seed: int = 0) -> None:
+    """Writes a model and its processor."""
+    tokenizer = transformers.BertTokenizerFast(
+        tokenizer_file=str(packaged.minilm_folder() / "tokenizer.json")
+    )
+    torch.manual_seed(seed)
+    if kind == "blip":
+        text = TOWER | _tokens() | {"sep_token_id": 102, "encoder_hidden_size": 16}
+        config = transformers.BlipConfig(text_config=text, vision_config=TOWER | VISION)
+        model = transformers.BlipForConditionalGeneration(config)
+        images = transformers.BlipImageProcessor(size={"height": 32, "width": 32})
+        processor = transformers.BlipProcessor(images, tokenizer)
+    else:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+        text = TOWER | _tokens() | {"model_type": "llama", "num_key_value_heads": 2}
+        config = transformers.LlavaConfig(
+            text_config=text,
+            vision_config=TOWER | VISION | {"model_type": "clip_vision_model"},
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        )
+        model = transformers.LlavaForConditionalGeneration(config)
+        images = transformers.CLIPImageProcessor(size=32, crop_size=32)
+        processor = transformers.LlavaProcessor(
+            images,
+            tokenizer,
+            patch_size=16,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+            chat_template=TEMPLATE,
+        )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
