@@ -9,7 +9,6 @@ KEY.teacher.json   {"captions", "image": digests of these captions and of the im
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -27,20 +26,15 @@ from torch import Tensor
 
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, check_count
-from simplclip.common.progress import print_lines
 from simplclip.data.decode_images import open_image
-from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.find_sidecars import Folders
-from simplclip.data.find_sources import sources_of
 from simplclip.data.pack import pack_shards
-from simplclip.data.read_tars import read_tar
 from simplclip.data.samples import (
     TEACHER,
     TEACHER_JSON,
     Pair,
     digest_of_features,
     digests_of,
-    parse,
 )
 from simplclip.data.transforms import (
     ImageTransform,
@@ -51,7 +45,7 @@ from simplclip.data.transforms import (
 )
 from simplclip.data.views import seeded
 from simplclip.data.write_sidecars import write_sidecars
-from simplclip.evaluation import Encoder, load, recall
+from simplclip.evaluation import Encoder, load
 from simplclip.models.trained import image_transform
 from simplclip.train import config as configs
 
@@ -273,49 +267,7 @@ def run(
             f"wrote {summary['path']}: {summary['samples']:,} samples with {features}, width "
             f"{teacher.width}"
         )
-        print_lines(own_recall(shards, [*sidecars, out]))
     return summary
-
-
-def own_recall(shards: Any, sidecars: Folders, most: int = 1000) -> str:
-    """Returns a sentence on how well a teacher finds the first pairs by its stored features.
-
-    It ends in a warning if the teacher is hardly of any use. most: pairs that are read.
-    """
-    pairs = _taught_pairs(shards, sidecars, most)
-    if not pairs:
-        return "the teacher's own R@1: no sample has features"
-    features = [pair.features for pair in pairs if pair.features is not None]
-    images = np.stack([rows[0] for rows in features])
-    texts = np.stack([rows[-len(pair.captions)] for pair, rows in zip(pairs, features)])
-    x, y = torch.from_numpy(images).float(), torch.from_numpy(texts).float()
-    groups = torch.tensor([pair.group_id for pair in pairs])
-    directions = {
-        "image to text": recall(x, y, groups, groups)["R@1"],
-        "text to image": recall(y, x, groups, groups)["R@1"],
-    }
-    figures = ", ".join(
-        f"{direction} {figure.value:.1%} (chance {figure.chance:.1%})"
-        for direction, figure in directions.items()
-    )
-    sentence = f"the teacher's own R@1 on the first {len(pairs):,} samples: {figures}"
-    if all(figure.value < min(0.5, 3 * figure.chance) for figure in directions.values()):
-        sentence += "\nwarning: it hardly knows these pairs; a student would learn little from it"
-    return sentence
-
-
-def _taught_pairs(shards: Any, sidecars: Folders, most: int) -> list[Pair]:
-    """Returns the first pairs that have a teacher's features, at most `most`, not broken ones."""
-    pairs: list[Pair] = []
-    for source in sources_of(shards):
-        for sample in read_tar(source, Skipped(), sidecars=sidecars):
-            if TEACHER not in sample:
-                continue
-            with contextlib.suppress(BrokenSample):
-                pairs.append(parse(sample, teacher=True))
-            if len(pairs) == most:
-                return pairs
-    return pairs
 
 
 def _files_of(rows: Tensor, about: dict[str, Any]) -> dict[str, bytes]:
