@@ -55,8 +55,7 @@ import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("open_clip", "timm", "torchvision", "webdataset", "yaml",
-                                      "matplotlib", "emoji", "resvg_py", "fontTools", "PIL",
-                                      "simplejpeg"):
+                                      "matplotlib", "emoji", "resvg_py", "PIL", "simplejpeg"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Block())
 from typer.testing import CliRunner

@@ -36,13 +36,10 @@ def size_of(file):
 @functools.cache
 def drawings(count):
     """Returns emoji, as in the built-in data."""
-    sources = load_example("emoji/sources")
-    few = sources.concepts()[:: 1800 // count][:count]
-    return [
-        sources.square(vendor.draw(concept))
-        for vendor in sources.vendors().values()
-        for concept in few
-    ]
+    emoji = load_example("emoji/build")
+    vendors = emoji.vendors()
+    few = emoji.concepts(vendors)[:: 1800 // count][:count]
+    return [vendor.draw(concept) for vendor in vendors.values() for concept in few]
 
 
 SIZES = ((512, 512), (240, 320), (333, 500), (640, 427), (100, 91), (224, 224), (30, 700))
