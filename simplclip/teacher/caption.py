@@ -56,8 +56,8 @@ def run(
     precision, _ = hardware.pick_precision(precision, torch_device)
     dtype = hardware.DTYPES[precision] or torch.float32
     try:
-        processor = AutoProcessor.from_pretrained(model, padding_side="left")
-        captioner = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
+        processor: Any = AutoProcessor.from_pretrained(model, padding_side="left")
+        captioner: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(
