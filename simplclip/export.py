@@ -29,7 +29,7 @@ import simplclip
 from simplclip import evaluation, models
 from simplclip.common.files import HOUR, identity, remove_leftovers, temporary_folder
 from simplclip.model_card import BLENDED, card
-from simplclip.models.file_names import CARD, EXPORT, FORMS, Form
+from simplclip.models.naming import CARD, EXPORT, FORMS, Form
 from simplclip.models.registry import configuration
 from simplclip.models.source import about_best, check_export, parse_checkpoint
 from simplclip.models.trained import load_model, model_options

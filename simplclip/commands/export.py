@@ -10,7 +10,7 @@ import typer
 from simplclip.commands.app import app
 from simplclip.commands.options import Last
 from simplclip.common.errors import check_share
-from simplclip.models.file_names import Form
+from simplclip.models.naming import Form
 
 
 @app.command(

@@ -106,7 +106,7 @@ def check(config: Config, resume: bool) -> None:
     """Raises InputError or OSError for a wrong name, folder or file, ModuleNotFoundError for a
     missing package; changes nothing. Only a run.device of a GPU needs seconds of imports.
     """
-    from simplclip.models.model_names import check_name
+    from simplclip.models.naming import check_name
     from simplclip.models.source import parse_weights
     from simplclip.train.config import check_out
 

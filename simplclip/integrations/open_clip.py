@@ -22,8 +22,8 @@ from torch import nn
 
 from simplclip import losses, models
 from simplclip.common.errors import InputError
-from simplclip.models.file_names import EXPORTED_WEIGHTS
 from simplclip.models.mobileclip import from_published
+from simplclip.models.naming import EXPORTED_WEIGHTS
 from simplclip.models.registry import Spec
 from simplclip.models.trained import check_options
 from simplclip.models.weights import check_digest

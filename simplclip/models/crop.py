@@ -11,7 +11,7 @@ from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 
 from simplclip.common.errors import InputError, check_count
-from simplclip.models.blocks import is_causal_mask
+from simplclip.models.simplify import is_causal_mask
 from simplclip.ops import checks
 from simplclip.ops.modes import has_values
 

@@ -54,7 +54,7 @@ class _Kind:
 
     name: str
     norm: str
-    qk: tuple[str, ...]  # one matrix [q|k|v], or q and k
+    qkv: str  # the matrix [q|k|v]
     mlp_norm: str
     fc: tuple[str, str]
     unused: tuple[str, ...]  # prefixes
@@ -66,23 +66,19 @@ _KINDS = (
     _Kind(
         "open_clip's residual attention block",
         norm="ln_1",
-        qk=("attn.in_proj_weight",),
+        qkv="attn.in_proj_weight",
         mlp_norm="ln_2",
         fc=("mlp.c_fc", "mlp.c_proj"),
         unused=(
-            "attn.in_proj_bias",
-            "attn.out_proj.",
-            "attn.head_scale",
-            "attn.ln_inner.",
-            "ln_attn.",
-            "ls_1.",
+            *("attn.in_proj_bias", "attn.out_proj.", "attn.head_scale", "attn.ln_inner."),
+            *("ln_attn.", "ls_1."),
         ),
         scale="ls_2.gamma",
     ),
     _Kind(
         "timm's Block",
         norm="norm1",
-        qk=("attn.qkv.weight",),
+        qkv="attn.qkv.weight",
         mlp_norm="norm2",
         fc=("mlp.fc1", "mlp.fc2"),
         unused=("attn.qkv.bias", "attn.proj.", "attn.norm.", "attn.gate.", "ls1."),
@@ -91,32 +87,19 @@ _KINDS = (
     _Kind(
         "FastViT's AttentionBlock",
         norm="norm",
-        qk=("token_mixer.qkv.weight",),
+        qkv="token_mixer.qkv.weight",
         mlp_norm="mlp.conv.bn",
         fc=("mlp.fc1", "mlp.fc2"),
         unused=("token_mixer.qkv.bias", "token_mixer.proj.", "layer_scale_1."),
         scale="layer_scale_2.gamma",
         conv="mlp.conv.conv.weight",
     ),
-    _Kind(
-        "transformers' encoder layer",
-        norm="layer_norm1",
-        qk=("self_attn.q_proj.weight", "self_attn.k_proj.weight"),
-        mlp_norm="layer_norm2",
-        fc=("mlp.fc1", "mlp.fc2"),
-        unused=(
-            "self_attn.q_proj.bias",
-            "self_attn.k_proj.bias",
-            "self_attn.v_proj.",
-            "self_attn.out_proj.",
-        ),
-    ),
 )
 
 
 def is_block(tensors: Collection[str]) -> bool:
     """Whether `tensors`, names relative to a block, are those of a block that `convert` knows."""
-    return "qk.weight" in tensors or any(set(kind.qk) <= set(tensors) for kind in _KINDS)
+    return "qk.weight" in tensors or any(kind.qkv in tensors for kind in _KINDS)
 
 
 def start(
@@ -166,10 +149,7 @@ def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(tensors)
     kind = _kind_of(tensors)
     t = {name: value.float() for name, value in tensors.items() if value.is_floating_point()}
-    if len(kind.qk) == 2:
-        q, k = t[kind.qk[0]], t[kind.qk[1]]
-    else:
-        q, k = t[kind.qk[0]].chunk(3)[:2]
+    q, k, _ = t[kind.qkv].chunk(3)
     width = q.shape[1]
     factor1, _ = _affine(t, kind.norm, width)
     factor2, shift2 = _affine(t, kind.mlp_norm, width)
@@ -199,12 +179,12 @@ def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _kind_of(tensors: Mapping[str, Tensor]) -> _Kind:
     """Returns the kind of a block; InputError for an unknown one, or one with further parts."""
-    kind = next((kind for kind in _KINDS if set(kind.qk) <= set(tensors)), None)
+    kind = next((kind for kind in _KINDS if kind.qkv in tensors), None)
     if kind is None:
         kinds = ", ".join(kind.name for kind in _KINDS)
         names = ", ".join(sorted(tensors)[:4])
         raise InputError(f"expected a block of a known kind ({kinds}), got one of {names}...")
-    known = {kind.scale, kind.conv, *kind.qk}
+    known = {kind.scale, kind.conv, kind.qkv}
     for layer in kind.fc:
         known |= {f"{layer}.weight", f"{layer}.bias"}
     prefixes = (f"{kind.norm}.", f"{kind.mlp_norm}.", *kind.unused)

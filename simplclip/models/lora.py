@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
 from simplclip.models.inherit import freeze, largest_parts, matches, release
-from simplclip.models.towers import tower_of
+from simplclip.models.naming import tower_of
 from simplclip.models.transfer import Transfer
 from simplclip.nn import SimplifiedBlock
 

@@ -19,8 +19,19 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simplclip.models.file_names import BEST, CARD, EXPORT, EXPORTED_WEIGHTS, FORMS, LAST, Form
-from simplclip.models.model_names import NAMES, PLAIN, check_name, open_clip_names
+from simplclip.models.naming import (
+    BEST,
+    CARD,
+    EXPORT,
+    EXPORTED_WEIGHTS,
+    FORMS,
+    LAST,
+    NAMES,
+    PLAIN,
+    Form,
+    check_name,
+    open_clip_names,
+)
 from simplclip.models.packaged import STATES
 
 if TYPE_CHECKING:

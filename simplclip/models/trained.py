@@ -34,8 +34,7 @@ from torch import nn
 from simplclip.common.errors import InputError, first_line
 from simplclip.data.transforms import ImageTransform
 from simplclip.models import registry
-from simplclip.models.file_names import EXPORT
-from simplclip.models.model_names import PLAIN
+from simplclip.models.naming import EXPORT, PLAIN
 from simplclip.models.registry import Tokenizer, create
 from simplclip.models.source import (
     Export,

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from simplclip.common.errors import InputError, first_line
 from simplclip.common.files import sha256
-from simplclip.models.file_names import BASE, EXPORT
 from simplclip.models.mobileclip import from_published
+from simplclip.models.naming import BASE, EXPORT
 
 _MOST_VALUES = 50_000_000  # in a file of weights
 # bytes up to which a tensor may be larger than its storage, as one made by `expand` is

@@ -22,7 +22,7 @@ from simplclip.models.crop import TextCrop, crop_texts
 from simplclip.models.fold import fold_frozen
 from simplclip.models.inherit import freeze, freeze_norms, inherit
 from simplclip.models.lora import add_lora
-from simplclip.models.towers import SCALARS
+from simplclip.models.naming import SCALARS
 from simplclip.models.trained import (
     CheckpointError,
     build_model,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from simplclip.common.errors import InputError, first_line
-from simplclip.models.towers import SCALARS
+from simplclip.models.naming import SCALARS
 from simplclip.models.trained import build_model
 from simplclip.models.transfer import Status, WeightTable
 from simplclip.train.config import from_dict

@@ -23,7 +23,7 @@ from simplclip import evaluation
 from simplclip.commands import options
 from simplclip.commands.app import extra_of
 from simplclip.commands.main import app
-from simplclip.models.model_names import NAMES
+from simplclip.models.naming import NAMES
 from simplclip.models.trained import read_checkpoint
 from simplclip.train import config
 from support.data.pairs import png

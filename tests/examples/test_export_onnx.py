@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import simplclip
-from simplclip.models.blocks import MapBlock
+from simplclip.models.simplify import MapBlock
 from support.models.weights import randomise
 from support.programs import load_example
 from support.train.runs import save_run

@@ -12,8 +12,8 @@ from PIL import Image
 from simplclip import models
 from simplclip.common.errors import InputError
 from simplclip.integrations import open_clip as ours
-from simplclip.models.blocks import TransformerBlock
 from simplclip.models.mobileclip import TextTower
+from simplclip.models.simplify import TransformerBlock
 from support.models.mobileclip_s0 import SMALL, SMALL_FEATURES, small_state
 
 pytestmark = pytest.mark.long

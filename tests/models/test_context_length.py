@@ -7,7 +7,7 @@ import pytest
 from open_clip.tokenizer import HFTokenizer
 
 from simplclip import models
-from simplclip.models.context_length import cut_in_words, is_cut
+from simplclip.models.registry import cut_in_words, is_cut
 
 WORDS = {"cat": 3, "a": 4, "!": 5}
 

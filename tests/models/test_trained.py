@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from simplclip.common.errors import InputError
-from simplclip.models import model_names, registry, source, trained, weights
+from simplclip.models import naming, registry, source, trained, weights
 from support.train import tiny
 from support.train.runs import bits
 
@@ -171,11 +171,11 @@ def test_files_without_checksums_are_read(tmp_path):
 
 
 def test_names_of_open_clip_are_known_before_it_is_imported(monkeypatch):
-    known = model_names.open_clip_names()
+    known = naming.open_clip_names()
     monkeypatch.delitem(sys.modules, "open_clip")
     # of this process also those that other tests have added
-    assert {*model_names.open_clip_names()} <= {*known}
-    assert len(model_names.open_clip_names()) > 100
+    assert {*naming.open_clip_names()} <= {*known}
+    assert len(naming.open_clip_names()) > 100
 
 
 def test_a_folder_without_weights_says_what_it_lacks(tmp_path):
