@@ -19,9 +19,8 @@ from open_clip.utils import to_2tuple
 from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
-from simplclip.models.inherit import freeze, largest_parts, matches, release
+from simplclip.models.inherit import freeze, largest_parts, matches, release, units_of
 from simplclip.models.naming import tower_of
-from simplclip.models.transfer import Transfer
 from simplclip.nn import SimplifiedBlock
 
 
@@ -80,13 +79,12 @@ def add_lora(
     from peft import LoraConfig, inject_adapter_in_model
 
     towers = [tower for tower in ("image", "text") if tower in lora["towers"]]
-    transfer = Transfer(model)
     trained = {
-        transfer.tensors[tensor]: pattern
-        for unit, names in transfer.units.items()
+        tensor: pattern
+        for unit in units_of(model)
         for pattern in train
-        for tensor in names
-        if matches(pattern, unit, names) and transfer.tensors[tensor].requires_grad
+        for tensor in unit.tensors.values()
+        if matches(pattern, unit.path, unit.tensors) and tensor.requires_grad
     }
     for name, module in [*model.named_modules()]:
         if tower_of(name) not in towers:

