@@ -31,8 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from simplclip.common.errors import InputError
 from simplclip.models import init_blocks
 from simplclip.models.naming import SCALARS
-from simplclip.models.source import parse_weights
-from simplclip.models.weights import CheckpointError, renamed
+from simplclip.models.weights import CheckpointError, parse_source, renamed
 from simplclip.nn import SimplifiedBlock
 from simplclip.ops import checks
 
@@ -223,8 +222,8 @@ def _labelled(source: Weights, model: nn.Module) -> tuple[str, dict[str, Tensor]
         return type(source).__name__, renamed(source, model)
     if isinstance(source, Mapping):
         return "the state dict", renamed(source, model)
-    parsed = parse_weights(source)
-    return str(parsed), renamed(parsed.load(), model)
+    parsed = parse_source(source)
+    return parsed.label, renamed(parsed.load(), model)
 
 
 def _resized(given: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -23,8 +23,7 @@ from simplclip.data.transforms import ImageTransform
 from simplclip.models.naming import NAMES, PLAIN, check_name
 from simplclip.models.presets import SPECS, Spec, Tokenizer
 from simplclip.models.simplify import simplify
-from simplclip.models.source import parse_weights
-from simplclip.models.weights import load_exactly
+from simplclip.models.weights import load_exactly, parse_source
 
 LOOKED_AT = 1000  # captions that are tokenised to count those that are cut
 
@@ -84,7 +83,7 @@ def create(
     for a checkpoint without weights, or with others.
     """
     # before the model, which may take long
-    state = None if checkpoint is None else parse_weights(checkpoint).load("checkpoint")
+    state = None if checkpoint is None else parse_source(checkpoint).load("checkpoint")
     spec = spec_of(name) if isinstance(name, str) else name
     if simplify_options and not simplified:
         raise InputError(

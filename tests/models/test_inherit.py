@@ -327,7 +327,7 @@ def test_sources_that_are_refused_leave_the_model_as_it_was(tmp_path, monkeypatc
     old = snapshot(model)
     for error, source, message in (
         (FileNotFoundError, "no.pt", "source: expected a file of weights, got no such file: no.pt"),
-        (FileNotFoundError, "open_clip:ViT-B-23/x", "such file: .*x; nearest models .*ViT-B-32"),
+        (InputError, "open_clip:ViT-B-23/x", "source: expected one of .*; nearest: .*ViT-B-32"),
         (CheckpointError, "module.pt", "source: expected a file of weights, got module.pt: "),
         (CheckpointError, "cut.safetensors", "expected a file of weights, got cut.safetensors: "),
         (CheckpointError, "list.pt", "source: expected a state dict in list.pt, got list"),
