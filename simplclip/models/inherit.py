@@ -19,7 +19,6 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import accumulate, groupby
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -74,14 +73,11 @@ class WeightTable:
         totals = dict.fromkeys(Status, 0)
         for status, count in self.rows.values():
             totals[status] += count
-        cells = [("module", "weights", "parameters")]
-        for name, (status, count) in self.rows.items():
-            cells.append((name or "(all)", status, f"{count:,}"))
-        for status, count in totals.items():
-            if count:
-                cells.append(("total", status, f"{count:,}"))
-        width = max(len(name) for name, *_ in cells)
-        table = [f"{name:<{width}}  {status:<9}  {count:>12}" for name, status, count in cells]
+        rows = [(name or "(all)", *row) for name, row in self.rows.items()]
+        rows += [("total", status, count) for status, count in totals.items() if count]
+        width = max(len(name) for name, *_ in rows)
+        table = [f"{'module':<{width}}  weights      parameters"]
+        table += [f"{name:<{width}}  {status:<9}  {count:>12,}" for name, status, count in rows]
         return "\n".join([f"weights from {', '.join(self.sources)}", *table])
 
 
@@ -311,19 +307,12 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
     the model does not have, and then leaves the model unchanged.
     """
     names = checks.sequence("names", names, "names of modules or parameters")
-    try:
-        parts: list[Any] = [attrgetter(name)(model) if name else model for name in names]
-    except (AttributeError, TypeError) as error:
-        raise InputError(
-            f"names: expected modules or parameters of the model, got others: {error}"
-        ) from None
-    for name, part in zip(names, parts):
-        if not isinstance(part, nn.Module | Tensor):
-            kind = type(part).__name__
-            raise InputError(
-                f"names: expected modules or parameters of the model, got {name!r}, a {kind}"
-            )
-    for part in parts:
+    known: dict[Any, Any] = dict(model.named_modules(remove_duplicate=False))
+    known |= model.named_parameters(remove_duplicate=False)
+    for name in names:
+        if not isinstance(name, str) or name not in known:
+            raise InputError(f"names: expected modules or parameters of the model, got {name!r}")
+    for part in map(known.get, names):
         part.requires_grad_(False)
         for module in part.modules() if isinstance(part, nn.Module) else ():
             _hold_in_eval(module)
@@ -344,7 +333,8 @@ def is_frozen(module: nn.Module) -> bool:
     parameters = list(module.parameters())
     if not parameters or any(parameter.requires_grad for parameter in parameters):
         return False
-    return all(map(_stays_in_eval, module.modules()))
+    held = [getattr(vars(part).get("train"), "func", None) for part in module.modules()]
+    return all(function is _set_eval for function in held)
 
 
 def frozen_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -352,8 +342,7 @@ def frozen_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside: tuple[str, ...] = ()  # beginnings of the names within those
     for name, module in model.named_modules():
         if not name.startswith(inside) and is_frozen(module):
-            prefix = f"{name}." if name else ""
-            inside += (prefix,)
+            inside += (f"{name}." if name else "",)
             yield name, module
 
 
@@ -371,11 +360,6 @@ def largest_parts(model: nn.Module, weights: Set[Tensor]) -> list[str]:
             inside += (f"{name}." if name else "",)
     singles = (name for name, weight in model.named_parameters() if weight in weights)
     return names + [name for name in singles if not name.startswith(inside)]
-
-
-def _stays_in_eval(module: nn.Module) -> bool:
-    """Whether `_hold_in_eval` was called on a module itself; its children are not looked at."""
-    return getattr(vars(module).get("train"), "func", None) is _set_eval
 
 
 def release(module: nn.Module) -> None:

@@ -1,38 +1,12 @@
 """Simplified blocks that start from pretrained ones: `simplify(init=...)`, `inherit(blocks=...)`.
 
-A pretrained block computes ``x + W_o softmax(q k^T / sqrt(K)) W_v n1`` with [q|k] = W_qk n1, and
-adds its MLP of n2. A `SimplifiedBlock` has one norm, n = norm(x), whose weight starts at 1 and bias
-at 0, and no W_v and W_o. So `convert` finds
+docs/block.md derives what `convert` computes. A pretrained block computes
+``x + W_o softmax(q k^T / sqrt(K)) W_v n1`` with [q|k] = W_qk n1, and adds its MLP of n2; a
+simplified one has a single norm n, with weight 1 and bias 0:
 
     [q|k]:  W_qk diag(d1)                    n1 = d1 n + e1
     MLP:    W_1 diag(d2), b_1 + W_1 e2       n2 = d2 n + e2
             s W_2, s b_2                     s: the layer scale
-
-The new block has no place for W_v, W_o and their biases, nor for the biases of q and k, to which
-W_qk e1 belongs. The bias of k adds the same to all logits of a query, so that the softmax does not
-change; the bias of q changes the attention, unless it is zero. The new block's MLP reads the
-block's input, as attention does, not the sum after attention.
-
-For a layer norm, d and e are its weight and bias.
-
-FastViT's block has a batch norm in the place of the first norm, and a depthwise convolution with a
-batch norm before the MLP. Over the training data, channel c of x has the running mean m_c and
-variance v_c. With M the mean of m and S² that of v + (m - M)² over the channels, x is about S n +
-M, which makes each batch norm an affine function of n. Of the convolution, the tap at the token
-itself stays. The other taps see the token's neighbours; their sum is replaced by its mean, which
-the batch norm's running mean includes. This is best in the least squares sense if neighbouring
-tokens deviate independently.
-
-The gains: alpha, beta and gamma stay as they are, by default at 1. With A the inherited attention
-and C the uniform one, a head then starts as (1 + A - C) n. The rows of A and of C sum to one, so
-the part that all tokens have in common passes unchanged; without -C it would double in every block.
-The other eigenvalues are 1 + l for each other eigenvalue l of A, |l| < 1 (in causal attention
-1 + A_ii - 1 / (i + 1) > 0), so the part that distinguishes tokens is never lost.
-
-mlp_gain starts at 1, since a pretrained block adds its MLP to the skip connection. attention_gain
-replaces the scale of the skip connection: S for FastViT, so that later, inherited layers get values
-in their range (M goes into the bias b_2); else 1, since the weights of a layer norm do not tell the
-scale.
 """
 
 from collections.abc import Collection, Mapping

@@ -40,9 +40,11 @@ from simplclip.models.weights import (
     CheckpointError,
     Source,
     load_error,
+    load_exactly,
     merged,
     needs_quick_gelu,
     parse_source,
+    read_state,
     read_weights,
     with_base,
 )
@@ -56,19 +58,9 @@ _SHAPE = {"image_size": "vision_cfg", "context_length": "text_cfg"}
 # Options that describe a model's architecture and its pixels. Other options of open_clip, such as
 # pretrained and weights_only, load files.
 _ARCHITECTURE = {
-    "vision_cfg",
-    "text_cfg",
-    "multimodal_cfg",
-    "embed_dim",
-    "custom_text",
-    "quick_gelu",
-    "output_dict",
-    "init_logit_scale",
-    "init_logit_bias",
-    "nonscalar_logit_scale",
-    "simplified",
-    "simplify_options",
-    "preprocess",
+    *("vision_cfg", "text_cfg", "multimodal_cfg", "embed_dim", "custom_text", "quick_gelu"),
+    *("output_dict", "init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"),
+    *("simplified", "simplify_options", "preprocess"),
 }
 _TOKENIZER_OPTIONS = {"clean", "strip_sep_token"}
 
@@ -101,15 +93,15 @@ def build_model(section: Mapping[str, Any], base: str = "contrastive") -> nn.Mod
     take, and as `check_options` does.
     """
     name = section["name"]
-    options = model_options(section, base)
-    check_options(options, "config")
     try:
+        options = model_options(section, base)
+        check_options(options, "config")
         model: Any = create(name, **options)
-    # the type depends on the option
-    except (TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
-        raise InputError(
-            f"model.options: expected options of {name}, got {section.get('options')}: {error}"
-        ) from error
+    except (InputError, ImportError, OSError):
+        raise
+    except Exception as error:  # the type depends on the option
+        got = f"{section.get('options')}: {first_line(error)}"
+        raise InputError(f"model.options: expected options of {name}, got {got}") from error
     if shape_of(section, "image_size") or shape_of(section, "context_length"):
         size = to_2tuple(model.visual.image_size)
         tokens = tokenizer(section)(["a photo"])
@@ -265,16 +257,14 @@ def _load_export(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file}: expected a file of simplclip export, got one without its contents"
         ) from None
-    check_options(options, str(file))
+    section = {"name": name, "options": options}
     try:
-        model = create(name, checkpoint=folder / EXPORTED_WEIGHTS, **options)
-        return _parts({"name": name, "options": options}, model) | {"step": step}
-    except (InputError, OSError):
-        raise
-    except Exception as error:  # the type depends on the options
-        raise CheckpointError(
-            f"{file}: expected options of {name}, got {options}: {first_line(error)}"
-        ) from None
+        model = build_model(section)
+    except InputError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    weights = folder / EXPORTED_WEIGHTS
+    load_exactly(model, read_state(weights, "checkpoint"), str(weights))
+    return _parts(section, model) | {"step": step}
 
 
 def _parts(section: Mapping[str, Any], model: Any) -> dict[str, Any]:

@@ -228,7 +228,6 @@ def exported(**changes):
 
 
 OTHER_OPTIONS = [{"vision_cfg": 5}, {"embed_dim": "x"}, {"vision_cfg": {"foo": 1}}]
-OTHER_OPTIONS += [{"simplify_options": {"share": 5}}]
 
 
 @pytest.mark.parametrize("options", OTHER_OPTIONS)
@@ -237,7 +236,7 @@ def test_an_export_of_other_options_is_refused_in_a_line(options):
     save_file({"x": torch.zeros(1)}, "export/open_clip_model.safetensors")
     Path("x.tar").touch()
     line = one_line("evaluate", "export", "--data", "x.tar")
-    assert "export/export.json: expected options of siclip-tiny, got {" in line
+    assert "export/export.json: model.options: expected options of siclip-tiny, got {" in line
 
 
 def test_an_export_unpickles_nothing():

@@ -197,10 +197,9 @@ def test_freeze_brings_the_state_back_without_the_source():
     for one, other in zip(again.parameters(), model.parameters(), strict=True):
         assert one.requires_grad == other.requires_grad
     assert [m.training for m in again.train().modules()] == flags
-    with pytest.raises(InputError, match="names: expected modules or .*, got others: .*'tail'"):
-        freeze(again, ["text.transformer", "visual.tail"])
-    with pytest.raises(InputError, match="names: expected modules .*, got 'train', a method"):
-        freeze(again, ["visual", "train"])
+    for name in ("visual.tail", "train"):
+        with pytest.raises(InputError, match=f"names: expected modules or .*, got '{name}'"):
+            freeze(again, ["text.transformer", name])
     with pytest.raises(TypeError, match="names: expected names of modules or parameters, got str"):
         freeze(again, "visual")
     assert [m.training for m in again.modules()] == flags
