@@ -207,10 +207,10 @@ def read_weights(path: str | os.PathLike, argument: str = "checkpoint") -> Any:
         contents = torch.load(path, map_location="cpu", weights_only=True)
         _check_contents(contents)
         return contents
-    except OSError:
-        raise
-    # the type depends on the damage: pickle, zip, EOF, runtime and safetensors' errors
+    # the type depends on the damage: pickle, zip, EOF, runtime, system's and safetensors' errors
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # the system does not open the file; without a name torch read nonsense in it
         reason = first_line(error)
         if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
             # torch's own message advises to read the file anyway.
