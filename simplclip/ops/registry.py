@@ -28,7 +28,7 @@ from simplclip.ops.modes import (
 )
 
 _PLAIN = (Tensor, nn.Parameter)
-_selected: dict[tuple, Callable] = {}  # the backends' functions that earlier calls selected
+_selected: dict[tuple, type[backends.Backend]] = {}  # the backends that earlier calls selected
 
 
 def _select(
@@ -38,14 +38,28 @@ def _select(
     # CUDA attention's why_not() reads it
     tf32 = first.is_cuda and torch.backends.cuda.matmul.fp32_precision
     key = op, spec, part, first.device, first.dtype, tf32, facts
-    selected = _selected.get(key)
-    if selected is None:
+    backend = _selected.get(key)
+    if backend is None:
         backend = backends.select(op, first.device, first.dtype, spec, facts, part=part)
-        selected = getattr(backend, op)
-        _selected[key] = selected
+        _selected[key] = backend
         if first.is_cuda and op.startswith("shaped_attention"):
             _warn_without_cuda()
-    return selected
+    function: Callable = getattr(backend, op)
+    return function
+
+
+def forget_calls() -> None:
+    """Lets `backends_of_calls` begin anew."""
+    _selected.clear()
+
+
+def backends_of_calls(device: torch.device) -> dict[str, list[str]]:
+    """Returns public ops -> names of the backends that ran their calls on such a device so far."""
+    names: dict[str, set[str]] = {}
+    for (op, _, _, where, *_), backend in _selected.items():
+        if where.type == device.type:
+            names.setdefault(backends.public_name(op), set()).add(backend.name)
+    return {op: sorted(names[op]) for op in sorted(names)}
 
 
 def _warn_without_cuda() -> None:

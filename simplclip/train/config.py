@@ -232,7 +232,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = dict.fromkeys(line for detail in error.errors() for line in _lines(detail))
+        lines = dict.fromkeys(line for detail in error.errors() for line in _lines(detail, values))
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -346,11 +346,28 @@ WORDS = {  # of pydantic -> of our errors
 }
 
 
-def _lines(error: ErrorDetails) -> list[str]:
-    """Returns an error as lines "section.key: expected ..., got ...", several for a section."""
-    # without the tags of the forms that a value may have
-    parts = [str(part) for part in error["loc"] if part not in ("plain", "section", "[key]", "str")]
-    key = ".".join(part for part in parts if not part.startswith(("dict[", "list[")))
+def _key(error: ErrorDetails, values: dict[str, Any]) -> str:
+    """Returns the dotted key of an error in `values`."""
+    parts = []
+    inside: Any = values
+    for part in error["loc"]:
+        if isinstance(inside, list):
+            inside = dict(enumerate(inside))
+        # others are pydantic's names of the forms that a value may have
+        if isinstance(inside, dict) and part in inside:
+            parts.append(part)
+            inside = inside[part]
+    if error["type"] == "missing":
+        parts.append(error["loc"][-1])
+    return ".".join(map(str, parts))
+
+
+def _lines(error: ErrorDetails, values: dict[str, Any]) -> list[str]:
+    """Returns an error as lines "section.key: expected ..., got ...", several for a section.
+
+    values: of the config, where the error is.
+    """
+    key = _key(error, values)
     if error["type"] == "value_error":  # raised by a validator of a section
         return [f"{key}: {error['ctx']['error']}".removeprefix(": ")]
     if error["type"] == "extra_forbidden":

@@ -24,8 +24,7 @@ from simplclip.data import Division
 from simplclip.evaluation.index import Index
 from simplclip.evaluation.results import Recall
 from simplclip.evaluation.sheets import sheet_of
-from simplclip.nn import SimplifiedBlock
-from simplclip.ops import backends
+from simplclip.ops import registry
 from simplclip.train.config import Config
 from simplclip.train.curves import NAMES, read_figures, rise, write_curves
 from simplclip.train.objective import terms_of
@@ -65,6 +64,7 @@ class Log:
 
             # TensorBoard leaves out what an earlier start wrote of later steps.
             self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.start + 1)
+        registry.forget_calls()  # of earlier runs of this process
         self.restart_clock()
 
     def print(self, message: str) -> None:
@@ -82,9 +82,14 @@ class Log:
     def write_step(self, row: dict[str, float]) -> None:
         """Shows what `train_step` returned, by time, and writes it every run.log_every steps.
 
+        Prints the backends of the ops after the first step, since they depend on what it computed.
         row: gets, in place, "samples_per_s", "data_share" (the wait for data) and "peak_mb" (MiB).
         """
         run, now = self.state.config.run, time.perf_counter()
+        if not self.seconds:
+            ran = registry.backends_of_calls(self.state.device).items()
+            lines = [f"{op} by {' and '.join(names)}" for op, names in ran]
+            self.print(f"ops        {', '.join(lines) or 'none in the first step'}")
         share = 0.05 if self.seconds else 1.0
         self.seconds += share * (now - self._began - self.seconds)
         self.waiting += share * (self._loaded - self._began - self.waiting)
@@ -217,7 +222,6 @@ def first_lines(state: State, why_precision: str, resolved: Resolved) -> Iterato
     yield from resolved.lines
     yield f"loss       {_loss(state)}"
     yield from describe(state.optimizer, state.model, config)
-    yield f"ops        {_backends(state)}"
     processes = f"CPU threads: {torch.get_num_threads()}; loader processes: {config.data.workers}"
     if ranks.count() > 1:
         processes = f"ranks: {ranks.count()}, of each {processes}"
@@ -260,22 +264,3 @@ def _loss(state: State) -> str:
     if state.logit_bias is not None:
         scale += f", bias {state.logit_bias.item():.4g}"
     return f"{type(state.objective.loss).__name__}: {terms}; scale {scale}"
-
-
-def _backends(state: State) -> str:
-    """Returns the ops of a step with their backends in words, "OP by BACKEND, ..."."""
-    calls: dict[str, backends.Facts] = {}
-    for module in state.model.modules():
-        if isinstance(module, SimplifiedBlock):
-            calls["parallel_mlp_fwd"] = backends.NO_FACTS
-            width = module.width // module.heads
-            calls["shaped_attention_fwd"] = backends.Facts(length=197, width=width)
-    sigmoid = state.config.loss.base == "sigmoid"
-    calls["similarity_sigmoid" if sigmoid else "similarity_loss_fwd"] = backends.NO_FACTS
-    dtype = hardware.DTYPES[state.precision] or torch.float32
-    forced = backends.forced()
-    names = {
-        op: backends.select(op, state.device, dtype, forced, facts).name
-        for op, facts in calls.items()
-    }
-    return ", ".join(f"{op} by {backend}" for op, backend in names.items())

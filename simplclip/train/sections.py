@@ -232,12 +232,12 @@ class Schedule(Section):
 
 
 def _form(weight: Any) -> str:
-    """Returns "section" for a weight written as a schedule, "plain" for one written as a number."""
-    return "section" if isinstance(weight, dict | Section) else "plain"
+    """Returns "a section" for a weight written as a schedule, "a number" for another one."""
+    return "a section" if isinstance(weight, dict | Section) else "a number"
 
 
 Weight = Annotated[
-    Annotated[float, Field(ge=0), Tag("plain")] | Annotated[Schedule, Tag("section")],
+    Annotated[float, Field(ge=0), Tag("a number")] | Annotated[Schedule, Tag("a section")],
     Discriminator(_form),
 ]
 
@@ -294,8 +294,8 @@ def _schedule(weight: float | Schedule) -> Schedule:
 ADAMW = {"betas": [0.9, 0.98], "eps": 1e-6}
 Decay = Annotated[float, Field(gt=0, le=1)]
 Decays = Annotated[
-    Annotated[Decay, Tag("plain")]
-    | Annotated[dict[Literal["image", "text"], Decay], Tag("section")],
+    Annotated[Decay, Tag("a number")]
+    | Annotated[dict[Literal["image", "text"], Decay], Tag("a section")],
     Discriminator(_form),
 ]
 

@@ -127,6 +127,17 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_file(tmp_path):
         weights.read_weights(path)
 
 
+def test_a_cut_checkpoint_is_damage_that_names_the_file(tmp_path):
+    """torch.load says of many lengths that an argument of the system was invalid."""
+    path = tmp_path / "w.pt"
+    torch.save({name: torch.randn(100) for name in "abcdefgh"}, path)
+    content = path.read_bytes()
+    for size in range(1, len(content), len(content) // 50):
+        path.write_bytes(content[:size])
+        with pytest.raises(weights.UnreadableError, match=f"got {path}: "):
+            weights.read_weights(path)
+
+
 def test_files_without_checksums_are_read(tmp_path):
     torch.serialization.set_crc32_options(False)
     try:

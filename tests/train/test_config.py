@@ -87,6 +87,13 @@ def test_set_parses_values_as_yaml(tmp_path):
             "run.seed=99999999999999999999",
             "run.seed: expected less than 4611686018427387904, got 99999999999999999999",
         ),
+        ("optim.lr_scale={plain: -1}", "optim.lr_scale.plain: expected greater than or equal to 0"),
+        ("optim.lr_scale={1: x}", "optim.lr_scale.1: expected a valid "),
+        ("eval.splits={str: 5}", "eval.splits.str: expected a valid string, got 5 (int)"),
+        ("eval.splits={section: 5}", "eval.splits.section: expected a valid string, got 5"),
+        ("optim.layer_decay={plain: 1}", "optim.layer_decay.plain: expected 'image' or 'text'"),
+        ("optim.layer_decay={section: 1}", "optim.layer_decay.section: expected 'image' or"),
+        ("loss.pm_weight={section: 1}", "loss.pm_weight.value: "),
         ("optim.lr=-1", "optim.lr: expected greater than 0, got -1 (int)"),
         ("run.out.x=3", "--set run.out.x: expected a section out, got 'runs/x' (str)"),
         (

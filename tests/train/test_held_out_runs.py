@@ -310,8 +310,7 @@ def test_a_damaged_best_pt_is_set_aside_and_its_recall_stays(tmp_path, monkeypat
     changes = ["eval.hold_out=0.4", "eval.every=1"]
     go(tiny.settings(tmp_path, *changes, "run.steps=1"))
     best = tmp_path / "run/best.pt"
-    content = bytearray(best.read_bytes())
-    content[len(content) // 2] ^= 1
+    content = best.read_bytes()[:10_000]
     best.write_bytes(content)
     before = digests(tmp_path / "run")
     with pytest.raises(ConfigError, match="other settings: optim.weight_decay"):

@@ -91,7 +91,7 @@ def test_fp16(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_stages_of_wikd_and_a_stop_between_them(tmp_path, monkeypatch):
     text = check_resumed(tmp_path, monkeypatch, 3, [*STAGES, *CACHED], teacher=256)
-    assert "similarity_sigmoid by cpu\n" in text
+    assert "shaped_attention by cpu\n" in text, "the first stage compares no pairs"
     assert (
         "WIKDLoss: sigmoid, relational, interactive, feature, pair matching, to stored features of "
         "made up; " in text

@@ -15,6 +15,7 @@ from simplclip import losses
 from simplclip.common import progress
 from simplclip.common.errors import InputError
 from simplclip.models.trained import CheckpointError, read_checkpoint
+from simplclip.ops.attention.cpu import CpuAttention
 from simplclip.train import checkpoint, log, loop
 from simplclip.train.config import ConfigError, load
 from simplclip.train.log import Log
@@ -72,7 +73,7 @@ def test_it_learns_and_leaves_everything_behind(tmp_path):
     }
     assert text.startswith("model      siclip-tiny: ")
     for words in (
-        "shaped_attention_fwd by cpu, similarity_loss_fwd by cpu",
+        "parallel_mlp by cpu, shaped_attention by cpu, similarity_loss by cpu\n",
         "precision fp32 (as configured)",
         "24 images, 1 caption drawn of each; 3.0 steps an epoch, 13.3 epochs",
         f"CPU threads: {torch.get_num_threads()}",
@@ -87,6 +88,16 @@ def test_it_learns_and_leaves_everything_behind(tmp_path):
     assert any(not torch.equal(state["loss"][k], v) for k, v in fresh.state_dict().items()), (
         "the plane did not train"
     )
+
+
+@pytest.mark.slow
+def test_the_log_names_the_backends_that_ran(tmp_path, monkeypatch):
+    def why_not(device, dtype, facts):
+        return "is for texts" if facts.length == 9 else None
+
+    monkeypatch.setattr(CpuAttention, "why_not", staticmethod(why_not))
+    text = go(tiny.settings(tmp_path, "run.steps=1"))
+    assert "ops        parallel_mlp by cpu, shaped_attention by cpu and sdpa, simil" in text
 
 
 @pytest.mark.slow
@@ -164,7 +175,7 @@ def test_what_may_change_on_resume(tmp_path):
 def test_shards_that_were_added_or_replaced_start_the_pass_again(tmp_path):
     pattern = f"data.train={tmp_path / 'data' / '*.tar'}"
     text = go(tiny.settings(tmp_path, pattern, "run.steps=2"))
-    assert "data       loading the first batch\nstep 2/2" in text
+    assert "data       loading the first batch\nops " in text
     config = tiny.settings(tmp_path, pattern, "run.steps=3")
     assert "starts again" not in go(config, resume=True)
     for steps, copies in ((4, 1), (6, 2)):
