@@ -314,18 +314,27 @@ def with_base(path: str | os.PathLike[str], state: Mapping[str, Any]) -> dict[st
 def merged(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns the plain weights of a checkpoint of `with_base`; averages, where it has them.
 
-    A weight W [o, i] with adapters A [r, i] and B [o, r] becomes W + alpha / rank B A, in float32.
-    Raises an error of any type for contents that do not fit.
+    With LoRA the names are those of peft; a weight W [o, i] with adapters A [r, i] and B [o, r]
+    becomes W + alpha / rank B A, in float32. Raises an error of any type for contents that do not
+    fit.
     """
     tensors = {**state["model"], **state.get("ema", {})}
-    for name in [name for name in tensors if name.endswith(".lora_A")]:
-        weight, lora = name.removesuffix(".lora_A"), state["config"]["model"]["lora"]
-        a, b = tensors.pop(name).float(), tensors.pop(f"{weight}.lora_B").float()
-        w = tensors[weight]
-        if w.shape != (b.shape[0], a.shape[1]):  # before a product that may be huge
-            raise TypeError(f"{[*b.shape]} and {[*a.shape]} for {weight} {[*w.shape]}")
-        tensors[weight] = (w.float() + lora["alpha"] / lora["rank"] * (b @ a)).to(w.dtype)
-    return tensors
+    lora = state["config"]["model"].get("lora")
+    if lora is None:
+        return tensors
+    plain = {}
+    for name, w in tensors.items():
+        layer, adapter, rest = name.partition(".base_layer.")
+        if adapter and rest == "weight":
+            a, b = (tensors[f"{layer}.lora_{matrix}.default.weight"].float() for matrix in "AB")
+            if w.shape != (b.shape[0], a.shape[1]):  # before a product that may be huge
+                raise TypeError(f"{[*b.shape]} and {[*a.shape]} for {name} {[*w.shape]}")
+            w = (w.float() + lora["alpha"] / lora["rank"] * (b @ a)).to(w.dtype)
+        if ".lora_" not in name:
+            name = name.replace(".base_layer.", ".")
+            # torch's attention has parameters in place of this layer
+            plain[re.sub(r"\.in_proj\.(weight|bias)$", r".in_proj_\1", name)] = w
+    return plain
 
 
 def load_error(error: Exception) -> str:
