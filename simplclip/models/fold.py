@@ -75,5 +75,5 @@ def fold_frozen(model: nn.Module) -> dict[str, nn.Module]:
         if len([*folded.modules()]) != len([*module.modules()]):
             copies[name] = folded.to(memory_format=torch.channels_last)
             # A method, since an attribute that is a module would be part of the model.
-            module.forward = folded.__call__  # type: ignore[method-assign]
+            module.forward = folded.__call__
     return copies

@@ -312,7 +312,7 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         if not isinstance(name, str) or name not in known:
             raise InputError(f"names: expected modules or parameters of the model, got {name!r}")
-    for part in map(known.get, names):
+    for part in [known[name] for name in names]:
         part.requires_grad_(False)
         for module in part.modules() if isinstance(part, nn.Module) else ():
             _hold_in_eval(module)

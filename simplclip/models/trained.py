@@ -292,7 +292,9 @@ def _load_open_clip(source: Source) -> dict[str, Any]:
         model: Any = source.load()
     else:
         tag = source.tag if known else (tags[0] if len(tags) == 1 else "")
-        options = {"quick_gelu": True} if tag and needs_quick_gelu(plain, tag) else {}
+        options: dict[str, Any] = (
+            {"quick_gelu": True} if tag and needs_quick_gelu(plain, tag) else {}
+        )
         model = create(name, checkpoint=source.file, **options)
         if tag:
             # None keeps the model's size
