@@ -110,7 +110,7 @@ def narrow(name: str, config: dict[str, Any]) -> nn.Module:
     image = {"layers": 1, "width": 64, "patch_size": 32, "image_size": 32}
     spec = {key: value for key, value in config.items() if key != "audio_cfg"}
     spec |= {"vision_cfg": image | {"output_tokens": "multimodal_cfg" in config}}
-    return models.create(models.spec.Spec(spec), **changes).eval()
+    return models.create(models.Spec(spec), **changes).eval()
 
 
 def why(function: Callable[[], object]) -> str:

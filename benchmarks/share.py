@@ -31,8 +31,7 @@ import simplclip
 from simplclip.common.errors import InputError
 from simplclip.data import HeldOut, held_out
 from simplclip.data.transforms import finish_on_device
-from simplclip.models.simplify import count_parameters
-from simplclip.models.sites import attention_of, block_sites, build_block
+from simplclip.models.simplify import attention_of, block_sites, build_block, count_parameters
 from simplclip.nn import SimplifiedBlock
 
 BATCH = 8

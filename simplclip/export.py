@@ -29,10 +29,10 @@ import simplclip
 from simplclip import evaluation, models
 from simplclip.common.files import HOUR, identity, remove_leftovers, temporary_folder
 from simplclip.model_card import BLENDED, card
-from simplclip.models.file_names import CARD, EXPORT, FORMS, Form
+from simplclip.models.naming import CARD, EXPORT, FORMS, Form
 from simplclip.models.registry import configuration
-from simplclip.models.source import about_best, check_export, parse_checkpoint
 from simplclip.models.trained import load_model, model_options
+from simplclip.models.weights import about_best, parse_source
 from simplclip.train.start import load_start
 
 
@@ -62,8 +62,8 @@ def run(
     alpha, a run without a start to blend with, or a model that transformers lacks).
     """
     out = Path(out)
-    check_export(out, force, to)
-    file = str(parse_checkpoint(checkpoint))
+    _check_out(out, force, to)
+    file = parse_source(checkpoint).label
     model, state = load_model(file)
     if file != str(checkpoint):
         print(about_best(file, state["step"]))
@@ -130,6 +130,28 @@ def run(
         print(f"wrote {out / name}: {(out / name).stat().st_size:,} bytes")
     print(lines)
     return summary
+
+
+def _check_out(out: Path, force: bool, form: Form) -> None:
+    """Raises FileExistsError unless an export of this form may be written to the folder `out`.
+
+    It may be missing, empty but for a model card and hidden files, or with `force` an export of the
+    form.
+    """
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"out: expected a folder, got the file {out}")
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if not names.isdisjoint(FORMS[form]):  # one that was interrupted has only the weights
+        if force:
+            return
+        raise FileExistsError(
+            f"out: expected a folder without an export, got {out}; --force replaces the export"
+        )
+    others = sorted(name for name in names if name != CARD and not name.startswith("."))
+    if others:
+        raise FileExistsError(
+            f"out: expected an empty folder, or one with an export, got {out} with {others[0]!r}"
+        )
 
 
 def write_preprocessing(folder: Path, model: Any, tokenizer: Any) -> None:

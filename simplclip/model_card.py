@@ -26,7 +26,7 @@ from simplclip.data.read_meta import teacher_stamp
 from simplclip.evaluation.figures import percent
 from simplclip.evaluation.results import BLEND, Figure, Results, SplitResult
 from simplclip.evaluation.retrieval import KS
-from simplclip.models.file_names import Form
+from simplclip.models.naming import Form
 from simplclip.train.config import Config, ConfigError, from_dict
 from simplclip.train.setup import sources_of
 from simplclip.version import __version__

@@ -59,7 +59,7 @@ def doctor(
 
 def compile_kernels(source: str, card: str | None) -> str:
     """Compiles the Triton kernels of a config's training steps; returns a line about them."""
-    from simplclip.models.model_names import check_name
+    from simplclip.models.naming import check_name
     from simplclip.plan.cards import CARDS, GIB, named
     from simplclip.train import config as configs
 

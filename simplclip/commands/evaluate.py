@@ -96,13 +96,11 @@ def evaluate(
     """Evaluate models by zero-shot retrieval and classification; write a table, JSON and pictures
     of the results.
     """
-    from simplclip.models.source import Checkpoint, Run, parse_model
+    from simplclip.models.weights import parse_source
 
     if last:
-        models = [str(parse_model(model, last=True)) for model in models]
-    for model in models:
-        parse_model(model).check()
-    if blend and not (len(models) == 1 and isinstance(parse_model(models[0]), Checkpoint | Run)):
+        models = [parse_source(model, last=True).label for model in models]
+    if blend and not (len(models) == 1 and parse_source(models[0]).is_run):
         raise InputError(f"--blend: expected one run or checkpoint, got {', '.join(models)}")
     splits = named_splits(data or [])
     if blend or not splits:  # a blend is judged by the run's own data too

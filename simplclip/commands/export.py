@@ -10,7 +10,7 @@ import typer
 from simplclip.commands.app import app
 from simplclip.commands.options import Last
 from simplclip.common.errors import check_share
-from simplclip.models.file_names import Form
+from simplclip.models.naming import Form
 
 
 @app.command(
@@ -39,13 +39,11 @@ def export(
     """Write a checkpoint as a folder with safetensors that open_clip or transformers loads, and
     print the lines that load it.
     """
-    from simplclip.models.source import check_export, parse_checkpoint
-
-    check_export(out, force, to)
     if blend is not None:
         check_share("--blend", blend)
-    parsed = parse_checkpoint(checkpoint, last=last)
-    parsed.check("checkpoint")
     from simplclip import export as exporter
+    from simplclip.models.weights import parse_source
 
-    exporter.run(str(parsed) if last else checkpoint, out, to=to, force=force, blend=blend)
+    if last:
+        checkpoint = Path(parse_source(checkpoint, last=True).file)
+    exporter.run(checkpoint, out, to=to, force=force, blend=blend)

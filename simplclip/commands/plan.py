@@ -62,7 +62,7 @@ def plan(
     """Predict the memory and the time of a training step without the card, and the largest batches
     that fit.
     """
-    from simplclip.models.model_names import check_name
+    from simplclip.models.naming import check_name
     from simplclip.plan.cards import named, parse_memory
     from simplclip.train import config as configs
 
@@ -92,12 +92,12 @@ def plan(
 
 def read_planned_config(source: str) -> dict[str, Any]:
     """Returns the values of a config, or of a model's with defaults, with REQUIRED ones added."""
-    from simplclip.models import presets
-    from simplclip.models.model_names import PLAIN
+    from simplclip.models.naming import NAMES, PLAIN
+    from simplclip.models.naming import configs as built_in
     from simplclip.train import config as configs
 
-    is_config = Path(source).is_file() or source in presets.configs()
-    if not is_config and (source in presets.NAMES or source.startswith(PLAIN)):
+    is_config = Path(source).is_file() or source in built_in()
+    if not is_config and (source in NAMES or source.startswith(PLAIN)):
         return {"model": {"name": source}, **REQUIRED}
     values = configs.read(source)
     for section, required in REQUIRED.items():

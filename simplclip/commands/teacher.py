@@ -59,10 +59,7 @@ def teacher(
     """Write a teacher's features of images and captions into sidecars of the shards, which training
     reads (data.sidecars).
     """
-    from simplclip.models.source import parse_model
-
     check_data(source, "source")
-    parse_model(teacher, checkpoint).check()
     from simplclip import teacher as teachers
     from simplclip.common import ranks
 

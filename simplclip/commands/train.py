@@ -106,18 +106,11 @@ def check(config: Config, resume: bool) -> None:
     """Raises InputError or OSError for a wrong name, folder or file, ModuleNotFoundError for a
     missing package; changes nothing. Only a run.device of a GPU needs seconds of imports.
     """
-    from simplclip.models.model_names import check_name
-    from simplclip.models.source import parse_weights
+    from simplclip.models.naming import check_name
     from simplclip.train.config import check_out
 
     check_name(config.model.name, "model.name")
     check_out(Path(config.run.out), resume)
-    if not (resume and Path(config.run.out, "last.pt").exists()):
-        if config.model.checkpoint is not None:
-            parse_weights(config.model.checkpoint).check("model.checkpoint")
-        sources = config.inherit.source or ()
-        for source in [sources] if isinstance(sources, str) else sources:
-            parse_weights(source).check("inherit.source")
     check_sources(config)
     for package, needed in (("tensorboard", config.run.tensorboard), ("peft", config.model.lora)):
         if needed and find_spec(package) is None:

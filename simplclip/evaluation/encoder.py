@@ -22,8 +22,8 @@ from simplclip.data.errors import BrokenSample
 from simplclip.data.samples import file_bytes
 from simplclip.evaluation.split import Towers
 from simplclip.models.crop import crop_texts
-from simplclip.models.source import parse_model
 from simplclip.models.trained import load_source
+from simplclip.models.weights import parse_source
 
 # a path, a PIL image, or float [3, S, S], uint8 [3, H, W]
 Picture = str | os.PathLike | Image.Image | Tensor
@@ -199,5 +199,5 @@ def load(
         **load_source(source, checkpoint),
         device=device,
         precision=precision,
-        source=str(parse_model(source, checkpoint)),
+        source=parse_source(source, checkpoint).label,
     )

@@ -42,8 +42,8 @@ from simplclip.evaluation.results import (
 )
 from simplclip.evaluation.sheets import contact_sheet
 from simplclip.evaluation.split import Split
-from simplclip.models.context_length import cut_in_words
-from simplclip.models.source import about_best
+from simplclip.models.registry import cut_in_words
+from simplclip.models.weights import about_best
 from simplclip.version import __version__
 
 Models = str | os.PathLike | Sequence[str | os.PathLike]

@@ -10,7 +10,6 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 from unittest import mock
@@ -22,11 +21,9 @@ from torch import nn
 
 from simplclip import losses, models
 from simplclip.common.errors import InputError
-from simplclip.models.file_names import EXPORTED_WEIGHTS
 from simplclip.models.mobileclip import from_published
 from simplclip.models.registry import Spec
 from simplclip.models.trained import check_options
-from simplclip.models.weights import check_digest
 
 LOSSES = {
     "ClipLoss": losses.ClipLoss,
@@ -165,8 +162,6 @@ def _part_of(name: str) -> dict[str, Any] | None:
 def _create_model(original: Callable[..., nn.Module], call: inspect.BoundArguments) -> nn.Module:
     """Calls open_clip's create_model, with this library's model in it, and returns the model."""
     model_name = call.arguments["model_name"]
-    if model_name.startswith(FOLDER):
-        check_digest(Path(model_name.removeprefix(FOLDER), EXPORTED_WEIGHTS))
     if _part_of(model_name) is None:
         return original(*call.args, **call.kwargs)
     factory = open_clip.factory

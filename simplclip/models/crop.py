@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from typing import Any
 
 import torch
@@ -11,14 +10,13 @@ from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 
 from simplclip.common.errors import InputError, check_count
-from simplclip.models.blocks import is_causal_mask
+from simplclip.models.simplify import is_causal_mask
 from simplclip.ops import checks
 from simplclip.ops.modes import has_values
 
 GROUP_TOKENS = 512  # cost of one more call of the tower, in tokens: launches, and small products
 # ways of pooling by which padding counts
 _POOLED = {"last": "the last token, which is padding behind a short text", "none": "no token"}
-_LOCK = threading.RLock()  # a tower has the positions and the mask of one length at a time
 
 
 def crop_texts(model: nn.Module, *, multiple: int = 8, groups: int = 4) -> TextCrop:
@@ -81,26 +79,25 @@ class TextCrop:
 
     @torch.compiler.disable(recursive=False)
     def _cropped(self, text: Tensor, args: tuple, options: dict[str, Any]) -> Tensor:
-        """Returns features [N, D] of texts [N, L], cropped and grouped by length; others wait."""
+        """Returns features [N, D] of texts [N, L], cropped and grouped by length."""
         device = next(_tower(self.model).parameters()).device
-        with _LOCK:
-            # fake and traced texts have no values
-            if not has_values(text) or torch.jit.is_tracing() or text.ndim != 2 or not len(text):
-                return self._encode(text.to(device), args, options)
-            lengths = self.rounded(text)
-            cuts = _cuts(lengths, self.groups)
-            if len(cuts) == 1:
-                cropped = text[:, : int(lengths.max())]
-                return self._encode(cropped.to(device, non_blocking=True), args, options)
-            order = lengths.argsort(stable=True)
-            features = []
-            for start, stop in itertools.pairwise((0, *cuts)):
-                rows = order[start:stop]
-                length = int(lengths[rows[-1]])
-                group = text[rows.to(text.device), :length]
-                features.append(self._encode(group.to(device, non_blocking=True), args, options))
-            positions = order.argsort().to(device, non_blocking=True)
-            return torch.cat(features).index_select(0, positions)
+        # fake and traced texts have no values
+        if not has_values(text) or torch.jit.is_tracing() or text.ndim != 2 or not len(text):
+            return self._encode(text.to(device), args, options)
+        lengths = self.rounded(text)
+        cuts = _cuts(lengths, self.groups)
+        if len(cuts) == 1:
+            cropped = text[:, : int(lengths.max())]
+            return self._encode(cropped.to(device, non_blocking=True), args, options)
+        order = lengths.argsort(stable=True)
+        features = []
+        for start, stop in itertools.pairwise((0, *cuts)):
+            rows = order[start:stop]
+            length = int(lengths[rows[-1]])
+            group = text[rows.to(text.device), :length]
+            features.append(self._encode(group.to(device, non_blocking=True), args, options))
+        positions = order.argsort().to(device, non_blocking=True)
+        return torch.cat(features).index_select(0, positions)
 
     def split(self, text: Tensor, tokens: int) -> list[Tensor]:
         """Returns the rows of texts [N, L] in each micro-batch, int64 on the CPU.
@@ -137,7 +134,7 @@ class TextCrop:
         return rounded.clamp(max=text.shape[1])
 
     def _encode(self, text: Tensor, args: tuple, options: dict[str, Any]) -> Tensor:
-        """Returns the result of the model's own function; one thread at a time may call it."""
+        """Returns the result of the model's own function; not for several threads at once."""
         encode = getattr(type(self.model), self.name)
         tower = _tower(self.model)
         position = tower._parameters.get("positional_embedding")

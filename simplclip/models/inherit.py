@@ -9,26 +9,76 @@ activations: arXiv 2411.14789.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import partial
-from itertools import accumulate
-from operator import attrgetter
+from itertools import accumulate, groupby
 from typing import Any
 
+import torch
+from open_clip.model import resize_pos_embed, resize_text_pos_embed
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from simplclip.common.errors import InputError
 from simplclip.models import init_blocks
-from simplclip.models.source import parse_weights
-from simplclip.models.transfer import Status, Transfer, WeightTable
-from simplclip.models.weights import renamed
+from simplclip.models.naming import SCALARS
+from simplclip.models.weights import CheckpointError, parse_source, renamed
+from simplclip.nn import SimplifiedBlock
 from simplclip.ops import checks
 
 Weights = str | os.PathLike[str] | nn.Module | Mapping[str, Any]
+# the source has another architecture if a smaller share of its (or the model's) tensors fit
+_ENOUGH = 0.1
+
+
+class Status(StrEnum):
+    """Where the weights of a module come from."""
+
+    INHERITED = "inherited"  # copied from the source, and frozen
+    TRAINS = "trains"  # begins as the source has it, and trains
+    NEW = "new"
+
+
+@dataclass(frozen=True)
+class WeightTable:
+    """The status of a model's weights, and their sources.
+
+    rows: a module whose tensors all have one status, as large as there is, or a single tensor ->
+        the status, and the number of parameters without those that an earlier row counts.
+    """
+
+    rows: Mapping[str, tuple[Status, int]]
+    sources: Sequence[str]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the frozen modules and parameters, as `freeze` takes them."""
+        return [name for name, (status, _) in self.rows.items() if status == Status.INHERITED]
+
+    def status(self, tensor: str) -> Status:
+        """Returns the status of a tensor of the model's state dict, by its name."""
+        paths = ("", *accumulate(tensor.split("."), "{}.{}".format))
+        return next(self.rows[path][0] for path in paths if path in self.rows)
+
+    def __str__(self) -> str:
+        """Returns the table as text: a line for each row, totals by status, the sources above."""
+        totals = dict.fromkeys(Status, 0)
+        for status, count in self.rows.values():
+            totals[status] += count
+        rows = [(name or "(all)", *row) for name, row in self.rows.items()]
+        rows += [("total", status, count) for status, count in totals.items() if count]
+        width = max(len(name) for name, *_ in rows)
+        table = [f"{'module':<{width}}  weights      parameters"]
+        table += [f"{name:<{width}}  {status:<9}  {count:>12,}" for name, status, count in rows]
+        return "\n".join([f"weights from {', '.join(self.sources)}", *table])
 
 
 def inherit(
@@ -83,27 +133,83 @@ def inherit(
     patterns = [train] if isinstance(train, str) else checks.sequence("train", train, expected)
     for pattern in patterns:
         checks.check_instance("train", pattern, str, expected)
-    transfer = Transfer(model)
+    units = units_of(model)
+    trained = [unit for pattern in patterns for unit in _matching(pattern, units)]
     loaded = [_labelled(each, model) for each in sources]
-    for label, state in loaded:
-        transfer.take(state, label)
-    transfer.drop_half_tied()
-    for pattern in patterns:
-        matching = [unit for unit, names in transfer.units.items() if matches(pattern, unit, names)]
-        if not matching:
-            near = difflib.get_close_matches(pattern, transfer.units, 1, 0.3)
-            raise InputError(
-                f"train: expected a pattern that matches a module, got {pattern!r}; nearest: {near}"
-            )
-        for unit in matching:
-            if transfer.status[unit] == Status.INHERITED:
-                transfer.status[unit] = Status.TRAINS
-    labels = [label for label, _ in loaded]
+    for label, given in loaded:
+        _check_enough(units, given, label)
+        state = _resized(given, model)
+        for unit in units:
+            if unit.status == Status.NEW and unit.fits(state):
+                unit.values = {name: state[name] for name in unit.tensors if name in state}
+                resized = any(value is not given[name] for name, value in unit.values.items())
+                trains = resized or unit.block or unit.path.endswith(SCALARS) or unit in trained
+                unit.status = Status.TRAINS if trains else Status.INHERITED
     if blocks is not None:
-        _start_blocks(model, transfer, [state for _, state in loaded], ", ".join(labels), blocks)
-    table = transfer.copy(labels)
+        _start_blocks(model, units, [state for _, state in loaded], blocks)
+    with torch.no_grad():
+        for unit in units:
+            for name, value in unit.values.items():
+                unit.tensors[name].copy_(value.reshape(unit.tensors[name].shape))
+    table = WeightTable(dict(_rows("", units, set())), [label for label, _ in loaded])
     freeze(model, table.names)
     return table
+
+
+@dataclass(eq=False)
+class Unit:
+    """Tensors of a model, by name, that are taken together or not at all, and what they take.
+
+    path: of a module whose submodules have no tensors, or of a single tensor. block: the path of
+    the simplified block that contains the unit, or "".
+    """
+
+    path: str
+    tensors: dict[str, Tensor]
+    block: str
+    status: Status = Status.NEW
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+    def fits(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether a source has these tensors in the same shapes, and no others in the module."""
+        # names in a simplified block mean the same in another one only
+        if self.block and f"{self.block}.qk.weight" not in state:
+            return False
+        present = {name for name in state if f"{name}.".startswith(f"{self.path}.")}
+        others = present.symmetric_difference(self.tensors)
+        whole = all(name.endswith("num_batches_tracked") for name in others)  # old ones lack it
+        return bool(present) and whole and all(map(self._fits, present, map(state.get, present)))
+
+    def _fits(self, name: str, value: Any) -> bool:
+        """Whether a source's tensor has the shape of the unit's; [1] is []."""
+        tensor = self.tensors[name]
+        return tensor.shape == value.shape or tensor.numel() == value.numel() == 1
+
+
+def units_of(model: nn.Module) -> list[Unit]:
+    """Returns the units of a model, in the order of its state dict."""
+    tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    modules = model.named_modules(remove_duplicate=False)
+    blocks = [path for path, module in modules if isinstance(module, SimplifiedBlock)]
+    units = []
+    for path, group in groupby(tensors, lambda name: name.rpartition(".")[0]):
+        names = list(group)
+        inside = sum(name.startswith(f"{path}.") for name in tensors)
+        parts = {path: names} if path and inside == len(names) else {n: [n] for n in names}
+        block = next((block for block in blocks if names[0].startswith(f"{block}.")), "")
+        units += [Unit(part, {n: tensors[n] for n in own}, block) for part, own in parts.items()]
+    return units
+
+
+def _matching(pattern: str, units: Sequence[Unit]) -> list[Unit]:
+    """Returns the units that a pattern matches; raises InputError if it matches none."""
+    found = [unit for unit in units if matches(pattern, unit.path, unit.tensors)]
+    if not found:
+        near = difflib.get_close_matches(pattern, [unit.path for unit in units], 1, 0.3)
+        raise InputError(
+            f"train: expected a pattern that matches a module, got {pattern!r}; nearest: {near}"
+        )
+    return found
 
 
 def _labelled(source: Weights, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
@@ -112,37 +218,79 @@ def _labelled(source: Weights, model: nn.Module) -> tuple[str, dict[str, Tensor]
         return type(source).__name__, renamed(source, model)
     if isinstance(source, Mapping):
         return "the state dict", renamed(source, model)
-    parsed = parse_weights(source)
-    return str(parsed), renamed(parsed.load(), model)
+    parsed = parse_source(source)
+    return parsed.label, renamed(parsed.load(), model)
+
+
+def _resized(given: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Returns a source's tensors with positional embeddings in the model's size, if possible."""
+    state = dict(given)
+    for resize in (resize_pos_embed, resize_text_pos_embed, _resize_timm):
+        # other towers, another width, an embedding that is not of a square
+        with contextlib.suppress(ArithmeticError, AssertionError, AttributeError, RuntimeError):
+            resize(state, model)
+    return state
+
+
+def _resize_timm(state: dict[str, Tensor], model: Any) -> None:
+    """Does for a trunk of timm, in place, what open_clip's functions do for its own towers."""
+    name, trunk = "visual.trunk.pos_embed", model.visual.trunk
+    grid = list(trunk.patch_embed.grid_size)
+    if name in state:
+        prefix = trunk.pos_embed.shape[1] - math.prod(grid)
+        state[name] = resample_abs_pos_embed(state[name], grid, num_prefix_tokens=prefix)
+
+
+def _check_enough(units: Sequence[Unit], state: Mapping[str, Tensor], label: str) -> None:
+    """Raises CheckpointError if too few tensors fit for a model of the same architecture."""
+    fitting = [u for u in units if u.fits(state) and not u.path.endswith(SCALARS)]
+    fit = {name for unit in fitting for name in unit.tensors}
+    outside = sum(len(unit.tensors) for unit in units if not unit.block)
+    if len(fit) < max(1, _ENOUGH * min(len(state), outside)):
+        examples = ", ".join([name for name in state if name not in fit][:3]) or "it has none"
+        raise CheckpointError(
+            f"source: expected weights of this model's architecture, got {label}, of whose "
+            f"{len(state)} tensors {len(fit)} fit (not: {examples})"
+        )
 
 
 def _start_blocks(
-    model: nn.Module, transfer: Transfer, states: list[dict[str, Tensor]], label: str, merge: str
+    model: nn.Module, units: Sequence[Unit], states: Sequence[Mapping[str, Tensor]], merge: str
 ) -> None:
-    """Starts the simplified blocks that were not copied, in place, from the first that fit."""
-    simplified = {block for block in transfer.blocks.values() if block}
+    """Starts the simplified blocks that are new, in place, each from the first source's block."""
+    simplified = {unit.block for unit in units if unit.block}
     if not simplified or merge not in init_blocks.MERGES:
         expected = f"one of {init_blocks.MERGES}, for a model with simplified blocks"
         raise InputError(f"blocks: expected {expected}, got {merge!r} for {len(simplified)} blocks")
+    new = {unit.block: f"{unit.block}." for unit in units if unit.status == Status.NEW}
+    new.pop("", None)
     starts: dict[str, Any] = {}
-    for unit, path in transfer.blocks.items():
-        if not path or path in starts or transfer.is_taken(unit):
-            continue
-        candidates = (_inside(path, state) for state in states)
-        tensors = next(filter(init_blocks.is_block, candidates), None)
-        if tensors is None:
-            raise InputError(f"blocks: expected a source with a block {path}, got {label} without")
-        starts[path] = model.get_submodule(path), tensors
+    for path, start in new.items():
+        for state in states:
+            tensors = {n.removeprefix(start): t for n, t in state.items() if n.startswith(start)}
+            if path not in starts and init_blocks.is_block(tensors):
+                starts[path] = model.get_submodule(path), tensors
+        if path not in starts:
+            raise InputError(f"blocks: expected a source with a block {path}, got none")
     init_blocks.start(starts, merge)
-    for unit, block in transfer.blocks.items():
-        if block in starts:
-            transfer.reset(unit, Status.STARTED)
+    for unit in units:
+        if unit.block in starts:
+            unit.status, unit.values = Status.TRAINS, {}
 
 
-def _inside(path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of the module at `path`, by their names in it; without any, {}."""
-    inside = [name for name in state if name.startswith(f"{path}.")]
-    return {name.removeprefix(f"{path}."): state[name] for name in inside}
+def _rows(
+    path: str, units: Sequence[Unit], counted: set[Tensor]
+) -> Iterator[tuple[str, tuple[Status, int]]]:
+    """Yields rows of the table for the units inside `path`; their tensors become `counted`."""
+    if len({unit.status for unit in units}) == 1:
+        own = {tensor for unit in units for tensor in unit.tensors.values()} - counted
+        counted |= own
+        size = sum(tensor.numel() for tensor in own if isinstance(tensor, nn.Parameter))
+        yield path, (units[0].status, size)
+        return
+    depth = path.count(".") + 2 if path else 1
+    for child, parts in groupby(units, lambda unit: ".".join(unit.path.split(".")[:depth])):
+        yield from _rows(child, list(parts), counted)
 
 
 def matches(pattern: str, part: str, names: Iterable[str] = ()) -> bool:
@@ -159,19 +307,12 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
     the model does not have, and then leaves the model unchanged.
     """
     names = checks.sequence("names", names, "names of modules or parameters")
-    try:
-        parts: list[Any] = [attrgetter(name)(model) if name else model for name in names]
-    except (AttributeError, TypeError) as error:
-        raise InputError(
-            f"names: expected modules or parameters of the model, got others: {error}"
-        ) from None
-    for name, part in zip(names, parts):
-        if not isinstance(part, nn.Module | Tensor):
-            kind = type(part).__name__
-            raise InputError(
-                f"names: expected modules or parameters of the model, got {name!r}, a {kind}"
-            )
-    for part in parts:
+    known: dict[Any, Any] = dict(model.named_modules(remove_duplicate=False))
+    known |= model.named_parameters(remove_duplicate=False)
+    for name in names:
+        if not isinstance(name, str) or name not in known:
+            raise InputError(f"names: expected modules or parameters of the model, got {name!r}")
+    for part in [known[name] for name in names]:
         part.requires_grad_(False)
         for module in part.modules() if isinstance(part, nn.Module) else ():
             _hold_in_eval(module)
@@ -192,7 +333,8 @@ def is_frozen(module: nn.Module) -> bool:
     parameters = list(module.parameters())
     if not parameters or any(parameter.requires_grad for parameter in parameters):
         return False
-    return all(map(_stays_in_eval, module.modules()))
+    held = [getattr(vars(part).get("train"), "func", None) for part in module.modules()]
+    return all(function is _set_eval for function in held)
 
 
 def frozen_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -200,8 +342,7 @@ def frozen_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside: tuple[str, ...] = ()  # beginnings of the names within those
     for name, module in model.named_modules():
         if not name.startswith(inside) and is_frozen(module):
-            prefix = f"{name}." if name else ""
-            inside += (prefix,)
+            inside += (f"{name}." if name else "",)
             yield name, module
 
 
@@ -219,11 +360,6 @@ def largest_parts(model: nn.Module, weights: Set[Tensor]) -> list[str]:
             inside += (f"{name}." if name else "",)
     singles = (name for name, weight in model.named_parameters() if weight in weights)
     return names + [name for name in singles if not name.startswith(inside)]
-
-
-def _stays_in_eval(module: nn.Module) -> bool:
-    """Whether `_hold_in_eval` was called on a module itself; its children are not looked at."""
-    return getattr(vars(module).get("train"), "func", None) is _set_eval
 
 
 def release(module: nn.Module) -> None:

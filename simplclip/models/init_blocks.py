@@ -1,38 +1,12 @@
 """Simplified blocks that start from pretrained ones: `simplify(init=...)`, `inherit(blocks=...)`.
 
-A pretrained block computes ``x + W_o softmax(q k^T / sqrt(K)) W_v n1`` with [q|k] = W_qk n1, and
-adds its MLP of n2. A `SimplifiedBlock` has one norm, n = norm(x), whose weight starts at 1 and bias
-at 0, and no W_v and W_o. So `convert` finds
+docs/block.md derives what `convert` computes. A pretrained block computes
+``x + W_o softmax(q k^T / sqrt(K)) W_v n1`` with [q|k] = W_qk n1, and adds its MLP of n2; a
+simplified one has a single norm n, with weight 1 and bias 0:
 
     [q|k]:  W_qk diag(d1)                    n1 = d1 n + e1
     MLP:    W_1 diag(d2), b_1 + W_1 e2       n2 = d2 n + e2
             s W_2, s b_2                     s: the layer scale
-
-The new block has no place for W_v, W_o and their biases, nor for the biases of q and k, to which
-W_qk e1 belongs. The bias of k adds the same to all logits of a query, so that the softmax does not
-change; the bias of q changes the attention, unless it is zero. The new block's MLP reads the
-block's input, as attention does, not the sum after attention.
-
-For a layer norm, d and e are its weight and bias.
-
-FastViT's block has a batch norm in the place of the first norm, and a depthwise convolution with a
-batch norm before the MLP. Over the training data, channel c of x has the running mean m_c and
-variance v_c. With M the mean of m and S² that of v + (m - M)² over the channels, x is about S n +
-M, which makes each batch norm an affine function of n. Of the convolution, the tap at the token
-itself stays. The other taps see the token's neighbours; their sum is replaced by its mean, which
-the batch norm's running mean includes. This is best in the least squares sense if neighbouring
-tokens deviate independently.
-
-The gains: alpha, beta and gamma stay as they are, by default at 1. With A the inherited attention
-and C the uniform one, a head then starts as (1 + A - C) n. The rows of A and of C sum to one, so
-the part that all tokens have in common passes unchanged; without -C it would double in every block.
-The other eigenvalues are 1 + l for each other eigenvalue l of A, |l| < 1 (in causal attention
-1 + A_ii - 1 / (i + 1) > 0), so the part that distinguishes tokens is never lost.
-
-mlp_gain starts at 1, since a pretrained block adds its MLP to the skip connection. attention_gain
-replaces the scale of the skip connection: S for FastViT, so that later, inherited layers get values
-in their range (M goes into the bias b_2); else 1, since the weights of a layer norm do not tell the
-scale.
 """
 
 from collections.abc import Collection, Mapping
@@ -54,7 +28,7 @@ class _Kind:
 
     name: str
     norm: str
-    qk: tuple[str, ...]  # one matrix [q|k|v], or q and k
+    qkv: str  # the matrix [q|k|v]
     mlp_norm: str
     fc: tuple[str, str]
     unused: tuple[str, ...]  # prefixes
@@ -66,23 +40,19 @@ _KINDS = (
     _Kind(
         "open_clip's residual attention block",
         norm="ln_1",
-        qk=("attn.in_proj_weight",),
+        qkv="attn.in_proj_weight",
         mlp_norm="ln_2",
         fc=("mlp.c_fc", "mlp.c_proj"),
         unused=(
-            "attn.in_proj_bias",
-            "attn.out_proj.",
-            "attn.head_scale",
-            "attn.ln_inner.",
-            "ln_attn.",
-            "ls_1.",
+            *("attn.in_proj_bias", "attn.out_proj.", "attn.head_scale", "attn.ln_inner."),
+            *("ln_attn.", "ls_1."),
         ),
         scale="ls_2.gamma",
     ),
     _Kind(
         "timm's Block",
         norm="norm1",
-        qk=("attn.qkv.weight",),
+        qkv="attn.qkv.weight",
         mlp_norm="norm2",
         fc=("mlp.fc1", "mlp.fc2"),
         unused=("attn.qkv.bias", "attn.proj.", "attn.norm.", "attn.gate.", "ls1."),
@@ -91,32 +61,19 @@ _KINDS = (
     _Kind(
         "FastViT's AttentionBlock",
         norm="norm",
-        qk=("token_mixer.qkv.weight",),
+        qkv="token_mixer.qkv.weight",
         mlp_norm="mlp.conv.bn",
         fc=("mlp.fc1", "mlp.fc2"),
         unused=("token_mixer.qkv.bias", "token_mixer.proj.", "layer_scale_1."),
         scale="layer_scale_2.gamma",
         conv="mlp.conv.conv.weight",
     ),
-    _Kind(
-        "transformers' encoder layer",
-        norm="layer_norm1",
-        qk=("self_attn.q_proj.weight", "self_attn.k_proj.weight"),
-        mlp_norm="layer_norm2",
-        fc=("mlp.fc1", "mlp.fc2"),
-        unused=(
-            "self_attn.q_proj.bias",
-            "self_attn.k_proj.bias",
-            "self_attn.v_proj.",
-            "self_attn.out_proj.",
-        ),
-    ),
 )
 
 
 def is_block(tensors: Collection[str]) -> bool:
     """Whether `tensors`, names relative to a block, are those of a block that `convert` knows."""
-    return "qk.weight" in tensors or any(set(kind.qk) <= set(tensors) for kind in _KINDS)
+    return "qk.weight" in tensors or any(kind.qkv in tensors for kind in _KINDS)
 
 
 def start(
@@ -166,10 +123,7 @@ def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(tensors)
     kind = _kind_of(tensors)
     t = {name: value.float() for name, value in tensors.items() if value.is_floating_point()}
-    if len(kind.qk) == 2:
-        q, k = t[kind.qk[0]], t[kind.qk[1]]
-    else:
-        q, k = t[kind.qk[0]].chunk(3)[:2]
+    q, k, _ = t[kind.qkv].chunk(3)
     width = q.shape[1]
     factor1, _ = _affine(t, kind.norm, width)
     factor2, shift2 = _affine(t, kind.mlp_norm, width)
@@ -199,12 +153,12 @@ def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _kind_of(tensors: Mapping[str, Tensor]) -> _Kind:
     """Returns the kind of a block; InputError for an unknown one, or one with further parts."""
-    kind = next((kind for kind in _KINDS if set(kind.qk) <= set(tensors)), None)
+    kind = next((kind for kind in _KINDS if kind.qkv in tensors), None)
     if kind is None:
         kinds = ", ".join(kind.name for kind in _KINDS)
         names = ", ".join(sorted(tensors)[:4])
         raise InputError(f"expected a block of a known kind ({kinds}), got one of {names}...")
-    known = {kind.scale, kind.conv, *kind.qk}
+    known = {kind.scale, kind.conv, kind.qkv}
     for layer in kind.fc:
         known |= {f"{layer}.weight", f"{layer}.bias"}
     prefixes = (f"{kind.norm}.", f"{kind.mlp_norm}.", *kind.unused)

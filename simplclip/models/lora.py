@@ -1,8 +1,8 @@
 """LoRA, arXiv 2106.09685: `add_lora` freezes towers and gives their linear layers adapters of peft.
 
 With an adapter a layer's weight W [o, i] counts as W + alpha / rank B A, where the matrices
-A [rank, i] and B [o, rank] train, and B starts at 0. The state dict of the model has the names of
-the model without adapters, and for W also W.lora_A and W.lora_B; `weights.merged` multiplies them.
+A [rank, i] and B [o, rank] train, and B starts at 0. The state dict of the model has peft's names;
+`weights.merged` makes that of the model without adapters.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +18,8 @@ from open_clip.utils import to_2tuple
 from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
-from simplclip.models.inherit import freeze, largest_parts, matches, release
-from simplclip.models.towers import tower_of
-from simplclip.models.transfer import Transfer
+from simplclip.models.inherit import freeze, largest_parts, matches, release, units_of
+from simplclip.models.naming import tower_of
 from simplclip.nn import SimplifiedBlock
 
 
@@ -81,13 +79,12 @@ def add_lora(
     from peft import LoraConfig, inject_adapter_in_model
 
     towers = [tower for tower in ("image", "text") if tower in lora["towers"]]
-    transfer = Transfer(model)
     trained = {
-        transfer.tensors[tensor]: pattern
-        for unit, names in transfer.units.items()
+        tensor: pattern
+        for unit in units_of(model)
         for pattern in train
-        for tensor in names
-        if matches(pattern, unit, names) and transfer.tensors[tensor].requires_grad
+        for tensor in unit.tensors.values()
+        if matches(pattern, unit.path, unit.tensors) and tensor.requires_grad
     }
     for name, module in [*model.named_modules()]:
         if tower_of(name) not in towers:
@@ -130,7 +127,6 @@ def add_lora(
         vars(model.get_submodule(name))["cast_input_dtype_enabled"] = False
     for name, weight, trains in before:
         weight.requires_grad_(trains and (tower_of(name) not in towers or weight in trained))
-    _name_as_before(model)
     kept = {w for name, w, _ in before if tower_of(name) in towers and not w.requires_grad}
     frozen = [name for name in frozen if tower_of(name) not in towers]
     frozen += largest_parts(model, kept)
@@ -191,26 +187,3 @@ def _called_layers(model: Any) -> dict[str, nn.Linear]:
         for hook in hooks:
             hook.remove()
     return {name: layer for name, layer in layers.items() if layer in called}
-
-
-def _name_as_before(model: nn.Module) -> None:
-    """Makes the model's state dict have the names that the module describes."""
-    attentions = {name for name, m in model.named_modules() if isinstance(m, LinearAttention)}
-    names: dict[str, str] = {}
-    for live in model.state_dict():
-        layer, adapter, matrix = live.partition(".lora_")  # matrix: A.default.weight, or B
-        name = f"{layer}.weight" if adapter else live.replace(".base_layer.", ".")
-        attention, _, tensor = name.rpartition(".in_proj.")
-        if attention in attentions:  # torch's module has parameters in place of this layer
-            name = f"{attention}.in_proj_{tensor}"
-        names[live] = f"{name}{adapter}{matrix[:1]}"
-    model.register_state_dict_post_hook(partial(_rename, names))
-    back = {name: live for live, name in names.items()}
-    model.register_load_state_dict_pre_hook(partial(_rename, back))
-
-
-def _rename(names: Mapping[str, str], _: nn.Module, state: Any, *rest: Any) -> None:
-    """Renames the tensors of a state dict in place, in their order: a hook of a module."""
-    tensors = {names.get(name, name): tensor for name, tensor in state.items()}
-    state.clear()
-    state.update(tensors)

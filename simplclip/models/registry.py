@@ -2,32 +2,30 @@
 
 import copy
 import functools
-import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal
 
 import open_clip
 import torch
 from open_clip import CLIP, CoCa, CustomTextCLIP
 from open_clip.model import set_model_preprocess_cfg
 from open_clip.transform import AugmentationCfg, PreprocessCfg
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 from timm.layers.helpers import to_2tuple
-from torch import nn
+from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
+from simplclip.data.captions import spread
 from simplclip.data.transforms import ImageTransform
-from simplclip.models import presets
-from simplclip.models.model_names import PLAIN, check_name
+from simplclip.models.naming import NAMES, PLAIN, check_name
+from simplclip.models.presets import SPECS, Spec, Tokenizer
 from simplclip.models.simplify import simplify
-from simplclip.models.source import parse_weights
-from simplclip.models.spec import Spec, Tokenizer
-from simplclip.models.weights import load_exactly
+from simplclip.models.weights import load_exactly, parse_source
 
-# all at once, since a model of open_clip may have the trunk of any preset, which its file registers
-_SPECS = {name: presets.spec(name) for name in presets.NAMES}
+LOOKED_AT = 1000  # captions that are tokenised to count those that are cut
 
 
 def names() -> list[str]:
@@ -35,7 +33,7 @@ def names() -> list[str]:
 
     ``open_clip:NAME`` is a name, too, but not listed.
     """
-    return list(presets.NAMES)
+    return list(NAMES)
 
 
 def configuration(spec: Spec, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,7 +83,7 @@ def create(
     for a checkpoint without weights, or with others.
     """
     # before the model, which may take long
-    state = None if checkpoint is None else parse_weights(checkpoint).load("checkpoint")
+    state = None if checkpoint is None else parse_source(checkpoint).load("checkpoint")
     spec = spec_of(name) if isinstance(name, str) else name
     if simplify_options and not simplified:
         raise InputError(
@@ -134,45 +132,36 @@ _OTHER_KINDS = {
 }
 
 
+_Channels = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
+_AboveZero = Annotated[FiniteFloat, Field(gt=0)]
+
+
+class _Preprocess(BaseModel, extra="forbid"):
+    """The fields of open_clip's PreprocessCfg, which checks none of them, beside the size."""
+
+    mean: _Channels
+    std: tuple[_AboveZero, _AboveZero, _AboveZero]
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
+    fill_color: int = Field(0, ge=0, le=255, strict=True)
+
+
 def _preprocessing(
-    spec: Spec, size: int | tuple[int, int], fields: Mapping[str, Any] | None
+    spec: Spec, size: int | tuple[int, int], changes: Mapping[str, Any] | None
 ) -> PreprocessCfg:
     """Returns a recipe's preprocessing with some fields replaced; InputError for others."""
-    fields = {} if fields is None else fields
-    if not isinstance(fields, Mapping):
-        raise InputError(f"preprocess: expected a mapping, got {fields!r}")
-    for name, value in fields.items():
-        allowed = _PREPROCESS.get(name)
-        if allowed is None:
-            raise InputError(f"preprocess: expected fields {', '.join(_PREPROCESS)}, got {name!r}")
-        if not allowed.accepts(value):
-            raise InputError(f"preprocess.{name}: expected {allowed.words}, got {value!r}")
-    return PreprocessCfg(size=size, **{**spec.preprocess, **fields})
-
-
-class _Allowed(NamedTuple):
-    accepts: Callable[[Any], bool]
-    words: str
-
-
-def _numbers(value: Any) -> bool:
-    """Whether a value is a list of three finite numbers."""
-    is_list = isinstance(value, (list, tuple)) and len(value) == 3
-    return is_list and all(type(x) in (int, float) and math.isfinite(x) for x in value)
-
-
-# what the fields of PreprocessCfg may be
-_PREPROCESS = {
-    "mean": _Allowed(_numbers, "three numbers"),
-    "std": _Allowed(lambda value: _numbers(value) and min(value) > 0, "three numbers above 0"),
-    "interpolation": _Allowed(("bicubic", "bilinear").__contains__, "bicubic or bilinear"),
-    "resize_mode": _Allowed(
-        ("shortest", "longest", "squash").__contains__, "shortest, longest or squash"
-    ),
-    "fill_color": _Allowed(
-        lambda value: type(value) is int and 0 <= value <= 255, "an integer from 0 to 255"
-    ),
-}
+    if not isinstance(changes or {}, Mapping):
+        raise InputError(f"preprocess: expected a mapping, got {changes!r}")
+    cfg = PreprocessCfg(size=size, **spec.preprocess)
+    values = {name: getattr(cfg, name) for name in _Preprocess.model_fields} | dict(changes or {})
+    try:
+        _Preprocess(**values)
+    except ValidationError as error:
+        found = error.errors()[0]
+        raise InputError(
+            f"preprocess.{found['loc'][0]}: {found['msg']}, got {found['input']!r}"
+        ) from None
+    return replace(cfg, **values)
 
 
 def tokenizer(name: str, context_length: int | None = None) -> Tokenizer:
@@ -183,7 +172,7 @@ def tokenizer(name: str, context_length: int | None = None) -> Tokenizer:
     """
     spec = spec_of(name)
     length = context_length or spec.config["text_cfg"].get("context_length", 77)
-    if name not in _SPECS:  # open_clip may learn another model of this name
+    if name not in SPECS:  # open_clip may learn another model of this name
         return spec.tokenizer(context_length=length)
     return copy.copy(_made_tokenizer(spec.tokenizer, length))
 
@@ -232,8 +221,8 @@ def spec_of(name: str) -> Spec:
 
     name: as for `create`; open_clip's model names have the prefix "open_clip:".
     """
-    if name in _SPECS:
-        return _SPECS[name]
+    if name in SPECS:
+        return SPECS[name]
     check_name(name)
     plain = name.removeprefix(PLAIN)
     config = open_clip.get_model_config(plain)
@@ -241,3 +230,31 @@ def spec_of(name: str) -> Spec:
         if part in config:
             raise InputError(f"name: expected a model of images and texts, got {name!r}, {words}")
     return Spec(config, partial(open_clip.get_tokenizer, plain))
+
+
+def is_cut(tokenize: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """Returns whether each text has more tokens than the context length takes, boolean [N].
+
+    tokenize: as `tokenizer` returns it. At twice the length a text that is not cut has no more
+    tokens that differ from those of an empty text, whatever a tokenizer puts in their place.
+    """
+    length = tokenize([""]).shape[1]
+    short, long = (
+        tokenize([*texts, ""], context_length=size)  # type: ignore[call-arg]
+        for size in (length, 2 * length)
+    )
+    return (long[:-1] != long[-1]).sum(1) > (short[:-1] != short[-1]).sum(1)
+
+
+def cut_in_words(tokenize: Tokenizer, captions: Sequence[str]) -> str | None:
+    """Returns a sentence on how many captions are cut; None if none is, of up to LOOKED_AT."""
+    looked_at = [captions[index] for index in spread(len(captions), LOOKED_AT)]
+    cut = int(is_cut(tokenize, looked_at).sum()) if looked_at else 0
+    if not cut:
+        return None
+    length = tokenize([""]).shape[1]
+    return (
+        f"{cut / len(looked_at):.1%} of {len(looked_at):,} captions looked at are cut, since they "
+        f"have more than {length} tokens with start and end; write shorter ones, or train with a "
+        "larger model.context_length"
+    )

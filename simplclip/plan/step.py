@@ -105,7 +105,7 @@ class TrainerStep:
         self.config, self.precision = config, precision
         self.number = busiest_step(config)  # which step of the run
         with torch.device("meta"):  # folding frozen parts makes new modules
-            self.prepared = setup.prepare_model(*shapes_of(config), [], config, precision, device)
+            self.prepared = setup.prepare_model(*shapes_of(config), [], config, device)
         self.modules: list[nn.Module] = [self.prepared.model, *self.prepared.folded.values()]
         self.teacher = self._teacher(teacher_width) if config.loss.needs_teacher else None
         mean = config.data.mean_tokens

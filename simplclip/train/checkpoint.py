@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from simplclip.common import generators, ranks
 from simplclip.common.files import differences, replacing, sha256, write_atomically
 from simplclip.data.loader import STATE
-from simplclip.models.file_names import BASE, BEST, LAST
+from simplclip.models.naming import BASE, BEST, LAST
 from simplclip.models.trained import FORMAT, VERSION, CheckpointError, read_checkpoint
 from simplclip.models.weights import UnreadableError
 from simplclip.train.config import Config, ConfigError, check_out, from_dict, resumable

@@ -20,8 +20,7 @@ from pydantic_core import ErrorDetails
 
 from simplclip.common.errors import InputError
 from simplclip.common.nearest import nearest
-from simplclip.models import presets
-from simplclip.models.file_names import BASE, BEST, LAST
+from simplclip.models.naming import BASE, BEST, LAST, NAMES, configs
 from simplclip.train.sections import (
     DEVICES,
     DataConfig,
@@ -176,7 +175,7 @@ def load(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Con
 def read(source: str | Path) -> dict[str, Any]:
     """Returns the values of a YAML file or a built-in config by section, unchecked."""
     path = Path(source)
-    text = path.read_bytes() if path.is_file() else presets.configs().get(str(source))
+    text = path.read_bytes() if path.is_file() else configs().get(str(source))
     if text is None:
         raise _no_config(str(source))
     values = parse_yaml(text, str(source)) or {}
@@ -187,10 +186,10 @@ def read(source: str | Path) -> dict[str, Any]:
 
 def _no_config(source: str) -> ConfigError:
     """Returns the error for a source that is neither a file nor a built-in config."""
-    names = presets.configs()
+    names = configs()
     files = [str(file) for file in Path(source).parent.glob("*.yaml")]
     advice = ""
-    if source in presets.NAMES:
+    if source in NAMES:
         advice = f", a model; a file with model: {{name: {source}}} and its data can train it"
     elif near := difflib.get_close_matches(source, [*names, *files], 1):
         advice = f"; did you mean {near[0]}?"

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from simplclip.common import ranks
-from simplclip.models.towers import SCALARS, tower_of
+from simplclip.models.naming import SCALARS, tower_of
 from simplclip.ops import distributed
 from simplclip.train.config import ConfigError
 

@@ -16,7 +16,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from simplclip.models.inherit import freeze, largest_parts, matches
-from simplclip.models.towers import SCALARS
+from simplclip.models.naming import SCALARS
 from simplclip.train.config import Config, ConfigError
 
 BLOCK = re.compile(r"(.*?\.\d+\.)\w+\.")  # a name that begins so is of a module in a list

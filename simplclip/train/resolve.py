@@ -22,7 +22,7 @@ from simplclip import data, evaluation
 from simplclip.common.files import remove_leftovers
 from simplclip.common.hardware import pick_device
 from simplclip.common.progress import print_lines
-from simplclip.models.context_length import cut_in_words
+from simplclip.models.registry import cut_in_words
 from simplclip.models.trained import tokenizer
 from simplclip.train import checkpoint
 from simplclip.train.config import Config, ConfigError, check_new_run

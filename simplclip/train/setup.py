@@ -15,21 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from simplclip import data, models
-from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.data.transforms import augmentation
 from simplclip.models.crop import TextCrop, crop_texts
 from simplclip.models.fold import fold_frozen
-from simplclip.models.inherit import freeze, freeze_norms, inherit
+from simplclip.models.inherit import WeightTable, freeze, freeze_norms, inherit
 from simplclip.models.lora import add_lora
-from simplclip.models.towers import SCALARS
+from simplclip.models.naming import SCALARS
 from simplclip.models.trained import (
     CheckpointError,
     build_model,
     image_transform,
     other_pixels,
 )
-from simplclip.models.transfer import WeightTable
 from simplclip.models.weights import load_error
 from simplclip.nn import SimplifiedBlock
 from simplclip.train.beginning import Beginning
@@ -169,12 +167,11 @@ def prepare_model(
     frozen: list[str],
     lines: list[str],
     config: Config,
-    precision: str,
     device: torch.device,
 ) -> PreparedModel:
     """Prepares what `load_model` returned for training, in place, as the config says.
 
-    precision: of autocast. device: of the training, where the model need not be yet.
+    device: of the training, where the model need not be yet.
     """
     lines = list(lines)
     if config.model.freeze_norms:
@@ -193,7 +190,7 @@ def prepare_model(
     if runs_channels_last(model, config, device):
         model.visual.to(memory_format=torch.channels_last)
         lines.append("layout     the image tower is in channels_last (run.channels_last)")
-    folded = fold_frozen(model, hardware.DTYPES[precision])
+    folded = fold_frozen(model)
     if folded:
         lines.append(f"frozen     folded, in channels_last: {', '.join(folded)}")
     prepared = PreparedModel(model, frozen, folded, crop, lines)
@@ -257,7 +254,7 @@ def make_state(
     Raises InputError, FileNotFoundError; CheckpointError if the checkpoint does not fit the model.
     """
     if prepared is None:
-        prepared = prepare_model(*load_model(config, checkpoint), config, precision, device)
+        prepared = prepare_model(*load_model(config, checkpoint), config, device)
         for module in (prepared.model, *prepared.folded.values()):
             module.to(device)
     model = prepared.model

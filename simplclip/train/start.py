@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from simplclip.common.errors import InputError, first_line
-from simplclip.models.towers import SCALARS
+from simplclip.models.inherit import Status
+from simplclip.models.naming import SCALARS
 from simplclip.models.trained import build_model
-from simplclip.models.transfer import Status, WeightTable
 from simplclip.train.config import from_dict
 from simplclip.train.setup import sources_of, take_start
 
@@ -33,19 +33,15 @@ def load_start(
         raise InputError(
             f"blend: expected the weights from which {checkpoint} started, got {first_line(error)}"
         ) from None
-    if new := _new(model.state_dict(), tables):
+    new = [name for name in model.state_dict() if name not in SCALARS]
+    for table in tables:
+        new = [name for name in new if table.status(name) == Status.NEW]
+    if new or config.inherit.blocks is not None:
+        why = "whose blocks start by inherit.blocks"
+        if new:
+            why = f"in which {len(new)} tensors, {new[0]} first, are new"
         raise InputError(
             "blend: expected a run that starts from trained weights of its own architecture, got "
-            f"{checkpoint}, in which {len(new)} tensors, {new[0]} first, are new"
+            f"{checkpoint}, {why}"
         )
     return ", ".join(sources_of(config)), model.state_dict()
-
-
-def _new(state: Mapping[str, Tensor], tables: list[WeightTable]) -> list[str]:
-    """Returns the names of the tensors that do not begin as a source has them."""
-    new = {*state} - {*SCALARS}
-    for table in tables:
-        found = {status: {n for n in state if table.status(n) == status} for status in Status}
-        new -= found[Status.INHERITED] | found[Status.TRAINS] | found[Status.RESIZED]
-        new |= found[Status.STARTED]
-    return [name for name in state if name in new]

@@ -117,6 +117,7 @@ def test_a_run_its_checkpoint_and_its_export_are_the_same_encoder(
     with pytest.raises(FileNotFoundError, match=message):
         simplclip.load(tmp_path)
     (tmp_path / "export.json").write_text("{}")
+    (tmp_path / "open_clip_model.safetensors").touch()
     with pytest.raises(CheckpointError, match="expected a file of simplclip export"):
         simplclip.load(tmp_path)
 
@@ -137,7 +138,7 @@ def test_a_file_of_an_open_clip_model(folder, monkeypatch):
     for source, given in (
         (("open_clip:tiny/gone.pt",), "gone.pt"),
         (("open_clip:tiny",), "none"),
-        (("open_clip:tiny/tiny.bin", "tiny.bin"), "tiny.bin and tiny.bin"),
+        (("open_clip:tiny/tiny.bin", "tiny.bin"), "tiny.bin"),
     ):
         message = (
             "source: expected a file of weights for open_clip:tiny, or a tag .*it has none.*, "
@@ -181,13 +182,13 @@ def test_the_activation_is_that_of_the_tag(tmp_path, monkeypatch, tags, source):
 
 
 SOURCES = {
-    "siclip-tiny": "source: expected .* siclip-tiny.* each with /FILE, got 'siclip-tiny'$",
+    "siclip-tiny": "no such file: siclip-tiny; siclip-tiny/FILE names the model with a file",
     "open_clip:ViT-B-32": "expected a file of weights for open_clip:ViT-B-32, or a tag .*openai",
     "open_clip:ViT-B-33": "nearest",
-    "mobileclip-s0": "got 'mobileclip-s0'; Apple publishes mobileclip_s0.pt at https://docs-assets",
+    "mobileclip-s0": "no such file: mobileclip-s0; Apple publishes mobileclip_s0.pt at https://docs-assets",
     "mobileclip-s0/mobileclip_s0.pt": "no such file: mobileclip_s0.pt; Apple publishes .* at http",
-    "nobody": "source: expected a checkpoint, the folder of a run .* got 'nobody'",
-    "empty": "got empty: a folder without last.pt or export.json",
+    "nobody": "checkpoint: expected a file of weights, got no such file: nobody",
+    "empty": "got empty: a folder without last.pt or open_clip_model",
 }
 
 

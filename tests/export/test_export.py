@@ -21,9 +21,8 @@ from safetensors import safe_open
 from torch import nn
 
 import simplclip
-from simplclip import export, models
-from simplclip.integrations.open_clip import register_models
-from simplclip.models.trained import CheckpointError, read_checkpoint
+from simplclip import export
+from simplclip.models.trained import read_checkpoint
 from support.data.pairs import digests
 from support.models.exported_models import HF, TIMM, VIT
 from support.programs import call, forked, one_line
@@ -247,29 +246,6 @@ def test_a_closed_pipe_leaves_a_whole_export(tiny, tmp_path, monkeypatch):
     with pytest.raises(BrokenPipeError):
         export.run(tiny.run / "last.pt", tmp_path / "out")
     assert (tmp_path / "out" / "export.json").exists()
-
-
-@pytest.mark.slow
-def test_a_flipped_bit_in_an_export_is_an_error(tiny, tmp_path):
-    """Here, as weights to start from, and in open_clip. Early exports have no digest."""
-    out = tmp_path / "out"
-    shutil.copytree(tiny.out, out)
-    weights = bytearray((out / WEIGHTS).read_bytes())
-    weights[-1] ^= 1
-    (out / WEIGHTS).write_bytes(weights)
-    register_models()
-    for load in (
-        simplclip.load,
-        lambda folder: models.create("siclip-tiny", checkpoint=folder / WEIGHTS),
-        lambda folder: open_clip.create_model(f"local-dir:{folder}"),
-    ):
-        message = f"{WEIGHTS}: expected the file that export.json describes, got another"
-        with pytest.raises(CheckpointError, match=message):
-            load(out)
-    about = json.loads((out / "export.json").read_text())
-    del about["files"]
-    (out / "export.json").write_text(json.dumps(about))
-    assert simplclip.load(out).step == 7
 
 
 @pytest.mark.slow

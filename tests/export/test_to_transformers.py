@@ -72,13 +72,7 @@ def test_features_are_those_of_the_model(case, tmp_path, capsys):
 REFUSED = {
     "timm's ViT without pooling by attention": (f"open_clip:{TIMM}", {}, "image tower: expected"),
     "simplified blocks": (f"open_clip:{VIT}", {"simplify_options": {}}, "blocks: expected"),
-    "convolutions": (
-        f"open_clip:{VIT}",
-        {"vision_cfg": {"layers": [1, 1, 1, 1], "image_size": 64}},
-        "image tower: .* got ModifiedResNet",
-    ),
     "another tokenizer": (f"open_clip:{HF}", {}, "tokenizer: expected"),
-    "a bias of the logits": (f"open_clip:{VIT}", {"init_logit_bias": -5.0}, "logit_bias"),
     "other pooling": (
         f"open_clip:{VIT}",
         {"vision_cfg": {"pool_type": "avg"}},

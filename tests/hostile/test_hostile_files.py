@@ -5,18 +5,15 @@ import os
 import pickle
 import re
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch._utils import _rebuild_tensor_v2
 
 import simplclip
 from simplclip.common.errors import InputError
-from simplclip.models import create
 from simplclip.models.trained import build_model
 from simplclip.train import config
 from support.programs import call, one_line
@@ -31,20 +28,6 @@ class Payload:
 
     def __reduce__(self):
         return os.system, ("touch canary",)
-
-
-class Shaped:
-    """An object whose pickle is a tensor of any shape over few numbers."""
-
-    def __init__(self, size, stride):
-        self.size, self.stride = size, stride
-
-    def __reduce__(self):
-        storage = torch.zeros(4).untyped_storage()
-        typed = torch.storage.TypedStorage(
-            wrap_storage=storage, dtype=torch.float32, _internal=True
-        )
-        return _rebuild_tensor_v2, (typed, 0, self.size, self.stride, False, {})
 
 
 @pytest.fixture(scope="module")
@@ -82,25 +65,6 @@ def changed(state, key, value):
     return state | {"config": values}
 
 
-def in_each_other(levels):
-    value = ["x"]
-    for _ in range(levels):
-        value = [value] * 10
-    return value
-
-
-def compressed(state):
-    torch.save(state | {"zeros": torch.zeros(1 << 20)}, "plain.pt")
-    with (
-        zipfile.ZipFile("plain.pt") as old,
-        zipfile.ZipFile("zip.pt", "w", zipfile.ZIP_DEFLATED) as new,
-    ):
-        for member in old.infolist():
-            new.writestr(member.filename, old.read(member.filename))
-    os.makedirs("run")
-    os.replace("zip.pt", "run/last.pt")
-
-
 def pickled(state, protocol=2):
     os.makedirs("run")
     Path("run/last.pt").write_bytes(pickle.dumps(Payload(), protocol))
@@ -126,20 +90,11 @@ def beside(state):
 # how a checkpoint is written, or what is changed in it, and the message
 CHECKPOINTS = {
     "code in a pickle": (pickled, "its pickle does more than store tensors"),
-    "code beside tensors": ({"x": Payload()}, r"store tensors \(GLOBAL posix.system\)"),
     "cut short": (cut, "expected a file of weights, got run/last.pt: "),
     "no checkpoint": (
         lambda s: Path(saved(s)).write_bytes(b"\0" * 1000),
         "expected a file of weights, got run",
     ),
-    "a zip bomb": (compressed, r"bytes of contents do not fit in its"),
-    "a tensor of 10^10 numbers": ({"x": Shaped((10**10,), (1,))}, "expected a file of weights"),
-    "a tensor of 10^12 times a number": (
-        {"x": Shaped((10**6, 10**6), (0, 0))},
-        "is stored with fewer numbers",
-    ),
-    "values in each other": ({"x": in_each_other(30)}, "values, some in each other"),
-    "no weights": ({"model": None}, "expected weights of 'siclip-tiny'"),
     "other weights": ({"model": {"x": torch.zeros(1)}}, "expected weights of 'siclip-tiny'"),
     "no config": ({"config": None}, "with a config and weights"),
     "a newer version": ({"version": 99}, "newer simplclip"),
@@ -151,7 +106,6 @@ CHECKPOINTS = {
         beside,
         "options of the model's architecture, got model.options.pretrained",
     ),
-    "options that download": (option(pretrained_image=True), "got model.options.pretrained_image"),
     "an option that names a repository": (
         option(vision_cfg={"timm_model_name": "hf-hub:x/y"}),
         "got model.options.vision_cfg.timm_model_name = 'hf-hub:x/y'",
@@ -159,10 +113,6 @@ CHECKPOINTS = {
     "an option of transformers": (
         option(text_cfg={"hf_model_name": "x/y"}),
         "got model.options.text_cfg.hf_model_name",
-    ),
-    "a billion layers": (
-        option(text_cfg={"layers": 10**9}),
-        r"model.options.text_cfg.layers = 1e\+09",
     ),
 }
 
@@ -278,7 +228,6 @@ def exported(**changes):
 
 
 OTHER_OPTIONS = [{"vision_cfg": 5}, {"embed_dim": "x"}, {"vision_cfg": {"foo": 1}}]
-OTHER_OPTIONS += [{"simplify_options": {"share": 5}}]
 
 
 @pytest.mark.parametrize("options", OTHER_OPTIONS)
@@ -287,7 +236,7 @@ def test_an_export_of_other_options_is_refused_in_a_line(options):
     save_file({"x": torch.zeros(1)}, "export/open_clip_model.safetensors")
     Path("x.tar").touch()
     line = one_line("evaluate", "export", "--data", "x.tar")
-    assert "export/export.json: expected options of siclip-tiny, got {" in line
+    assert "export/export.json: model.options: expected options of siclip-tiny, got {" in line
 
 
 def test_an_export_unpickles_nothing():
@@ -299,49 +248,21 @@ def test_an_export_unpickles_nothing():
     assert "expected a file of weights, got export/open_clip_model." in line
 
 
-def torchscript():
-    """Writes a file that torch takes for a TorchScript program."""
-    torch.save({"a": torch.zeros(1)}, "w.pt")
-    with zipfile.ZipFile("w.pt", "a") as archive:
-        archive.writestr("w/constants.pkl", pickle.dumps(()))
-
-
-WEIGHTS = {  # run code when they are read
-    "zip": lambda: torch.save({"state_dict": {"a": Payload()}}, "w.pt"),
-    "pickle": lambda: Path("w.pt").write_bytes(pickle.dumps({"state_dict": Payload()}, 2)),
-    "TorchScript": torchscript,
-}
-
-
-@pytest.mark.parametrize("make", WEIGHTS.values(), ids=WEIGHTS)
-def test_weights_that_run_code_are_refused_without_torchs_advice_to_run_it(make, made):
-    make()
+def test_weights_that_run_code_are_refused_without_torchs_advice_to_run_it(made):
+    torch.save({"state_dict": {"a": Payload()}}, "w.pt")
     settings = tiny.write_config(Path.cwd())
     shard, weights = made["shard"], ("--checkpoint", "w.pt")
-    refused = "does more than store tensors (GLOBAL posix.system)"
     for arguments in (
         ("evaluate", "w.pt", "--data", shard),
-        ("evaluate", "siclip-tiny/w.pt", "--data", shard),
         ("teacher", shard, "--out", "t", "--teacher", "open_clip:ViT-S-32", *weights),
         ("caption", shard, "--out", "c", *weights),
         ("train", settings, "--set", "inherit.source=w.pt"),
     ):
-        line = one_line(*arguments)
-        assert line.endswith((refused, "it is a program of TorchScript, not a state dict"))
+        assert one_line(*arguments).endswith("more than store tensors (GLOBAL posix.system)")
 
 
 def test_an_export_reads_its_own_weights_alone():
     exported(options={"pretrained": "w.pt", "weights_only": False})
+    save_file({"x": torch.zeros(1)}, "export/open_clip_model.safetensors")
     with pytest.raises(InputError, match=r"options.pretrained"):
         simplclip.load("export")
-
-
-@pytest.mark.parametrize(
-    "header",
-    [b"\xff" * 8, (10**9).to_bytes(8, "little") + b"{", (8).to_bytes(8, "little") + b"[[[[[[[["],
-)
-def test_safetensors_with_an_absurd_header(header):
-    Path("w.safetensors").write_bytes(header)
-    message = "checkpoint: expected a file of weights, got w.safetensors: Error while"
-    with pytest.raises(InputError, match=message):
-        create("siclip-tiny", checkpoint="w.safetensors")

@@ -60,19 +60,24 @@ def assert_close(ours, theirs, near=1e-6):
         assert (a - b).norm() <= near * b.norm()
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("mask", [None, "bool", "float", "of heads"])
-@pytest.mark.parametrize("inputs", ["same", "keys", "three"])
-@pytest.mark.parametrize("bias", [True, False])
-def test_attention_has_torchs_values(batch_first, mask, inputs, bias):
+@pytest.mark.parametrize(
+    ("batch_first", "mask", "keys", "bias"),
+    [
+        (True, None, "same", True),
+        (False, "bool", "same", False),
+        (True, "float", "keys", True),
+        (True, "of heads", "three", True),
+    ],
+)
+def test_attention_has_torchs_values(batch_first, mask, keys, bias):
     torch.manual_seed(0)
     theirs = nn.MultiheadAttention(8, 2, batch_first=batch_first, bias=bias)
     if bias:
         nn.init.normal_(theirs.in_proj_bias)
     ours = LinearAttention(copy.deepcopy(theirs))
     q, k, v = torch.randn(3, 5, 6, 8)
-    if inputs != "three":
-        k = v = q if inputs == "same" else k
+    if keys != "three":
+        k = v = q if keys == "same" else k
     length, batch = (6, 5) if batch_first else (5, 6)
     masks = {
         None: None,
@@ -108,10 +113,8 @@ def test_adapters_start_at_nothing_and_merge_as_pefts(name):
     frozen, (line,) = add_lora(model, SETTINGS, [])
     assert "adapters of rank 3: " in line
     assert_close(features(model, size), before)
-    state = model.state_dict()
-    assert [key for key in state if ".lora_" not in key] == [*tensors]
-    assert all(torch.equal(state[key], value) for key, value in tensors.items())
-    adapters = {key for key in state if ".lora_" in key}
+    assert_equal(merged(checkpoint_of(model)), tensors)
+    adapters = {key for key in model.state_dict() if ".lora_" in key}
     assert training(model) == adapters | {"logit_scale"}
     assert {key for key, p in model.named_parameters() if p.requires_grad} == {
         key for key, _ in model.named_parameters() if ".lora_" in key or key == "logit_scale"
@@ -121,7 +124,7 @@ def test_adapters_start_at_nothing_and_merge_as_pefts(name):
     now = features(lora.started(model), size)
     assert (now[0] - before[0]).norm() > 0.01 * before[0].norm()
     assert (now[1] - before[1]).norm() > 0.01 * before[1].norm()
-    weights = merged({"model": model.state_dict(), "config": {"model": {"lora": SETTINGS}}})
+    weights = merged(checkpoint_of(model))
     other = models.create(f"open_clip:{name}")
     other.load_state_dict(weights, strict=True)
     assert_close(features(other, size), now, 1e-5)
@@ -133,8 +136,17 @@ def test_adapters_start_at_nothing_and_merge_as_pefts(name):
     for module in theirs:
         module.merge()
     assert len(theirs) == len(adapters) // 2
-    state = model.state_dict()
-    assert all(torch.equal(state[key], value) for key, value in weights.items())
+    assert_equal(merged(checkpoint_of(model, alpha=0.0)), weights)
+
+
+def checkpoint_of(model, alpha=SETTINGS["alpha"]):
+    lora = SETTINGS | {"alpha": alpha}
+    return {"model": model.state_dict(), "config": {"model": {"lora": lora}}}
+
+
+def assert_equal(ours, theirs):
+    assert [*ours] == [*theirs]
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
 def _is_module(model, name):
@@ -179,8 +191,8 @@ def test_one_tower_and_its_patterns_leave_the_other_as_it_was():
     assert type(model.transformer.resblocks[0].mlp.c_fc) is nn.Linear
     names = {name for name in training(model) if not name.startswith(("visual.", "logit"))}
     block = "transformer.resblocks.0"
-    weights = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_proj.weight")
-    expected = {f"{block}.{weight}.lora_{matrix}" for weight in weights for matrix in "AB"}
+    layers = ("attn.in_proj", "attn.out_proj", "mlp.c_proj")
+    expected = {f"{block}.{n}.lora_{matrix}.default.weight" for n in layers for matrix in "AB"}
     assert names == expected | {"ln_final.weight", "ln_final.bias"}
     frozen_elsewhere = plain()
     table = simplclip.inherit(frozen_elsewhere, source)
@@ -235,21 +247,19 @@ def test_a_checkpoint_read_by_itself_is_no_source():
         renamed(state, plain())
 
 
+A, B = "w.lora_A.default.weight", "w.lora_B.default.weight"
+
+
 @pytest.mark.parametrize(
     ("adapter", "error"),
     [
-        ({"w.lora_A": torch.ones(1, 3)}, r"w\.lora_B"),
-        ({"v.lora_A": torch.ones(1, 3), "v.lora_B": torch.ones(4, 1)}, "'v'"),
-        ({"w.lora_A": 1, "w.lora_B": 2}, "'int' object"),
-        (
-            {"w.lora_A": torch.ones(1, 9), "w.lora_B": torch.ones(9, 1)},
-            r"\[9, 1\] and \[1, 9\] for",
-        ),
+        ({A: torch.ones(1, 3)}, r"w\.lora_B"),
+        ({A: torch.ones(1, 9), B: torch.ones(9, 1)}, r"\[9, 1\] and \[1, 9\] for"),
         (3, "'int' object"),
     ],
 )
 def test_adapters_that_do_not_fit_are_refused(tmp_path, adapter, error):
-    torch.save({"weights": {"w": torch.ones(4, 3)}}, tmp_path / "base.pt")
+    torch.save({"weights": {"w.base_layer.weight": torch.ones(4, 3)}}, tmp_path / "base.pt")
     state = {"adapter": adapter, "base": sha256(tmp_path / "base.pt"), "step": 1}
     state |= {"format": "simplclip", "version": 1}
     config = {"model": {"name": "siclip-tiny", "lora": SETTINGS}, "loss": {"base": "contrastive"}}

@@ -1,13 +1,11 @@
 """Captions that a tokenizer cuts are found, whatever the tokenizer."""
 
-import json
-
 import open_clip
 import pytest
 from open_clip.tokenizer import HFTokenizer
 
 from simplclip import models
-from simplclip.models.context_length import cut_in_words, is_cut
+from simplclip.models.registry import cut_in_words, is_cut
 
 WORDS = {"cat": 3, "a": 4, "!": 5}
 
@@ -29,25 +27,12 @@ def fast_tokenizer(folder, end, pad):
     return str(folder)
 
 
-def bert(folder, **options):
-    """Returns open_clip's tokenizer of a BERT of transformers."""
-    pytest.importorskip("transformers")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>", *WORDS]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    about = {"tokenizer_class": "BertTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(about))
-    return HFTokenizer(str(folder), context_length=16, **options)
-
-
 # each with the tokens beside those of words
 KINDS = {
     "siclip-tiny": (lambda folder: models.tokenizer("siclip-tiny"), 2),
     "siclip-lite0": (lambda folder: models.tokenizer("siclip-lite0"), 2),
     "open_clip": (lambda folder: open_clip.SimpleTokenizer(context_length=9), 2),
-    # as of CoCa-Roberta; SigLIP's end is its padding
-    "bert": (bert, 2),
-    "bert, no end": (lambda folder: bert(folder, strip_sep_token=True), 2),
-    "clips": (lambda folder: bert(folder, tokenizer_mode="clips"), 3),
+    # SigLIP's end is its padding
     "siglip": (lambda folder: HFTokenizer(fast_tokenizer(folder, "</s>", "</s>"), 16), 1),
     "t5": (lambda folder: HFTokenizer(fast_tokenizer(folder, "</s>", "<pad>"), 16), 1),
 }

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 
 import open_clip
 import pytest
@@ -236,20 +235,6 @@ def test_bad_arguments(name):
 def test_words_are_not_token_ids():
     with pytest.raises(TypeError, match=r"text: expected token ids \[N, L\], .*, got str"):
         cropped_already().encode_text("a cat")
-
-
-def test_threads_do_not_see_each_others_lengths():
-    model, several = model_of("CLIP"), [texts([count, 3]) for count in (5, 12, 20, 39)]
-    crop.TextCrop(model)
-
-    @torch.no_grad()
-    def encode(_=None):
-        return [model.encode_text(text) for text in several]
-
-    expected = encode()
-    with ThreadPoolExecutor(4) as pool:
-        for found in pool.map(encode, range(60)):
-            assert all(map(torch.equal, found, expected))
 
 
 def test_the_end_of_a_text_does_not_depend_on_what_pads_it():

@@ -128,7 +128,7 @@ def test_s0_inherits_every_unchanged_tensor_of_a_checkpoint(tmp_path):
     assert {"visual.trunk.stages.3.blocks.0.norm.weight"} <= new & teacher.keys()
 
     others = {
-        "logit_scale": "inherited, trains",
+        "logit_scale": "trains",
         "visual.trunk.stages.3.blocks": "new",
         "text.transformer": "new",
     }
@@ -197,10 +197,9 @@ def test_freeze_brings_the_state_back_without_the_source():
     for one, other in zip(again.parameters(), model.parameters(), strict=True):
         assert one.requires_grad == other.requires_grad
     assert [m.training for m in again.train().modules()] == flags
-    with pytest.raises(InputError, match="names: expected modules or .*, got others: .*'tail'"):
-        freeze(again, ["text.transformer", "visual.tail"])
-    with pytest.raises(InputError, match="names: expected modules .*, got 'train', a method"):
-        freeze(again, ["visual", "train"])
+    for name in ("visual.tail", "train"):
+        with pytest.raises(InputError, match=f"names: expected modules or .*, got '{name}'"):
+            freeze(again, ["text.transformer", name])
     with pytest.raises(TypeError, match="names: expected names of modules or parameters, got str"):
         freeze(again, "visual")
     assert [m.training for m in again.modules()] == flags
@@ -210,7 +209,7 @@ def test_patterns_of_what_trains_on():
     model, source = tiny(), tiny(1)
     patterns = ["visual.trunk.patch_embed.proj", "*.stem.*", "text.text_pro*"]
     report = inherit(model, source, train=patterns)
-    assert statuses(report)["text.text_projection"] == "inherited, trains"
+    assert statuses(report)["text.text_projection"] == "trains"
     assert statuses(report)["text.positional_embedding"] == "inherited"
     expected = ("visual.trunk.patch_embed.proj.", f"{BACKBONE}.stem.", "text.text_projection")
     new = in_block(model) | {"logit_scale"}
@@ -241,7 +240,7 @@ def test_kinds_of_sources(tmp_path, monkeypatch):
     files = [tmp_path / "bare.pt", str(tmp_path / "model.pt"), tmp_path / "model.safetensors"]
     for kind in (source, state, half, *files, "RN50/good", "open_clip:RN50/good"):
         model = tiny()
-        assert set(statuses(inherit(model, kind)).values()) == {"inherited", "inherited, trains"}
+        assert set(statuses(inherit(model, kind)).values()) == {"inherited", "trains"}
         tolerance = {"rtol": 1e-3, "atol": 1e-4} if kind is half else {"rtol": 0, "atol": 0}
         torch.testing.assert_close(outside(model), outside(source), **tolerance)
 
@@ -278,7 +277,7 @@ class Towers(nn.Module):
 def test_shapes_and_kinds_that_differ():
     found = statuses(inherit(Towers(5, nn.LayerNorm), Towers(4, nn.BatchNorm1d)))
     # the norms have equal names and shapes of weight and bias, but one has statistics as well
-    assert found == {"a": "inherited", "b": "inherited", "norm": "new", "c": "shape differs"}
+    assert found == {"a": "inherited", "b": "inherited", "norm": "new", "c": "new"}
     # a module is inherited as a whole even if some of its children have no tensors
     assert statuses(inherit(Towers(norm=BatchNormAct2d), Towers()))["norm"] == "new"
     old = Towers(5, nn.BatchNorm1d).state_dict()
@@ -294,38 +293,25 @@ def test_positional_embeddings_of_other_sizes_are_interpolated_and_train():
     tokens = source.text.positional_embedding.mT[None]
     line = nn.functional.interpolate(tokens, size=16, mode="linear")[0].mT
     for name, expected in (("visual.trunk.pos_embed", grid), ("text.positional_embedding", line)):
-        assert statuses(report)[name] == "resized"
+        assert statuses(report)[name] == "trains"
         assert torch.equal(model.get_parameter(name), expected)
         assert model.get_parameter(name).requires_grad
     assert torch.equal(model.text.token_embedding.weight, source.text.token_embedding.weight)
     assert not model.text.token_embedding.weight.requires_grad
-    same, model = tiny(2), tiny()  # a later source's exact value is better than an interpolated one
-    assert statuses(inherit(model, [source, same]))["visual.trunk.pos_embed"] == "inherited"
-    assert torch.equal(model.visual.trunk.pos_embed, same.visual.trunk.pos_embed)
-    assert torch.equal(model.text.token_embedding.weight, source.text.token_embedding.weight)
     # no grid is known for the embedding of a ResNet's attention pool
     vision = {"layers": (1,) * 4, "width": 8}
     small, large = (open_clip.CLIP(16, vision | {"image_size": s}, {"layers": 1}) for s in (32, 64))
     found = statuses(inherit(small, large))
-    assert found["visual.attnpool.positional_embedding"] == "shape differs"
+    assert found["visual.attnpool.positional_embedding"] == "new"
 
 
-def test_tied_weights_are_inherited_together_or_not_at_all():
+def test_tied_weights_are_counted_once():
     model = Towers(tied=True)
-    old = snapshot(model)
-    report = inherit(model, Towers())
-    assert statuses(report) == {"a": "new", "b": "new", "norm": "inherited", "c": "inherited"}
-    assert torch.equal(model.a.weight, old["a.weight"])
-    assert model.a.weight.requires_grad
-    source, model = Towers(tied=True), Towers(tied=True)
-    inherit(model, source)
+    inherit(model, source := Towers(tied=True))
     assert same(snapshot(model), snapshot(source))
     report = inherit(Towers(5, tied=True), source)
     counts = {name: count for name, (_, count) in report.rows.items()}
-    assert counts == {"a": 20, "b": 4, "norm": 8, "c": 25}  # tied ones: once
-    half = Towers().state_dict()
-    del half["b.weight"], half["b.bias"]
-    assert statuses(inherit(Towers(tied=True), half))["a"] == "new"
+    assert counts == {"a": 20, "b": 4, "norm": 8, "c": 25}
 
 
 def test_sources_that_are_refused_leave_the_model_as_it_was(tmp_path, monkeypatch):
@@ -340,7 +326,7 @@ def test_sources_that_are_refused_leave_the_model_as_it_was(tmp_path, monkeypatc
     old = snapshot(model)
     for error, source, message in (
         (FileNotFoundError, "no.pt", "source: expected a file of weights, got no such file: no.pt"),
-        (FileNotFoundError, "open_clip:ViT-B-23/x", "such file: .*x; nearest models .*ViT-B-32"),
+        (InputError, "open_clip:ViT-B-23/x", "source: expected one of .*; nearest: .*ViT-B-32"),
         (CheckpointError, "module.pt", "source: expected a file of weights, got module.pt: "),
         (CheckpointError, "cut.safetensors", "expected a file of weights, got cut.safetensors: "),
         (CheckpointError, "list.pt", "source: expected a state dict in list.pt, got list"),

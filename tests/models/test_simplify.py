@@ -12,9 +12,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simplclip.common.errors import InputError
-from simplclip.models.blocks import MapBlock, TimmBlock
 from simplclip.models.mobileclip import TextTower
-from simplclip.models.simplify import count_parameters, simplify
+from simplclip.models.simplify import MapBlock, TimmBlock, count_parameters, simplify
 from simplclip.nn import SimplifiedBlock
 from support.models.open_clip_models import TEXT, batch, clip, restless
 
@@ -121,15 +120,10 @@ def test_blocks_by_their_indices():
         ({"share": {"text": {"qk": [[0, 1]]}}}, "share: .*'attention', 'mlp', 'all'., got .'qk'."),
         ({"share": {"text": {"all": [[0, 1]], "mlp": [[1, 2]]}}}, "share: expected disjoint gr.*"),
         ({"gamma": {"texts": 0.3}}, "gamma: expected names out of .'text', 'image'., got .'texts'"),
-        ({"mlp_ratio": {"txt": 1.0}}, "mlp_ratio: expected names out of .*txt"),
         ({"blocks": [0]}, "blocks: expected a mapping of towers to indices, got list"),
-        ({"share": [[0, 1]]}, "share: expected a mapping of towers to groups of indices, got list"),
+        ({"share": [[0, 1]]}, "share: expected a mapping of towers to groups, got list"),
         ({"share": {"text": 2}}, "share: expected groups of indices, e.g. .*, got int"),
-        ({"share": {"text": {"mlp": [0]}}}, "share: expected groups of indices, e.g. .*, got int"),
         ({"blocks": {"text": 0}}, "blocks: expected indices, e.g. .*, got int"),
-        ({"blocks": {"text": "01"}}, "blocks: expected indices, e.g. .*, got str"),
-        ({"blocks": {"text": [1.0]}}, "blocks: expected indices, e.g. .*, got float"),
-        ({"towers": None}, "towers: expected a sequence, .*, got NoneType"),
         ({"towers": "text"}, "towers: expected a sequence, .*, got str"),
         ({"towers": ()}, "towers: expected at least one, got none"),
         ({"mask_padding": "yes"}, "mask_padding: expected a bool, got str"),
@@ -146,13 +140,16 @@ def test_an_error_leaves_the_model_as_it_was(options, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: masking(no_causal_mask=True, use_pad_mask=True), "text: .*class token or padding"),
+        (
+            lambda: masking(no_causal_mask=True, use_pad_mask=True),
+            "text: .*another mask or a class",
+        ),
         (lambda: clip(RESNET), "ModifiedResNet without any"),
         (lambda: with_text(nn.Module()), "text: expected open_clip's text transformer, got Module"),
         (lambda: without("transformer"), "text: expected open_clip's text transformer, got CLIP"),
         (
             lambda: without("visual"),
-            "image: expected a model with a tower visual, got CLIP",
+            "image: expected a tower visual with blocks of .*, got Identity without any",
         ),
     ],
 )
@@ -298,25 +295,18 @@ def test_masks_that_cannot_be_honoured():
     x = torch.randn(2, 12, 24)
     mask = model.attn_mask
     assert block(x, attn_mask=mask).shape == x.shape
-    changed = mask.clone()
-    assert block(x, attn_mask=changed).shape == x.shape
-    changed[0, 1] = 0  # changed after the block has accepted it
     pixels, timm = torch.randn(2, 5, 32), TimmBlock(32, 2)
     for called, masks, message in (
         (block, {}, r"attn_mask: expected the causal mask, \(12, 12\), got None"),
         (block, {"attn_mask": mask.expand(4, 12, 12)}, r"\(12, 12\), got \(4, 12, 12\)"),
-        (block, {"attn_mask": changed}, "got another mask of this shape"),
-        (block, {"attn_mask": torch.zeros(12, 12)}, "got another mask of this shape"),
         (full, {"attn_mask": torch.zeros(5, 5)}, "attn_mask: expected no mask, None, got"),
         (block, {"k_x": x, "v_x": x, "attn_mask": mask}, "k_x, v_x: expected None"),
         (timm, {"is_causal": True}, "attn_mask, is_causal: expected None and False"),
     ):
         with pytest.raises(ValueError, match=message):
             called(x if called is block else pixels, **masks)
-    x, boolean = x[:, :7], torch.ones(7, 7, dtype=torch.bool).triu(1)
-    torch.testing.assert_close(block(x, attn_mask=mask[:7, :7]), block(x, attn_mask=boolean))
     model.attn_mask[0, 1] = 0
-    with pytest.raises(ValueError, match="text: expected no mask or a .* with another attn_mask"):
+    with pytest.raises(ValueError, match="text: expected no mask or a .* with another mask"):
         simplify(model)
 
 

@@ -206,7 +206,7 @@ def test_where_outputs_are_kept(changes, memory, towers):
 
 @pytest.mark.prove
 def test_compiled_towers_keep_outputs_too(monkeypatch):
-    """The folded copy and the trained layers are compiled; what is replayed is decided outside."""
+    """Frozen and trained layers are compiled; what is replayed is decided outside."""
     compiler = mock.Mock(side_effect=partial(torch.compile, backend="eager"))
     monkeypatch.setattr(torch, "compile", compiler)
     weights = []
@@ -223,9 +223,9 @@ def test_compiled_towers_keep_outputs_too(monkeypatch):
         step.place(CPU, None)
         if compiled:
             setup.compile_towers(step.state.prepared)
-        (folded,) = step.prepared.folded.values()
+        net = step.prepared.model.visual.trunk.patch_embed.backbone
         calls = []
-        folded.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        net.blocks.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         step.run(step.batches(real=True))
         assert len(calls) == 3  # of five encodings of three micro-batches
         weights.append(torch.cat([p.detach().flatten() for p in step.prepared.model.parameters()]))

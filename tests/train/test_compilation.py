@@ -105,7 +105,7 @@ def test_layouts(model, expected):
 @pytest.mark.parametrize(("device", "last"), [(CUDA, True), (CPU, False)])
 def test_the_layout_of_a_prepared_model(device, last):
     model = models.create("open_clip:RN50", device="meta")
-    prepared = setup.prepare_model(model, [], [], settings(), "bf16", device)
+    prepared = setup.prepare_model(model, [], [], settings(), device)
     assert model.visual.conv2.weight.is_contiguous(memory_format=torch.channels_last) == last
     assert any("layout" in line for line in prepared.lines) == last
 

@@ -6,7 +6,7 @@ import re
 import pytest
 import yaml
 
-from simplclip.models import presets
+from simplclip.models.naming import configs
 from simplclip.train import config
 
 MINIMAL = {"data": {"train": "x-*.tar"}, "run": {"out": "runs/x"}}
@@ -191,7 +191,7 @@ def test_files_that_are_no_config(tmp_path):
     inner = ["model.options={text_cfg: {width: 8, width: 9}}"]
     message = "--set model.options: not valid YAML: expected each key once, got 'width' in line 1"
     assert message in error_of(tmp_path, {}, inner)
-    built_in = ", ".join(presets.configs())
+    built_in = ", ".join(configs())
     with pytest.raises(config.ConfigError, match=f"the built-in {built_in}, got 'siclip2-s1'"):
         config.load("siclip2-s1")
     with pytest.raises(config.ConfigError, match="got 'siclip-tiny', a model; a file with model: "):

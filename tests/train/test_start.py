@@ -65,9 +65,6 @@ def test_a_run_starts_from_another_runs_weights_at_other_shapes_and_needs_them_o
     assert new["text.positional_embedding"].shape == (20, 64)
     assert all(p.requires_grad for p in state.model.parameters())
     assert state.lines[0] == "weights from source"
-    for name in resized:
-        (line,) = [line for line in state.lines if line.startswith(f"{name} ")]
-        assert line.split()[1] == "resized"
 
     text = go(tiny.settings(tmp_path, *other, "run.steps=3"))
     assert "weights from source" in text
@@ -139,7 +136,7 @@ def test_inherit_takes_a_run_and_its_trained_blocks(tmp_path, trained):
     assert inside
     for name, parameter in state.model.named_parameters():
         assert parameter.requires_grad == (parameter in inside or name == "logit_scale"), name
-    assert "inherited, trains" in "\n".join(state.lines)
+    assert " trains " in "\n".join(state.lines)
 
 
 @pytest.mark.slow

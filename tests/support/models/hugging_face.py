@@ -26,21 +26,18 @@ VISION = {
     "projection_dim": 16,
 }
 IMAGE = {"image_size": 16, "patch_size": 8}
-SIGLIP = {"SiglipModel": IMAGE, "Siglip2Model": {"num_patches": 4, "patch_size": 8}}
 
 
 def config(name: str = "CLIPModel") -> transformers.PretrainedConfig:
     cls = getattr(transformers, name.replace("Model", "Config"))
     if name.startswith("Siglip"):
-        return cls(text_config=TEXT | {"projection_size": 32}, vision_config=VISION | SIGLIP[name])
+        return cls(text_config=TEXT | {"projection_size": 32}, vision_config=VISION | IMAGE)
     return cls(text_config=TEXT, vision_config=VISION | IMAGE, projection_dim=16)
 
 
-def model(
-    name: str = "CLIPModel", seed: int = 0, cls: type | None = None, **options: Any
-) -> transformers.PreTrainedModel:
+def model(name: str = "CLIPModel", seed: int = 0) -> transformers.PreTrainedModel:
     torch.manual_seed(seed)
-    return (cls or getattr(transformers, name))._from_config(config(name), **options)
+    return getattr(transformers, name)._from_config(config(name))
 
 
 def batch(name: str = "CLIPModel", n: int = 6) -> dict[str, Tensor]:
@@ -53,19 +50,14 @@ def batch(name: str = "CLIPModel", n: int = 6) -> dict[str, Tensor]:
     if not name.startswith("Siglip"):
         inputs["attention_mask"] = (torch.arange(12) < lengths[:, None]).long()
         ids *= inputs["attention_mask"]
-    if name == "Siglip2Model":
-        shapes = torch.tensor([[1, 2], [1, 3], [2, 2]])[torch.arange(n) % 3]
-        inputs["pixel_values"] = torch.randn(n, 4, 3 * 8 * 8, generator=g)
-        inputs["spatial_shapes"] = shapes
-        inputs["pixel_attention_mask"] = (torch.arange(4) < shapes.prod(1)[:, None]).long()
     return inputs
 
 
 def step(
-    model: transformers.PreTrainedModel, inputs: dict[str, Tensor], **options: Any
+    model: transformers.PreTrainedModel, inputs: dict[str, Tensor]
 ) -> tuple[Any, dict[str, Tensor]]:
     """Returns the result with return_loss, and the gradients of the loss by parameter."""
     model.zero_grad()
-    out = model(**inputs, return_loss=True, **options)
+    out = model(**inputs, return_loss=True)
     out[0].backward()
     return out, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
