@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -155,11 +156,20 @@ def read_state(path: str | os.PathLike[str], argument: str = "source") -> Mappin
         ) from None
 
 
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Returns the CRC-32 of each tensor's numbers, by its name."""
+    return {
+        name: zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        for name, tensor in tensors.items()
+    }
+
+
 def with_base(path: str | os.PathLike[str], state: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a checkpoint with "model", the state dict of the model as it trains.
 
     path: of the checkpoint. With LoRA it has "adapter", what changes, in place of "model"; base.pt
-    beside it has the rest. Raises CheckpointError, with its name, for another or a damaged file.
+    beside it has all weights at the run's start, which come as "start". Raises CheckpointError,
+    with its name, for another or a damaged file.
     """
     contents = dict(state)
     if "adapter" not in contents:
@@ -170,8 +180,8 @@ def with_base(path: str | os.PathLike[str], state: Mapping[str, Any]) -> dict[st
         raise CheckpointError(
             f"{path}: expected {file} of its run, with the weights that LoRA keeps, got {got}"
         )
-    adapter = contents.pop("adapter")
-    return contents | {"model": {**read_weights(file)["weights"], **adapter}}
+    adapter, start = contents.pop("adapter"), read_weights(file)["weights"]
+    return contents | {"model": {**start, **adapter}, "start": start}
 
 
 def merged(state: Mapping[str, Any]) -> dict[str, Tensor]:

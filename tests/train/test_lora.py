@@ -23,6 +23,7 @@ from simplclip.models.weights import CheckpointError
 from simplclip.train import step
 from simplclip.train.config import ConfigError, load
 from simplclip.train.setup import make_state
+from simplclip.train.start import load_start
 from support.models import lora
 from support.programs import call, one_line
 from support.train.runs import at_step, bits, go, rows, state_of
@@ -241,7 +242,7 @@ def test_every_reader_gets_the_merged_weights_without_peft(folder, trained, tmp_
     assert 10 * sizes["best.pt"] < 10 * sizes["last.pt"] < sizes["base.pt"]
     start = torch.load(folder / "open-clip.pt")
     kept = files["base.pt"]["weights"]
-    assert kept.keys() == start.keys() - {"logit_scale"}
+    assert kept.keys() == start.keys()
     assert all(torch.equal(kept[name], start[name]) for name in kept)
 
     config = load(trained / "config.yaml")
@@ -268,6 +269,8 @@ def test_every_reader_gets_the_merged_weights_without_peft(folder, trained, tmp_
     assert result.exit_code == 0, result.output
     exported = simplclip.load(tmp_path / "export").model
     assert torch.equal(features_of(exported), features_of(model))
+    last["config"]["model"]["checkpoint"] = "gone"  # base.pt has all of it
+    assert bits(load_start(moved, last)[1]) == bits(start)
     best, state = load_model(moved)
     assert state["step"] == files["best.pt"]["step"]
     assert near(features_of(best), features_of(model)) == (state["step"] == 7)
