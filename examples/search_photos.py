@@ -154,7 +154,6 @@ def main(arguments: list[str] | None = None) -> None:
         path_like = "/" in query or Path(query).suffix.lower() in SUFFIXES
         if path_like and not os.path.isfile(query):
             parser.error(f"--find: expected words or the path of a photo, got no file {query!r}")
-
     try:
         encoder = simplclip.load(options.model)
     except (UserError, OSError) as error:

@@ -70,7 +70,7 @@ def run(
     config = state["config"]
     blended: dict[str, Any] = {}
     if blend is not None:
-        source, start = load_start(file, config)
+        source, start = load_start(file, state)
         model.load_state_dict(evaluation.blend(start, model.state_dict(), blend))
         blended = {"blend": {"alpha": blend, "start": source}}
         print(BLENDED.format(**blended["blend"]))

@@ -128,10 +128,11 @@ def evaluate(
         if not blend:
             evaluation.evaluate(models, splits, settings, out=out)
             return
+        from simplclip.models.trained import read_checkpoint
         from simplclip.train.start import load_start
 
         encoder = evaluation.load(models[0], device=ranks.set_device(device), precision=precision)
-        start = load_start(encoder.source, encoder.config or {})
+        start = load_start(encoder.source, read_checkpoint(encoder.source))
         evaluation.evaluate_blend(encoder, start, splits, settings, out=out)
 
 

@@ -7,8 +7,10 @@ architecture; an option that could fetch, unpickle or run files is refused.
 A checkpoint is one dict that torch.save wrote:
     format, version     "simplclip", 1
     model, ema          state dicts of the weights, and of their averages if the run has averages
-    adapter, base       with LoRA in place of "model": what changes of it, and the SHA-256 of
-                        base.pt, whose "weights" are the rest; `read_checkpoint` joins them
+    start               CRC-32 of each tensor of the weights with which the run began
+    adapter, base       with LoRA in place of "model" and "start": what changes, and the SHA-256 of
+                        base.pt, whose "weights" are those with which the run began;
+                        `read_checkpoint` joins them
     step                optimizer steps done
     config              the settings of the run as a plain dict
     ...                 what the trainer needs to continue, see `simplclip.train.checkpoint`

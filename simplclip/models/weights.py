@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -292,11 +293,20 @@ def _hint(path: Text) -> str:
     return f"; nearest models of open_clip: {near}" if near else ""
 
 
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Returns the CRC-32 of each tensor's numbers, by its name."""
+    return {
+        name: zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        for name, tensor in tensors.items()
+    }
+
+
 def with_base(path: str | os.PathLike[str], state: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a checkpoint with "model", the state dict of the model as it trains.
 
     path: of the checkpoint. With LoRA it has "adapter", what changes, in place of "model"; base.pt
-    beside it has the rest. Raises CheckpointError, with its name, for another or a damaged file.
+    beside it has all weights at the run's start, which come as "start". Raises CheckpointError,
+    with its name, for another or a damaged file.
     """
     contents = dict(state)
     if "adapter" not in contents:
@@ -307,8 +317,8 @@ def with_base(path: str | os.PathLike[str], state: Mapping[str, Any]) -> dict[st
         raise CheckpointError(
             f"{path}: expected {file} of its run, with the weights that LoRA keeps, got {got}"
         )
-    adapter = contents.pop("adapter")
-    return contents | {"model": {**read_weights(file)["weights"], **adapter}}
+    adapter, start = contents.pop("adapter"), read_weights(file)["weights"]
+    return contents | {"model": {**start, **adapter}, "start": start}
 
 
 def merged(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -331,10 +341,15 @@ def merged(state: Mapping[str, Any]) -> dict[str, Tensor]:
                 raise TypeError(f"{[*b.shape]} and {[*a.shape]} for {name} {[*w.shape]}")
             w = (w.float() + lora["alpha"] / lora["rank"] * (b @ a)).to(w.dtype)
         if ".lora_" not in name:
-            name = name.replace(".base_layer.", ".")
-            # torch's attention has parameters in place of this layer
-            plain[re.sub(r"\.in_proj\.(weight|bias)$", r".in_proj_\1", name)] = w
+            plain[plain_name(name)] = w
     return plain
+
+
+def plain_name(name: str) -> str:
+    """Returns the name that a tensor with peft's name has in a model without adapters."""
+    name = name.replace(".base_layer.", ".")
+    # torch's attention has parameters in place of this layer
+    return re.sub(r"\.in_proj\.(weight|bias)$", r".in_proj_\1", name)
 
 
 def load_error(error: Exception) -> str:

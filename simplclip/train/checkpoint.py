@@ -8,7 +8,7 @@ A checkpoint is one dict that torch.save wrote, see `simplclip.models.trained`. 
     frozen                      names of frozen modules
     evaluated                   the step of the last evaluation that was finished
     best                        "recall" and "step" of the best evaluation, which best.pt has, and
-                                "samples", a digest of those that it was measured on; None without
+                                "samples", a digest of its held-out samples; None without one
     images                      the number of images of an epoch, None if they are not counted
 
 best.pt has the weights of the evaluation with the highest mean R@1, "recall", averaged if the run
@@ -31,7 +31,7 @@ from simplclip.common.files import differences, replacing, sha256, write_atomica
 from simplclip.data.loader import STATE
 from simplclip.models.naming import BASE, BEST, LAST
 from simplclip.models.trained import FORMAT, VERSION, CheckpointError, read_checkpoint
-from simplclip.models.weights import UnreadableError
+from simplclip.models.weights import UnreadableError, checksums
 from simplclip.train.config import Config, ConfigError, check_out, from_dict, resumable
 from simplclip.train.setup import State
 
@@ -157,7 +157,7 @@ class Snapshot:
     It keeps copies of all that a failing step may have changed: the states of random generators and
     buffers (a forward pass changes a batch norm's statistics). Parameters and the states of
     optimizer and scaler change only in the update, while `state.updating` is set. Memory: a copy of
-    the buffers.
+    the buffers, and with LoRA of what trains besides adapters.
     """
 
     def __init__(
@@ -180,6 +180,15 @@ class Snapshot:
         }
         self._written = former.get("step"), former.get("evaluated")  # of last.pt
         self._base: str | None = former.get("base")  # digest of base.pt, once it is written
+        # of the weights with which the run began; with LoRA, until base.pt is written, those that
+        # change
+        self._start: dict[str, Any] = {}
+        if state.config.model.lora is None:
+            self._start = former.get("start", {}) if former else checksums(saved)
+        elif not former:
+            kept = self._kept()
+            changing = {n: w for n, w in saved.items() if n not in kept and ".lora_" not in n}
+            self._start = {name: weight.cpu().clone() for name, weight in changing.items()}
         self.take()
 
     @property
@@ -219,15 +228,19 @@ class Snapshot:
         self.saved, self._written = self.progress["step"], progress
         self.saved_at = time.monotonic()
 
-    def _divided(self, weights: dict[str, Tensor]) -> dict[str, Any]:
-        """Returns what a checkpoint has of a state dict; with LoRA base.pt gets the rest, once."""
-        if self.state.config.model.lora is None:
-            return {"model": weights}
+    def _kept(self) -> set[str]:
+        """Returns the names of the parameters that do not train."""
         tensors = self.state.model.state_dict(keep_vars=True).items()
-        names = [n for n, t in tensors if isinstance(t, nn.Parameter) and not t.requires_grad]
-        kept = {name: weights[name] for name in names}
+        return {n for n, t in tensors if isinstance(t, nn.Parameter) and not t.requires_grad}
+
+    def _divided(self, weights: dict[str, Tensor]) -> dict[str, Any]:
+        """Returns what a checkpoint has of a state dict; with LoRA base.pt gets the start, once."""
+        if self.state.config.model.lora is None:
+            return {"model": weights, "start": self._start}
+        kept = self._kept()
         if self._base is None:
-            save(self.out, {"weights": kept}, BASE)
+            start = {name: weights[name] for name in kept} | self._start
+            save(self.out, {"weights": start}, BASE)
             self._base = sha256(self.out / BASE)
         adapter = {name: weight for name, weight in weights.items() if name not in kept}
         return {"adapter": adapter, "base": self._base}

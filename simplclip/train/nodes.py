@@ -8,12 +8,10 @@ have to call it.
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from simplclip import data
@@ -24,6 +22,7 @@ from simplclip.data.find_sidecars import sidecars_of
 from simplclip.data.find_sources import Source
 from simplclip.data.samples import digest_of
 from simplclip.evaluation import Split
+from simplclip.models.weights import checksums
 from simplclip.train.config import Config, ConfigError
 
 
@@ -101,11 +100,8 @@ def check_frozen(model: nn.Module) -> None:
     """Raises InputError for other frozen weights; `distributed.wrap` makes the others equal."""
     if ranks.count() == 1:
         return
-    own = {
-        name: zlib.crc32(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        for name, weight in model.named_parameters()
-        if not weight.requires_grad
-    }
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    own = checksums(frozen)
     first = ranks.all_gather(own)[0]
     with ranks.fail_together():
         for name in differences(first, own):

@@ -137,8 +137,7 @@ class DataConfig(Section):
     train: str | dict[str, Any] | list[str | dict[str, Any]] = setting(
         ...,
         "the pairs: tars by path, glob, brace pattern, URL or pipe:COMMAND; {shards, weight}: each "
-        "sample weight times an epoch; or a list of these. A table, a JSON or a folder is packed "
-        "into the run's folder first. Other data on --resume start a new epoch",
+        "sample weight times an epoch; a list of these. A table, JSON or folder is packed first",
         resumable=True,
     )
     samples: int | None = setting(

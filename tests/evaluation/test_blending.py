@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import simplclip
 from simplclip import evaluation, models
 from simplclip.common.errors import InputError
-from simplclip.models.trained import load_model
+from simplclip.models.trained import load_model, read_checkpoint
 from simplclip.train.setup import make_state
 from simplclip.train.start import load_start
 from support.data.pairs import write
@@ -181,9 +181,32 @@ def test_a_moved_run_evaluates_its_splits_between_the_start_and_its_last_step(in
 def test_a_start_is_made_again_from_the_config(inside, tmp_path, changes):
     config = tiny.settings(tmp_path, *changes)
     wanted = make_state(config, torch.device("cpu"), "fp32").model.state_dict()
-    source, weights = load_start(tmp_path / "run" / "last.pt", config.to_dict())
+    source, weights = load_start(tmp_path / "run" / "last.pt", {"config": config.to_dict()})
     assert bits(dict(weights)) == bits(dict(wanted))
-    assert source == changes[0].partition("=")[2].strip("[]")
+    assert source == f"{changes[0].partition('=')[2].strip('[]')}, not known to be unchanged"
+
+
+@pytest.mark.slow
+def test_other_weights_at_the_path_of_the_start_are_refused_by_name(inside):
+    commands = [("evaluate", "runs/tuned", "--blend", "--data", "one.tar")]
+    commands.append(("export", "runs/tuned/best.pt", "--out", "new", "--blend", "0.5"))
+    kept = torch.load("base/last.pt")
+    name = "text.token_embedding.weight"
+    try:
+        for change in ({"step": 99}, {"model": kept["model"] | {name: kept["model"][name] + 0.1}}):
+            torch.save(kept | change, "base/last.pt")
+            for file in ("best", "last"):
+                state = read_checkpoint(f"runs/tuned/{file}.pt")
+                if "step" in change:
+                    assert load_start("run", state)[0] == "base"
+                    continue
+                with pytest.raises(InputError, match=f"others in base, of {name} first"):
+                    load_start("run", state)
+        for words in commands:
+            line = one_line(*words)
+            assert "expected the weights from which runs/tuned/best.pt started, got oth" in line
+    finally:
+        torch.save(kept, "base/last.pt")
 
 
 @pytest.mark.slow
@@ -194,18 +217,21 @@ def test_a_run_without_a_start_of_its_architecture_is_refused_before_the_data(in
         torch.save(state | {"config": values}, tmp_path / "run.pt")
         return one_line("evaluate", tmp_path / "run.pt", "--blend", "--data", "one.tar")
 
+    def config_of(*changes):
+        return {"config": tiny.settings(tmp_path, *changes).to_dict()}
+
     new = "blend: expected a run that starts from trained weights of its own architecture, got "
     other = "model.options.text_cfg={layers: 2, width: 64, heads: 2}"
     scratch = one_line("evaluate", "base", "--blend", "--data", "one.tar")
     assert f"{new}base, in which 62 tensors, visual." in scratch
     with pytest.raises(InputError, match="12 tensors, text.transformer.resblocks.1"):
-        load_start("run.pt", tiny.settings(tmp_path, "model.checkpoint=base", other).to_dict())
+        load_start("run.pt", config_of("model.checkpoint=base", other))
     plain = models.create("siclip-tiny", simplified=False, vision_cfg={"image_size": 24}, **TEXT)
     torch.save(plain.state_dict(), tmp_path / "plain.pt")
     average = [f"inherit.source={tmp_path / 'plain.pt'}", "inherit.blocks=average"]
     for start in ([], ["model.checkpoint=base"]):
         with pytest.raises(InputError, match="whose blocks start by inherit.blocks"):
-            load_start("run.pt", tiny.settings(tmp_path, *start, *average).to_dict())
+            load_start("run.pt", config_of(*start, *average))
     for change, error in (
         ("model.checkpoint=gone", "model.checkpoint: expected a file of weights, got no such file"),
         (
