@@ -45,7 +45,7 @@ def plan(
         str | None,
         typer.Option(
             help="Pairs of an epoch, 12.4M or 500k. Default: data.samples, or what the shards' "
-            "meta.json says. With --cards all, hours are of run.epochs of them, or of 10."
+            "meta.json says."
         ),
     ] = None,
     set_: Overrides = None,
@@ -56,11 +56,11 @@ def plan(
             help="Width of the teacher's stored features, if the shards are not on this machine.",
         ),
     ] = None,
-    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="No GPU is needed.")] = "cuda",
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Predict the memory and the time of a training step without the card, and the largest batches
-    that fit.
+    """Predict the memory and time of a training step, and the largest batches that fit.
+
+    No GPU is needed.
     """
     from simplclip.models.model_names import check_name
     from simplclip.plan.cards import named, parse_memory
@@ -68,25 +68,26 @@ def plan(
 
     if (memory is None) == (cards is None):
         raise InputError("--card: expected a card or the size of its memory, or --cards all")
-    if cards is not None and (as_json or device == "cpu"):
-        raise InputError("--cards: expected neither --json nor --device cpu, got one of them")
+    if cards is not None and as_json:
+        raise InputError("--cards: expected no --json, got it")
     count = parse_count(pairs)
     values = configs.from_dict(configs.override(read_planned_config(config), set_ or ()))
     check_name(values.model.name, "model.name")
     size = None if memory is None else parse_memory(memory)
+    import torch
+
+    if torch.version.cuda is None:
+        raise InputError(
+            f"torch: expected a build with CUDA, which a plan needs (the card itself is not "
+            f"needed), got {torch.__version__}"
+        )
     from simplclip.plan import report
 
     if memory is None or size is None:
         report.run_all(values, teacher_width=teacher_width, pairs=count)
         return
     report.run(
-        values,
-        size,
-        named(memory),
-        device=device,
-        teacher_width=teacher_width,
-        pairs=count,
-        as_json=as_json,
+        values, size, named(memory), teacher_width=teacher_width, pairs=count, as_json=as_json
     )
 
 

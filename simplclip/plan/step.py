@@ -1,15 +1,15 @@
-"""The step that a plan runs, on fake or real tensors: a step of our trainer, by the functions of
-simplclip.train.
+"""A training step on fake tensors: what it keeps and what it does, from one forward pass of the
+trainer's own functions.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from open_clip.utils import to_2tuple
@@ -17,196 +17,204 @@ from torch import Tensor, nn
 
 from simplclip import data, models
 from simplclip.common.errors import UserError
-from simplclip.models.crop import TextCrop
-from simplclip.models.inherit import inherit
+from simplclip.models.inherit import frozen_modules, inherit
 from simplclip.models.lora import add_lora
 from simplclip.models.packaged import STATES
 from simplclip.models.trained import model_options
+from simplclip.nn import SimplifiedBlock
+from simplclip.ops.similarity.chunks import SCRATCH_BYTES_ELSEWHERE
+from simplclip.plan.meter import Meter, Work, fake_device
 from simplclip.train import setup
 from simplclip.train import step as steps
-from simplclip.train.beginning import Beginning
 from simplclip.train.config import Config, corners_of
-from simplclip.train.objective import Objective
 from simplclip.train.rates import freeze_zeros
 
-Batch = dict[Any, Any]
-Encode = Callable[[Batch], Tensor]
 CPU = torch.device("cpu")
 
 
-class Observer(Protocol):
-    """What counts the memory of a step, see count.Counter."""
+class Pass(NamedTuple):
+    """A forward pass. Sizes are bytes beside those of the state of the training."""
 
-    def during(self, kind: str) -> AbstractContextManager:
-        """Returns a context in which allocations are of a kind."""
+    kept: int  # when it ends, for backward
+    peak: int  # while it or the beginning of its backward runs
+    works: list[Work]
 
-    def hold(self, tensors: object, kind: str, instead_of: tuple[str, ...]) -> None:
-        """Makes tensors that are of one of the kinds `instead_of` of another kind."""
+    def towards(self, other: Pass, share: float) -> Pass:
+        """Returns the pass on the line through this one (share 0) and that of another size (1)."""
 
-    def set_repeats(self, times: int) -> None:
-        """Makes each kernel that starts from now on stand for `times` runs."""
+        def between(a: float, b: float) -> float:
+            return a + share * (b - a)
 
-
-class Step(Protocol):
-    """What `predict` runs.
-
-    The modules get tensors on a device, then `place` makes all else there, then `run` runs.
-    """
-
-    modules: list[nn.Module]  # all that have weights; `place` may add some
-    averages: list[Tensor]  # copies of weights, made by `place`
-    optimizer: torch.optim.Optimizer  # made by `place`
-
-    def place(self, device: torch.device, observer: Observer | None) -> None:
-        """Makes optimizer, averages and all else that `run` needs on `device`, as attributes.
-
-        The tensors of `modules` are there already. observer: is told of "activations" and "loss",
-        and of micro-batches that stand for several; None: every micro-batch runs.
-        """
-
-    def batches(self, real: bool) -> list[Batch]:
-        """Returns the micro-batches of one step, in the host's memory.
-
-        real: whether they have values, to run on a device; otherwise only shapes matter, and one
-        may stand for several.
-        """
-
-    def run(self, batches: list[Batch]) -> object:
-        """Runs one training step, with an update of the weights."""
+        works = [
+            a._replace(flops=between(a.flops, b.flops), bytes=between(a.bytes, b.bytes))
+            for a, b in zip(self.works, other.works, strict=True)
+        ]
+        kept, peak = (round(between(*sizes)) for sizes in zip(self[:2], other[:2]))
+        return Pass(kept, peak, works)
 
 
-class TrainerStep:
-    """A step of `simplclip train`: config.data.batch_size images, by gradient caching if
-    config.data has a micro_batch.
+class Step:
+    """The step of a config on a device, in the context `planned`.
 
-    teacher_width: D̂; None: as the shards say. Only the shapes of weights and features matter:
-    where the shards are not on this machine, the student's width is assumed. `assumed` says so.
-    memory: bytes of the device; None: as of this machine's. device: on which the step is placed,
-    for the layout.
+    state: bytes of weights, averages and the optimizer's moments. update: bytes while the optimizer
+    runs, with all gradients; text_gradients: of these those of what is no image tower. updating:
+    the optimizer's work. crops: whether texts are computed at their length. frozen_bytes: what
+    gradient caching may keep of a pair, after an `encode`: the output of towers' frozen beginnings.
     """
 
     def __init__(
         self,
         config: Config,
+        prepared: setup.PreparedModel,
+        meter: Meter,
         precision: str,
-        teacher_width: int | None = None,
-        memory: int | None = None,
-        device: torch.device = CPU,
+        teacher: Mapping[str, Any] | None,
     ) -> None:
-        """Makes the model of the config on the meta device, prepared for training.
+        """Makes the state of the training, and counts it and an update."""
+        self.config, self._meter = config, meter
+        self.model: Any = prepared.model
+        self.crops = prepared.crop is not None and config.data.mean_tokens is not None
+        self._frozen: list[tuple[str, nn.Module]] = []
+        if config.run.keep_frozen:
+            found = frozen_modules(self.model)
+            self._frozen = [each for each in found if not isinstance(each[1], nn.Embedding)]
+        self.frozen_bytes = 0.0
+        modules = [prepared.model, *prepared.folded.values()]
+        weights = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+        with meter:
+            meter.hold(weights)
+            device = torch.device(meter.device, 0) if meter.device == "cuda" else CPU
+            self._state = setup.make_state(
+                config, device, precision, prepared=prepared, teacher=teacher
+            )
+            self._state.step = busiest_step(config)
+            optimizer = self._state.optimizer
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
+            meter.start()
+            optimizer.step()
+            self.update, self.updating = meter.peak, meter.works
+            optimizer.zero_grad(set_to_none=True)
+        self.state = meter.live
+        visual = {id(parameter) for parameter in prepared.model.visual.parameters()}
+        self.text_gradients = sum(p.nbytes for p in trained if id(p) not in visual)
 
-        precision: "fp32", "bf16" or "fp16". The other arguments are in the docstring of the class.
+    def encode(self, pairs: int, *, cropped: bool = False) -> Pass:
+        """Returns the pass of both towers.
+
+        cropped: texts have their mean length. Rounding and groups of lengths add less than an
+        eighth and 8 tokens for captions like COCO's and CC12M's.
         """
-        self.memory = memory
-        self.assumed = list[str]()
-        if config.run.compile is True:
-            self.assumed.append("the memory of towers that are not compiled")
-        config = config.replaced(run={"compile": False})
-        self.config, self.precision = config, precision
-        self.number = busiest_step(config)  # which step of the run
-        with torch.device("meta"):  # folding frozen parts makes new modules
-            self.prepared = setup.prepare_model(*shapes_of(config), [], config, precision, device)
-        self.modules: list[nn.Module] = [self.prepared.model, *self.prepared.folded.values()]
-        self.teacher = self._teacher(teacher_width) if config.loss.needs_teacher else None
-        mean = config.data.mean_tokens
-        if mean is not None and self.prepared.crop:
-            self.assumed.append(
-                f"in one graph, texts of {mean:g} tokens, and an eighth and 8 more, which groups "
-                "of lengths add"
-            )
-        elif mean is not None:
-            self.assumed.append(
-                "texts of full length, whatever data.mean_tokens, since this model's texts cannot "
-                "be cropped"
-            )
+        tokens = self._context_length
+        mean = self.config.data.mean_tokens
+        if cropped and self.crops and mean is not None:
+            tokens = min(tokens, math.ceil(mean * 9 / 8 + 8))
+        outputs: dict[bool, int] = {}  # bytes of the end of a tower's frozen beginning
 
-    def _teacher(self, width: int | None) -> dict[str, Any]:
-        """Returns what the loss needs to know of a teacher; `width` comes before the stamp's."""
-        if width is None:
-            try:
-                return data.teacher_stamp(self.config.data.sidecars)
-            except (UserError, OSError) as error:
-                width = setup.width_of(self.config)
-                self.assumed.append(
-                    f"a teacher of the student's width, {width} (--teacher-width): {error}"
-                )
-        return {"name": "a teacher", "width": width, "logit_scale": 100.0}
+        def keep(in_text: bool, module: nn.Module, inputs: object, output: Any) -> None:
+            if isinstance(output, Tensor) and not output.requires_grad:
+                outputs[in_text] = output.nbytes
 
-    def place(self, device: torch.device, observer: Observer | None) -> None:
-        """Makes the training state on `device`; see `Step.place`."""
-        self.observer = observer
-        crop = self.prepared.crop
-        if crop is not None:  # all texts have one length
-            crop.undo()
-            crop = TextCrop(self.prepared.model, 1, 1) if self.tokens else None
-        prepared = replace(self.prepared, crop=crop)
-        self.state = setup.make_state(
-            self.config, device, self.precision, prepared=prepared, teacher=self.teacher
+        hooks = [
+            module.register_forward_hook(partial(keep, not name.startswith("visual")))
+            for name, module in self._frozen
+        ]
+        batch = self._inputs(pairs, tokens)
+        result = self._measured(lambda: self._encode(batch))
+        for hook in hooks:
+            hook.remove()
+        self.frozen_bytes = sum(outputs.values()) / pairs
+        return result
+
+    def loss(self, pairs: int) -> tuple[Pass, int]:
+        """Returns the pass of a loss over given features, after an `encode`, and their bytes."""
+        captions = self.config.data.captions_per_image
+        batch: dict[str, Tensor] = {"group": torch.arange(pairs)}
+        if self._state.teacher:
+            width = self._state.teacher["width"]
+            rows = (pairs, captions) if captions > 1 else (pairs,)
+            batch["teacher_image"] = torch.empty(pairs, width, dtype=torch.float16)
+            batch["teacher_text"] = torch.empty(*rows, width, dtype=torch.float16)
+        with self._meter:
+            text, image = (
+                like.new_empty(rows, like.shape[1]).requires_grad_()
+                for like, rows in zip(self._features, (pairs * captions, pairs))
+            )
+        result = self._measured(
+            lambda: steps.compute_losses(self._state, [batch], image, text)
         )
-        # an enabled one reads values of tensors
-        self.state.scaler = torch.amp.GradScaler(device.type, enabled=False)
-        self.state.step = self.number
-        self.optimizer = self.state.optimizer
-        self.modules = [prepared.model, *prepared.folded.values(), self.state.objective.loss]
-        self.averages = list(self.state.ema.averages.values()) if self.state.ema else []
-        steps.keep_frozen(self.state, self.memory)
-        if observer:
-            self.state.objective = _Objective(self.state.objective, observer)
-            self.state.wrappers = {tower: _Tower(observer) for tower in ("image", "text")}
+        # backward has a chunk of a matrix of similarities
+        chunk = min(SCRATCH_BYTES_ELSEWHERE, 2 * pairs * pairs * captions)
+        result = result._replace(peak=max(result.peak, result.kept + chunk))
+        return result, image.nbytes + text.nbytes
 
-    def run(self, batches: list[Batch]) -> None:
-        """Runs one step of the trainer on the state that `place` made; updates its weights."""
-        if self.observer:
-            self._skip_micro_batches(batches, self.observer)
-        steps.train_step(self.state, batches)
-
-    def _skip_micro_batches(self, batches: list[Batch], observer: Observer) -> None:
-        """Leaves out the micro-batches between the first and the last in both towers."""
-        beginnings = self.state.beginnings
-        for tower in ("image", "text"):
-            found = beginnings.get(tower)
-            beginnings[tower] = FewMicroBatches(tower, batches, found, observer)
+    def _measured(self, run: Callable[[], Any]) -> Pass:
+        """Counts `run`, and what the beginning of its backward adds."""
+        meter = self._meter
+        with meter:
+            before = meter.start()
+            results = run()
+            live = meter.live
+            del results
+        # the gradient of the largest result, or a checkpointed part that runs again
+        peak = max(meter.peak, live + max(meter.checkpointed, meter.largest))
+        return Pass(live - before, peak - before, meter.works)
 
     @property
-    def tokens(self) -> int | None:
-        """The number of tokens of each text; None: the model's context length.
+    def _context_length(self) -> int:
+        model = self.model
+        return (model if hasattr(model, "context_length") else model.text).context_length
 
-        One graph keeps all texts, so that their mean length counts. Rounding and groups of lengths
-        add less than an eighth and 8 tokens for captions like COCO's and CC12M's. A micro-batch is
-        filled up to as many tokens as padded texts have.
-        """
-        config = self.config.data
-        if self.prepared.crop is None or config.mean_tokens is None:
-            return None
-        if config.micro_batch is not None:
-            return None
-        return math.ceil(config.mean_tokens * 9 / 8 + 8)
+    def _encode(self, batch: dict[Any, Any]) -> list[Tensor]:
+        """Returns the features of a batch by the trainer's functions, in its order."""
+        features = [steps.encode_text(self._state, batch), steps.encode_image(self._state, batch)]
+        self._features = [t.new_empty(0, t.shape[1]) for t in features]
+        return features
 
-    def batches(self, real: bool) -> list[Batch]:
-        """Returns the micro-batches of a step, on the CPU or, unless `real`, on the meta device."""
-        size = self.config.data.images_at_a_time
-        count = self.config.data.batch_size // size
-        sizes = [size] * count
-        if not real and count >= 4:  # those between the first and the last need not run
-            sizes = [size, (count - 2) * size, size]
-        return [self._batch(images, real) for images in sizes]
+    def _inputs(self, pairs: int, tokens: int) -> dict[Any, Any]:
+        """Returns images and texts as the loader gives them, whose values do not matter."""
+        captions = self.config.data.captions_per_image
+        texts = (pairs, captions, tokens) if captions > 1 else (pairs, tokens)
+        side = to_2tuple(self.model.visual.image_size)
+        image = torch.empty(pairs, 3, *side, dtype=torch.uint8)
+        return {"image": image, "text": torch.zeros(texts, dtype=torch.int64)}
 
-    def _batch(self, size: int, real: bool) -> Batch:
-        """Returns a batch as the loader gives it; texts are [size, L], or [size, k, L]."""
-        k, model = self.config.data.captions_per_image, self.prepared.model
-        captions = (k,) if k > 1 else ()
-        with torch.device("cpu" if real else "meta"):
-            image, text = inputs(self.config.model.name, model, size, k, real, self.tokens)
-            batch = {
-                "image": image,
-                "text": text.unflatten(0, (size, *captions)),
-                "group": torch.arange(size),
-            }
-            if self.teacher:
-                width = self.teacher["width"]
-                batch["teacher_image"] = torch.ones(size, width, dtype=torch.float16)
-                batch["teacher_text"] = torch.ones(size, *captions, width, dtype=torch.float16)
-        return batch
+
+@contextlib.contextmanager
+def planned(
+    config: Config, precision: str, device: str = "cuda", teacher_width: int | None = None
+) -> Iterator[Step]:
+    """Context of the step of a config on a device that need not be there; yields it.
+
+    precision: "fp32", "bf16" or "fp16". device: "cuda" or "cpu". teacher_width: D̂; None: as the
+    shards say or, where they are not on this machine, the student's width. Only the shapes of
+    weights and features matter. Towers are not compiled.
+    """
+    # memory does not depend on steps, and the data to count may be elsewhere
+    steps = config.run.steps or 1 << 30
+    config = config.replaced(run={"compile": False, "steps": steps, "epochs": None})
+    with torch.device("meta"):  # folding frozen parts makes new modules
+        model, frozen = shapes_of(config)
+        where = torch.device(device)
+        prepared = setup.prepare_model(model, frozen, [], config, precision, where)
+    teacher = _teacher(config, teacher_width) if config.loss.needs_teacher else None
+    with fake_device([prepared.model, *prepared.folded.values()], device) as meter:
+        for block in prepared.model.modules():
+            if isinstance(block, SimplifiedBlock) and block.recompute:
+                block.recompute = False
+                block.forward = partial(meter.checkpoint, block.forward)
+        yield Step(config, prepared, meter, precision, teacher)
+
+
+def _teacher(config: Config, width: int | None) -> dict[str, Any]:
+    """Returns what the loss needs to know of a teacher; `width` comes before the stamp's."""
+    if width is None:
+        try:
+            return dict(data.teacher_stamp(config.data.sidecars))
+        except (UserError, OSError):
+            width = setup.width_of(config)
+    return {"name": "a teacher", "width": width, "logit_scale": 100.0}
 
 
 def shapes_of(config: Config) -> tuple[nn.Module, list[str]]:
@@ -232,115 +240,10 @@ def shapes_of(config: Config) -> tuple[nn.Module, list[str]]:
     return model, frozen + freeze_zeros(model, config)
 
 
-def steps_of_terms(config: Config) -> dict[tuple[str, ...], int]:
-    """Returns the first step of a run, from 0, with each set of active loss terms."""
+def busiest_step(config: Config) -> int:
+    """Returns the first step of a run, from 0, with the largest number of active loss terms."""
     schedules, steps = config.loss.weights, config.run.steps
     assert steps is not None  # epochs are steps by now
-    first: dict[tuple[str, ...], int] = {}
-    for corner in corners_of(schedules.values(), steps):
-        for step in (corner, corner + 1):  # a weight may begin at 0
-            active = tuple(name for name, each in schedules.items() if each.at(step, steps) > 0)
-            if step < steps:
-                first.setdefault(active, step)
-    return first
-
-
-def busiest_step(config: Config) -> int:
-    """Returns the first step of a run, from 0, with the largest number of active loss terms.
-
-    On a CPU, a step of a large batch without the teacher's terms may keep rows, at most
-    STORE_BYTES, that this step does not.
-    """
-    first = steps_of_terms(config)
-    return first[max(first, key=len)]
-
-
-class _Tower(nn.Module):
-    """An exchange of gradients in `State.wrappers` that observes the allocations of a tower."""
-
-    def __init__(self, observer: Observer) -> None:
-        super().__init__()
-        self.observer = observer
-
-    def forward(self, encode: Encode, batch: Batch) -> Tensor:
-        """Returns encode(batch)."""
-        with self.observer.during("activations"):
-            return encode(batch)
-
-
-class _Objective(Objective):
-    """The objective of a run, observed."""
-
-    def __init__(self, objective: Objective, observer: Observer) -> None:
-        self.objective = objective
-        self.observer = observer
-
-    def __call__(self, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Computes the loss; args: those of Objective, made for it after the features."""
-        self.observer.hold(args[3:], "loss", ("temporaries",))
-        with self.observer.during("loss"):
-            return self.objective(*args)
-
-
-class FewMicroBatches(Beginning):
-    """A frozen beginning in `State.beginnings`, by which only the first and the last micro-batch of
-    a tower are encoded.
-
-    Those between them would take the same memory as the first one; their features are empty tensors
-    of the right shape.
-    """
-
-    def __init__(
-        self, tower: str, batches: list[Batch], beginning: Beginning | None, observer: Observer
-    ) -> None:
-        self.tower = tower
-        self.first, *self.skipped = batches[:-1] or batches
-        self.times = sum(len(batch[tower]) for batch in (self.first, *self.skipped))
-        self.times //= len(self.first[tower])
-        self.beginning = beginning
-        self.observer = observer
-        self.layout: tuple[int, torch.dtype, torch.device]  # of the features
-
-    def encode(self, function: Encode, batch: Batch) -> Tensor:
-        """Returns the features [m, D] of a micro-batch, empty ones if it is not encoded."""
-        self.observer.set_repeats(self.times if batch is self.first else 1)
-        if any(batch is other for other in self.skipped):
-            if self.beginning:
-                self._keep(self.beginning, batch)
-            rows = batch[self.tower].shape[: 1 if self.tower == "image" else -1].numel()
-            width, dtype, device = self.layout
-            return torch.empty(rows, width, dtype=dtype, device=device)
-        features = self.beginning.encode(function, batch) if self.beginning else function(batch)
-        self.layout = features.shape[1], features.dtype, features.device
-        return features
-
-    def _keep(self, beginning: Beginning, batch: Batch) -> None:
-        """Keeps as much for a pair as of the first micro-batch; with autograd, drops it again."""
-        if torch.is_grad_enabled():
-            del batch[beginning]
-            return
-        times = batch[self.tower].shape[0] // self.first[self.tower].shape[0]
-        with self.observer.during("activations"):
-            batch[beginning] = [torch.cat([t] * times) for t in self.first[beginning]]
-
-
-def inputs(
-    name: str, model: Any, size: int, captions: int, real: bool, tokens: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Returns images, uint8 [size, 3, H, W], and token ids, int64 [size * captions, L].
-
-    real: whether the tokens are a caption, at whose end some models pool; else they are zeros, as
-    images are. tokens: L, if it is less than the model's context length.
-    """
-    height, width = to_2tuple(model.visual.image_size)
-    image = torch.zeros(size, 3, height, width, dtype=torch.uint8)
-    text_model = model if hasattr(model, "context_length") else model.text
-    length = text_model.context_length
-    words = "a photo of a small thing"
-    if tokens is not None and tokens < length:
-        # the tokenizer puts the end at the last of them
-        words, length = " ".join(["a"] * tokens), tokens
-    if not real:
-        return image, torch.zeros(size * captions, length, dtype=torch.int64)
-    text = models.tokenizer(name, length)([words])
-    return image, text.expand(size * captions, -1).contiguous()
+    corners = corners_of(schedules.values(), steps)
+    numbers = sorted({at for corner in corners for at in (corner, corner + 1) if at < steps})
+    return max(numbers, key=lambda at: sum(each.at(at, steps) > 0 for each in schedules.values()))
