@@ -1,4 +1,4 @@
-"""Counts a forward pass on fake tensors of a card that need not be there: live bytes, and work."""
+"""Counts live bytes and work of a forward pass on fake tensors of a device that may be absent."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
+WIDE_GROUP = 64  # channels
 ROUNDED_TO = 512  # bytes, by torch's allocator
 NO_KERNEL = ("empty", "new_empty", "_unsafe_view", "_reshape_alias", "detach", "lift_fresh")
 
@@ -27,7 +28,7 @@ NO_KERNEL = ("empty", "new_empty", "_unsafe_view", "_reshape_alias", "detach", "
 class Work(NamedTuple):
     """What an op of a forward pass does."""
 
-    kind: str  # a key of rates.RATES
+    kind: str  # see rates.kinds_of
     flops: float
     bytes: float  # that it reads and writes, each tensor once
     half: bool  # whether tensor cores multiply half types
@@ -36,27 +37,26 @@ class Work(NamedTuple):
 
 
 class Meter(TorchDispatchMode):
-    """A mode that counts the storages which ops return until they are freed, and the ops' work.
+    """A mode that counts storages which ops return until they are freed, and the ops' work.
 
-    Values of tensors are read as 1. live, peak: bytes. largest: of a single result.
+    live, peak, largest (of a result), checkpointed (of what a checkpoint drops): bytes. Values of
+    tensors are read as 1.
     """
 
     def __init__(self, device: str) -> None:
         """Counts nothing yet; device: the type of the device, "cuda" or "cpu"."""
         super().__init__()
         self.device = device
-        self.live = self.peak = self.largest = 0
-        self.works: list[Work] = []
-        self.checkpointed = 0  # bytes of the largest checkpointed part, which backward computes
-        self._inputs: list[Any] = []  # of checkpointed parts, which they keep
-        self._again = False
-        self._autograd = True
+        self.live = 0
         self._seen: set[int] = set()
+        self._again = False
+        self.start()
 
     def start(self) -> int:
         """Begins a new pass, with autograd or without as it is now; returns the live bytes."""
         self._autograd = torch.is_grad_enabled()
-        self.works, self._inputs = [], []
+        self.works: list[Work] = []
+        self._inputs: list[Any] = []  # of checkpoints, which keep them
         self.checkpointed = self.largest = 0
         self.peak = self.live
         return self.live
@@ -67,14 +67,12 @@ class Meter(TorchDispatchMode):
             if not isinstance(tensor, Tensor) or tensor.device.type != self.device:
                 continue
             storage = tensor.untyped_storage()
-            key = storage._cdata
-            if key not in self._seen:
+            if storage._cdata not in self._seen:
                 size = -(-storage.nbytes() // ROUNDED_TO) * ROUNDED_TO
-                self._seen.add(key)
+                self._seen.add(storage._cdata)
                 self.live += size
-                self.peak = max(self.peak, self.live)
-                self.largest = max(self.largest, size)
-                weakref.finalize(storage, self._free, key, size)
+                self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
+                weakref.finalize(storage, self._free, storage._cdata, size)
 
     def _free(self, key: int, size: int) -> None:
         self._seen.discard(key)
@@ -82,8 +80,7 @@ class Meter(TorchDispatchMode):
 
     def checkpoint(self, function: Callable, *args: Any, **options: Any) -> Any:
         """In place of torch's: returns function(*args) without its graph; keeps `args` alone."""
-        for name in ("use_reentrant", "preserve_rng_state", "determinism_check", "debug"):
-            options.pop(name, None)
+        options.pop("use_reentrant", None)
         before, self._again = self.live, True
         out = function(*args, **options)
         self._again = False
@@ -102,8 +99,18 @@ class Meter(TorchDispatchMode):
             # without a device torch picks a library that would not keep this layout
             out = out.contiguous(memory_format=torch.channels_last)
         self.hold(out)
-        runs = 1 + self._again if self._autograd else 0
-        self.works += _works(func, args, kwargs, out, runs)
+        name = func.name().partition("::")[2]
+        if not func.is_view and func.namespace != "prim" and not name.startswith(NO_KERNEL):
+            inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+            moved = sum(t.nbytes for t in {id(t): t for t in (*inputs, *results)}.values())
+            half = any(t.itemsize == 2 for t in results)
+            backward = self._autograd and any(t.requires_grad for t in inputs)
+            runs = 1 + self._again if backward else 0
+            formula = flop_registry.get(func._overloadpacket)
+            flops = formula(*args, **kwargs, out_val=out) if formula else 0
+            for parts in _kernels(func, name, args, flops, moved, runs):
+                self.works.append(Work(*parts, half, runs))
         return out
 
 
@@ -112,151 +119,106 @@ def _channels_last(image: Tensor) -> bool:
     return image.dim() == 4 and image.stride(1) == 1
 
 
-def _works(func: OpOverload, args: tuple, kwargs: dict, out: Any, runs: int) -> list[Work]:
-    """Returns the work of an op that has run; none if it starts no kernel on the card."""
-    inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-    name = func.name().partition("::")[2]
-    if func.is_view or func.namespace == "prim" or name.startswith(NO_KERNEL):
-        return []
-    tensors = {id(t): t for t in (*inputs, *results)}
-    moved = sum(t.nbytes for t in tensors.values())
-    half = any(t.itemsize == 2 for t in results)
-    if not any(t.requires_grad for t in inputs):
-        runs = 0
+def _kernels(
+    func: OpOverload, name: str, args: tuple, flops: int, moved: int, runs: int
+) -> list[tuple[str, float, float]]:
+    """Returns (kind, flops, bytes) of the kernels of an op. flops: by torch; moved: bytes."""
     if func.namespace == "simplclip":
-        return [Work(*parts, half, runs) for parts in _own(name, args, moved)]
-    formula = flop_registry.get(func._overloadpacket)
-    flops = formula(*args, **kwargs, out_val=out) if formula else 0
+        return _own_kernels(name, args, moved)
     kind = "norm" if "norm" in name else "bytes"
     if func is aten.convolution.default:
-        kind = _convolution_kind(args[0], args[1], args[8])
+        kind, channels = "convolution", args[1].shape[1]
+        # forward of wide groups is about as fast as that of one group
+        if args[8] > 1 and (runs or channels < WIDE_GROUP):
+            kind = "depthwise" if channels == 1 else "grouped"
+        if not _channels_last(args[0]):
+            kind += " nchw"
     elif flops:
         kind = "attention" if "attention" in name else "product"
-    return [Work(kind, flops, moved, half, runs)]
+    return [(kind, flops, moved)]
 
 
-def _convolution_kind(image: Tensor, weight: Tensor, groups: int) -> str:
-    """Returns the kind of a convolution, by its groups and the layout of the image."""
-    kind = "convolution"
-    if groups > 1:
-        kind = "depthwise" if weight.shape[1] == 1 else "grouped"
-    return kind if _channels_last(image) else f"{kind} nchw"
-
-
-def _own(name: str, args: tuple, moved: int) -> list[tuple[str, float, float]]:
+def _own_kernels(name: str, args: tuple, moved: int) -> list[tuple[str, float, float]]:
     """Returns (kind, flops, bytes) of the kernels of an op of this library; moved: its bytes."""
     x = args[0]
     matrices = [t for t in args if isinstance(t, Tensor) and t.dim() == 2]
-    if name == "simplified_block_fwd":  # x [B, L, C]; matrices: its weights
-        tokens = x.numel() // x.shape[2]
-        hidden = tokens * max(t.shape[0] for t in matrices) * x.itemsize
-        return [
-            ("norm", 0, 2 * x.nbytes),
-            ("product", 2 * tokens * sum(t.numel() for t in matrices), moved + hidden),
-            ("attention", 4 * x.numel() * x.shape[1], 4 * x.nbytes),
-            ("bytes", 0, 2 * hidden),  # the activation
-        ]
-    if name == "parallel_mlp_fwd":  # x [T, C], and two weights
-        _, fc1, fc2 = matrices
-        hidden = len(x) * len(fc1) * x.itemsize
-        flops = 2 * len(x) * (fc1.numel() + fc2.numel())
-        return [("product", flops, moved), ("bytes", 0, 2 * hidden)]
-    if name == "shaped_attention_fwd":  # q [B, L, H, K]
-        return [("attention", 4 * x.numel() * x.shape[1], moved)]
     if name.startswith("similarity"):  # images [N, D], texts [M, D], perhaps those of a teacher
         flops = 2 * len(x) * len(args[1]) * sum(t.shape[1] for t in matrices[::2])
         return [("product", flops, moved)]
-    return [("bytes", 0, moved)]
+    kernels: list[tuple[str, float, float]] = [("norm", 0, moved)]
+    if name in ("simplified_block_fwd", "parallel_mlp_fwd"):  # x [..., C], and weights
+        weights = [t for t in matrices if t is not x]
+        rows = x.numel() // x.shape[-1]
+        hidden = rows * max(len(t) for t in weights) * x.itemsize
+        kernels.append(("product", 2 * rows * sum(t.numel() for t in weights), moved + hidden))
+        kernels.append(("bytes", 0, 2 * hidden))  # the activation
+    if name in ("simplified_block_fwd", "shaped_attention_fwd"):  # x [B, L, C] or [B, L, H, K]
+        kernels.append(("attention", 4 * x.numel() * x.shape[1], 4 * x.nbytes))
+    return kernels
 
 
 @contextlib.contextmanager
 def fake_device(modules: Iterable[nn.Module], device: str) -> Iterator[Meter]:
-    """Context of a forward pass on a device, "cuda" or "cpu"; yields the meter, not yet entered.
+    """Context of a pass on a device, "cuda" or "cpu"; yields the meter, which is not entered yet.
 
-    The device need not be there: new tensors are fake, the modules' tensors are replaced by fake
-    ones on the device, and functions of torch are replaced until the end.
+    New tensors are fake, the modules' tensors become fake ones on the device, and functions of
+    torch are replaced until the end.
     """
-    mode, meter = FakeTensorMode(allow_fallback_kernels=False), Meter(device)
-    patches: list[tuple[Any, str, Any]] = [
-        (FakeTensor, "tolist", lambda t: [0.0] * t.numel()),
-    ]
-    if device == "cuda":
-        attention = _attention_of_card(F.scaled_dot_product_attention)
-        patches += [
-            (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
-            (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
-            (F, "scaled_dot_product_attention", attention),
-        ]
+    meter = Meter(device)
+    patches: list[tuple[Any, str, Any]] = [(FakeTensor, "tolist", lambda t: [0] * t.numel())]
     for module in list(sys.modules.values()):
         if vars(module).get("checkpoint") is checkpoint:
             patches.append((module, "checkpoint", meter.checkpoint))
-    tables = [
-        table
-        for outer in modules
-        for inner in outer.modules()
-        for table in (inner._parameters, inner._buffers)
-    ]
-    former = [dict(table) for table in tables]
+    if device == "cuda":
+        patches += [
+            (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+            (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+            (F, "scaled_dot_product_attention", attention_of_card),
+        ]
     fakes: dict[Tensor, Tensor] = {}
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
-        # an optimizer may compile functions of its own
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(mode)
-        try:
-            for table in tables:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # optimizers compile
+        stack.enter_context(FakeTensorMode(allow_fallback_kernels=False))
+        for module in {inner for outer in modules for inner in outer.modules()}:
+            for table in (module._parameters, module._buffers):
+                stack.enter_context(mock.patch.dict(table))
                 for name, tensor in table.items():
-                    if tensor is not None:
-                        if tensor not in fakes:
-                            fakes[tensor] = _fake(tensor, device)
-                        table[name] = fakes[tensor]
-            yield meter
-        finally:
-            for table, before in zip(tables, former):
-                table.update(before)
+                    if tensor is not None and tensor not in fakes:
+                        fakes[tensor] = _fake(tensor, device)
+                    table[name] = None if tensor is None else fakes[tensor]
+        yield meter
 
 
 def _fake(tensor: Tensor, device: str) -> Tensor:
     """Returns a fake tensor on a device with the shape, dtype and strides of a tensor."""
     fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(fake, tensor.requires_grad)
-    return fake
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
-def _attention_of_card(plain: Callable) -> Callable:
-    """Returns a function in place of F.scaled_dot_product_attention, `plain`, as on a card.
+def attention_of_card(
+    query: Tensor,  # [B, H, L, K]
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """In place of F.scaled_dot_product_attention: FlashAttention, or else the efficient kernel.
 
     Without a device torch would compute plain products, which keep the attention weights.
     """
-
-    def attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        inputs = (query, key, value)  # [B, H, L, K]
-        if enable_gqa or query.dim() != 4:
-            return plain(*inputs, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        width = query.shape[-1]
-        flash = query.itemsize == 2 and width % 8 == 0 and width <= 256
-        if flash and attn_mask is None:
-            return aten._scaled_dot_product_flash_attention(
-                *inputs, dropout_p, is_causal, False, scale=scale
-            )[0]
-        if attn_mask is not None:  # as an additive mask, in rows padded to multiples of 16 numbers
-            length = attn_mask.shape[-1]
-            padded = F.pad(attn_mask.to(query.dtype), (0, -length % 16))[..., :length]
-            attn_mask = padded.expand(*query.shape[:3], length)
-        has_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-        efficient = aten._scaled_dot_product_efficient_attention
-        return efficient(*inputs, attn_mask, has_gradient, dropout_p, is_causal, scale=scale)[0]
-
-    return attention
+    inputs = query, key, value
+    if attn_mask is None and query.itemsize == 2 and query.shape[-1] % 8 == 0:
+        flash = aten._scaled_dot_product_flash_attention
+        return flash(*inputs, dropout_p, is_causal, False, scale=scale)[0]
+    if attn_mask is not None:  # as an additive mask, in rows padded to multiples of 16 numbers
+        length = attn_mask.shape[-1]
+        padded = F.pad(attn_mask.to(query.dtype), (0, -length % 16))[..., :length]
+        attn_mask = padded.expand(*query.shape[:3], length)
+    gradient = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    efficient = aten._scaled_dot_product_efficient_attention
+    return efficient(*inputs, attn_mask, gradient, dropout_p, is_causal, scale=scale)[0]

@@ -1,89 +1,67 @@
-"""A training step on fake tensors: what it keeps and what it does, from one forward pass of the
-trainer's own functions.
+"""A training step on fake tensors: what it keeps and does, from a forward pass of the trainer's own
+functions at two sizes, between which all is a line.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from open_clip.utils import to_2tuple
 from torch import Tensor, nn
 
-from simplclip import data, models
-from simplclip.common.errors import UserError
-from simplclip.models.inherit import frozen_modules, inherit
-from simplclip.models.lora import add_lora
-from simplclip.models.packaged import STATES
-from simplclip.models.trained import model_options
+from simplclip import data, gradient_cache
+from simplclip.common.errors import InputError, UserError
+from simplclip.models.inherit import frozen_modules
 from simplclip.nn import SimplifiedBlock
 from simplclip.ops.similarity.chunks import SCRATCH_BYTES_ELSEWHERE
 from simplclip.plan.meter import Meter, Work, fake_device
 from simplclip.train import setup
 from simplclip.train import step as steps
 from simplclip.train.config import Config, corners_of
-from simplclip.train.rates import freeze_zeros
 
-CPU = torch.device("cpu")
+FEW, MANY = 128, 512  # pairs of the two passes
 
 
 class Pass(NamedTuple):
-    """A forward pass. Sizes are bytes beside those of the state of the training."""
+    """A forward pass. Sizes are bytes beside the state of the training."""
 
     kept: int  # when it ends, for backward
     peak: int  # while it or the beginning of its backward runs
     works: list[Work]
 
-    def towards(self, other: Pass, share: float) -> Pass:
-        """Returns the pass on the line through this one (share 0) and that of another size (1)."""
 
-        def between(a: float, b: float) -> float:
-            return a + share * (b - a)
+class Row(NamedTuple):
+    """A step of a plan. micro_batch: None: the whole batch. peak: bytes of torch's allocator."""
 
-        works = [
-            a._replace(flops=between(a.flops, b.flops), bytes=between(a.bytes, b.bytes))
-            for a, b in zip(self.works, other.works, strict=True)
-        ]
-        kept, peak = (round(between(*sizes)) for sizes in zip(self[:2], other[:2]))
-        return Pass(kept, peak, works)
+    batch_size: int
+    micro_batch: int | None
+    peak: int
+    works: list[Work]
 
 
 class Step:
-    """The step of a config on a device, in the context `planned`.
-
-    state: bytes of weights, averages and the optimizer's moments. update: bytes while the optimizer
-    runs, with all gradients; text_gradients: of these those of what is no image tower. updating:
-    the optimizer's work. crops: whether texts are computed at their length. frozen_bytes: what
-    gradient caching may keep of a pair, after an `encode`: the output of towers' frozen beginnings.
-    """
+    """The step of a config on a device, in the context `planned`; `model`: the model."""
 
     def __init__(
-        self,
-        config: Config,
-        prepared: setup.PreparedModel,
-        meter: Meter,
-        precision: str,
-        teacher: Mapping[str, Any] | None,
+        self, config: Config, prepared: Any, meter: Meter, precision: str, teacher: Any
     ) -> None:
-        """Makes the state of the training, and counts it and an update."""
-        self.config, self._meter = config, meter
-        self.model: Any = prepared.model
-        self.crops = prepared.crop is not None and config.data.mean_tokens is not None
-        self._frozen: list[tuple[str, nn.Module]] = []
-        if config.run.keep_frozen:
-            found = frozen_modules(self.model)
-            self._frozen = [each for each in found if not isinstance(each[1], nn.Embedding)]
-        self.frozen_bytes = 0.0
-        modules = [prepared.model, *prepared.folded.values()]
-        weights = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+        """Makes the state of the training, and counts it and an update.
+
+        prepared, precision, teacher: as of setup.make_state.
+        """
+        self.config, self.model, self._meter = config, prepared.model, meter
+        # texts are computed at their length
+        self._crops = prepared.crop is not None and config.data.mean_tokens is not None
+        modules = [self.model, *prepared.folded.values()]
         with meter:
-            meter.hold(weights)
-            device = torch.device(meter.device, 0) if meter.device == "cuda" else CPU
+            meter.hold([(*module.parameters(), *module.buffers()) for module in modules])
+            device = torch.device(meter.device, 0 if meter.device == "cuda" else None)
             self._state = setup.make_state(
                 config, device, precision, prepared=prepared, teacher=teacher
             )
@@ -94,56 +72,116 @@ class Step:
                 parameter.grad = torch.empty_like(parameter)
             meter.start()
             optimizer.step()
-            self.update, self.updating = meter.peak, meter.works
+            self._update = Pass(0, meter.peak, meter.works)
             optimizer.zero_grad(set_to_none=True)
-        self.state = meter.live
-        visual = {id(parameter) for parameter in prepared.model.visual.parameters()}
-        self.text_gradients = sum(p.nbytes for p in trained if id(p) not in visual)
+        self._bytes = meter.live  # of weights, averages and the optimizer's moments
+        visual = {id(parameter) for parameter in self.model.visual.parameters()}
+        self._text_gradients = sum(p.nbytes for p in trained if id(p) not in visual)
 
-    def encode(self, pairs: int, *, cropped: bool = False) -> Pass:
-        """Returns the pass of both towers.
+    @functools.cached_property
+    def cacheable(self) -> bool:
+        """Whether the model allows gradient caching."""
+        with contextlib.suppress(InputError):
+            gradient_cache.check(self.model)
+            return True
+        return False
 
-        cropped: texts have their mean length. Rounding and groups of lengths add less than an
-        eighth and 8 tokens for captions like COCO's and CC12M's.
+    def row(self, pairs: int, micro: int | None, memory: int) -> Row:
+        """Predicts a step of so many pairs, `micro` at a time.
+
+        memory: the device's bytes, of which gradient caching may fill a part with outputs of
+        frozen beginnings.
         """
-        tokens = self._context_length
-        mean = self.config.data.mean_tokens
-        if cropped and self.crops and mean is not None:
-            tokens = min(tokens, math.ceil(mean * 9 / 8 + 8))
-        outputs: dict[bool, int] = {}  # bytes of the end of a tower's frozen beginning
+        encoded, frozen_bytes = self._encode(micro or pairs, cropped=micro is None and self._crops)
+        loss, features = self._loss(pairs)
+        peak, works = max(encoded.peak, encoded.kept + loss.peak), []
+        if micro is not None:
+            kept = (pairs - micro) * frozen_bytes
+            kept *= kept <= memory / steps.KEPT_SHARE
+            # all but the last micro-batch are encoded without autograd first; what is frozen, once
+            others = pairs // micro - 1
+            works = [work._replace(runs=0, times=others) for work in encoded.works]
+            works += [w._replace(times=others) for w in encoded.works if w.runs or not kept]
+            # when a micro-batch is encoded again there are gradients of features and of texts
+            again = (encoded.kept if kept else encoded.peak) + features + self._text_gradients
+            peak = round(kept) + features + max(peak, again)
+        works += [*encoded.works, *loss.works, *self._update.works]
+        return Row(pairs, micro, max(self._bytes + peak, self._update.peak), works)
 
-        def keep(in_text: bool, module: nn.Module, inputs: object, output: Any) -> None:
+    def _encode(self, pairs: int, cropped: bool) -> tuple[Pass, float]:
+        """Returns the pass of both towers, and the bytes of a pair after frozen beginnings."""
+        few, many = self._passes(cropped)
+        share = (pairs - FEW) / (MANY - FEW)
+
+        def between(a: float, b: float) -> float:
+            return a + share * (b - a)
+
+        works = [
+            a._replace(flops=between(a.flops, b.flops), bytes=between(a.bytes, b.bytes))
+            for a, b in zip(few[0].works, many[0].works, strict=True)
+        ]
+        kept, peak = (round(between(*sizes)) for sizes in zip(few[0][:2], many[0][:2]))
+        return Pass(kept, peak, works), many[1] / MANY
+
+    @functools.cache  # noqa: B019 (a step lives as long as a plan)
+    def _passes(self, cropped: bool) -> list[tuple[Pass, int]]:
+        """Returns the passes of both towers, and bytes of frozen outputs, at FEW and MANY pairs.
+
+        Texts have all tokens or, if `cropped`, as many as on average; rounding and groups of
+        lengths add less than an eighth and 8 tokens for captions like COCO's and CC12M's.
+        """
+        data = self.config.data
+        model: Any = self.model
+        tokens = (model if hasattr(model, "context_length") else model.text).context_length
+        if cropped:
+            tokens = min(tokens, math.ceil(data.mean_tokens * 9 / 8 + 8))
+        frozen: dict[bool, int] = {}  # bytes of the end of a tower's frozen beginning
+
+        def note(in_image: bool, module: nn.Module, inputs: object, output: Any) -> None:
             if isinstance(output, Tensor) and not output.requires_grad:
-                outputs[in_text] = output.nbytes
+                frozen[in_image] = output.nbytes
 
         hooks = [
-            module.register_forward_hook(partial(keep, not name.startswith("visual")))
-            for name, module in self._frozen
+            module.register_forward_hook(partial(note, name.startswith("visual")))
+            for name, module in frozen_modules(model)
+            if self.config.run.keep_frozen and not isinstance(module, nn.Embedding)
         ]
-        batch = self._inputs(pairs, tokens)
-        result = self._measured(lambda: self._encode(batch))
+        passes = []
+        for pairs in (FEW, MANY):
+            side = to_2tuple(model.visual.image_size)
+            images = {"image": torch.empty(pairs, 3, *side, dtype=torch.uint8)}
+            texts = {"text": torch.zeros(pairs, data.captions_per_image, tokens, dtype=torch.int64)}
+
+            encode = partial(self._features, images, texts)
+            passes.append((self._measured(encode), sum(frozen.values())))
         for hook in hooks:
             hook.remove()
-        self.frozen_bytes = sum(outputs.values()) / pairs
-        return result
+        return passes
 
-    def loss(self, pairs: int) -> tuple[Pass, int]:
-        """Returns the pass of a loss over given features, after an `encode`, and their bytes."""
+    def _features(self, images: dict[str, Tensor], texts: dict[str, Tensor]) -> list[Tensor]:
+        """Returns the features of texts and images, in the trainer's order."""
+        features = [
+            steps.encode_text(self._state, texts),
+            steps.encode_image(self._state, images),
+        ]
+        self._like = [each.new_empty(0, each.shape[1]) for each in features]
+        return features
+
+    @functools.cache  # noqa: B019
+    def _loss(self, pairs: int) -> tuple[Pass, int]:
+        """Returns the pass of a loss over features that are given, and their bytes."""
         captions = self.config.data.captions_per_image
         batch: dict[str, Tensor] = {"group": torch.arange(pairs)}
         if self._state.teacher:
             width = self._state.teacher["width"]
-            rows = (pairs, captions) if captions > 1 else (pairs,)
             batch["teacher_image"] = torch.empty(pairs, width, dtype=torch.float16)
-            batch["teacher_text"] = torch.empty(*rows, width, dtype=torch.float16)
+            batch["teacher_text"] = torch.empty(pairs, captions, width, dtype=torch.float16)
         with self._meter:
             text, image = (
                 like.new_empty(rows, like.shape[1]).requires_grad_()
-                for like, rows in zip(self._features, (pairs * captions, pairs))
+                for like, rows in zip(self._like, (pairs * captions, pairs))
             )
-        result = self._measured(
-            lambda: steps.compute_losses(self._state, [batch], image, text)
-        )
+        result = self._measured(lambda: steps.compute_losses(self._state, [batch], image, text))
         # backward has a chunk of a matrix of similarities
         chunk = min(SCRATCH_BYTES_ELSEWHERE, 2 * pairs * pairs * captions)
         result = result._replace(peak=max(result.peak, result.kept + chunk))
@@ -161,25 +199,6 @@ class Step:
         peak = max(meter.peak, live + max(meter.checkpointed, meter.largest))
         return Pass(live - before, peak - before, meter.works)
 
-    @property
-    def _context_length(self) -> int:
-        model = self.model
-        return (model if hasattr(model, "context_length") else model.text).context_length
-
-    def _encode(self, batch: dict[Any, Any]) -> list[Tensor]:
-        """Returns the features of a batch by the trainer's functions, in its order."""
-        features = [steps.encode_text(self._state, batch), steps.encode_image(self._state, batch)]
-        self._features = [t.new_empty(0, t.shape[1]) for t in features]
-        return features
-
-    def _inputs(self, pairs: int, tokens: int) -> dict[Any, Any]:
-        """Returns images and texts as the loader gives them, whose values do not matter."""
-        captions = self.config.data.captions_per_image
-        texts = (pairs, captions, tokens) if captions > 1 else (pairs, tokens)
-        side = to_2tuple(self.model.visual.image_size)
-        image = torch.empty(pairs, 3, *side, dtype=torch.uint8)
-        return {"image": image, "text": torch.zeros(texts, dtype=torch.int64)}
-
 
 @contextlib.contextmanager
 def planned(
@@ -188,16 +207,14 @@ def planned(
     """Context of the step of a config on a device that need not be there; yields it.
 
     precision: "fp32", "bf16" or "fp16". device: "cuda" or "cpu". teacher_width: D̂; None: as the
-    shards say or, where they are not on this machine, the student's width. Only the shapes of
-    weights and features matter. Towers are not compiled.
+    shards say or, where they are not on this machine, the student's width. Towers are not compiled.
     """
     # memory does not depend on steps, and the data to count may be elsewhere
-    steps = config.run.steps or 1 << 30
-    config = config.replaced(run={"compile": False, "steps": steps, "epochs": None})
+    count = config.run.steps or 1 << 30
+    config = config.replaced(run={"compile": False, "steps": count, "epochs": None})
     with torch.device("meta"):  # folding frozen parts makes new modules
-        model, frozen = shapes_of(config)
-        where = torch.device(device)
-        prepared = setup.prepare_model(model, frozen, [], config, precision, where)
+        shapes = setup.shapes_of(config)
+        prepared = setup.prepare_model(*shapes, [], config, precision, torch.device(device))
     teacher = _teacher(config, teacher_width) if config.loss.needs_teacher else None
     with fake_device([prepared.model, *prepared.folded.values()], device) as meter:
         for block in prepared.model.modules():
@@ -207,43 +224,20 @@ def planned(
         yield Step(config, prepared, meter, precision, teacher)
 
 
-def _teacher(config: Config, width: int | None) -> dict[str, Any]:
+def _teacher(config: Config, width: int | None) -> Mapping[str, Any]:
     """Returns what the loss needs to know of a teacher; `width` comes before the stamp's."""
     if width is None:
-        try:
-            return dict(data.teacher_stamp(config.data.sidecars))
-        except (UserError, OSError):
-            width = setup.width_of(config)
+        with contextlib.suppress(UserError, OSError):
+            return data.teacher_stamp(config.data.sidecars)
+        width = setup.width_of(config)
     return {"name": "a teacher", "width": width, "logit_scale": 100.0}
-
-
-def shapes_of(config: Config) -> tuple[nn.Module, list[str]]:
-    """Returns a run's model on the meta device, and the names of its frozen modules and parameters.
-
-    Nothing is downloaded: where a file of inherit.source is missing, the tensors of the original
-    model stand for it.
-    """
-    name, source = config.model.name, config.inherit.source
-    lora = config.model.model_dump()["lora"]
-    model = models.create(
-        name, device="meta", **model_options(config.model.model_dump(), config.loss.base)
-    )
-    frozen = list[str]()
-    if source is not None:
-        sources: list[Any] = [source] if isinstance(source, str) else list(source)
-        for index, file in enumerate(sources):
-            if file not in STATES and not Path(file).exists():
-                sources[index] = models.create(name, device="meta", simplified=False)
-        settings = config.inherit
-        frozen = inherit(model, sources, train=settings.train, blocks=settings.blocks).names
-    frozen, _ = add_lora(model, lora, frozen, config.inherit.train)
-    return model, frozen + freeze_zeros(model, config)
 
 
 def busiest_step(config: Config) -> int:
     """Returns the first step of a run, from 0, with the largest number of active loss terms."""
-    schedules, steps = config.loss.weights, config.run.steps
-    assert steps is not None  # epochs are steps by now
-    corners = corners_of(schedules.values(), steps)
-    numbers = sorted({at for corner in corners for at in (corner, corner + 1) if at < steps})
-    return max(numbers, key=lambda at: sum(each.at(at, steps) > 0 for each in schedules.values()))
+    weights, count = config.loss.weights.values(), config.run.steps
+    assert count is not None  # epochs are steps by now
+    corners = corners_of(weights, count)
+    # a weight may begin at 0
+    numbers = sorted(n for n in {*corners, *(n + 1 for n in corners)} if n < count)
+    return max(numbers, key=lambda number: sum(each.at(number, count) > 0 for each in weights))

@@ -30,10 +30,11 @@ from support.kernels.calls import (
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
+from triton.runtime import JITFunction
+
 import ptx
 from ptx.capture import Started
 from ptx.machine import Code, Variant
-from simplclip.kernels import runtime as launching
 from simplclip.kernels import tuning
 from simplclip.kernels.similarity.blocks import range_factor
 from simplclip.kernels.similarity.launch import _merge
@@ -120,7 +121,7 @@ def lines(calls: Iterable[tuple[str, str]], sm: int) -> set[str]:
         case = case_of(name, kind)
         with (
             mock.patch.object(tuning, "lookup", noted),
-            mock.patch.object(launching, "start", return_value=None),
+            mock.patch.object(JITFunction, "run", return_value=None),
             kernels_alone(name),
             ptx.card(sm, tf32=case.tf32),
         ):
