@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import Node
+from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from simplclip.kernels import runtime
@@ -116,11 +116,11 @@ class Recorder(Meter):
         self.hold(out)
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
         devices = {t.device.type for t in tensors}
+        starts = func.namespace == "aten" and not func.is_view and not name.startswith(NO_KERNEL)
         if "copy" in name and len(devices) > 1:
             self.started.append(Started("host", name))
-        elif func.namespace == "aten" and not func.is_view and "cuda" in devices:
-            if not name.startswith(NO_KERNEL) and any(t.numel() for t in tensors):
-                self.started.append(Started("torch", name))
+        elif starts and "cuda" in devices and any(t.numel() for t in tensors):
+            self.started.append(Started("torch", name))
         return out
 
 
@@ -164,7 +164,12 @@ def on_card(card: Card) -> Iterator[Recorder]:
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
+        # before it overwrites a saved tensor, an op asks if the graph is kept
+        keeps = (torch._C._autograd, "_get_current_graph_task_keep_graph")
+        stack.enter_context(mock.patch.object(*keeps, return_value=False, create=True))
         stack.enter_context(FakeTensorMode(allow_fallback_kernels=False))
+        # a saved tensor is packed into a list, which `backward` clears after its node has run
+        stack.enter_context(saved_tensors_hooks(lambda tensor: [tensor], _unpack))
         stack.enter_context(recorder)
         yield recorder
     forget_devices()
@@ -176,6 +181,14 @@ def forget_devices() -> None:
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()
+
+
+_unpacked: list[list[Tensor]] = []
+
+
+def _unpack(saved: list[Tensor]) -> Tensor:
+    _unpacked.append(saved)
+    return saved[0]
 
 
 @torch.no_grad()
@@ -201,6 +214,8 @@ def backward(
             continue
         is_python = isinstance(node, torch.autograd.function.BackwardCFunction)
         outputs = node.apply(*arrived) if is_python else node(*arrived)
+        while _unpacked:
+            _unpacked.pop().clear()
         outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
         if is_python:  # it has no edges for inputs that are no tensors
             outputs = [o for o, need in zip(outputs, node.needs_input_grad) if need]
