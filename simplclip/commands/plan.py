@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -27,7 +28,8 @@ SMALL_MICRO_BATCH = 256  # if none is configured
 RATE, WORKERS = 300, 16  # images a second that a loader's worker decodes; the most workers
 EPOCHS = 10  # of a run, if the config has neither steps nor epochs
 ASSUMED = (
-    "800 MiB for the driver, torch's libraries, cuBLAS and cuDNN; 4% of the rest lost",
+    "800 MiB for the driver, torch's libraries, cuBLAS and cuDNN",
+    "4% of the rest is lost by the allocator",
     "no compiled towers; nothing was measured on a GPU (docs/plan.md)",
 )
 
@@ -78,7 +80,7 @@ def plan(
     that fit.
     """
     from simplclip.models.model_names import check_name
-    from simplclip.plan.cards import CARDS, named, parse_memory
+    from simplclip.plan.cards import CARDS
     from simplclip.train import config as configs
 
     if (memory is None) == (cards is None):
@@ -178,17 +180,17 @@ def lines_of(
     from simplclip.plan.search import usable
 
     yield f"{card or 'a GPU'}: {usable(memory) / GIB:.2f} of {memory / GIB:.2f} GiB are usable\n"
-    head = f"{'step':<28}{'pairs':>9}{'at a time':>11}{'GiB':>8}  fits"
+    head = f"{'step':<27}{'pairs':>9}{'at a time':>10}{'GiB':>8}  fits"
     yield head + (f"{'ms':>10}{'images/s':>10}" if card else "")
     for each in rows_of(step, config, memory):
         row = values_of(*each, memory, card)
         if not row["batch_size"]:
-            yield f"{row['what']:<28}{'0':>9}"
+            yield f"{row['what']:<27}{'0':>9}"
             continue
         pairs = f"{row['batch_size']:,}{'+' if row['at_least'] else ''}"
         at_a_time = f"{row['micro_batch']:,}" if row["micro_batch"] else "all"
         fits = "yes" if row["fits"] else "no"
-        line = f"{row['what']:<28}{pairs:>9}{at_a_time:>11}{row['peak'] / GIB:>8.2f}  {fits:<4}"
+        line = f"{row['what']:<27}{pairs:>9}{at_a_time:>10}{row['peak'] / GIB:>8.2f}  {fits:<4}"
         if card:
             line += f"{row['ms']:>10,.0f}{row['images_per_s']:>10,.0f}"
         yield line.rstrip()
@@ -305,3 +307,38 @@ def parse_count(text: str | None) -> int | None:
     if count < 1:
         raise InputError(f"--pairs: expected a number of pairs such as 12.4M, got {text!r}")
     return count
+
+
+def named(text: str) -> str | None:
+    """Returns the key of CARDS that `text` names, or None if there is none.
+
+    `text` is such as "RTX 3090", "3090" or "4060 Ti 16GB", in any case.
+    """
+    from simplclip.plan.cards import CARDS
+
+    name = re.sub(r"[\s_]+", "-", text.strip().lower())
+    for card in (name, f"rtx-{name}"):
+        if card in CARDS:
+            return card
+        short, _, size = card.rpartition("-")
+        if short in CARDS and size == f"{CARDS[short].memory}gb":
+            return short
+    return None
+
+
+def parse_memory(text: str) -> int:
+    """Returns the bytes of a size such as "24GiB", or of a card. Raises InputError, of --card.
+
+    "24GB" means "24GiB": the memory of cards is counted in powers of two, though vendors write GB.
+    """
+    from simplclip.plan.cards import CARDS, GIB
+
+    if (card := named(text)) is not None:
+        return CARDS[card].memory * GIB
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])I?B", text.strip().upper())
+    if not match or not float(match[1]):
+        raise InputError(
+            f"--card: expected one of {', '.join(CARDS)}, or a size of memory such as 24GiB, got "
+            f"{text!r}"
+        )
+    return int(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[match[2]])

@@ -96,21 +96,29 @@ def train(
 def predict_micro_batch(config: Config) -> Config:
     """Returns the config with a predicted data.micro_batch in place of auto, where no GPU measures
     it: without a GPU, and with several ranks.
+
+    These share data.batch_size; the texts that a rank gets from the others are not counted. Raises
+    ConfigError if not even one pair at a time fits.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if config.data.micro_batch != "auto":
         return config
-    from simplclip.common.hardware import pick_device
+    from simplclip.common import hardware
 
-    device = pick_device(config.run.device)
+    device = hardware.pick_device(config.run.device)
     if device.type == "cuda" and ranks == 1:
         return config
-    from simplclip.plan.search import largest_micro_batch
+    from simplclip.plan.search import fitting
+    from simplclip.plan.step import planned
 
-    size = largest_micro_batch(config, device, ranks)
+    size = config.data.batch_size // ranks
+    share = config.replaced(data={"batch_size": size, "micro_batch": None})
+    precision, _ = hardware.pick_precision(config.run.precision, device)
+    with planned(share, precision, device.type) as step:
+        micro = fitting(step, size, hardware.total_memory(device)).micro_batch
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(f"memory     data.micro_batch = {size or 'null'} fits, by simplclip plan")
-    return config.replaced(data={"micro_batch": size})
+        typer.echo(f"memory     data.micro_batch = {micro or 'null'} fits, by simplclip plan")
+    return config.replaced(data={"micro_batch": micro})
 
 
 def check(config: Config, resume: bool) -> None:

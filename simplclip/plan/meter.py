@@ -181,8 +181,9 @@ def fake_device(modules: Iterable[nn.Module], device: str) -> Iterator[Meter]:
             stack.enter_context(mock.patch.object(*patch))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # optimizers compile
         stack.enter_context(FakeTensorMode(allow_fallback_kernels=False))
-        for module in {inner for outer in modules for inner in outer.modules()}:
-            for table in (module._parameters, module._buffers):
+        for part in {inner for outer in modules for inner in outer.modules()}:
+            tables: list[dict[str, Any]] = [part._parameters, part._buffers]
+            for table in tables:
                 stack.enter_context(mock.patch.dict(table))
                 for name, tensor in table.items():
                     if tensor is not None and tensor not in fakes:

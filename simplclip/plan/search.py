@@ -1,15 +1,12 @@
-"""Searches a plan's largest batches, and the largest micro-batch."""
+"""Searches the largest batches and micro-batches that fit."""
 
 from __future__ import annotations
 
 import math
 
-import torch
-
-from simplclip.common import hardware
 from simplclip.plan.cards import GIB
-from simplclip.plan.step import Row, Step, planned
-from simplclip.train.config import Config, ConfigError
+from simplclip.plan.step import Row, Step
+from simplclip.train.config import ConfigError
 
 MOST_PAIRS = 1 << 16  # of a largest batch; CLIP was trained with 32,768
 # What is assumed to be taken of a device's memory: by the driver and torch's libraries, by cuBLAS
@@ -65,16 +62,3 @@ def fitting(step: Step, size: int, memory: int) -> Row:
             f"takes {whole.peak / GIB:.2f} GiB, and does not fit one pair at a time"
         )
     return row
-
-
-def largest_micro_batch(config: Config, device: torch.device, ranks: int = 1) -> int | None:
-    """Returns the largest data.micro_batch that fits on a device, None for the whole batch.
-
-    ranks: the number of ranks, which share data.batch_size; the texts that a rank gets from the
-    others are not counted. Nothing runs on the device. Raises ConfigError as `fitting`.
-    """
-    precision, _ = hardware.pick_precision(config.run.precision, device)
-    size = config.data.batch_size // ranks
-    share = config.replaced(data={"batch_size": size, "micro_batch": None})
-    with planned(share, precision, device.type) as step:
-        return fitting(step, size, hardware.total_memory(device)).micro_batch

@@ -61,7 +61,7 @@ class Step:
         modules = [self.model, *prepared.folded.values()]
         with meter:
             meter.hold([(*module.parameters(), *module.buffers()) for module in modules])
-            device = torch.device(meter.device, 0 if meter.device == "cuda" else None)
+            device = torch.device("cuda:0" if meter.device == "cuda" else "cpu")
             self._state = setup.make_state(
                 config, device, precision, prepared=prepared, teacher=teacher
             )
@@ -133,7 +133,7 @@ class Step:
         data = self.config.data
         model: Any = self.model
         tokens = (model if hasattr(model, "context_length") else model.text).context_length
-        if cropped:
+        if cropped and data.mean_tokens is not None:
             tokens = min(tokens, math.ceil(data.mean_tokens * 9 / 8 + 8))
         frozen: dict[bool, int] = {}  # bytes of the end of a tower's frozen beginning
 
@@ -220,7 +220,7 @@ def planned(
         for block in prepared.model.modules():
             if isinstance(block, SimplifiedBlock) and block.recompute:
                 block.recompute = False
-                block.forward = partial(meter.checkpoint, block.forward)
+                vars(block)["forward"] = partial(meter.checkpoint, block.forward)
         yield Step(config, prepared, meter, precision, teacher)
 
 

@@ -158,6 +158,14 @@ def on_card(card: Card) -> Iterator[Recorder]:
             lambda kernel, *args, **options: recorder.launch(kernel, *args, **options),
         ),
     ]
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
+        plain = torch.addmm
+
+        def addmm(*args: Tensor, out_dtype: Any = None, **options: Any) -> Tensor:
+            """Torch's, whose fake fails with `out_dtype`."""
+            return plain(*args, **options) if out_dtype is None else options["out"]
+
+        patches.append((torch, "addmm", addmm))
     if backends.cuda_extension is not None:
         patches.append((backends.cuda_extension, "binary_version", lambda index: 1))
     forget_devices()
