@@ -141,7 +141,7 @@ sanitize: install  ## random calls of the CPU kernels under ASan, UBSan, TSan; C
 test-gpu: install  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-plan: install  ## hours of a run on a card, predicted; writes benchmarks/results
+plan: install  ## hours of a run on a card and costs of fine-tuning, predicted; prints the tables
 	$(BIN)/python -m benchmarks.plan
 
 bench: install  ## microbenchmarks on this CPU; writes benchmarks/results
@@ -156,7 +156,7 @@ aot: install  ## compile all GPU kernels for all architectures; fails on a spill
 	PYTHONPATH=tests $(BIN)/python -m gates $(AOT)
 
 # Runs in a copy of the tracked files, so that the extensions for two versions of torch do not mix. The trainer and its data are tested with the newest torch alone.
-OPS_TESTS := tests/ops tests/kernels tests/losses tests/plan/test_token_traces.py tests/package/test_build.py
+OPS_TESTS := tests/ops tests/kernels tests/losses tests/package/test_build.py
 OLDEST_TORCH = $(shell sed -nE 's/^ *"torch>=([0-9.]+)".*/\1/p' pyproject.toml | sort -V | head -n 1)
 
 $(OLDEST)/.installed: pyproject.toml

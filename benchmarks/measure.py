@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from simplclip.plan.actual import cpu_peak_bytes
+from simplclip.common.hardware import cpu_peak_bytes
 
 BASE = "simplclip"  # the form by whose time the others' times are divided
 PASSES = {False: "forward", True: "forward + backward"}

@@ -66,18 +66,13 @@ def product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
         torch.mm(left, right, out=out, **wide)
 
 
-def start(kernel: Any, programs: int, args: tuple, options: dict[str, Any]) -> Any:
-    """Starts a Triton kernel with a grid of `programs`; returns the compiled kernel."""
-    return kernel[(programs,)](*args, **options)
-
-
 def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-    """Starts a Triton kernel with these arguments and options, num_warps etc. among the latter.
+    """Starts a Triton kernel with a grid of `programs`, its arguments and options (num_warps etc.).
 
     Warns, once per kernel, if the compiler spilled registers: with the versions of Triton of the
     gates (make aot) no kernel spills, with others it may.
     """
-    compiled = start(kernel, programs, args, {**options, **COMPILE})
+    compiled = kernel[(programs,)](*args, **{**options, **COMPILE})
     if getattr(compiled, "n_spills", 0):
         _warn(compiled.name, compiled.n_spills, compiled.metadata.target.arch)
 

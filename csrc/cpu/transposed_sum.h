@@ -2,7 +2,7 @@
 #pragma once
 
 #include "instruction_set.h"
-#include "../scratch.h"
+#include "../layout.h"
 #include "tensors.h"
 
 namespace simplclip {
@@ -11,10 +11,10 @@ class TransposedSum {
  public:
   // The sum has the shape and dtype of `like`, or no rows if it is not `needed`. `in_float`: sums several products of half
   // types in float32.
-  TransposedSum(const Tensor& like, bool needed, bool in_float, Scratch& scratch)
+  TransposedSum(const Tensor& like, bool needed, bool in_float)
       : needed_(needed), in_float_(needed && in_float),
         out_(allocate(like, {needed ? like.size(0) : 0, like.size(1)})) {
-    if (in_float_) sum_ = scratch.take(out_, {out_.size(0), out_.size(1)}, ScalarType::Float);
+    if (in_float_) sum_ = allocate(out_, {out_.size(0), out_.size(1)}, ScalarType::Float);
   }
 
   // With a sum in float32, the latest product stays in out_ until the next one, or result(), which adds and rounds in one pass.

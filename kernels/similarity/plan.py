@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -76,11 +76,6 @@ def column_slots(call: SimilarityCall) -> int:
     return 5 if call.has_teacher else 2
 
 
-def first_rows(size: int, step: int) -> Iterable[int]:
-    """Returns the first rows of chunks of `step` of the rows 0..size - 1."""
-    return range(0, size, step)
-
-
 class Sweep(NamedTuple):
     """A range of rows whose statistics one launch of forward computes."""
 
@@ -111,7 +106,7 @@ def sweeps(call: SimilarityCall, tile: tuning.Tile) -> Iterator[Sweep]:
     half = cache_bytes(call.image) // 2
     # a driver may report no cache
     least = -(-slots * tile.block_m * row_bytes // half) if half else 1
-    for first in first_rows(n, blocks * tile.block_m):
+    for first in range(0, n, blocks * tile.block_m):
         count = min(n - first, blocks * tile.block_m)
         row_blocks = -(-count // tile.block_m)
         yield Sweep(first, count, row_blocks, *splits(row_blocks, tiles, slots, least))
@@ -155,6 +150,6 @@ def block_sides(n: int, m: int, elements: int, width: int, processors: int) -> t
 
 def blocks_of(n: int, m: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
     """Yields (row slice, column slice) of each block of an n x m matrix, by rows of blocks."""
-    for row in first_rows(n, rows):
-        for column in first_rows(m, columns):
+    for row in range(0, n, rows):
+        for column in range(0, m, columns):
             yield slice(row, min(n, row + rows)), slice(column, min(m, column + columns))

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 from typing import Annotated, Any
 
 import typer
 
 from simplclip.commands.app import app
-from simplclip.commands.plan import read_planned_config
-from simplclip.common.errors import InputError
 
 FIRST_HOUR = (  # docs/first-hour.md
     "simplclip doctor --why        lists the backend of each op, and why no other runs",
@@ -29,78 +25,12 @@ def doctor(
         bool, typer.Option("--why", help="List the backend of each op, and why no other runs it.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    compile_: Annotated[
-        str | None,
-        typer.Option(
-            "--compile",
-            metavar="CONFIG",
-            help="Instead of a report, compile the Triton kernels of training into Triton's cache. "
-            "CONFIG: as in plan, or a run's folder.",
-        ),
-    ] = None,
-    card: Annotated[
-        str | None,
-        typer.Option(help="With --compile: the card, rtx-3090 or a100-40 ...; no GPU is needed."),
-    ] = None,
 ) -> None:
     """Print versions, CPU, GPU, and which backends run the ops on this machine."""
-    if compile_ is not None:
-        if why or as_json:
-            raise InputError("--compile: expected neither --why nor --json, got one of them")
-        typer.echo(compile_kernels(compile_, card))
-        return
-    if card is not None:
-        raise InputError(f"--card: expected --compile CONFIG beside it, got {card!r} alone")
     from simplclip.ops.report import report
 
     machine = report()
     typer.echo(json.dumps(machine, indent=2) if as_json else render(machine, why))
-
-
-def compile_kernels(source: str, card: str | None) -> str:
-    """Compiles the Triton kernels of a config's training steps; returns a line about them."""
-    from simplclip.models.naming import check_name
-    from simplclip.plan.cards import CARDS, GIB, named
-    from simplclip.train import config as configs
-
-    began = time.monotonic()
-    path = os.path.join(source, "config.yaml") if os.path.isdir(source) else source
-    values = configs.from_dict(read_planned_config(path))
-    check_name(values.model.name, "model.name")
-    name = None if card is None else named(card)
-    cards = [name for name, each in CARDS.items() if each.triton]
-    if card is not None and name not in cards:
-        raise InputError(f"--card: expected one of {', '.join(cards)}, got {card!r}")
-    import torch
-
-    from simplclip.ops import backends
-
-    device = torch.device("cuda", 0)
-    capability = backends.capability(device)
-    if name is None and capability is None:
-        raise InputError("--card: expected a card, since this machine has no GPU, got none")
-    if not backends.installed("triton"):
-        raise InputError("--compile: expected the package triton, which is not installed")
-    import triton
-
-    from simplclip.common.progress import Progress, duration
-    from simplclip.plan.compile import compile_launches, forms_of
-    from simplclip.plan.search import Budget, Planner
-
-    if name is not None:
-        budget = Budget(CARDS[name].memory * GIB)
-        architecture = CARDS[name].architecture
-    elif capability is not None:
-        budget = Budget.of(device)
-        architecture = 10 * capability[0] + capability[1]
-    forms = forms_of(Planner(values, budget, card=name).launches())
-    with Progress("compile", len(forms), unit="kernels") as progress:
-        count, found = compile_launches(forms, architecture, progress.update)
-    return (
-        f"{count} kernels of {values.model.name} for sm_{architecture} in "
-        f"{triton.knobs.cache.dir}, {found} of which were there; "
-        f"{duration(time.monotonic() - began)}"
-    )
 
 
 def render(machine: dict[str, Any], why: bool = False) -> str:

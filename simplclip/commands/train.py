@@ -17,8 +17,6 @@ from simplclip.commands.options import Overrides, check_data, fail
 from simplclip.common.errors import InputError, UserError
 
 if TYPE_CHECKING:
-    import torch
-
     from simplclip.train.config import Config
 
 
@@ -86,7 +84,7 @@ def train(
     from simplclip.train import Interrupted, TrainingError, run
 
     try:
-        run(values, resume=resume, largest_micro_batch=_largest_micro_batch)
+        run(predict_micro_batch(values), resume=resume)
     except Interrupted as stop:
         fail(str(stop), 130)
     except TrainingError as error:
@@ -95,11 +93,32 @@ def train(
         fail(str(error), 1)
 
 
-def _largest_micro_batch(config: Config, device: torch.device, ranks: int) -> int | None:
-    """As plan's function of this name; it is imported only for data.micro_batch=auto."""
-    from simplclip.plan.search import largest_micro_batch
+def predict_micro_batch(config: Config) -> Config:
+    """Returns the config with a predicted data.micro_batch in place of auto, where no GPU measures
+    it: without a GPU, and with several ranks.
 
-    return largest_micro_batch(config, device, ranks)
+    These share data.batch_size; the texts that a rank gets from the others are not counted. Raises
+    ConfigError if not even one pair at a time fits.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.data.micro_batch != "auto":
+        return config
+    from simplclip.common import hardware
+
+    device = hardware.pick_device(config.run.device)
+    if device.type == "cuda" and ranks == 1:
+        return config
+    from simplclip.plan.search import fitting
+    from simplclip.plan.step import planned
+
+    size = config.data.batch_size // ranks
+    share = config.replaced(data={"batch_size": size, "micro_batch": None})
+    precision, _ = hardware.pick_precision(config.run.precision, device)
+    with planned(share, precision, device.type) as step:
+        micro = fitting(step, size, hardware.total_memory(device)).micro_batch
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"memory     data.micro_batch = {micro or 'null'} fits, by simplclip plan")
+    return config.replaced(data={"micro_batch": micro})
 
 
 def check(config: Config, resume: bool) -> None:

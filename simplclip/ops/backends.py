@@ -18,7 +18,6 @@ import graphlib
 import importlib.util
 import itertools
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from operator import attrgetter
@@ -170,14 +169,11 @@ def native(name: str, call_type: type, returns: str, empty: Callable) -> Any:
 
     name: the method's, and the backend's after an underscore. call_type: the dataclass of its call,
     whose fields are the arguments. returns: the result types in the schema. empty(call): makes its
-    results for fake tensors, uninitialised. Also registers `simplclip::name_workspace`, which
-    returns the bytes that the op allocates besides its results, for meta tensors.
+    results for fake tensors, uninitialised.
     """
     # C++ runs with numbers, never traced
     arguments = schema_of(call_type).replace("SymInt", "int")
-    unwritten = re.sub(r"\(\w!\)", "", arguments)
     library.define(f"{name}({arguments}) -> {returns}")
-    library.define(f"{name}_workspace({unwritten}) -> int")
     torch.library.register_fake(
         f"simplclip::{name}", lambda *fields: empty(call_type(*fields)), lib=library
     )

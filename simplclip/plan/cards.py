@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-
-from simplclip.common.errors import InputError
 
 GIB = 2**30
 
@@ -57,34 +54,3 @@ CARDS = {
     "h100": Card(80, 90, 132, 3352, 50, 989.4, 494.7, 66.9),
     "h200": Card(140, 90, 132, 4800, 50, 989.4, 494.7, 66.9),
 }
-
-
-def named(text: str) -> str | None:
-    """Returns the key of CARDS that `text` names, or None if there is none.
-
-    `text` is such as "RTX 3090", "3090" or "4060 Ti 16GB", in any case.
-    """
-    name = re.sub(r"[\s_]+", "-", text.strip().lower())
-    for card in (name, f"rtx-{name}"):
-        if card in CARDS:
-            return card
-        short, _, size = card.rpartition("-")
-        if short in CARDS and size == f"{CARDS[short].memory}gb":
-            return short
-    return None
-
-
-def parse_memory(text: str) -> int:
-    """Returns the bytes of a size such as "24GiB", or of a card. Raises InputError, of --card.
-
-    "24GB" means "24GiB": the memory of cards is counted in powers of two, though vendors write GB.
-    """
-    if (card := named(text)) is not None:
-        return CARDS[card].memory * GIB
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])I?B", text.strip().upper())
-    if not match or not float(match[1]):
-        raise InputError(
-            f"--card: expected one of {', '.join(CARDS)}, or a size of memory such as 24GiB, got "
-            f"{text!r}"
-        )
-    return int(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[match[2]])

@@ -1,346 +1,243 @@
-"""The step that a plan runs, on fake or real tensors: a step of our trainer, by the functions of
-simplclip.train.
+"""A training step on fake tensors: what it keeps and does, from a forward pass of the trainer's own
+functions at two sizes, between which all is a line.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from open_clip.utils import to_2tuple
 from torch import Tensor, nn
 
-from simplclip import data, models
-from simplclip.common.errors import UserError
-from simplclip.models.crop import TextCrop
-from simplclip.models.inherit import inherit
-from simplclip.models.lora import add_lora
-from simplclip.models.packaged import STATES
-from simplclip.models.trained import model_options
+from simplclip import data, gradient_cache
+from simplclip.common.errors import InputError, UserError
+from simplclip.models.inherit import frozen_modules
+from simplclip.nn import SimplifiedBlock
+from simplclip.ops.similarity.chunks import SCRATCH_BYTES_ELSEWHERE
+from simplclip.plan.meter import Meter, Work, fake_device
 from simplclip.train import setup
 from simplclip.train import step as steps
-from simplclip.train.beginning import Beginning
 from simplclip.train.config import Config, corners_of
-from simplclip.train.objective import Objective
-from simplclip.train.rates import freeze_zeros
 
-Batch = dict[Any, Any]
-Encode = Callable[[Batch], Tensor]
-CPU = torch.device("cpu")
+FEW, MANY = 128, 512  # pairs of the two passes
 
 
-class Observer(Protocol):
-    """What counts the memory of a step, see count.Counter."""
+class Pass(NamedTuple):
+    """A forward pass. Sizes are bytes beside the state of the training."""
 
-    def during(self, kind: str) -> AbstractContextManager:
-        """Returns a context in which allocations are of a kind."""
-
-    def hold(self, tensors: object, kind: str, instead_of: tuple[str, ...]) -> None:
-        """Makes tensors that are of one of the kinds `instead_of` of another kind."""
-
-    def set_repeats(self, times: int) -> None:
-        """Makes each kernel that starts from now on stand for `times` runs."""
+    kept: int  # when it ends, for backward
+    peak: int  # while it or the beginning of its backward runs
+    works: list[Work]
 
 
-class Step(Protocol):
-    """What `predict` runs.
+class Row(NamedTuple):
+    """A step of a plan. micro_batch: None: the whole batch. peak: bytes of torch's allocator."""
 
-    The modules get tensors on a device, then `place` makes all else there, then `run` runs.
-    """
-
-    modules: list[nn.Module]  # all that have weights; `place` may add some
-    averages: list[Tensor]  # copies of weights, made by `place`
-    optimizer: torch.optim.Optimizer  # made by `place`
-
-    def place(self, device: torch.device, observer: Observer | None) -> None:
-        """Makes optimizer, averages and all else that `run` needs on `device`, as attributes.
-
-        The tensors of `modules` are there already. observer: is told of "activations" and "loss",
-        and of micro-batches that stand for several; None: every micro-batch runs.
-        """
-
-    def batches(self, real: bool) -> list[Batch]:
-        """Returns the micro-batches of one step, in the host's memory.
-
-        real: whether they have values, to run on a device; otherwise only shapes matter, and one
-        may stand for several.
-        """
-
-    def run(self, batches: list[Batch]) -> object:
-        """Runs one training step, with an update of the weights."""
+    batch_size: int
+    micro_batch: int | None
+    peak: int
+    works: list[Work]
 
 
-class TrainerStep:
-    """A step of `simplclip train`: config.data.batch_size images, by gradient caching if
-    config.data has a micro_batch.
-
-    teacher_width: D̂; None: as the shards say. Only the shapes of weights and features matter:
-    where the shards are not on this machine, the student's width is assumed. `assumed` says so.
-    memory: bytes of the device; None: as of this machine's. device: on which the step is placed,
-    for the layout.
-    """
+class Step:
+    """The step of a config on a device, in the context `planned`; `model`: the model."""
 
     def __init__(
-        self,
-        config: Config,
-        precision: str,
-        teacher_width: int | None = None,
-        memory: int | None = None,
-        device: torch.device = CPU,
+        self, config: Config, prepared: Any, meter: Meter, precision: str, teacher: Any
     ) -> None:
-        """Makes the model of the config on the meta device, prepared for training.
+        """Makes the state of the training, and counts it and an update.
 
-        precision: "fp32", "bf16" or "fp16". The other arguments are in the docstring of the class.
+        prepared, precision, teacher: as of setup.make_state.
         """
-        self.memory = memory
-        self.assumed = list[str]()
-        if config.run.compile is True:
-            self.assumed.append("the memory of towers that are not compiled")
-        config = config.replaced(run={"compile": False})
-        self.config, self.precision = config, precision
-        self.number = busiest_step(config)  # which step of the run
-        with torch.device("meta"):  # folding frozen parts makes new modules
-            self.prepared = setup.prepare_model(*shapes_of(config), [], config, device)
-        self.modules: list[nn.Module] = [self.prepared.model, *self.prepared.folded.values()]
-        self.teacher = self._teacher(teacher_width) if config.loss.needs_teacher else None
-        mean = config.data.mean_tokens
-        if mean is not None and self.prepared.crop:
-            self.assumed.append(
-                f"in one graph, texts of {mean:g} tokens, and an eighth and 8 more, which groups "
-                "of lengths add"
+        self.config, self.model, self._meter = config, prepared.model, meter
+        # texts are computed at their length
+        self._crops = prepared.crop is not None and config.data.mean_tokens is not None
+        modules = [self.model, *prepared.folded.values()]
+        with meter:
+            meter.hold([(*module.parameters(), *module.buffers()) for module in modules])
+            device = torch.device("cuda:0" if meter.device == "cuda" else "cpu")
+            self._state = setup.make_state(
+                config, device, precision, prepared=prepared, teacher=teacher
             )
-        elif mean is not None:
-            self.assumed.append(
-                "texts of full length, whatever data.mean_tokens, since this model's texts cannot "
-                "be cropped"
-            )
+            self._state.step = busiest_step(config)
+            optimizer = self._state.optimizer
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
+            meter.start()
+            optimizer.step()
+            self._update = Pass(0, meter.peak, meter.works)
+            optimizer.zero_grad(set_to_none=True)
+        self._bytes = meter.live  # of weights, averages and the optimizer's moments
+        visual = {id(parameter) for parameter in self.model.visual.parameters()}
+        self._text_gradients = sum(p.nbytes for p in trained if id(p) not in visual)
 
-    def _teacher(self, width: int | None) -> dict[str, Any]:
-        """Returns what the loss needs to know of a teacher; `width` comes before the stamp's."""
-        if width is None:
-            try:
-                return data.teacher_stamp(self.config.data.sidecars)
-            except (UserError, OSError) as error:
-                width = setup.width_of(self.config)
-                self.assumed.append(
-                    f"a teacher of the student's width, {width} (--teacher-width): {error}"
-                )
-        return {"name": "a teacher", "width": width, "logit_scale": 100.0}
+    @functools.cached_property
+    def cacheable(self) -> bool:
+        """Whether the model allows gradient caching."""
+        with contextlib.suppress(InputError):
+            gradient_cache.check(self.model)
+            return True
+        return False
 
-    def place(self, device: torch.device, observer: Observer | None) -> None:
-        """Makes the training state on `device`; see `Step.place`."""
-        self.observer = observer
-        crop = self.prepared.crop
-        if crop is not None:  # all texts have one length
-            crop.undo()
-            crop = TextCrop(self.prepared.model, 1, 1) if self.tokens else None
-        prepared = replace(self.prepared, crop=crop)
-        self.state = setup.make_state(
-            self.config, device, self.precision, prepared=prepared, teacher=self.teacher
-        )
-        # an enabled one reads values of tensors
-        self.state.scaler = torch.amp.GradScaler(device.type, enabled=False)
-        self.state.step = self.number
-        self.optimizer = self.state.optimizer
-        self.modules = [prepared.model, *prepared.folded.values(), self.state.objective.loss]
-        self.averages = list(self.state.ema.averages.values()) if self.state.ema else []
-        steps.keep_frozen(self.state, self.memory)
-        if observer:
-            self.state.objective = _Objective(self.state.objective, observer)
-            self.state.wrappers = {tower: _Tower(observer) for tower in ("image", "text")}
+    def row(self, pairs: int, micro: int | None, memory: int) -> Row:
+        """Predicts a step of so many pairs, `micro` at a time.
 
-    def run(self, batches: list[Batch]) -> None:
-        """Runs one step of the trainer on the state that `place` made; updates its weights."""
-        if self.observer:
-            self._skip_micro_batches(batches, self.observer)
-        steps.train_step(self.state, batches)
-
-    def _skip_micro_batches(self, batches: list[Batch], observer: Observer) -> None:
-        """Leaves out the micro-batches between the first and the last in both towers."""
-        beginnings = self.state.beginnings
-        for tower in ("image", "text"):
-            found = beginnings.get(tower)
-            beginnings[tower] = FewMicroBatches(tower, batches, found, observer)
-
-    @property
-    def tokens(self) -> int | None:
-        """The number of tokens of each text; None: the model's context length.
-
-        One graph keeps all texts, so that their mean length counts. Rounding and groups of lengths
-        add less than an eighth and 8 tokens for captions like COCO's and CC12M's. A micro-batch is
-        filled up to as many tokens as padded texts have.
+        memory: the device's bytes, of which gradient caching may fill a part with outputs of
+        frozen beginnings.
         """
-        config = self.config.data
-        if self.prepared.crop is None or config.mean_tokens is None:
-            return None
-        if config.micro_batch is not None:
-            return None
-        return math.ceil(config.mean_tokens * 9 / 8 + 8)
+        encoded, frozen_bytes = self._encode(micro or pairs, cropped=micro is None and self._crops)
+        loss, features = self._loss(pairs)
+        peak, works = max(encoded.peak, encoded.kept + loss.peak), []
+        if micro is not None:
+            kept = (pairs - micro) * frozen_bytes
+            kept *= kept <= memory / steps.KEPT_SHARE
+            # all but the last micro-batch are encoded without autograd first; what is frozen, once
+            others = pairs // micro - 1
+            works = [work._replace(runs=0, times=others) for work in encoded.works]
+            works += [w._replace(times=others) for w in encoded.works if w.runs or not kept]
+            # when a micro-batch is encoded again there are gradients of features and of texts
+            again = (encoded.kept if kept else encoded.peak) + features + self._text_gradients
+            peak = round(kept) + features + max(peak, again)
+        works += [*encoded.works, *loss.works, *self._update.works]
+        return Row(pairs, micro, max(self._bytes + peak, self._update.peak), works)
 
-    def batches(self, real: bool) -> list[Batch]:
-        """Returns the micro-batches of a step, on the CPU or, unless `real`, on the meta device."""
-        size = self.config.data.images_at_a_time
-        count = self.config.data.batch_size // size
-        sizes = [size] * count
-        if not real and count >= 4:  # those between the first and the last need not run
-            sizes = [size, (count - 2) * size, size]
-        return [self._batch(images, real) for images in sizes]
+    def _encode(self, pairs: int, cropped: bool) -> tuple[Pass, float]:
+        """Returns the pass of both towers, and the bytes of a pair after frozen beginnings."""
+        few, many = self._passes(cropped)
+        share = (pairs - FEW) / (MANY - FEW)
 
-    def _batch(self, size: int, real: bool) -> Batch:
-        """Returns a batch as the loader gives it; texts are [size, L], or [size, k, L]."""
-        k, model = self.config.data.captions_per_image, self.prepared.model
-        captions = (k,) if k > 1 else ()
-        with torch.device("cpu" if real else "meta"):
-            image, text = inputs(self.config.model.name, model, size, k, real, self.tokens)
-            batch = {
-                "image": image,
-                "text": text.unflatten(0, (size, *captions)),
-                "group": torch.arange(size),
-            }
-            if self.teacher:
-                width = self.teacher["width"]
-                batch["teacher_image"] = torch.ones(size, width, dtype=torch.float16)
-                batch["teacher_text"] = torch.ones(size, *captions, width, dtype=torch.float16)
-        return batch
+        def between(a: float, b: float) -> float:
+            return a + share * (b - a)
+
+        works = [
+            a._replace(flops=between(a.flops, b.flops), bytes=between(a.bytes, b.bytes))
+            for a, b in zip(few[0].works, many[0].works, strict=True)
+        ]
+        kept, peak = (round(between(*sizes)) for sizes in zip(few[0][:2], many[0][:2]))
+        return Pass(kept, peak, works), many[1] / MANY
+
+    @functools.cache  # noqa: B019 (a step lives as long as a plan)
+    def _passes(self, cropped: bool) -> list[tuple[Pass, int]]:
+        """Returns the passes of both towers, and bytes of frozen outputs, at FEW and MANY pairs.
+
+        Texts have all tokens or, if `cropped`, as many as on average; rounding and groups of
+        lengths add less than an eighth and 8 tokens for captions like COCO's and CC12M's.
+        """
+        data = self.config.data
+        model: Any = self.model
+        tokens = (model if hasattr(model, "context_length") else model.text).context_length
+        if cropped and data.mean_tokens is not None:
+            tokens = min(tokens, math.ceil(data.mean_tokens * 9 / 8 + 8))
+        frozen: dict[bool, int] = {}  # bytes of the end of a tower's frozen beginning
+
+        def note(in_image: bool, module: nn.Module, inputs: object, output: Any) -> None:
+            if isinstance(output, Tensor) and not output.requires_grad:
+                frozen[in_image] = output.nbytes
+
+        hooks = [
+            module.register_forward_hook(partial(note, name.startswith("visual")))
+            for name, module in frozen_modules(model)
+            if self.config.run.keep_frozen and not isinstance(module, nn.Embedding)
+        ]
+        passes = []
+        for pairs in (FEW, MANY):
+            side = to_2tuple(model.visual.image_size)
+            images = {"image": torch.empty(pairs, 3, *side, dtype=torch.uint8)}
+            texts = {"text": torch.zeros(pairs, data.captions_per_image, tokens, dtype=torch.int64)}
+
+            encode = partial(self._features, images, texts)
+            passes.append((self._measured(encode), sum(frozen.values())))
+        for hook in hooks:
+            hook.remove()
+        return passes
+
+    def _features(self, images: dict[str, Tensor], texts: dict[str, Tensor]) -> list[Tensor]:
+        """Returns the features of texts and images, in the trainer's order."""
+        features = [
+            steps.encode_text(self._state, texts),
+            steps.encode_image(self._state, images),
+        ]
+        self._like = [each.new_empty(0, each.shape[1]) for each in features]
+        return features
+
+    @functools.cache  # noqa: B019
+    def _loss(self, pairs: int) -> tuple[Pass, int]:
+        """Returns the pass of a loss over features that are given, and their bytes."""
+        captions = self.config.data.captions_per_image
+        batch: dict[str, Tensor] = {"group": torch.arange(pairs)}
+        if self._state.teacher:
+            width = self._state.teacher["width"]
+            batch["teacher_image"] = torch.empty(pairs, width, dtype=torch.float16)
+            batch["teacher_text"] = torch.empty(pairs, captions, width, dtype=torch.float16)
+        with self._meter:
+            text, image = (
+                like.new_empty(rows, like.shape[1]).requires_grad_()
+                for like, rows in zip(self._like, (pairs * captions, pairs))
+            )
+        result = self._measured(lambda: steps.compute_losses(self._state, [batch], image, text))
+        # backward has a chunk of a matrix of similarities
+        chunk = min(SCRATCH_BYTES_ELSEWHERE, 2 * pairs * pairs * captions)
+        result = result._replace(peak=max(result.peak, result.kept + chunk))
+        return result, image.nbytes + text.nbytes
+
+    def _measured(self, run: Callable[[], Any]) -> Pass:
+        """Counts `run`, and what the beginning of its backward adds."""
+        meter = self._meter
+        with meter:
+            before = meter.start()
+            results = run()
+            live = meter.live
+            del results
+        # the gradient of the largest result, or a checkpointed part that runs again
+        peak = max(meter.peak, live + max(meter.checkpointed, meter.largest))
+        return Pass(live - before, peak - before, meter.works)
 
 
-def shapes_of(config: Config) -> tuple[nn.Module, list[str]]:
-    """Returns a run's model on the meta device, and the names of its frozen modules and parameters.
+@contextlib.contextmanager
+def planned(
+    config: Config, precision: str, device: str = "cuda", teacher_width: int | None = None
+) -> Iterator[Step]:
+    """Context of the step of a config on a device that need not be there; yields it.
 
-    Nothing is downloaded: where a file of inherit.source is missing, the tensors of the original
-    model stand for it.
+    precision: "fp32", "bf16" or "fp16". device: "cuda" or "cpu". teacher_width: D̂; None: as the
+    shards say or, where they are not on this machine, the student's width. Towers are not compiled.
     """
-    name, source = config.model.name, config.inherit.source
-    lora = config.model.model_dump()["lora"]
-    model = models.create(
-        name, device="meta", **model_options(config.model.model_dump(), config.loss.base)
-    )
-    frozen = list[str]()
-    if source is not None:
-        sources: list[Any] = [source] if isinstance(source, str) else list(source)
-        for index, file in enumerate(sources):
-            if file not in STATES and not Path(file).exists():
-                sources[index] = models.create(name, device="meta", simplified=False)
-        settings = config.inherit
-        frozen = inherit(model, sources, train=settings.train, blocks=settings.blocks).names
-    frozen, _ = add_lora(model, lora, frozen, config.inherit.train)
-    return model, frozen + freeze_zeros(model, config)
+    # memory does not depend on steps, and the data to count may be elsewhere
+    count = config.run.steps or 1 << 30
+    config = config.replaced(run={"compile": False, "steps": count, "epochs": None})
+    with torch.device("meta"):  # folding frozen parts makes new modules
+        shapes = setup.shapes_of(config)
+        prepared = setup.prepare_model(*shapes, [], config, torch.device(device))
+    teacher = _teacher(config, teacher_width) if config.loss.needs_teacher else None
+    with fake_device([prepared.model, *prepared.folded.values()], device) as meter:
+        for block in prepared.model.modules():
+            if isinstance(block, SimplifiedBlock) and block.recompute:
+                block.recompute = False
+                vars(block)["forward"] = partial(meter.checkpoint, block.forward)
+        yield Step(config, prepared, meter, precision, teacher)
 
 
-def steps_of_terms(config: Config) -> dict[tuple[str, ...], int]:
-    """Returns the first step of a run, from 0, with each set of active loss terms."""
-    schedules, steps = config.loss.weights, config.run.steps
-    assert steps is not None  # epochs are steps by now
-    first: dict[tuple[str, ...], int] = {}
-    for corner in corners_of(schedules.values(), steps):
-        for step in (corner, corner + 1):  # a weight may begin at 0
-            active = tuple(name for name, each in schedules.items() if each.at(step, steps) > 0)
-            if step < steps:
-                first.setdefault(active, step)
-    return first
+def _teacher(config: Config, width: int | None) -> Mapping[str, Any]:
+    """Returns what the loss needs to know of a teacher; `width` comes before the stamp's."""
+    if width is None:
+        with contextlib.suppress(UserError, OSError):
+            return data.teacher_stamp(config.data.sidecars)
+        width = setup.width_of(config)
+    return {"name": "a teacher", "width": width, "logit_scale": 100.0}
 
 
 def busiest_step(config: Config) -> int:
-    """Returns the first step of a run, from 0, with the largest number of active loss terms.
-
-    On a CPU, a step of a large batch without the teacher's terms may keep rows, at most
-    STORE_BYTES, that this step does not.
-    """
-    first = steps_of_terms(config)
-    return first[max(first, key=len)]
-
-
-class _Tower(nn.Module):
-    """An exchange of gradients in `State.wrappers` that observes the allocations of a tower."""
-
-    def __init__(self, observer: Observer) -> None:
-        super().__init__()
-        self.observer = observer
-
-    def forward(self, encode: Encode, batch: Batch) -> Tensor:
-        """Returns encode(batch)."""
-        with self.observer.during("activations"):
-            return encode(batch)
-
-
-class _Objective(Objective):
-    """The objective of a run, observed."""
-
-    def __init__(self, objective: Objective, observer: Observer) -> None:
-        self.objective = objective
-        self.observer = observer
-
-    def __call__(self, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Computes the loss; args: those of Objective, made for it after the features."""
-        self.observer.hold(args[3:], "loss", ("temporaries",))
-        with self.observer.during("loss"):
-            return self.objective(*args)
-
-
-class FewMicroBatches(Beginning):
-    """A frozen beginning in `State.beginnings`, by which only the first and the last micro-batch of
-    a tower are encoded.
-
-    Those between them would take the same memory as the first one; their features are empty tensors
-    of the right shape.
-    """
-
-    def __init__(
-        self, tower: str, batches: list[Batch], beginning: Beginning | None, observer: Observer
-    ) -> None:
-        self.tower = tower
-        self.first, *self.skipped = batches[:-1] or batches
-        self.times = sum(len(batch[tower]) for batch in (self.first, *self.skipped))
-        self.times //= len(self.first[tower])
-        self.beginning = beginning
-        self.observer = observer
-        self.layout: tuple[int, torch.dtype, torch.device]  # of the features
-
-    def encode(self, function: Encode, batch: Batch) -> Tensor:
-        """Returns the features [m, D] of a micro-batch, empty ones if it is not encoded."""
-        self.observer.set_repeats(self.times if batch is self.first else 1)
-        if any(batch is other for other in self.skipped):
-            if self.beginning:
-                self._keep(self.beginning, batch)
-            rows = batch[self.tower].shape[: 1 if self.tower == "image" else -1].numel()
-            width, dtype, device = self.layout
-            return torch.empty(rows, width, dtype=dtype, device=device)
-        features = self.beginning.encode(function, batch) if self.beginning else function(batch)
-        self.layout = features.shape[1], features.dtype, features.device
-        return features
-
-    def _keep(self, beginning: Beginning, batch: Batch) -> None:
-        """Keeps as much for a pair as of the first micro-batch; with autograd, drops it again."""
-        if torch.is_grad_enabled():
-            del batch[beginning]
-            return
-        times = batch[self.tower].shape[0] // self.first[self.tower].shape[0]
-        with self.observer.during("activations"):
-            batch[beginning] = [torch.cat([t] * times) for t in self.first[beginning]]
-
-
-def inputs(
-    name: str, model: Any, size: int, captions: int, real: bool, tokens: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Returns images, uint8 [size, 3, H, W], and token ids, int64 [size * captions, L].
-
-    real: whether the tokens are a caption, at whose end some models pool; else they are zeros, as
-    images are. tokens: L, if it is less than the model's context length.
-    """
-    height, width = to_2tuple(model.visual.image_size)
-    image = torch.zeros(size, 3, height, width, dtype=torch.uint8)
-    text_model = model if hasattr(model, "context_length") else model.text
-    length = text_model.context_length
-    words = "a photo of a small thing"
-    if tokens is not None and tokens < length:
-        # the tokenizer puts the end at the last of them
-        words, length = " ".join(["a"] * tokens), tokens
-    if not real:
-        return image, torch.zeros(size * captions, length, dtype=torch.int64)
-    text = models.tokenizer(name, length)([words])
-    return image, text.expand(size * captions, -1).contiguous()
+    """Returns the first step of a run, from 0, with the largest number of active loss terms."""
+    weights, count = config.loss.weights.values(), config.run.steps
+    assert count is not None  # epochs are steps by now
+    corners = corners_of(weights, count)
+    # a weight may begin at 0
+    numbers = sorted(n for n in {*corners, *(n + 1 for n in corners)} if n < count)
+    return max(numbers, key=lambda number: sum(each.at(number, count) > 0 for each in weights))

@@ -28,7 +28,6 @@ from simplclip.train.evaluate import evaluate, is_due, load_splits
 from simplclip.train.log import Log, first_lines
 from simplclip.train.nodes import check_configs, check_data, check_frozen
 from simplclip.train.resolve import (
-    LargestMicroBatch,
     Resolved,
     resolve,
     resolve_micro_batch,
@@ -45,7 +44,6 @@ def run(
     *,
     resume: bool = False,
     console: Console | None = None,
-    largest_micro_batch: LargestMicroBatch | None = None,
 ) -> Path:
     """Trains as `config` says, and returns the path of the last checkpoint.
 
@@ -54,7 +52,6 @@ def run(
     resume: continue from last.pt in the folder, on the CPU bit for bit as if there had been no
     stop. Without a last.pt the run prints a note and starts at step 0 (as open_clip's `--resume
     latest`), so that one command starts and resumes.
-    largest_micro_batch: the function of simplclip.plan.search that data.micro_batch=auto needs.
 
     Raises:
         ConfigError: the folder already holds a run, or the checkpoint has other settings.
@@ -70,7 +67,7 @@ def run(
     """
     out, began = Path(config.run.out), time.monotonic()
     console = console or Console()
-    config = resolve_micro_batch(config, console, largest_micro_batch)
+    config = resolve_micro_batch(config, console)
     with ranks.join(config.run.timeout_minutes), ExitStack() as stack:
         is_first = ranks.first()
         if not is_first:

@@ -1,6 +1,6 @@
 """What a config leaves open, resolved before the first step of its run.
 
-data.micro_batch    auto: the largest that fits, by simplclip.plan, which the caller passes
+data.micro_batch    auto: the largest that fits a GPU, as two small steps measure it
 data.train          tables and folders: the shards that the run packs
 eval.hold_out_by    null: what the checkpoint has, else "picture"
 run.epochs          becomes run.steps, by the number of samples
@@ -11,11 +11,10 @@ run.compile         auto: what the checkpoint has. Else the time of the first st
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from rich.console import Console
 
 from simplclip import data, evaluation
@@ -24,10 +23,8 @@ from simplclip.common.hardware import pick_device
 from simplclip.common.progress import print_lines
 from simplclip.models.registry import cut_in_words
 from simplclip.models.trained import tokenizer
-from simplclip.train import checkpoint
+from simplclip.train import checkpoint, micro_batch
 from simplclip.train.config import Config, ConfigError, check_new_run
-
-LargestMicroBatch = Callable[[Config, torch.device, int], int | None]
 
 
 class Resolved(NamedTuple):
@@ -39,25 +36,21 @@ class Resolved(NamedTuple):
     lines: list[str]  # for the log: examples of captions, and what is wrong with them
 
 
-def resolve_micro_batch(
-    config: Config, console: Console, largest: LargestMicroBatch | None
-) -> Config:
-    """Returns `config` with a number or null as data.micro_batch, before ranks join; prints it.
+def resolve_micro_batch(config: Config, console: Console) -> Config:
+    """Returns `config` with a number or null as data.micro_batch, and prints it; auto is measured.
 
-    largest: `simplclip.plan.search.largest_micro_batch`; "auto" without it is a ConfigError.
+    Raises ConfigError for auto without a GPU, or with several ranks.
     """
     if config.data.micro_batch != "auto":
         return config
-    if largest is None:
+    device = pick_device(config.run.device)
+    if device.type != "cuda" or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
-            "data.micro_batch: expected a number, got auto, which needs "
-            "run(config, largest_micro_batch=simplclip.plan.search.largest_micro_batch)"
+            "data.micro_batch: expected a number, got auto, which is measured on one GPU; "
+            "elsewhere `simplclip train` predicts it"
         )
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    size = largest(config, pick_device(config.run.device), count)
-    if os.environ.get("RANK", "0") == "0":
-        line = f"memory     data.micro_batch = {size or 'null'} fits, by simplclip plan"
-        print_lines(line, console)
+    size = micro_batch.measured(config, device)
+    print_lines(f"memory     data.micro_batch = {size or 'null'} fits, as measured", console)
     return config.replaced(data={"micro_batch": size})
 
 

@@ -150,7 +150,7 @@ class DataConfig(Section):
     micro_batch: Count | Literal["auto"] | None = setting(
         None,
         "images, with their captions, at a time (gradient caching: the gradient is that of the "
-        "whole batch); null: all; auto: as many as fit, see `simplclip plan`",
+        "whole batch); null: all; auto: as many as fit, measured on a GPU, else predicted",
         resumable=True,
     )
     mean_tokens: float | None = setting(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +23,12 @@ from simplclip.models.fold import fold_frozen
 from simplclip.models.inherit import WeightTable, freeze, freeze_norms, inherit
 from simplclip.models.lora import add_lora
 from simplclip.models.naming import SCALARS
+from simplclip.models.packaged import STATES
 from simplclip.models.trained import (
     CheckpointError,
     build_model,
     image_transform,
+    model_options,
     other_pixels,
 )
 from simplclip.models.weights import load_error
@@ -121,6 +124,29 @@ def load_model(
     frozen, more = add_lora(model, config.model.model_dump()["lora"], frozen, config.inherit.train)
     frozen += freeze_zeros(model, config)
     return model, frozen, [*lines, *more, *_pixel_warnings(config)]
+
+
+def shapes_of(config: Config) -> tuple[nn.Module, list[str]]:
+    """Returns a run's model on the meta device, and the names of its frozen modules and parameters.
+
+    Nothing is downloaded: where a file of inherit.source is missing, the tensors of the original
+    model stand for it.
+    """
+    name, source = config.model.name, config.inherit.source
+    lora = config.model.model_dump()["lora"]
+    model = models.create(
+        name, device="meta", **model_options(config.model.model_dump(), config.loss.base)
+    )
+    frozen = list[str]()
+    if source is not None:
+        sources: list[Any] = [source] if isinstance(source, str) else list(source)
+        for index, file in enumerate(sources):
+            if file not in STATES and not Path(file).exists():
+                sources[index] = models.create(name, device="meta", simplified=False)
+        settings = config.inherit
+        frozen = inherit(model, sources, train=settings.train, blocks=settings.blocks).names
+    frozen, _ = add_lora(model, lora, frozen, config.inherit.train)
+    return model, frozen + freeze_zeros(model, config)
 
 
 def take_start(model: Any, config: Config) -> list[WeightTable]:

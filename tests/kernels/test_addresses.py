@@ -29,12 +29,11 @@ from ptx.capture import Driver, driven
 from ptx.huge import HugeCard
 from ptx.machine import Code
 from simplclip.plan.cards import CARDS
-from simplclip.plan.kernels import Kernel, Stand
-from simplclip.plan.kernels import Launch as Started
 from simplclip.selftest.calls import Call, attention_call, mlp_call, similarity_call
 from support.kernels.few_lines import kernel_of
+from support.kernels.recorder import Launch, Stand, Started, trace
 from support.ops import layouts
-from support.ops.predicted_calls import forward_and_backward, trace
+from support.ops.recorded_calls import forward_and_backward
 
 pytestmark = pytest.mark.long
 
@@ -82,15 +81,14 @@ SUITE = ("mlp", "many sigmoid", "attention", "attention, sequences", "attention,
 TURNS = itertools.cycle((("float32", "rtx-3090"), ("float16", "rtx-5090"), ("bfloat16", "h100")))
 
 
-def sampled(kernels: list[Kernel]) -> list[Started]:
+def sampled(started: list[Started]) -> list[Launch]:
     """Returns the first and the last launch of each kernel and its compiled form."""
     launches_of = defaultdict(list)
-    for kernel in kernels:
-        if kernel.by == "triton":
-            constants = {
-                name: value for name, value in kernel.launch.options.items() if name.isupper()
-            }
-            launches_of[kernel.name, repr(constants)].append(kernel.launch)
+    for each in started:
+        if each.by == "triton":
+            options = each.launch.options
+            constants = {name: value for name, value in options.items() if name.isupper()}
+            launches_of[each.name, repr(constants)].append(each.launch)
     return [
         launches[i] for launches in launches_of.values() for i in sorted({0, len(launches) - 1})
     ]
@@ -103,10 +101,10 @@ def check(name: str, dtype: str, card: str) -> None:
         tensors = call.typed(getattr(torch, dtype))
     # fewer chunks of an MLP's rows, each as many bytes as an index of 32 bits can count
     with mock.patch("simplclip.kernels.mlp.launch.SCRATCH_BYTES", 1 << 31):
-        kernels = trace(partial(forward_and_backward, call), tensors, card)
+        started = trace(partial(forward_and_backward, call), tensors, card)
     machine = HugeCard(sm=CARDS[card].architecture, compare=grids.check)
     with driven(Driver(machine)):
-        for launch in sampled(kernels):
+        for launch in sampled(started):
             launch.kernel[launch.grid](*launch.args, **launch.options)
     assert machine.launches >= 2
     assert machine.addresses > 1 << 12

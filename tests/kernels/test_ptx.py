@@ -29,11 +29,12 @@ from support.kernels.calls import (
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
+from triton.runtime import JITFunction
+
 import ptx
 from gates import kernels as gates
 from ptx.capture import Started
 from ptx.machine import Code, Variant
-from simplclip.kernels import runtime as launching
 from simplclip.kernels import tuning
 from simplclip.kernels.similarity.blocks import range_factor
 from simplclip.kernels.similarity.launch import _merge
@@ -111,12 +112,12 @@ def started_by(name: str, kind: str, sm: int) -> list[tuple[Any, dict[str, Any]]
     """Returns a call's launches: kernel, arguments and options by name; executes none."""
     found = []
 
-    def noted(kernel: Any, programs: int, args: tuple, options: dict[str, Any]) -> None:
+    def noted(kernel: Any, *args: Any, grid: tuple, warmup: bool, **options: Any) -> None:
         found.append((kernel, dict(zip(kernel.arg_names, args)) | options))
 
     case = case_of(name, kind)
     with (
-        mock.patch.object(launching, "start", noted),
+        mock.patch.object(JITFunction, "run", noted),
         kernels_alone(name),
         ptx.card(sm, tf32=case.tf32),
     ):

@@ -10,15 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._dynamo
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from simplclip.common.terms import SWEPT as TERMS
 from simplclip.ops import similarity_loss
 from simplclip.plan.cards import CARDS
-from simplclip.plan.fake import fake_step
 from support.devices import needs_triton
-from support.ops.predicted_calls import names, trace
+from support.kernels.recorder import names, on_card, trace
 
 pytestmark = needs_triton
 
@@ -90,7 +88,7 @@ def test_the_rows_of_all_programs_fit_half_of_the_cache(card, width):
     from simplclip.kernels.similarity.plan import sweeps, tile_of
 
     card = CARDS[card]
-    with fake_step(FakeTensorMode(), torch.device("cuda", 0), card):
+    with on_card(card):
         for n in (4096, 32768):
             call = rows_alone(n, width)
             tile = tile_of(call, "statistics")
@@ -103,7 +101,7 @@ def test_a_driver_that_reports_no_cache():
     from simplclip.kernels.similarity.plan import sweeps, tile_of
 
     card = dataclasses.replace(CARDS["rtx-3090"], l2=0)
-    with fake_step(FakeTensorMode(), torch.device("cuda", 0), card):
+    with on_card(card):
         call = rows_alone(4096, 512)
         (sweep,) = sweeps(call, tile_of(call, "statistics"))
     assert sweep.row_count == 4096

@@ -1,319 +1,270 @@
-"""simplclip plan: predicted peaks against measured ones, and cases that it refuses."""
+"""simplclip plan: memory against measured steps, what counts, the largest batches, the command."""
 
 import json
+import re
 
 import pytest
 import torch
-from open_clip import add_model_config
+from torch.utils._pytree import tree_leaves
 
-from simplclip import models
-from simplclip.plan import actual, fake, measure
-from simplclip.plan.cards import CARDS
-from simplclip.plan.count import UncountedOp
-from simplclip.plan.step import FewMicroBatches, TrainerStep, busiest_step, shapes_of
-from simplclip.plan.time import step_time
+from simplclip.commands.plan import parse_count, parse_memory
+from simplclip.commands.train import predict_micro_batch
+from simplclip.common import hardware
+from simplclip.common.errors import InputError
+from simplclip.common.hardware import cpu_peak_bytes
+from simplclip.plan import rates, search
+from simplclip.plan.cards import CARDS, GIB
+from simplclip.plan.meter import Work, fake_device
+from simplclip.plan.step import busiest_step, planned
 from simplclip.train import config, setup
-from simplclip.train.objective import Objective
-from support.devices import NATIVE_BF16
+from simplclip.train import step as steps
+from simplclip.train.config import ConfigError
 from support.programs import call
+from support.train.states import random_batches, random_state
 
-pytestmark = pytest.mark.long
-
-
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-SIGMOID, MATCHING = "loss.base=sigmoid", "loss.pm_weight=1"
+pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="torch is a build without CUDA")
+CARD = CARDS["rtx-3090"]
+MEMORY = 24 * GIB
 WIKD = ["loss.feature_weight=1", "loss.relational_weight=1", "loss.interactive_weight=1"]
-LAYERS = "model.options.text_cfg.layers=3"
-SMALL = {"width": 64, "heads": 2, "layers": 2, "vocab_size": 1000}
-PLAIN = {  # models of each kind in open_clip
-    "small-vit": {"layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
-    "small-resnet": {"layers": [1, 1, 1, 1], "width": 16, "patch_size": None},
-}
-LARGER = [
-    pytest.param(n, marks=pytest.mark.prove)
-    for n in ("RN50", "MobileCLIP2-S0", "ViT-B-16-SigLIP", "convnext_base")
-]
-needs_cuda_build = pytest.mark.skipif(
-    torch.version.cuda is None, reason="torch is a build without CUDA"
-)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def plain_models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("configs")
-    for name, vision in PLAIN.items():
-        values = {"embed_dim": 32, "text_cfg": SMALL, "vision_cfg": vision | {"image_size": 64}}
-        (folder / f"{name}.json").write_text(json.dumps(values))
-    add_model_config(folder)
+def row(tiny, *changes, pairs=96, micro=None, device="cuda", precision="bf16"):
+    values = config.load(tiny, changes)
+    with planned(values, precision, device, teacher_width=256) as step:
+        return step.row(pairs, micro, MEMORY)
 
 
-def trainer(name, precision, *changes):
-    return TrainerStep(config.load(name, changes), precision, teacher_width=256)
+def ms(row):
+    return rates.step_ms(row.works, "rtx-3090")
 
 
-def predict(name, *changes, device=CPU, precision="fp32"):
-    return measure.predict(trainer(name, precision, *changes), device)
-
-
-# Relative to the allocator's peak. oneDNN's memory in bfloat16 products is not counted.
-WITHIN = {"fp32": 0.01, "bf16": 0.02}
-
-
-def check(step, within):
-    """Compares the prediction with the allocator's peak over two real steps, on the CPU."""
-    if step.precision == "bf16" and not NATIVE_BF16:
-        pytest.skip("oneDNN copies bfloat16 to float32 on this CPU")
-    torch.manual_seed(0)
-    predicted = measure.predict(step, CPU)
-    assert predicted.peak == pytest.approx(actual.peak_bytes(step, CPU), rel=within)
-    assert sum(predicted.at_peak.values()) == predicted.peak
-
-
-CAPTIONS, RECOMPUTE = "data.captions_per_image=2", "model.recompute=true"
 CASES = {
     "one graph": [],
-    "short texts": ["data.mean_tokens=3"],
-    "averages": ["optim.ema=0.99", "data.batch_size=24"],
+    "averages": ["optim.ema=0.99"],
     "Lion, a frozen tower": ["optim.name=lion", "optim.lr_scale={visual: 0}"],
-    "LAMB, layer decay": ["optim.name=lamb", "optim.layer_decay=0.5"],
-    "cached WIKD": [*WIKD, MATCHING, CAPTIONS, "data.micro_batch=16", "loss.plane=hadamard"],
-    "WIKD, recomputed": [*WIKD, RECOMPUTE, LAYERS, "data.batch_size=64", "loss.interactive=kl"],
-    "sigmoid, cached": [*WIKD, MATCHING, CAPTIONS, "data.micro_batch=32", SIGMOID],
-}
-# in the suite; make prove takes all
-FEW = [("one graph", "fp32"), ("one graph", "bf16"), ("cached WIKD", "fp32")]
-S0 = {
-    "one graph": ["data.batch_size=8", "data.micro_batch=null"],
-    "cached WIKD and PM": [*WIKD, MATCHING, "data.batch_size=20", "data.micro_batch=4"],
+    "recomputed": ["model.recompute=true", "model.options.text_cfg.layers=3"],
+    "cached": ["data.micro_batch=16", "data.batch_size=192"],
+    "sigmoid, cached": ["loss.base=sigmoid", "data.micro_batch=32", "data.batch_size=192"],
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("case", "precision"),
-    [
-        pytest.param(case, precision, marks=[] if (case, precision) in FEW else pytest.mark.prove)
-        for precision in ("fp32", "bf16")
-        for case in CASES
-    ],
-)
-def test_siclip_tiny(tiny, case, precision):
-    check(trainer(tiny, precision, *CASES[case]), WITHIN[precision])
+@pytest.mark.parametrize("case", CASES)
+def test_memory_of_a_measured_step(tiny, case):
+    """On a CPU, where other kernels run: to a tenth."""
+    values = config.load(tiny, CASES[case])
+    pairs, micro = values.data.batch_size, values.data.micro_batch
+    predicted = row(tiny, *CASES[case], pairs=pairs, micro=micro, device="cpu", precision="fp32")
+    state = random_state(values)
+    batches = random_batches(state)
+    steps.keep_frozen(state)
+    steps.train_step(state, batches)  # makes the optimizer's state
+    tensors = [*state.model.parameters(), *state.model.buffers(), state.optimizer.state]
+    tensors += [state.ema.averages if state.ema else []]
+    sizes = {}
+    for tensor in tree_leaves(tensors):
+        if isinstance(tensor, torch.Tensor):
+            sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+    before = sum(sizes.values())
+    measured = before + cpu_peak_bytes(lambda: steps.train_step(state, batches))
+    assert predicted.peak == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.slow
-# Muon has two moments of what is no matrix; it and NovoGrad read the number of the step
-@pytest.mark.parametrize(("name", "moments"), [("muon", 1), ("novograd", 1)])
-def test_the_optimizers_state_counts(tiny, name, moments):
-    values = f"optim.name={name}", "data.batch_size=2"
-    model, _ = shapes_of(config.load(tiny, values))
-    size = sum(4 * weight.numel() for weight in model.parameters())
-    assert predict(tiny, *values).at_peak["optimizer state"] == pytest.approx(moments * size, 0.01)
-
-
-@pytest.mark.prove
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("case", S0)
-def test_siclip_s0(precision, case):
-    check(trainer("siclip2-s0", precision, *S0[case]), WITHIN[precision])
-
-
-@pytest.mark.slow
-@pytest.mark.prove
-def test_checkpointed_open_clip_model(tiny):
-    changes = ["model={name: 'open_clip:ViT-B-32', recompute: true}", "data.batch_size=12"]
-    # At the peak, the gradient of the first convolution runs, for which oneDNN takes 37 MiB that
-    # are stated nowhere.
-    check(trainer(tiny, "fp32", *changes), within=0.02)
+def test_two_passes_give_the_line_through_every_size(tiny):
+    """Of captions, a teacher and all terms; the optimizer's moments count."""
+    changes = [*WIKD, "loss.pm_weight=1", "data.captions_per_image=2", "data.mean_tokens=5"]
+    values = config.load(tiny, changes)
+    with planned(values, "bf16", teacher_width=256) as step:
+        rows = {pairs: step.row(pairs, None, MEMORY) for pairs in (128, 300, 512, 2048)}
+    slope = (rows[512].peak - rows[128].peak) / 384
+    assert rows[2048].peak == pytest.approx(rows[512].peak + 1536 * slope, rel=0.02)
+    assert rows[300].peak == pytest.approx(rows[128].peak + 172 * slope, rel=0.02)
+    weights = sum(
+        p.nbytes for p in setup.shapes_of(values.replaced(run={"steps": 9}))[0].parameters()
+    )
+    assert rows[128].peak > 3 * weights + 128 * slope
 
 
 @pytest.mark.slow
-def test_only_adapters_have_gradients_and_moments(tiny):
-    model = "model={name: 'open_clip:small-vit', lora: {rank: 4, dropout: 0.1}}"
-    vocabulary = "model.options.text_cfg.vocab_size=49408"
-    cached = ["data.batch_size=24", "data.micro_batch=8", "optim.ema=0.9"]
-    step = trainer(tiny, "fp32", model, vocabulary, *cached)
-    names = {name for name, p in step.prepared.model.named_parameters() if p.requires_grad}
-    assert len(names) == 1 + 2 * (8 + 8)
-    assert all(".lora_" in name for name in names - {"logit_scale"})
-    check(step, within=0.01)
+def test_what_a_step_saves(tiny):
+    """Shorter texts, recomputing, one caption, adapters and frozen towers take less."""
+    plain = row(tiny, "data.captions_per_image=2")
+    for change in ("data.mean_tokens=3", "model.recompute=true", "data.captions_per_image=1"):
+        less = row(tiny, "data.captions_per_image=2", change)
+        assert less.peak < 0.99 * plain.peak, change
+    model = "model={name: 'open_clip:ViT-B-32'}"
+    plain = row(tiny, model)
+    frozen = row(tiny, model, "optim.lr_scale={visual: 0}")
+    lora = row(tiny, model, "model.lora={rank: 8}")
+    assert max(lora.peak, frozen.peak) < plain.peak
+    assert ms(frozen) < 0.8 * ms(plain)
+    checkpointed = row(tiny, model, "model.recompute=true")
+    assert checkpointed.peak < 0.5 * plain.peak
+    assert 1.15 < ms(checkpointed) / ms(plain) < 1.4  # forward runs twice
 
 
 @pytest.mark.slow
-def test_terms_that_come_later_count(tiny):
-    later = [
-        "loss.relational_weight={value: 0, to: 1, start: 10}",
-        "loss.pm_weight={value: 1, until: 30}",
-    ]
-    assert busiest_step(config.load(tiny, later)) == 11
-    # the loss takes most; forward keeps all rows
-    shared = ["data.batch_size=4096", "data.micro_batch=8"]
-
-    def peak(*changes):
-        return predict(tiny, *shared, *changes).peak
-
-    assert peak(*later) == peak("loss.relational_weight=1", MATCHING) > peak(MATCHING)
-
-
-@pytest.fixture
-def whole_steps(monkeypatch):
-    """Returns a function from whose call on all micro-batches run."""
-    batches = TrainerStep.batches
-
-    def run_all():
-        monkeypatch.setattr(TrainerStep, "_skip_micro_batches", lambda *_: None)
-        monkeypatch.setattr(TrainerStep, "batches", lambda step, real: batches(step, real=True))
-
-    return run_all
-
-
-@pytest.mark.prove
-def test_micro_batches_that_do_not_run_count(tiny, whole_steps):
-    """Those between the first and the last, with the memory and the time of the first."""
-
-    def usages():
-        return [predict(tiny, SIGMOID, f"data.micro_batch={micro}") for micro in (24, 12)]
-
-    shortened = usages()
-    assert shortened[1].peak < shortened[0].peak
-    whole_steps()
-    for few, every in zip(shortened, usages()):
-        assert few.peak == pytest.approx(every.peak, rel=1e-3)
-        few, every = (step_time(usage.kernels, CARDS["rtx-3090"]) for usage in (few, every))
-        assert few.likely == pytest.approx(every.likely, rel=0.02)
-        assert few.launches == pytest.approx(every.launches, rel=0.02)
+def test_gradient_caching(tiny):
+    """All but the last micro-batch are encoded twice; a forward is a third of the work."""
+    one, cached = row(tiny, pairs=2048), row(tiny, pairs=16384, micro=2048)
+    assert 1.15 < ms(cached) / (8 * ms(one)) < 1.4
+    assert one.peak < cached.peak < 2 * one.peak
+    huge = row(tiny, pairs=65536, micro=2048)  # the loss takes more
+    assert ms(huge) > 4.2 * ms(cached)
 
 
 @pytest.mark.slow
-@pytest.mark.prove
-def test_outputs_that_gradient_caching_keeps(monkeypatch, whole_steps):
-    """Those of frozen layers, also of micro-batches that do not run."""
+def test_outputs_of_frozen_parts_are_kept(tiny):
     values = {
-        "model": {"name": "siclip-lite0"},
+        "model": {"name": "siclip-lite0", "freeze_norms": True},
         "inherit": {"source": ["efficientnet-lite0", "minilm"]},
         "data": {"train": "nowhere/*.tar", "batch_size": 40, "micro_batch": 4},
         "run": {"out": "runs/none", "steps": 10},
     }
-    step = TrainerStep(config.from_dict(values), "fp32")
-    check(step, within=0.02)
-
-    def peak():
-        return measure.predict(step, CPU).peak
-
-    shortened = peak()
-    monkeypatch.setattr(FewMicroBatches, "_keep", lambda *_: None)
-    assert peak() < 0.999 * shortened
-    whole_steps()
-    assert peak() == pytest.approx(shortened, rel=1e-3)
+    with planned(config.from_dict(values), "bf16") as step:
+        kept, not_kept = (step.row(4096, 64, memory) for memory in (MEMORY, 0))
+    assert kept.peak > not_kept.peak
+    assert ms(kept) < ms(not_kept)
 
 
 @pytest.mark.slow
-@needs_cuda_build
-@pytest.mark.parametrize("name", ["small-resnet", *LARGER])
-def test_plain_models_on_a_card(tiny, name):
-    """For each kind of tower, twice the pairs take about twice the activations."""
-    model = f"model={{name: 'open_clip:{name}'}}"
+@pytest.mark.parametrize("name", ["RN50", "MobileCLIP2-S0", "ViT-B-16-SigLIP"])
+def test_plain_models(tiny, name):
+    base = ["loss.base=sigmoid"] if "SigLIP" in name else []
     one, two = (
-        predict(tiny, model, f"data.batch_size={n}", device=CUDA, precision="bf16")
-        for n in (32, 64)
+        row(tiny, f"model={{name: 'open_clip:{name}'}}", *base, pairs=pairs) for pairs in (32, 64)
     )
-    ratio = two.at_peak["activations"] / one.at_peak["activations"]
-    assert 1 < ratio < 2.1
-    assert all(change % 512 == 0 for _, change in one.events)
+    assert 1.2 < two.peak / one.peak < 2
+    assert 1.6 < ms(two) / ms(one) < 2
+
+
+def test_terms_that_come_later_count(tiny):
+    later = (
+        "loss.relational_weight={value: 0, to: 1, start: 10}",
+        "loss.pm_weight={value: 1, until: 30}",
+    )
+    assert busiest_step(config.load(tiny, later)) == 11
 
 
 @pytest.mark.slow
-@needs_cuda_build
-@pytest.mark.parametrize(
-    ("precision", "size"), [pytest.param("fp32", 4, marks=pytest.mark.prove), ("bf16", 2)]
-)
-def test_attention_on_a_card_keeps_no_matrix(tiny, monkeypatch, precision, size):
-    """Plain products would keep [B, H, L, L] in both blocks of each tower."""
-    changes = "model={name: 'open_clip:small-vit'}", "data.batch_size=32"
-
-    def activations():
-        step = predict(tiny, *changes, device=CUDA, precision=precision)
-        return step.at_peak["activations"]
-
-    fused = activations()
-    monkeypatch.setattr(fake, "attention_of_card", lambda plain: plain)
-    assert activations() - fused > 0.9 * 2 * 32 * 2 * (65**2 + 77**2) * size
-
-
-def opaque(x):
-    """Runs an op without a fake function, in a namespace that torch runs on made-up values."""
-    lib = torch.library.Library("vision", "FRAGMENT")
-    lib.define("opaque(Tensor x) -> Tensor")
-    lib.impl("opaque", lambda x: x.clone(), "CPU")
-    return torch.ops.vision.opaque(x)
+def test_the_largest_batches(tiny):
+    with planned(config.load(tiny), "bf16") as step:
+        for micro in (None, 64):
+            found = search.largest(step, 2 * GIB, micro)
+            limit = search.usable(2 * GIB)
+            assert found.peak <= limit
+            more = found.batch_size + max(micro or 1, found.batch_size // 40)
+            more = more // (micro or 1) * (micro or 1)
+            assert found.batch_size >= 65000 or step.row(more, micro, 2 * GIB).peak > limit
+        assert search.largest(step, 1 * GIB, None).batch_size < found.batch_size
+        assert search.largest(step, 860 << 20) is None
+        half = step.row(4096, 2048, 0).peak
+        memory = int((half + 1000) / (1 - search.FRAGMENTATION)) + search.CONTEXT + search.LIBRARIES
+        assert search.fitting(step, 4096, memory).micro_batch == 2048
+        assert search.fitting(step, 96, memory).micro_batch is None
+        with pytest.raises(ConfigError, match="data.batch_size: expected one that fits 0.06 GiB"):
+            search.fitting(step, 4096, 860 << 20)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("op", "message"),
-    [
-        (opaque, "vision::opaque: its memory cannot be predicted"),
-        (lambda x: x * x.max().item(), "since it does not run on fake tensors: DataDependent"),
-        (lambda x: x[x > 0], "since it does not run on fake tensors: DynamicOutputShape"),
-    ],
-)
-def test_an_op_that_does_not_run_on_fake_tensors_is_an_error(tiny, monkeypatch, op, message):
-    original = Objective.__call__
+def test_the_largest_micro_batch_of_this_machine(tiny, monkeypatch):
+    auto = config.load(tiny, ["data.batch_size=4096", "data.micro_batch=auto"])
+    monkeypatch.setattr(hardware, "total_memory", lambda device: 3 * GIB)
+    assert 4096 % predict_micro_batch(auto).data.micro_batch == 0
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    assert predict_micro_batch(auto).data.micro_batch is None
 
-    def with_op(objective, step, image, *rest):
-        return original(objective, step, op(image), *rest)
 
-    monkeypatch.setattr(Objective, "__call__", with_op)
-    with pytest.raises(UncountedOp, match=message):
-        predict(tiny, "data.batch_size=8")
+@pytest.mark.parametrize(("card", "precision"), [("rtx-3090", "bf16"), ("t4", "fp32")])
+def test_the_command(tiny, card, precision):
+    result = call("plan", tiny, "--card", card, "--pairs", "100k", "--set", "data.micro_batch=48")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0] == f"siclip-tiny, {precision}"
+    whole = next(line for line in lines if line.startswith("largest in one graph"))
+    assert re.search(r" yes +[\d,]+ +[\d,]+$", whole)
+    assert "paste    --set data.batch_size=96 --set data.micro_batch=null" in lines
+    assert re.search(r"run +[\d,]+ images/s; 50 steps: 0.0 hours", result.stdout)
 
 
 @pytest.mark.slow
-def test_shapes_are_those_of_the_run(tiny, tmp_path):
-    """No tensor has values, and the same modules are frozen as in a run, which inherits them."""
-    original = models.create("siclip-tiny", text_cfg={"layers": 1}, simplified=False)
-    torch.save(original.state_dict(), tmp_path / "a.pt")
-    values = config.load(tiny, [f"inherit.source={tmp_path / 'a.pt'}", "inherit.blocks=first"])
-    with torch.device("meta"):
-        model, frozen = shapes_of(values)
-    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    assert frozen == setup.load_model(values)[1] != []
+def test_the_command_as_json_and_for_all_cards(tiny):
+    options = ["--set", "data.batch_size=600", "--set", "run.epochs=3", "--pairs", "12.4M"]
+    result = call("plan", "open_clip:ViT-B-32", "--card", "RTX 3090", "--json", *options)
+    configured, whole, cached = json.loads(result.stdout)["rows"]
+    assert configured["peak"] == pytest.approx(22763 << 20, rel=0.02)
+    assert (configured["fits"], cached["at_least"]) == (True, True)
+    assert whole["batch_size"] == pytest.approx(597, rel=0.02)
+    text = call("plan", "open_clip:ViT-B-32", "--cards", "all", *options).stdout
+    assert max(map(len, text.splitlines())) <= 80
+    assert "hours: of 3 epochs of 12,400,000 pairs" in text
+    words = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    assert words["rtx-3090"][4:6] == ["600", "all"]
+    assert words["rtx-3080"][4:6] == ["600", "150"]
+    hours = 3 * 12.4e6 / configured["images_per_s"] / 3600
+    assert float(words["rtx-3090"][7]) == pytest.approx(hours, abs=0.1)
+    one = call("plan", "open_clip:ViT-B-32", "--card", "3090", *options).stdout
+    assert f"{hours:.1f} hours" in one
 
 
-@pytest.mark.slow
-def test_what_is_not_on_this_machine_is_assumed(tiny, tmp_path):
-    """The shards and the file of weights are missing; only the shapes of their tensors matter."""
-    changes = f"data.train={tmp_path}/*.tar", f"inherit.source={tmp_path}/s0.pt"
-    step = TrainerStep(config.load("siclip-s0", changes), "fp32")
-    assert step.teacher["width"] == 512
-    teacher = "a teacher of the student's width, 512 (--teacher-width): "
-    assert any(line.startswith(teacher) for line in step.assumed)
-    assert "visual.trunk.stages.0" in step.prepared.frozen
-    assert len(step.prepared.folded) >= 8
-    compiled = trainer(tiny, "fp32", "run.compile=true")
-    assert "the memory of towers that are not compiled" in compiled.assumed
+def test_counts_and_wrong_usage(tiny):
+    counts = {None: None, "12.4M": 12_400_000, "500k": 500_000, "1,000": 1000}
+    assert {text: parse_count(text) for text in counts} == counts
+    for text in ("", "many", "-5", "nan"):
+        with pytest.raises(InputError, match="--pairs: expected a number of pairs such as 12.4M"):
+            parse_count(text)
+    sizes = {"12GB": 12 * GIB, "12000 mb": 12000 << 20, "1.5 gib": 3 * GIB // 2, "3090": 24 * GIB}
+    assert {text: parse_memory(text) for text in sizes} == sizes
+    assert "expected a card or the size of its memory, or --cards all" in call("plan", tiny).output
+    assert "got 'siclip-s9'" in call("plan", "siclip-s9", "--card", "3090").output
+    assert "expected one of rtx-3060" in call("plan", tiny, "--card", "rtx-3091").output
+    assert "expected no --json" in call("plan", tiny, "--cards", "all", "--json").output
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--memory", "rtx-3091"], "--card: expected one of rtx-3060"),
-        (["--memory", "1GiB"], "is a build without CUDA, which plans for a card need (the card "),
-    ],
-)
-def test_bad_input_of_a_torch_without_cuda(tiny, monkeypatch, arguments, message):
+def test_a_torch_without_cuda(tiny, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
-    result = call("plan", tiny, *arguments)
+    result = call("plan", tiny, "--card", "3090")
     assert result.exit_code == 2
-    assert message in result.output
+    assert "torch: expected a build with CUDA" in result.output
 
 
-@pytest.mark.slow
-@pytest.mark.gpu
-def test_predicted_and_measured_on_a_gpu(tiny):
-    """To a tenth, since cuDNN's workspaces are not stated."""
-    step = trainer(tiny, "bf16", "data.batch_size=512")
-    predicted = measure.predict(step, CUDA).peak
-    torch.cuda.empty_cache()
-    assert predicted == pytest.approx(actual.peak_bytes(step, CUDA), rel=0.1)
+def test_memory_of_a_container(tmp_path, monkeypatch):
+    """Its limit counts, not the memory of the machine; "max" is no limit."""
+    cpu, files = torch.device("cpu"), (tmp_path / "memory.max", tmp_path / "limit_in_bytes")
+    monkeypatch.setattr(hardware, "LIMITS", files)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    machine = hardware.total_memory(cpu)
+    for text, expected in (("max\n", machine), (f"{2**63 - 4096}\n", machine), ("65536\n", 65536)):
+        files[1].write_text(text)
+        assert hardware.total_memory(cpu) == expected
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert hardware.total_memory(cpu) == 16384
+
+
+def test_an_op_takes_the_longest_of_products_bytes_and_launch():
+    product = Work("product", 2e12, 3e6, half=True, runs=0)
+    copy = Work("bytes", 0, 2e9, half=False, runs=0, times=2)
+    few = Work("attention", 10, 10, half=True, runs=1)
+    expected = [
+        2e12 / CARD.half / 1e9 / rates.constant("product", CARD, False),
+        2 * 2e9 / CARD.bandwidth / 1e6 / rates.constant("bytes", CARD, False),
+        3 * rates.constant("launch", CARD, True),
+    ]
+    for work, time in zip((product, copy, few), expected):
+        assert rates.step_ms([work], "rtx-3090") == pytest.approx(time)
+    again = few._replace(runs=2)
+    assert rates.step_ms([again], "rtx-3090") > rates.step_ms([few], "rtx-3090")
+
+
+def test_the_meter_counts_what_lives():
+    with fake_device([], "cuda") as meter, meter, torch.no_grad():
+        meter.start()
+        x = torch.empty(100, 100, device="cuda")
+        y = torch.mm(x, x)
+        del x
+        view = y.t()
+    assert (meter.live, meter.peak, meter.largest) == (40448, 2 * 40448, 40448)
+    assert [(work.kind, work.flops) for work in meter.works] == [("product", 2 * 100**3)]
+    del y, view
+    assert meter.live == 0

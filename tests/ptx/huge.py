@@ -18,7 +18,7 @@ from ptx.instructions import reader
 from ptx.machine import Batch, Code, Lanes, Launch
 from ptx.memory import Access, Memory
 from ptx.parse import Register
-from simplclip.plan.kernels import Stand
+from support.kernels.recorder import Stand
 
 # log2 of the bytes from one tensor to the next: an index of 32 bits cannot be wrong by so much
 APART = 46

@@ -12,11 +12,10 @@ from torch import nn
 from simplclip import gradient_cache, models
 from simplclip.models.crop import crop_texts
 from simplclip.models.inherit import freeze
-from simplclip.plan import actual
-from simplclip.plan.step import TrainerStep
 from simplclip.train import config, setup
 from simplclip.train import step as steps
 from simplclip.train.beginning import find_beginning
+from support.train.states import random_batches, random_state
 
 CPU = torch.device("cpu")
 # forms of a tower -> how many of its two frozen layers are a beginning
@@ -156,31 +155,30 @@ def test_texts_of_several_lengths():
     assert torch.equal(step(partial(beginning.encode, encode)), plain)
 
 
-def trainer_step(*changes):
-    """A step of siclip-lite0, whose images go through the first layers of an ImageNet network."""
+def trainer_state(*changes):
+    """A run of siclip-lite0, whose images go through the first layers of an ImageNet network."""
     values = {
         "model": {"name": "siclip-lite0"},
         "inherit": {"source": ["efficientnet-lite0", "minilm"]},
         "data": {"train": "nowhere/*.tar", "batch_size": 6, "micro_batch": 2},
         "run": {"out": "runs/none", "steps": 10},
     }
-    return TrainerStep(config.from_dict(config.override(values, changes)), "fp32")
+    torch.manual_seed(3)
+    return random_state(config.from_dict(config.override(values, changes)))
+
+
+def weights_of(state):
+    return torch.cat([p.detach().flatten() for p in state.model.parameters()])
 
 
 @pytest.mark.slow
 def test_a_step_of_the_trainer_is_equal_in_every_bit():
     weights = []
     for changes in ([], ["run.keep_frozen=false"]):
-        step = trainer_step(*changes)
-        batches = step.batches(real=True)
-        draw = torch.Generator().manual_seed(2)
-        for batch in batches:
-            shape = batch["image"].shape
-            batch["image"] = torch.randint(256, shape, dtype=torch.uint8, generator=draw)
-        step.batches = lambda real, batches=batches: batches
-        torch.manual_seed(3)
-        actual.runner(step, CPU)()
-        weights.append(torch.cat([p.detach().flatten() for p in step.prepared.model.parameters()]))
+        state = trainer_state(*changes)
+        steps.keep_frozen(state)
+        steps.train_step(state, random_batches(state))
+        weights.append(weights_of(state))
     assert torch.equal(*weights)
 
 
@@ -195,13 +193,10 @@ def test_a_step_of_the_trainer_is_equal_in_every_bit():
     ],
 )
 def test_where_outputs_are_kept(changes, memory, towers):
-    step = trainer_step(*changes)
-    step.memory = memory
-    for module in step.modules:
-        actual.fill(module.to_empty(device=CPU))
-    step.place(CPU, None)
-    assert list(step.state.beginnings) == towers
-    assert sum("runs once a step" in line for line in step.state.lines) == len(towers)
+    state = trainer_state(*changes)
+    steps.keep_frozen(state, memory)
+    assert list(state.beginnings) == towers
+    assert sum("runs once a step" in line for line in state.lines) == len(towers)
 
 
 @pytest.mark.prove
@@ -211,23 +206,20 @@ def test_compiled_towers_keep_outputs_too(monkeypatch):
     monkeypatch.setattr(torch, "compile", compiler)
     weights = []
     for compiled in (False, True):
-        step = trainer_step()
-        torch.manual_seed(3)
-        for module in step.modules:
-            actual.fill(module.to_empty(device=CPU))
+        state = trainer_state()
 
         def find(*args, compiled=compiled):
             return find_beginning(*args[:3], compiled)
 
         monkeypatch.setattr(steps, "find_beginning", find)
-        step.place(CPU, None)
+        steps.keep_frozen(state)
         if compiled:
-            setup.compile_towers(step.state.prepared)
-        net = step.prepared.model.visual.trunk.patch_embed.backbone
+            setup.compile_towers(state.prepared)
+        net = state.prepared.model.visual.trunk.patch_embed.backbone
         calls = []
         net.blocks.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        step.run(step.batches(real=True))
+        steps.train_step(state, random_batches(state))
         assert len(calls) == 3  # of five encodings of three micro-batches
-        weights.append(torch.cat([p.detach().flatten() for p in step.prepared.model.parameters()]))
+        weights.append(weights_of(state))
     assert compiler.called
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)

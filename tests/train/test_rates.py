@@ -16,11 +16,10 @@ from torch import nn
 from simplclip import models
 from simplclip.models.mobileclip import TextTower
 from simplclip.models.trained import CheckpointError
-from simplclip.plan.step import shapes_of
 from simplclip.train import loop, rates
 from simplclip.train.config import ConfigError
 from simplclip.train.optimizer import learning_rate
-from simplclip.train.setup import load_model, make_state
+from simplclip.train.setup import load_model, make_state, shapes_of
 from simplclip.train.step import accumulate_gradients, train_step
 from support.train import tiny
 from support.train.runs import check_resumed, go

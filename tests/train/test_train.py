@@ -209,13 +209,6 @@ def test_a_checkpoint_that_this_version_cannot_take_says_why(tmp_path):
         go(longer, resume=True)
 
 
-def test_a_micro_batch_that_fits_takes_the_place_of_auto(tmp_path):
-    config = tiny.settings(tmp_path, "data.micro_batch=auto", "run.steps=1")
-    text = go(config, largest_micro_batch=lambda config, device, ranks: 2 * ranks)
-    assert text.startswith("memory     data.micro_batch = 2 fits")
-    assert state_of(tmp_path / "run")["config"]["data"]["micro_batch"] == 2
-
-
 @pytest.mark.slow
 def test_epochs_and_tables(tmp_path, capsys):
     """A table is packed into the run's folder, and read from there again."""

@@ -1,6 +1,6 @@
 // shaped_attention on a CPU: a task per sequence and head.
 #include "../../calls.h"
-#include "../../scratch.h"
+#include "../../layout.h"
 #include "../instruction_set.h"
 #include "../tensors.h"
 
@@ -85,13 +85,6 @@ Tensor shaped_attention_bwd(const AttentionInto& call) {
       sums[gain * heads + h] = float(total);
     }
   return d_gains;
-}
-
-STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("shaped_attention_fwd_cpu_workspace",
-         TORCH_BOX((&Unpacked<AttentionCall, workspace_bytes<AttentionCall, NoWorkspace>>::run)));
-  m.impl("shaped_attention_bwd_cpu_workspace",
-         TORCH_BOX((&Unpacked<AttentionInto, workspace_bytes<AttentionInto, NoWorkspace>>::run)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {

@@ -48,15 +48,15 @@ void put_bias(const Tensor& bias, Tensor& out, bool accumulate) {
   });
 }
 
-Tensor hidden_rows(const Tensor& h, Scratch& scratch) {
-  return scratch.take(h, {std::min(chunk_rows(h), h.size(0)), h.size(1)});
+Tensor hidden_rows(const Tensor& h) {
+  return allocate(h, {std::min(chunk_rows(h), h.size(0)), h.size(1)});
 }
 
 // The workspace of forward: activated rows of h, a chunk at a time.
 struct ForwardWorkspace {
   Tensor rows;
 
-  ForwardWorkspace(const HiddenCall& call, Scratch& scratch) : rows(hidden_rows(call.h, scratch)) {}
+  ForwardWorkspace(const HiddenCall& call) : rows(hidden_rows(call.h)) {}
 };
 
 void parallel_mlp_fwd(const HiddenCall& call) {
@@ -69,8 +69,7 @@ void parallel_mlp_fwd(const HiddenCall& call) {
   const Activation kind = activation_of(act);
   const int64_t rows_of_chunk = chunk_rows(h);
   const Tensor w2 = transposed(weight);  // [F, C]
-  Scratch scratch;
-  const ForwardWorkspace work(call, scratch);
+  const ForwardWorkspace work(call);
   for (int64_t i = 0; i < h.size(0); i += rows_of_chunk) {
     const int64_t count = std::min(rows_of_chunk, h.size(0) - i);
     Tensor activated = rows(work.rows, 0, count), to = rows(out, i, count);
@@ -86,10 +85,10 @@ struct BackwardWorkspace {
   TransposedSum d_weight;
   Tensor rows;
 
-  BackwardWorkspace(const HiddenGradient& call, Scratch& scratch)
+  BackwardWorkspace(const HiddenGradient& call)
       : d_weight(call.weight, call.need_weight,
-                 call.h.scalar_type() != ScalarType::Float && chunk_rows(call.h) < call.h.size(0), scratch),
-        rows(hidden_rows(call.h, scratch)) {}
+                 call.h.scalar_type() != ScalarType::Float && chunk_rows(call.h) < call.h.size(0)),
+        rows(hidden_rows(call.h)) {}
 };
 
 // Overwrites h by its gradient. Returns the gradient of the weight, [0, F] if it is not needed.
@@ -98,8 +97,7 @@ Tensor parallel_mlp_bwd(const HiddenGradient& call) {
   expect_contiguous("h", h);
   const Activation kind = activation_of(call.act);
   const int64_t rows_of_chunk = chunk_rows(h);
-  Scratch scratch;
-  BackwardWorkspace work(call, scratch);
+  BackwardWorkspace work(call);
   for (int64_t i = 0; i < h.size(0); i += rows_of_chunk) {
     const int64_t count = std::min(rows_of_chunk, h.size(0) - i);
     Tensor to = rows(work.rows, 0, count), hidden = rows(h, i, count);
@@ -112,13 +110,6 @@ Tensor parallel_mlp_bwd(const HiddenGradient& call) {
     activate(kind, hidden, &to, hidden);
   }
   return work.d_weight.result();
-}
-
-STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("parallel_mlp_fwd_cpu_workspace",
-         TORCH_BOX((&Unpacked<HiddenCall, workspace_bytes<HiddenCall, ForwardWorkspace>>::run)));
-  m.impl("parallel_mlp_bwd_cpu_workspace",
-         TORCH_BOX((&Unpacked<HiddenGradient, workspace_bytes<HiddenGradient, BackwardWorkspace>>::run)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {

@@ -14,9 +14,9 @@ struct SigmoidWorkspace {
   Sweep sweep;
   TransposedSum d_text;
 
-  SigmoidWorkspace(const SigmoidCall& sigmoid, Scratch& scratch)
-      : call(similarities_of(sigmoid)), sweep(call, nullptr, scratch),
-        d_text(call.text, sigmoid.need_text, sweep.is_bf16 && sweep.chunk < sweep.n, scratch) {}
+  SigmoidWorkspace(const SigmoidCall& sigmoid)
+      : call(similarities_of(sigmoid)), sweep(call, nullptr),
+        d_text(call.text, sigmoid.need_text, sweep.is_bf16 && sweep.chunk < sweep.n) {}
 };
 
 // Returns the terms [K], and the gradients of sum_k mix[k] terms[k]: d_image and d_text (empty unless needed), and d_sigmoids
@@ -25,8 +25,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(const SigmoidCall&
   expect_contiguous("sigmoids", call.sigmoids);
   const int64_t terms = call.sigmoids.size(1);
   STD_TORCH_CHECK(terms == 1 || terms == 2, "sigmoids: expected one or two terms, got ", terms);
-  Scratch scratch;
-  SigmoidWorkspace work(call, scratch);
+  SigmoidWorkspace work(call);
   const Sweep& sweep = work.sweep;
   expect_layout(work.call);
 
@@ -69,11 +68,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(const SigmoidCall&
     data<float>(d_sigmoids)[terms + k] = float(total.bias[k]);
   }
   return {values, d_image, work.d_text.result(), d_sigmoids};
-}
-
-STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("similarity_sigmoid_cpu_workspace",
-         TORCH_BOX((&Unpacked<SigmoidCall, workspace_bytes<SigmoidCall, SigmoidWorkspace>>::run)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {

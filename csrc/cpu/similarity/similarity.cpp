@@ -20,9 +20,9 @@ struct ForwardWorkspace {
   Sweep sweep;
   Tensor parts;  // [strips, 3, M], [strips, 1, M] without a teacher; no strips if statistics of columns are not needed
 
-  ForwardWorkspace(const SimilarityCall& call, Scratch& scratch) : sweep(call, nullptr, scratch) {
+  ForwardWorkspace(const SimilarityCall& call) : sweep(call, nullptr) {
     const int64_t strips = call.columns ? strips_of(sweep.chunk) : 0;
-    parts = scratch.take(call.image, {strips, has_teacher(call) ? 3 : 1, sweep.m}, ScalarType::Float);
+    parts = allocate(call.image, {strips, has_teacher(call) ? 3 : 1, sweep.m}, ScalarType::Float);
   }
 
   // Returns the memory of a strip's statistics.
@@ -46,8 +46,7 @@ struct ForwardWorkspace {
 // Returns rows [6, N], columns [3, M] and the stored rows of the matrices: see reference.py.
 std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(const SimilarityCall& call) {
   expect_layout(call);
-  Scratch scratch;
-  const ForwardWorkspace work(call, scratch);
+  const ForwardWorkspace work(call);
   const Sweep& sweep = work.sweep;
 
   Tensor row_stats = allocate(call.image, {int64_t(RowStat::kCount), sweep.n}, ScalarType::Float);
@@ -96,8 +95,8 @@ struct BackwardWorkspace {
   Sweep sweep;
   TransposedSum d_text;
 
-  BackwardWorkspace(const SimilarityGradient& call, Scratch& scratch)
-      : sweep(call, &call.stored, scratch), d_text(call.text, call.need_text, sweep.is_bf16 && has_several_chunks(), scratch) {}
+  BackwardWorkspace(const SimilarityGradient& call)
+      : sweep(call, &call.stored), d_text(call.text, call.need_text, sweep.is_bf16 && has_several_chunks()) {}
 
  private:
   bool has_several_chunks() const { return sweep.chunk < sweep.n || sweep.stored_rows % sweep.n != 0; }
@@ -106,8 +105,7 @@ struct BackwardWorkspace {
 // Returns d_image, d_text (empty when not needed), d_scale [] and d_plane [2].
 std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_loss_bwd(const SimilarityGradient& call) {
   expect_layout(call);
-  Scratch scratch;
-  BackwardWorkspace work(call, scratch);
+  BackwardWorkspace work(call);
   const Sweep& sweep = work.sweep;
 
   BackwardIn whole{};  // of all rows
@@ -159,13 +157,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_loss_bwd(const SimilarityG
   *data<float>(d_scale) = float(total.scale);
   std::copy_n(total.plane, 2, data<float>(d_plane));
   return {d_image, work.d_text.result(), d_scale, d_plane};
-}
-
-STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("similarity_loss_fwd_cpu_workspace",
-         TORCH_BOX((&Unpacked<SimilarityCall, workspace_bytes<SimilarityCall, ForwardWorkspace>>::run)));
-  m.impl("similarity_loss_bwd_cpu_workspace",
-         TORCH_BOX((&Unpacked<SimilarityGradient, workspace_bytes<SimilarityGradient, BackwardWorkspace>>::run)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {

@@ -1,6 +1,6 @@
 // shaped_attention on CUDA tensors. Heads may have any strides that are multiples of 16 bytes.
 #include "../../calls.h"
-#include "../../scratch.h"
+#include "../../layout.h"
 #include "plan.h"
 
 namespace simplclip {
@@ -14,24 +14,22 @@ bool is_aligned(const Tensor& t) {
   return aligned;
 }
 
-constexpr int64_t kGrain = 512;  // bytes, of the CUDA allocator
-
-// Returns the tensor, or scratch of its shape if its rows are not aligned.
-Tensor aligned_like(const Tensor& t, Scratch& scratch) {
-  return is_aligned(t) ? t : scratch.take(t, t.sizes());
+// Returns the tensor, or memory of its shape if its rows are not aligned.
+Tensor aligned_like(const Tensor& t) {
+  return is_aligned(t) ? t : allocate(t, t.sizes());
 }
 
-// Returns the tensor, or a copy in scratch if its rows are not aligned.
-Tensor aligned(const Tensor& t, Scratch& scratch) {
-  Tensor to = aligned_like(t, scratch);
+// Returns the tensor, or a copy if its rows are not aligned.
+Tensor aligned(const Tensor& t) {
+  Tensor to = aligned_like(t);
   if (!is_aligned(t)) torch::stable::copy_(to, t);
   return to;
 }
 
 // The workspace of forward: the call, with copies of the tensors that are not aligned.
 struct ForwardWorkspace : AttentionCall {
-  ForwardWorkspace(const AttentionCall& call, Scratch& scratch) : AttentionCall(call) {
-    for (Tensor* t : {&q, &k, &v}) *t = aligned(*t, scratch);
+  ForwardWorkspace(const AttentionCall& call) : AttentionCall(call) {
+    for (Tensor* t : {&q, &k, &v}) *t = aligned(*t);
   }
 };
 
@@ -39,10 +37,10 @@ struct ForwardWorkspace : AttentionCall {
 struct BackwardWorkspace : AttentionInto {
   Tensor parts;  // [B, 3, H]
 
-  BackwardWorkspace(const AttentionInto& call, Scratch& scratch) : AttentionInto(call) {
-    for (Tensor* t : {&q, &k, &v, &grad}) *t = aligned(*t, scratch);
-    for (Tensor* t : {&dq, &dk, &dv}) *t = aligned_like(*t, scratch);
-    parts = scratch.take(gains, {q.size(0), 3, q.size(2)});
+  BackwardWorkspace(const AttentionInto& call) : AttentionInto(call) {
+    for (Tensor* t : {&q, &k, &v, &grad}) *t = aligned(*t);
+    for (Tensor* t : {&dq, &dk, &dv}) *t = aligned_like(*t);
+    parts = allocate(gains, {q.size(0), 3, q.size(2)});
   }
 };
 
@@ -90,8 +88,7 @@ std::tuple<Tensor, Tensor> shaped_attention_fwd(const AttentionCall& call) {
   const DeviceGuard guard(q.get_device_index());
   const Tensor out = allocate(q, q.sizes());
   const Tensor lse = allocate(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
-  Scratch scratch(kGrain);
-  const ForwardWorkspace work(call, scratch);
+  const ForwardWorkspace work(call);
   const ShapedAttentionForward p{shaped(work, lse), view(out), 0};
   if (q.size(0) == 0) return {out, lse};
   check_by_type(q, [&]<class T>(T*) { return launch_shaped_forward<T>(p, stream_of(q)); });
@@ -104,8 +101,7 @@ Tensor shaped_attention_bwd(const AttentionInto& call) {
   void* const stream = stream_of(call.q);
   const int batch = call.q.size(0), heads = call.q.size(2);
   const Tensor d_gains = allocate(call.gains, {3, heads});
-  Scratch scratch(kGrain);
-  const BackwardWorkspace work(call, scratch);
+  const BackwardWorkspace work(call);
   const ShapedAttentionBackward p{shaped(work, work.lse), view(work.grad), view(work.dq), view(work.dk), view(work.dv),
                                   work.parts.mutable_data_ptr<float>()};
   if (batch > 0) check_by_type(call.q, [&]<class T>(T*) { return launch_shaped_backward<T>(p, stream); });
@@ -115,13 +111,6 @@ Tensor shaped_attention_bwd(const AttentionInto& call) {
     if (!is_aligned(to)) torch::stable::copy_(to, work.*gradient);
   }
   return d_gains;
-}
-
-STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("shaped_attention_fwd_cuda_workspace",
-         TORCH_BOX((&Unpacked<AttentionCall, workspace_bytes<AttentionCall, ForwardWorkspace, kGrain>>::run)));
-  m.impl("shaped_attention_bwd_cuda_workspace",
-         TORCH_BOX((&Unpacked<AttentionInto, workspace_bytes<AttentionInto, BackwardWorkspace, kGrain>>::run)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CUDA, m) {

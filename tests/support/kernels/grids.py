@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ptx.capture import Started
 from ptx.huge import address
-from simplclip.plan.kernels import Stand
+from support.kernels.recorder import Stand
 
 Regions = dict[str, tuple[Stand, Tensor]]  # a tensor, and a view of it on the device "meta"
 

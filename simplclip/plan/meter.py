@@ -1,0 +1,225 @@
+"""Counts live bytes and work of a forward pass on fake tensors of a device that may be absent."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+WIDE_GROUP = 64  # channels
+ROUNDED_TO = 512  # bytes, by torch's allocator
+NO_KERNEL = ("empty", "new_empty", "_unsafe_view", "_reshape_alias", "detach", "lift_fresh")
+
+
+class Work(NamedTuple):
+    """What an op of a forward pass does."""
+
+    kind: str  # see rates.kinds_of
+    flops: float
+    bytes: float  # that it reads and writes, each tensor once
+    half: bool  # whether tensor cores multiply half types
+    runs: int  # 0: without backward; 1: backward follows; 2: in backward it runs once more
+    times: int = 1
+
+
+class Meter(TorchDispatchMode):
+    """A mode that counts storages which ops return until they are freed, and the ops' work.
+
+    live, peak, largest (of a result), checkpointed (of what a checkpoint drops): bytes. Values of
+    tensors are read as 1.
+    """
+
+    def __init__(self, device: str) -> None:
+        """Counts nothing yet; device: the type of the device, "cuda" or "cpu"."""
+        super().__init__()
+        self.device = device
+        self.live = 0
+        self._seen: set[int] = set()
+        self._again = False
+        self.start()
+
+    def start(self) -> int:
+        """Begins a new pass, with autograd or without as it is now; returns the live bytes."""
+        self._autograd = torch.is_grad_enabled()
+        self.works: list[Work] = []
+        self._inputs: list[Any] = []  # of checkpoints, which keep them
+        self.checkpointed = self.largest = 0
+        self.peak = self.live
+        return self.live
+
+    def hold(self, tensors: Any) -> None:
+        """Counts the storages of a nest of tensors from now until they are freed."""
+        for tensor in tree_leaves(tensors):
+            if not isinstance(tensor, Tensor) or tensor.device.type != self.device:
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._seen:
+                size = -(-storage.nbytes() // ROUNDED_TO) * ROUNDED_TO
+                self._seen.add(storage._cdata)
+                self.live += size
+                self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
+                weakref.finalize(storage, self._free, storage._cdata, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+    def checkpoint(self, function: Callable, *args: Any, **options: Any) -> Any:
+        """In place of torch's: returns function(*args) without its graph; keeps `args` alone."""
+        options.pop("use_reentrant", None)
+        before, self._again = self.live, True
+        out = function(*args, **options)
+        self._again = False
+        self.checkpointed = max(self.checkpointed, self.live - before)
+        self._inputs.append(args)
+        return out.detach().requires_grad_(out.requires_grad)
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default:
+            return 1.0
+        out = func(*args, **kwargs)
+        if func is aten.convolution.default and _channels_last(args[0]):
+            # without a device torch picks a library that would not keep this layout
+            out = out.contiguous(memory_format=torch.channels_last)
+        self.hold(out)
+        name = func.name().partition("::")[2]
+        if not func.is_view and func.namespace != "prim" and not name.startswith(NO_KERNEL):
+            inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+            moved = sum(t.nbytes for t in {id(t): t for t in (*inputs, *results)}.values())
+            half = any(t.itemsize == 2 for t in results)
+            backward = self._autograd and any(t.requires_grad for t in inputs)
+            runs = 1 + self._again if backward else 0
+            formula = flop_registry.get(func._overloadpacket)
+            flops = formula(*args, **kwargs, out_val=out) if formula else 0
+            for parts in _kernels(func, name, args, flops, moved, runs):
+                self.works.append(Work(*parts, half, runs))
+        return out
+
+
+def _channels_last(image: Tensor) -> bool:
+    """Whether an image [N, C, H, W] has its channels next to each other."""
+    return image.dim() == 4 and image.stride(1) == 1
+
+
+def _kernels(
+    func: OpOverload, name: str, args: tuple, flops: int, moved: int, runs: int
+) -> list[tuple[str, float, float]]:
+    """Returns (kind, flops, bytes) of the kernels of an op. flops: by torch; moved: bytes."""
+    if func.namespace == "simplclip":
+        return _own_kernels(name, args, moved)
+    kind = "norm" if "norm" in name else "bytes"
+    if func is aten.convolution.default:
+        kind, channels = "convolution", args[1].shape[1]
+        # forward of wide groups is about as fast as that of one group
+        if args[8] > 1 and (runs or channels < WIDE_GROUP):
+            kind = "depthwise" if channels == 1 else "grouped"
+        if not _channels_last(args[0]):
+            kind += " nchw"
+    elif flops:
+        kind = "attention" if "attention" in name else "product"
+    return [(kind, flops, moved)]
+
+
+def _own_kernels(name: str, args: tuple, moved: int) -> list[tuple[str, float, float]]:
+    """Returns (kind, flops, bytes) of the kernels of an op of this library; moved: its bytes."""
+    x = args[0]
+    matrices = [t for t in args if isinstance(t, Tensor) and t.dim() == 2]
+    if name.startswith("similarity"):  # images [N, D], texts [M, D], perhaps those of a teacher
+        flops = 2 * len(x) * len(args[1]) * sum(t.shape[1] for t in matrices[::2])
+        return [("product", flops, moved)]
+    kernels: list[tuple[str, float, float]] = [("norm", 0, moved)]
+    if name in ("simplified_block_fwd", "parallel_mlp_fwd"):  # x [..., C], and weights
+        weights = [t for t in matrices if t is not x]
+        rows = x.numel() // x.shape[-1]
+        hidden = rows * max(len(t) for t in weights) * x.itemsize
+        kernels.append(("product", 2 * rows * sum(t.numel() for t in weights), moved + hidden))
+        kernels.append(("bytes", 0, 2 * hidden))  # the activation
+    if name in ("simplified_block_fwd", "shaped_attention_fwd"):  # x [B, L, C] or [B, L, H, K]
+        kernels.append(("attention", 4 * x.numel() * x.shape[1], 4 * x.nbytes))
+    return kernels
+
+
+@contextlib.contextmanager
+def fake_device(modules: Iterable[nn.Module], device: str) -> Iterator[Meter]:
+    """Context of a pass on a device, "cuda" or "cpu"; yields the meter, which is not entered yet.
+
+    New tensors are fake, the modules' tensors become fake ones on the device, and functions of
+    torch are replaced until the end.
+    """
+    meter = Meter(device)
+    patches: list[tuple[Any, str, Any]] = [(FakeTensor, "tolist", lambda t: [0] * t.numel())]
+    for module in list(sys.modules.values()):
+        if vars(module).get("checkpoint") is checkpoint:
+            patches.append((module, "checkpoint", meter.checkpoint))
+    if device == "cuda":
+        patches += [
+            (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+            (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+            (F, "scaled_dot_product_attention", attention_of_card),
+        ]
+    fakes: dict[Tensor, Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(mock.patch.object(*patch))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # optimizers compile
+        stack.enter_context(FakeTensorMode(allow_fallback_kernels=False))
+        for part in {inner for outer in modules for inner in outer.modules()}:
+            tables: list[dict[str, Any]] = [part._parameters, part._buffers]
+            for table in tables:
+                stack.enter_context(mock.patch.dict(table))
+                for name, tensor in table.items():
+                    if tensor is not None and tensor not in fakes:
+                        fakes[tensor] = _fake(tensor, device)
+                    table[name] = None if tensor is None else fakes[tensor]
+        yield meter
+
+
+def _fake(tensor: Tensor, device: str) -> Tensor:
+    """Returns a fake tensor on a device with the shape, dtype and strides of a tensor."""
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+def attention_of_card(
+    query: Tensor,  # [B, H, L, K]
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """In place of F.scaled_dot_product_attention: FlashAttention, or else the efficient kernel.
+
+    Without a device torch would compute plain products, which keep the attention weights.
+    """
+    inputs = query, key, value
+    if attn_mask is None and query.itemsize == 2 and query.shape[-1] % 8 == 0:
+        flash = aten._scaled_dot_product_flash_attention
+        return flash(*inputs, dropout_p, is_causal, False, scale=scale)[0]
+    if attn_mask is not None:  # as an additive mask, in rows padded to multiples of 16 numbers
+        length = attn_mask.shape[-1]
+        padded = F.pad(attn_mask.to(query.dtype), (0, -length % 16))[..., :length]
+        attn_mask = padded.expand(*query.shape[:3], length)
+    gradient = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    efficient = aten._scaled_dot_product_efficient_attention
+    return efficient(*inputs, attn_mask, gradient, dropout_p, is_causal, scale=scale)[0]
