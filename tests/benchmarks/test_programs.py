@@ -67,7 +67,7 @@ def test_a_study_trains_each_run_once_and_compares_them(tmp_path, capfd):
     values = {"config": yaml.safe_load(settings.to_yaml()), "seeds": 2}
     values |= {"set": ["run.steps=1"], "runs": runs}
     file, out = tmp_path / "study.yaml", tmp_path / "runs"
-    file.write_text(yaml.safe_dump(values))
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
     study.main([str(file), "--out", str(out)])
     with open(out / "study.csv", newline="") as table:
         rows = list(csv.DictReader(table))
