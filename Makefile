@@ -12,8 +12,8 @@ CORES := $(shell nproc 2>/dev/null || echo 2)
 export OMP_NUM_THREADS ?= $(CORES)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help check-tools install demo ablation finetune plan test test-quick test-cpu prove sanitize test-gpu bench \
-	bench-gpu aot oldest dist wheel wheel-test tables api lint lint-source clean
+.PHONY: help check-tools install demo ablation finetune test test-quick test-cpu prove sanitize test-gpu bench \
+	bench-gpu aot oldest dist wheel wheel-test api lint lint-source clean
 
 help:  ## this list; it fits a screen of 24 lines of 80 columns
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 13
@@ -98,10 +98,11 @@ data/emoji-noisy: data/emoji-teacher
 	$(BIN)/simplclip teacher 'data/emoji-swap30/train-*.tar' --teacher runs/emoji-teacher --out data/emoji-swap30-teacher
 
 ablation: data/emoji-noisy  ## what each part of the system adds: hours of training; resumes
-	$(BIN)/python -m benchmarks.ablation $(EMOJI)/siclip-lite0.yaml --out runs/ablation --seeds 3 --jobs $(CORES) --write
+	$(BIN)/python -m benchmarks.study benchmarks/ablation.yaml --out runs/ablation
 
 finetune: install  ## what ways to fine-tune learn and forget: half an hour; resumes
-	$(BIN)/python -m benchmarks.finetune --out runs/finetune --jobs $(CORES) --write
+	$(BIN)/python $(EMOJI)/domains.py --out data/emoji-domains
+	$(BIN)/python -m benchmarks.study benchmarks/finetune.yaml --out runs/finetune
 
 # A worker with one thread for each core. The tests of a file stay together, since they share slow fixtures.
 XDIST := -n $(CORES) --dist loadfile --no-loadscope-reorder
@@ -144,10 +145,8 @@ test-gpu: install  ## the tests that need a GPU
 plan: install  ## hours of a run on a card and costs of fine-tuning, predicted; prints the tables
 	$(BIN)/python -m benchmarks.plan
 
-bench: install  ## microbenchmarks on this CPU; writes benchmarks/results
-	$(BIN)/python -m pytest benchmarks --write
-	$(BIN)/python -m benchmarks.host
-	$(BIN)/python -m benchmarks.launches
+bench: install  ## time and memory of the ops on this CPU; writes benchmarks/results
+	$(BIN)/python -m pytest benchmarks --benchmark-json benchmarks/results/cpu-$$(date +%F).json
 
 bench-gpu: install  ## selftest, timings; writes benchmarks/results
 	$(BIN)/python -m benchmarks.gpu
@@ -189,11 +188,8 @@ wheel: dist  ## the same with a manylinux wheel, which PyPI takes
 wheel-test: wheel  ## try that wheel in an empty venv: doctor, selftest, a training step
 	$(BIN)/python tests/support/package/wheel.py $(DIST)/*.whl --train --packages-of $(BIN)/python
 
-tables: install  ## tables and charts of README and docs from benchmarks/results
-	$(BIN)/python -m benchmarks.tables
-
 api: install  ## pages of the public names, from their docstrings, in build/api
-	$(BIN)/python docs/make_api.py build/api
+	EAGER_IMPORT=1 $(BIN)/python -m pdoc --docformat google --output-directory build/api simplclip
 
 lint: install lint-source  ## ruff, the contracts of imports, mypy
 	$(BIN)/python -m mypy

@@ -89,11 +89,10 @@ def words_of(name: str) -> list[str]:
 
 
 def test_readme_is_short():
-    """The lines of tables that benchmarks/tables.py writes may be longer."""
-    text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) <= 100
-    by_hand = re.sub(r"<!-- table.*?<!-- end -->", "", text, flags=re.DOTALL)
-    assert [line for line in by_hand.splitlines() if len(line) > 120] == []
+    """Rows of tables may be longer."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 100
+    assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
 
 
 def test_the_index_has_every_page():

@@ -1,1 +1,0 @@
-"""Predicts how fast the GPU kernels of this library are, from their machine code, without a GPU."""
