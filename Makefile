@@ -142,7 +142,7 @@ sanitize: install  ## random calls of the CPU kernels under ASan, UBSan, TSan; C
 test-gpu: install  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-plan: install  ## hours of a run on a card and costs of fine-tuning, predicted; prints the tables
+plan: install  ## hours of a run and costs of fine-tuning, predicted; tables
 	$(BIN)/python -m benchmarks.plan
 
 bench: install  ## time and memory of the ops on this CPU; writes benchmarks/results

@@ -50,7 +50,7 @@ FILES = [
 PHOTOS = "docs/your-photos.md"  # has a config that other pages train
 MAKEFILE = (ROOT / "Makefile").read_text()
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
-OTHERS = ("apt", "conda", "docker", "ncu", "nsys", "pre-commit", "sudo", "tar")  # are not checked
+OTHERS = ("apt", "conda", "docker", "ncu", "nsys", "pre-commit", "pytest-benchmark", "sudo", "tar")
 
 
 @functools.cache
