@@ -102,12 +102,14 @@ def parse_source(text: Text, checkpoint: Text | None = None, *, last: bool = Fal
         return Source(file if Path(label, BEST).is_file() else label, file=file)
     name, slash, rest = label.removeprefix(PLAIN).partition("/")
     given = os.fspath(checkpoint or "")
-    if label.startswith(PLAIN) or (slash and name in open_clip_names()):
+    plain = label.startswith(PLAIN)
+    # after register_models open_clip knows the names of this library too
+    if not plain and name in NAMES and bool(rest) != bool(given):
+        return Source(label, name, file=given or rest)
+    if plain or (slash and name in open_clip_names()):
         if os.path.isfile(rest) and not given:
             return Source(label, PLAIN + name, file=rest)
         return Source(label, PLAIN + name, rest, given)
-    if name in NAMES and bool(rest) != bool(given):
-        return Source(label, name, file=given or rest)
     return Source(label, file=label)
 
 

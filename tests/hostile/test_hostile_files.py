@@ -255,7 +255,6 @@ def test_weights_that_run_code_are_refused_without_torchs_advice_to_run_it(made)
     for arguments in (
         ("evaluate", "w.pt", "--data", shard),
         ("teacher", shard, "--out", "t", "--teacher", "open_clip:ViT-S-32", *weights),
-        ("caption", shard, "--out", "c", *weights),
         ("train", settings, "--set", "inherit.source=w.pt"),
     ):
         assert one_line(*arguments).endswith("more than store tensors (GLOBAL posix.system)")
