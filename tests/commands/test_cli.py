@@ -154,7 +154,7 @@ def test_help_config_prints_every_key():
         ),
         (
             "train config.yaml --set inherit.source=[minilm,RN51/openai]",
-            "no such file: RN51/openai; nearest models of open_clip: ['RN50', ",
+            "expected a file of weights, got no such file: RN51/openai",
         ),
         ("export gone --out out", "checkpoint: expected a file of weights, got no such file: gone"),
         (

@@ -102,9 +102,10 @@ def test_blocks_by_their_indices():
     paths = ["visual.transformer.resblocks.0", "visual.transformer.resblocks.2"]
     assert kinds(model) == list(report.replaced) == paths
     assert str(report).startswith(f"2 blocks replaced: {', '.join(paths)}\nimage: ")
-    simplify(model, blocks={"image": [1], "text": [3]})
-    assert len(kinds(model)) == 4
     model(*batch())
+    # a simplified tower is no tower of blocks that can be replaced
+    with pytest.raises(InputError, match="image: expected residual attention blocks, got Transf"):
+        simplify(model)
 
 
 @pytest.mark.parametrize(
@@ -193,9 +194,6 @@ def test_activation_dtype_and_mode_follow_the_old_block():
     assert block.act == "quickgelu"
     assert not block.training
     assert {p.dtype for p in block.parameters()} == {block.get_weight_dtype()} == {torch.bfloat16}
-    simplify(model, towers=("text",))
-    # of the simplified block that it replaces
-    assert model.transformer.resblocks[1].act == "quickgelu"
     assert model.encode_text(batch()[1]).dtype == torch.bfloat16
 
 
@@ -256,9 +254,7 @@ def test_masked_padding_is_as_if_it_were_not_there(pool):
         alone = other.encode_text(row[None, :length])
         torch.testing.assert_close(feature[None], alone, rtol=0, atol=2e-6)
     assert (other.encode_text(text) - found)[0].abs().max() > 0.01
-    again = restless(simplify(copy.deepcopy(masked), mlp_ratio=2.0)[0])  # its blocks stay masked
-    assert torch.equal(again.encode_text(text), again.encode_text(torch.where(text == 0, 50, text)))
-    with pytest.raises(InputError, match=r"expected lengths of texts, \(2,\), got \(5, 5\)"):
+    with pytest.raises(InputError, match=r"attn_mask: expected the shape \(2,\), got \(5, 5\)"):
         masked.text.transformer(torch.randn(2, 5, 24), attn_mask=torch.zeros(5, 5))
 
 
@@ -297,9 +293,9 @@ def test_masks_that_cannot_be_honoured():
     assert block(x, attn_mask=mask).shape == x.shape
     pixels, timm = torch.randn(2, 5, 32), TimmBlock(32, 2)
     for called, masks, message in (
-        (block, {}, r"attn_mask: expected the causal mask, \(12, 12\), got None"),
+        (block, {}, r"attn_mask: expected the shape \(12, 12\), got None"),
         (block, {"attn_mask": mask.expand(4, 12, 12)}, r"\(12, 12\), got \(4, 12, 12\)"),
-        (full, {"attn_mask": torch.zeros(5, 5)}, "attn_mask: expected no mask, None, got"),
+        (full, {"attn_mask": torch.zeros(5, 5)}, "attn_mask: expected the shape None, got"),
         (block, {"k_x": x, "v_x": x, "attn_mask": mask}, "k_x, v_x: expected None"),
         (timm, {"is_causal": True}, "attn_mask, is_causal: expected None and False"),
     ):

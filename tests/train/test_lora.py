@@ -322,7 +322,7 @@ def test_wrong_values_are_named(folder, change, error):
             ["model.lora={rank: 33}"],
             r"model\.lora\.rank: expected .*, got 33 for visual\.\S+ \[96, 32\]",
         ),
-        (["model.lora={modules: ['*.c_fk']}"], r"got '\*\.c_fk'; nearest: \['c_fc', "),
+        (["model.lora={modules: ['*.c_fk']}"], r"match a linear layer, e.g. .*, got '\*\.c_fk'"),
         (["model={name: siclip-tiny, checkpoint: W, lora: {}}"], "without simplified blocks, got"),
         (["model.checkpoint=null"], "model.checkpoint: expected weights, which model.lora keeps"),
         (
