@@ -21,7 +21,6 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor"
 # processes.
 PROOF = {
     "SIMPLCLIP_PROVE": "1",
-    "SIMPLCLIP_TEST_FAULTS": "60",
     "SIMPLCLIP_TEST_STRIDE": "1",
 }
 

@@ -49,17 +49,6 @@ def test_a_quote_that_is_never_closed_costs_its_row(tmp_path, rows):
     assert kept == [number for number in range(rows) if number != 7]
 
 
-@pytest.mark.parametrize("below", ['a "quote" inside', '"quoted, whole"', '"text" behind'])
-def test_a_quote_that_is_not_closed_does_not_end_at_a_quote_below(tmp_path, below):
-    """The rows between would be part of its caption."""
-    lines = ["filepath,title", 'a.png,"not closed', "b.png,between", f"c.png,{below}", "d.png,last"]
-    (tmp_path / "t.csv").write_text("\n".join(lines))
-    rows = list(readers.open_source(tmp_path / "t.csv", Options()).rows())
-    assert [bool(row.problem) for row in rows] == [True, False, False, False]
-    caption = {'"quoted, whole"': "quoted, whole", '"text" behind': "text behind"}.get(below, below)
-    assert [row.captions[0].strip() for row in rows[1:]] == ["between", caption, "last"]
-
-
 def test_hostile_rows_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "MAX_BYTES", 1 << 20)
     os.mkfifo(tmp_path / "pipe.png")
@@ -209,14 +198,6 @@ def test_captions_of_a_parquet_file_are_texts_or_numbers(tmp_path, captions, tex
     found, skipped = packed(path, tmp_path / "out")
     assert found == [("000000000", texts), ("000000002", texts), ("000000003", texts)]
     assert skipped == {reason: 1}
-
-
-def test_a_caption_that_python_cannot_hold_costs_its_row(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    times = pyarrow.array([10**17], pyarrow.duration("s"))
-    path = write_parquet(tmp_path / "t.parquet", {"path": ["a.png"], "text": times})
-    (row,) = readers.open_source(path, Options()).rows()
-    assert row.captions == []
 
 
 def test_a_parquet_file_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):

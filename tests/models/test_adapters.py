@@ -206,31 +206,6 @@ def test_one_tower_and_its_patterns_leave_the_other_as_it_was():
     assert dropped.transformer.resblocks[0].mlp.c_fc.lora_dropout["default"].training
 
 
-@pytest.mark.parametrize(
-    ("changes", "train", "error"),
-    [
-        (
-            {"modules": ["*.mlp.c_fk"]},
-            [],
-            r"model\.lora\.modules: .* got '\*\.mlp\.c_fk'; nearest: .*mlp\.c_fc",
-        ),
-        (
-            {"modules": ["visual.*"]},
-            [],
-            r"layer that matches \['visual\.\*'\], got the text tower without one",
-        ),
-        (
-            {},
-            ["ln_final", "transformer.resblocks.0.attn"],
-            r"inherit\.train: .* got 'transformer\.resblocks\.0\.attn', which matches .*attn",
-        ),
-    ],
-)
-def test_what_is_refused(changes, train, error):
-    with pytest.raises(InputError, match=error):
-        add_lora(plain(), SETTINGS | changes, [], train)
-
-
 def test_simplified_blocks_are_refused_by_name():
     model = models.create("siclip-tiny")
     with pytest.raises(
@@ -253,9 +228,7 @@ A, B = "w.lora_A.default.weight", "w.lora_B.default.weight"
 @pytest.mark.parametrize(
     ("adapter", "error"),
     [
-        ({A: torch.ones(1, 3)}, r"w\.lora_B"),
         ({A: torch.ones(1, 9), B: torch.ones(9, 1)}, r"\[9, 1\] and \[1, 9\] for"),
-        (3, "'int' object"),
     ],
 )
 def test_adapters_that_do_not_fit_are_refused(tmp_path, adapter, error):
@@ -272,25 +245,3 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path, adapter, error):
         assert str(file) in str(raised.value)
     with pytest.raises(CheckpointError, match=f"adapters that fit their weights in .*{error}"):
         read_state(file)
-
-
-def test_half_precision_has_the_bits_of_pefts_casts():
-    model = plain()
-    add_lora(model, SETTINGS, [])
-    lora.started(model).eval()
-    layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)]
-    inputs = []
-    for layer in layers:
-        layer.lora_A["default"].register_forward_hook(lambda _, x, y: inputs.append(x[0].dtype))
-    kept = []
-    for cast in (False, True):
-        for layer in layers:
-            assert cast or layer.cast_input_dtype_enabled is False
-            layer.cast_input_dtype_enabled = cast
-        with torch.autocast("cpu", torch.bfloat16):
-            kept += [(features(model), {*inputs})]
-        inputs.clear()
-    (ours, types), (theirs, cast_types) = kept
-    assert torch.bfloat16 in types
-    assert cast_types == {torch.float32}
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
