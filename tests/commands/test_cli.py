@@ -330,9 +330,7 @@ def test_doctor():
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["SIGINT", pytest.param("closed pipe", marks=pytest.mark.prove)])
 def test_a_run_that_is_ended_saves_its_state_and_goes_on(tmp_path, end):
-    """In a real process, with a loader process that gets the signal as well; other ends:
-    tests/train/test_train_faults.py.
-    """
+    """In a real process, with a loader process that gets the signal as well."""
     source, out = tiny.write_config(tmp_path), tmp_path / "run"
     command = [sys.executable, "-m", "simplclip", "train", source]
     command += ["--set", "run.steps=4000", "--set", "data.workers=1"]

@@ -103,6 +103,9 @@ def test_right_answers_are_framed_also_those_of_a_group(tmp_path):
     figure = sheet_of(replace(encoded, text_features=-eye), tmp_path / "s.png")
     assert green(figure) == 12
     assert sum(text.startswith("#6: -1.00") for text in drawings.check_layout(figure)) == 12
+    tied = sheet_of(replace(encoded, text_features=torch.ones(6, 6)), tmp_path / "s.png")
+    missed = {text for text in drawings.check_layout(tied) if text.startswith("#")}
+    assert missed == {"#6: 1.00"}, "wrong answers of the same similarity rank before it"
     several = index_at(tmp_path / "b.tar", captions, (eye, eye), ["g"] * 6)
     figure = sheet_of(several, tmp_path / "s.png")
     assert green(figure) == 12 * 5, "all of a group are right"
