@@ -130,6 +130,20 @@ def test_a_resumed_loader_goes_on_exactly(pattern, one, shards, workers):
     assert bits(take(reader, 2)) == bits(take(make(states[-1]), 2))  # iterating again goes on, too
 
 
+def test_what_was_consumed_is_not_decoded_again(pattern):
+    calls = Counter()
+
+    def counted(image):
+        calls["decoded"] += 1
+        return resize(image)
+
+    reader = loader(pattern, transform=counted, batch_size=3)
+    take(reader, 20)
+    calls.clear()
+    take(loader(pattern, reader.state_dict(), transform=counted, batch_size=3), 1)
+    assert calls["decoded"] == 3
+
+
 @pytest.mark.parametrize(
     "other", [{"workers": 2}, {"world_size": 2}, {"rank": 1, "world_size": 2}, {"seed": 5}]
 )

@@ -49,6 +49,17 @@ def test_a_quote_that_is_never_closed_costs_its_row(tmp_path, rows):
     assert kept == [number for number in range(rows) if number != 7]
 
 
+@pytest.mark.parametrize("below", ['a "quote" inside', '"quoted, whole"', '"text" behind'])
+def test_a_quote_that_is_not_closed_does_not_end_at_a_quote_below(tmp_path, below):
+    """The rows between would be part of its caption."""
+    lines = ["filepath,title", 'a.png,"not closed', "b.png,between", f"c.png,{below}", "d.png,last"]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    rows = list(readers.open_source(tmp_path / "t.csv", Options()).rows())
+    assert [bool(row.problem) for row in rows] == [True, False, False, False]
+    caption = {'"quoted, whole"': "quoted, whole", '"text" behind': "text behind"}.get(below, below)
+    assert [row.captions[0].strip() for row in rows[1:]] == ["between", caption, "last"]
+
+
 def test_hostile_rows_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "MAX_BYTES", 1 << 20)
     os.mkfifo(tmp_path / "pipe.png")

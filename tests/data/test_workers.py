@@ -178,3 +178,14 @@ def test_workers_end_with_their_parent():
     while any(map(is_running, workers)):
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+def test_an_iterator_that_is_dropped_ends_workers_that_are_busy(often):
+    received, began = from_workers(endless, 1), time.monotonic()
+    next(received)
+    (worker,) = multiprocessing.active_children()
+    time.sleep(1)  # it has begun the next item
+    received.close()
+    worker.join(30)
+    assert not worker.is_alive()
+    assert time.monotonic() - began < 60

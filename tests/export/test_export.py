@@ -17,6 +17,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import nn
 
 import simplclip
@@ -69,6 +70,17 @@ def printed_lines(printed, model):
     assert_same(model, names["model"])
     assert_same(model, names["encoder"].model)
     return lines, names
+
+
+@pytest.mark.slow
+def test_the_summary_says_what_was_exported(tiny):
+    _, run, out, summary = tiny
+    assert json.loads((out / "export.json").read_text()) == json.loads(json.dumps(summary))
+    found = summary["model"], summary["step"], summary["checkpoint"]
+    assert found == ("siclip-tiny", 7, str(run))
+    assert {p.name for p in out.iterdir()} == FILES
+    with safe_open(out / WEIGHTS, "pt") as file:
+        assert file.metadata() == {"format": "pt", "model": "siclip-tiny", "step": "7"}
 
 
 @pytest.mark.slow
