@@ -132,18 +132,9 @@ def test_help_config_prints_every_key():
         ("train siclip-so", "got 'siclip-so'; did you mean siclip-s0?"),
         ("train config.yaml --set optim.lrr=1", "optim.lrr: unknown key; did you mean optim.lr?"),
         ("train config.yaml --lr 1", "--lr: unknown option; did you mean --set optim.lr=VALUE?"),
-        ("train config.yaml --batch-size=8", "did you mean --set data.batch_size=VALUE?"),
-        ("plan config.yaml --paris 3", "--paris: unknown option; did you mean --pairs?"),
         ("evaluate x.pt --num-workers 3", "did you mean --workers?"),
-        ("data pack x --ot y", "--ot: unknown option; did you mean --out?"),
         ("evaluate x.pt --lr 3", "--lr: unknown option; root evaluate --help lists all"),
         ("train config.yaml --set data.train=no-*.tar", "matches none"),
-        (
-            "train config.yaml --set data.train=[]",
-            "data.train: expected at least one path or pattern, got an empty list",
-        ),
-        ("train config.yaml --set run.device=cuda:77", "device: expected"),
-        ("train config.yaml --set data.sidecars=[~none]", "data.sidecars: expected a folder, got"),
         (
             "evaluate nothing.pt --data data/train-0.tar",
             "checkpoint: expected a file of weights, got no such file: nothing.pt",
@@ -155,15 +146,6 @@ def test_help_config_prints_every_key():
         (
             "train config.yaml --set inherit.source=[minilm,RN51/openai]",
             "expected a file of weights, got no such file: RN51/openai",
-        ),
-        ("export gone --out out", "checkpoint: expected a file of weights, got no such file: gone"),
-        (
-            "teacher data/train-0.tar --out out --teacher open_clip:RN51",
-            "name: expected one of [",
-        ),
-        (
-            "evaluate config.yaml --data x.tar",
-            "data: expected files, got 'x.tar', which does not exist",
         ),
         (
             "evaluate config.yaml --data a=x.tar --data a=y.tar",
@@ -348,9 +330,7 @@ def test_doctor():
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["SIGINT", pytest.param("closed pipe", marks=pytest.mark.prove)])
 def test_a_run_that_is_ended_saves_its_state_and_goes_on(tmp_path, end):
-    """In a real process, with a loader process that gets the signal as well; other ends:
-    tests/train/test_train_faults.py.
-    """
+    """In a real process, with a loader process that gets the signal as well."""
     source, out = tiny.write_config(tmp_path), tmp_path / "run"
     command = [sys.executable, "-m", "simplclip", "train", source]
     command += ["--set", "run.steps=4000", "--set", "data.workers=1"]

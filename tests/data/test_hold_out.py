@@ -13,7 +13,6 @@ from simplclip.data.overlap import overlap
 from support.data.packs import write_images
 from support.data.pairs import COUNT, loader, members, png, resize, sample, table, write
 from support.evaluation import batches_of, index_of
-from support.programs import call, one_line
 
 SHARE = 0.3
 
@@ -101,26 +100,6 @@ def test_groups_of_a_sidecar_count(tmp_path):
     assert {Counter(int(key) // 10 for key in held)[group] for group in range(4)} <= {0, 10}
     trained = one_pass(shard, 0.5, sidecars=folders)
     assert sorted(held + trained) == [f"{i:02}" for i in range(40)]
-
-
-def test_the_json_of_a_sample_is_parsed_once(tmp_path, monkeypatch):
-    shard = write(tmp_path / "a.tar", [sample(i) for i in range(COUNT)])
-    contents, parse_json = [], samples.json_of
-
-    def counted(content):
-        contents.append(content)
-        return parse_json(content)
-
-    monkeypatch.setattr(samples, "json_of", counted)
-    trained = one_pass(shard, SHARE)
-    assert 0 < len(trained) < COUNT
-    files = [sample(i)[1]["json"] for i in range(COUNT)]
-    # the first sample of the second pass ends the first
-    assert Counter(contents[:COUNT]) == Counter(files)
-    contents.clear()
-    held = held_of(shard)[0]
-    assert sorted(held + trained) == [f"k{i:03d}" for i in range(COUNT)]
-    assert Counter(contents) == Counter(files)
 
 
 SOURCES = [f"{year}/IMG_{number:04}.v2" for year in (2019, 2020) for number in range(20)]
@@ -217,14 +196,6 @@ def folder_of(path, names):
     write_images(path, *(f"{name}.png" for name in names))
     for number, name in enumerate(names):
         (path / f"{name}.txt").write_text(f"caption {number}")
-
-
-def test_what_replaces_the_option_of_packing(tmp_path):
-    message = one_line("data", "pack", tmp_path, "--out", tmp_path / "out", "--hold-out", 0.1)
-    assert message == (
-        "simplclip: --hold-out: expected none, got 0.1; use eval.hold_out=0.1 in the config"
-    )
-    assert "hold-out" not in call("data", "pack", "--help").output
 
 
 def test_rows_of_an_image_that_are_no_neighbours_are_a_group(tmp_path):

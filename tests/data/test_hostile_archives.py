@@ -18,7 +18,6 @@ from support.evaluation import batches_of
 DAMAGED = "damaged tar"
 LARGE = "file too large"
 SPARSE = "sparse file"
-TWICE = "duplicate file in tar"
 GIB = 1 << 30
 
 
@@ -31,15 +30,6 @@ def members(names, content):
     return b"".join(member(name, content) for name in names)
 
 
-def old_sparse(more):
-    """Returns a file of the older form whose map has `more` further blocks."""
-    block = bytearray(header("k3.png", 512, b"S"))
-    block[386:410] = block[483:495] + block[483:495]
-    block[482], block[483:495] = more > 0, b"77777777777\0"
-    further = [bytes(504) + bytes([place < more - 1]) + bytes(7) for place in range(more)]
-    return make.summed(block) + b"".join(further) + bytes(512)
-
-
 def new_sparse(*records):
     """Returns a sparse file of 1 TiB with one block of data."""
     return pax(*(record(b"GNU.sparse." + key, value) for key, value in records)) + member(
@@ -49,35 +39,19 @@ def new_sparse(*records):
 
 # name -> what follows a sample and ends the tar as damage
 DAMAGED_TARS = {
-    "a size below zero": lambda: header("k3.png", b"-0000001000\0"),
-    "a binary size below zero": lambda: header("k3.png", b"\xff" * 11 + b"\0"),
-    "a size above 2**63": lambda: header("k3.png", b"\x80\0\0\0\x7f" + b"\xff" * 7),
     "a size beyond the end": lambda: header("k3.png", 1 << 20),
-    "a checksum below zero": lambda: header("k3.png", checksum=b"-17777\0"),
-    "a pax record of length 0": lambda: pax(b"0 path=k3.png\n"),
-    "a pax record of 5,000 digits": lambda: pax(b"1" * 5000 + b" path=a\n"),
-    "a pax size below zero": lambda: pax(record(b"size", b"-512")),
     "a pax header of 4 GiB": lambda: header("pax", 4 * GIB, b"x"),
-    "a long name of folders": lambda: member("l", b"a/" * 400000 + b"b.c/.png", b"L"),
     "pax headers without end": lambda: pax(record(b"path", b"k3.png")) * 9999,
 }
 OUTSIDE = [f"{way}{end}" for way in ("/tmp/out", "../../out") for end in (".png", ".json")]
 OWN_FIELDS = [f"k3.__{name}__" for name in ("url", "shard", "key", "copy")]
-EMPTY = [f"{number:05d}.jpg" for number in range(4000)]
 TAGS = ((b"major", b"1"), (b"minor", b"0"), (b"realsize", b"%d" % 2**40))
-LONG_PATH = record(b"path", b"a/" * 2500 + b"k.png")
-FOR_ALL = record(b"size", b"7"), record(b"path", b"k3.png")
 # name -> (what stands between two samples that are used, the counts of damage)
 PASSED_OVER = {
-    "a name of 5,000 bytes": (lambda: pax(LONG_PATH) + member("a", PNG), {"name too long": 1}),
-    "a sparse file": (lambda: old_sparse(0) + member("k3.txt", b"x"), {SPARSE: 1}),
-    "a long map": (lambda: old_sparse(9000) + member("k3.txt", b"x"), {SPARSE: 1}),
+    "a sparse file": (lambda: header("k3.png", kind=b"S") + member("k3.txt", b"x"), {SPARSE: 1}),
     "a sparse file of pax 1.0": (lambda: new_sparse(*TAGS), {SPARSE: 1}),
     "names that lead out": (lambda: members(OUTSIDE, PNG), {"bad json": 2}),
-    "a name with a zero": (lambda: pax(record(b"path", b"k3.png\0/x")) + member("a", PNG), {}),
     "names of a sample's own fields": (lambda: members(OWN_FIELDS, b"x"), {}),
-    "a file twice": (lambda: member("k2.png", PNG), {TWICE: 1}),
-    "many empty files": (lambda: members(EMPTY, b""), {"missing caption": len(EMPTY)}),
     "a caption of 17 MiB": (
         lambda: member("k3.txt", bytes(17 << 20)) + member("k3.png", PNG),
         {LARGE: 1},
@@ -92,22 +66,11 @@ NO_UTF8 = "\udcff\udcfe"
 ARCHIVES = {
     **{name: (part, [1], {DAMAGED: 1}) for name, part in DAMAGED_TARS.items()},
     **{name: (part, [1, 2], counts) for name, (part, counts) in PASSED_OVER.items()},
-    "pax headers for all": (
-        lambda: pax(*FOR_ALL, kind=b"g"),
-        [1],
-        {TWICE: 1, "missing caption": 1},
-    ),
     "names that are not UTF-8": (
         lambda: member(f"{NO_UTF8}.png", PNG) + member(f"{NO_UTF8}.txt", b"x"),
         [1, NO_UTF8, 2],
         {},
     ),
-}
-# name -> (a whole tar, the keys of the samples that are used)
-WHOLE = {
-    "a sparse file, its map cut": (lambda: pair(1) + old_sparse(9)[:3000], [1]),
-    "an empty file": (lambda: b"", []),
-    "a page": (lambda: b"<html>" * 999, []),
 }
 
 
@@ -139,17 +102,12 @@ def in_memory(room=600 << 20):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*ARCHIVES, *WHOLE])
+@pytest.mark.parametrize("name", ARCHIVES)
 def test_training_and_evaluation_read_what_they_can_and_count_the_rest(tmp_path, name):
     (tmp_path / "good.tar").write_bytes(pair(0) + END)
     path = tmp_path / "bad.tar"
-    if name in ARCHIVES:
-        part, used, counted = ARCHIVES[name]
-        path.write_bytes(after(part()))
-    else:
-        tar, used = WHOLE[name]
-        counted = {DAMAGED: 1}
-        path.write_bytes(tar())
+    part, used, counted = ARCHIVES[name]
+    path.write_bytes(after(part()))
     used = [f"k{key}" if isinstance(key, int) else key for key in used]
     there = {*tmp_path.iterdir(), *tmp_path.parent.iterdir()}
     with in_memory():
@@ -164,14 +122,6 @@ def test_training_and_evaluation_read_what_they_can_and_count_the_rest(tmp_path,
             assert skipped.counts == counted
     assert {*tmp_path.iterdir(), *tmp_path.parent.iterdir()} == there
     assert not os.path.exists("/tmp/out.png")
-
-
-@pytest.mark.parametrize("text", [b"1" * 16_000, b"9z path=a\n", b"1 a" * 5000])
-def test_pax_headers_that_some_versions_of_python_take_for_damage(tmp_path, text):
-    """Expressions of some versions take quadratic time over them (CVE-2024-6232)."""
-    (tmp_path / "a.tar").write_bytes(after(3 * pax(text)))
-    with make.in_time(5):
-        assert one_pass(str(tmp_path / "a.tar"))[0] in (["k1"], ["k1", "k2"])
 
 
 @pytest.mark.slow
@@ -226,7 +176,7 @@ def test_a_teachers_features_that_promise_too_much(tmp_path, name):
     assert (found, skipped.counts) == (["a", "c"], {"bad teacher features": 1})
 
 
-@pytest.mark.parametrize("about", [b"[]", b"5", b"{", b"\xff", b'{"views": 5}', b"[" * 100_000])
+@pytest.mark.parametrize("about", [b"[]", b"{", b'{"views": 5}'])
 def test_accounts_of_features_that_are_none(tmp_path, about):
     features = npy(np.zeros((2, 8), np.float16))
     bad = {"png": PNG, "txt": b"x", "teacher.npy": features, "teacher.json": about}

@@ -203,31 +203,6 @@ def test_one_tower_and_its_patterns_leave_the_other_as_it_was():
     assert dropped.transformer.resblocks[0].mlp.c_fc.lora_dropout["default"].training
 
 
-@pytest.mark.parametrize(
-    ("changes", "train", "error"),
-    [
-        (
-            {"modules": ["*.mlp.c_fk"]},
-            [],
-            r"model\.lora\.modules: .* got '\*\.mlp\.c_fk'",
-        ),
-        (
-            {"modules": ["visual.*"]},
-            [],
-            r"layer that matches \['visual\.\*'\], got the text tower without one",
-        ),
-        (
-            {},
-            ["ln_final", "transformer.resblocks.0.attn"],
-            r"inherit\.train: .* got 'transformer\.resblocks\.0\.attn', which matches .*attn",
-        ),
-    ],
-)
-def test_what_is_refused(changes, train, error):
-    with pytest.raises(InputError, match=error):
-        add_lora(plain(), SETTINGS | changes, [], train)
-
-
 def test_simplified_blocks_are_refused_by_name():
     model = models.create("siclip-tiny")
     with pytest.raises(

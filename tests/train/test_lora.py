@@ -300,22 +300,6 @@ def test_a_missing_another_or_a_damaged_base_is_refused_by_name(folder, trained,
 
 
 @pytest.mark.parametrize(
-    ("change", "error"),
-    [
-        ("rank: 0", r"model\.lora\.rank: expected greater than or equal to 1, got 0"),
-        ("alpha: 0", r"model\.lora\.alpha: expected greater than 0, got 0"),
-        ("dropout: 1.0", r"model\.lora\.dropout: expected less than 1, got 1"),
-        ("towers: []", r"model\.lora\.towers: List should have at least 1 item"),
-        ("towers: [sound]", r"model\.lora\.towers.*: expected 'image' or 'text', got 'sound'"),
-        ("rnak: 4", r"model\.lora\.rnak: unknown key"),
-    ],
-)
-def test_wrong_values_are_named(folder, change, error):
-    with pytest.raises(ConfigError, match=error):
-        lora.config_of(folder, "open-clip", lora=f"{{{change}}}")
-
-
-@pytest.mark.parametrize(
     ("changes", "error"),
     [
         (

@@ -185,7 +185,6 @@ def test_shards_that_were_added_or_replaced_start_the_pass_again(tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_that_this_version_cannot_take_says_why(tmp_path):
-    """One that it can take: tests/golden."""
     config = tiny.settings(tmp_path, "run.steps=1")
     go(config)
     path = tmp_path / "run" / "last.pt"
@@ -332,18 +331,6 @@ def test_csv_of_a_run_keeps_its_columns_and_drops_later_rows(tmp_path):
     assert (tmp_path / "run" / "m.csv").read_text() == "step,loss\n1,0.5\n2,0.25\n3,0.25\n"
 
 
-@pytest.mark.slow
-def test_damaged_data_is_reported_once(tmp_path):
-    shard = tiny.write_shard(tmp_path / "data" / "train-0.tar")
-    with open(shard, "r+b") as file:  # the first picture
-        file.seek(512)
-        file.write(bytes(40))
-    text = go(tiny.settings(tmp_path))
-    (skipped,) = set(re.findall("^data .* 1 skipped: .*$", text, re.M))
-    assert "black-bar" not in skipped
-    assert "train-0.tar/0-red-circle" in skipped
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -351,22 +338,10 @@ def test_damaged_data_is_reported_once(tmp_path):
             "optim.options.betas=[0.9]",
             "optim.options: expected arguments of torch.optim.AdamW, got {.*'betas': .0.9",
         ),
-        (
-            "optim.options.weight_decay=1",
-            "optim.options: expected arguments of torch.optim.AdamW, got {.*'weight_decay': 1",
-        ),
-        (
-            "optim.options.beta=1",
-            "optim.options: expected arguments of torch.optim.AdamW, got {.*'beta': 1}",
-        ),
         ("model.options.depth=3", "model.options"),
         (
             "model.options.text_cfg.layers=0",
             "model.options: expected options of siclip-tiny, got .*'layers': 0",
-        ),
-        (
-            "model.options.text_cfg.width=7",
-            "model.options: expected options of siclip-tiny, got .*'width': 7",
         ),
         (
             "inherit.train=['*']",
