@@ -110,9 +110,10 @@ class Meter(TorchDispatchMode):
             runs = 1 + self._again if backward else 0
             formula = flop_registry.get(func._overloadpacket)
             flops = formula(*args, **kwargs, out_val=out) if formula else 0
-            kernels = [(_kind(func, name, args, runs, flops), flops, moved)]
             if func.namespace == "simplclip":
                 kernels = _own_kernels(name, args, moved)
+            else:
+                kernels = [(_kind(func, name, args, runs, flops), flops, moved)]
             nchw = func is aten.convolution.default and not _channels_last(args[0])
             self.works += [Work(*kernel, half, runs, nchw) for kernel in kernels]
         return out
