@@ -82,7 +82,7 @@ def section(name: str, command: Any) -> str:
 
 def commands_page() -> str:
     page = COMMANDS
-    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+    for name, command in sorted(get_command(app).commands.items()):  # type: ignore[attr-defined]
         inner = getattr(command, "commands", None)
         for word, child in inner.items() if inner else [("", command)]:
             page += section(f"{name} {word}".strip(), child)
