@@ -7,6 +7,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib import font_manager
@@ -34,7 +35,7 @@ def any_text() -> Iterator[None]:
     """
     found = set(font_manager.get_font_names())
     family = ["DejaVu Sans", *(name for name in SCRIPTS if name in found)]
-    settings = {"text.parse_math": False, "font.family": family}
+    settings: Any = {"text.parse_math": False, "font.family": family}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")
         yield

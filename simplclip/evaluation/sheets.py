@@ -51,7 +51,8 @@ def contact_sheet(index: Index, title: str, subtitles: Sequence[str] = ("", ""))
     with any_text():
         figure = Figure(figsize=(WIDTH, ROW * sum(counts) + 3 * HEAD), dpi=100)
         heights = [HEAD, *(ROW * count + HEAD for count in counts)]
-        head, upper, lower = figure.subfigures(3, 1, height_ratios=heights)
+        parts: Any = figure.subfigures(3, 1, height_ratios=heights)
+        head, upper, lower = parts
         head.suptitle(f"{shortened(title, 90)}\n{LEGEND}", fontsize=9)
         for part, queries, heading in (
             (upper, by_text, f"Caption → nearest pictures\n{subtitles[0]}"),

@@ -151,7 +151,7 @@ def test_both_ends_have_the_figures_of_evaluate_and_the_best_mean_is_named(insid
     assert text.count("samples read") == 3
     assert (results.checkpoint, results.start, results.step) == ("runs/tuned/best.pt", "base", 3)
     picture = Image.open("out/blend.png")
-    assert picture.width == 744
+    assert picture.width == 800
     assert len(picture.getcolors(1 << 20)) > 50
 
 
