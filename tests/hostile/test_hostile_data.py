@@ -7,7 +7,6 @@ import pytest
 from open_clip.tokenizer import SimpleTokenizer
 
 from simplclip import data, evaluation
-from simplclip.common import plotting
 from simplclip.common.errors import InputError
 from simplclip.data import samples
 from simplclip.data.errors import BrokenSample, Skipped
@@ -114,9 +113,6 @@ def test_captions_are_used_or_counted(content, expected):
     assert len(str(skipped)) < 1000
     for caption in captions:
         json.dumps(caption, ensure_ascii=False).encode()
-        sheet = plotting.Sheet()
-        sheet.draw_line(caption, lines=2)
-        sheet.write("x.png")
 
 
 def test_names_of_classes_in_latin_1_are_refused():

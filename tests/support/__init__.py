@@ -8,7 +8,6 @@ devices              backends, dtypes, marks for what a machine lacks
 programs             runs commands, scripts of examples/ and blocks of docs/; kills processes
 losses               inputs of loss modules, losses of rows
 evaluation           indices of held-out data with chosen features
-drawings             checks what a picture draws: texts and boxes that do not overlap
 ops/calls            calls of more tiles than selftest's; a record of the calls that others make
 ops/small_calls      a small call of each op and loss module
 ops/random_calls     calls of random shapes, dtypes, layouts and options, each made from its number
