@@ -50,6 +50,7 @@ def test_it_learns_and_leaves_everything_behind(tmp_path):
     assert Image.open(out / "curves.png").size[0] > 600
     assert load(out / "config.yaml") == config
     assert {p.name for p in out.iterdir()} == {
+        ".lock",
         "config.yaml",
         "curves.png",
         "last.pt",
