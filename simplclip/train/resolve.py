@@ -4,8 +4,6 @@ data.micro_batch    auto: the largest that fits a GPU, as two small steps measur
 data.train          tables and folders: the shards that the run packs
 eval.hold_out_by    null: what the checkpoint has, else "picture"
 run.epochs          becomes run.steps, by the number of samples
-run.compile         auto: what the checkpoint has. Else the time of the first steps decides, see
-                    compilation.py
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from simplclip.train.config import Config, ConfigError, check_new_run
 
 
 class Resolved(NamedTuple):
-    """A config in which only run.compile may be open, and what was counted of its data."""
+    """A config in which nothing is open, and what was counted of its data."""
 
     config: Config
     samples: int | None  # images of an epoch; None if they are not counted
@@ -65,8 +63,6 @@ def resolve(config: Config, former: dict[str, Any] | None) -> Resolved:
         check_new_run(config)
     remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
     config = config.replaced(data={"train": data.pack_shards(config.data.train, out / "shards")})
-    if former and config.run.compile == "auto":  # what the run had
-        config = config.replaced(run={"compile": former["config"]["run"]["compile"]})
     if config.eval.hold_out and config.eval.hold_out_by is None:
         # a run keeps what it began with: the other would evaluate images that it has trained on
         by = former["config"].get("eval", {}).get("hold_out_by") if former else "picture"
@@ -83,8 +79,6 @@ def resolve(config: Config, former: dict[str, Any] | None) -> Resolved:
             )
         number = max(1, round(samples * config.run.epochs / config.data.batch_size))
         config = config.replaced(run={"steps": number, "epochs": None})
-    if former:
-        checkpoint.check_settings(former, config)
     return Resolved(config, samples, division, list(_lines_on_captions(config)))
 
 
