@@ -127,9 +127,8 @@ def draw(picture: str, hits: dict[str, list[tuple[float, str]]]) -> None:
             row[0].set_title(wrapped(query), fontsize=9, weight="bold")
             for axis, (score, path) in zip(row[1:], photos):
                 axis.imshow(shown(path))
-                axis.set_title(
-                    wrapped(f"{score:.2f} {'/'.join(Path(path).parts[-2:])}"), fontsize=8
-                )
+                name = "/".join(Path(path).parts[-2:])
+                axis.set_title(wrapped(f"{score:.2f} {name}"), fontsize=8)
         write(figure, Path(picture))
 
 
@@ -145,8 +144,7 @@ def shown(path: str) -> Image.Image:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    what = "what simplclip.load takes: a run, an export, open_clip:NAME/TAG"
-    parser.add_argument("--model", required=True, help=what)
+    parser.add_argument("--model", required=True, help="a run, export or open_clip:NAME/TAG")
     parser.add_argument(
         "--find", nargs="+", required=True, metavar="QUERY", help="texts, or paths of photos"
     )

@@ -128,9 +128,9 @@ def test_every_cell_runs(tmp_path, monkeypatch, request):
         assert os.path.getsize(made), made
     card = (tmp_path / "export" / "README.md").read_text("utf-8")
     for words in (
-        "| held_out | image to text | ",
+        "- held_out, image to text R@1: ",
         "- Sources: `photos`\n",
-        "It started from `efficientnet-lite0`, `minilm`.",
+        "- Started from: `efficientnet-lite0`, `minilm`\n",
         "    data.batch_size: 8\n",
     ):
         assert words in card, words

@@ -308,7 +308,7 @@ def test_tensorboard_has_each_step_once_and_changes_nothing(tmp_path, monkeypatc
     assert [event.step for event in board.Scalars(tag)] == [3, 6, 7]
     images = board.Images("evaluation/held_out")
     assert [image.step for image in images] == [3, 6, 7]
-    assert Image.open(io.BytesIO(images[0].encoded_image_string)).width == 744
+    assert Image.open(io.BytesIO(images[0].encoded_image_string)).width == 800
     assert not (whole / "tensorboard").exists()
 
 
