@@ -13,7 +13,6 @@ import contextlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-
 from dataclasses import dataclass, field
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -197,7 +196,6 @@ def units_of(model: nn.Module) -> list[Unit]:
         block = next((block for block in blocks if names[0].startswith(f"{block}.")), "")
         units += [Unit(part, {n: tensors[n] for n in own}, block) for part, own in parts.items()]
     return units
-
 
 
 def _labelled(source: Weights, model: nn.Module) -> tuple[str, dict[str, Tensor]]:

@@ -14,7 +14,7 @@ from simplclip import models
 from simplclip.common.errors import InputError
 from simplclip.models.inherit import is_frozen
 from simplclip.models.lora import LinearAttention, add_lora
-from simplclip.models.weights import CheckpointError, merged, renamed
+from simplclip.models.weights import merged
 from support.models import lora
 from support.models.open_clip_models import MODEL_TEXT, MODEL_VISION
 
@@ -150,8 +150,8 @@ def _is_module(model, name):
     return name in dict(model.named_modules())
 
 
-def test_only_layers_that_are_called_get_adapters():
-    """Not the layers of an attention of several widths, nor those whose weight is shared."""
+def test_layers_that_get_no_adapter():
+    """Those of an attention of several widths, and those whose weight is shared."""
     pool = {"attentional_pool": True, "attn_pooler_heads": 2}
     model = plain(vision_cfg=MODEL_VISION | pool, embed_dim=24)
     frozen, _ = add_lora(model, SETTINGS | {"towers": ["image"]}, [])
@@ -209,14 +209,6 @@ def test_simplified_blocks_are_refused_by_name():
         InputError, match=r"without simplified blocks, got the image tower with vis"
     ):
         add_lora(model, SETTINGS, [])
-
-
-def test_a_checkpoint_read_by_itself_is_no_source():
-    model = plain()
-    add_lora(model, SETTINGS, [])
-    state = {"adapter": {"logit_scale": model.logit_scale}, "base": "x"}
-    with pytest.raises(CheckpointError, match=r"has no base\.pt .* simplclip export merges both"):
-        renamed(state, plain())
 
 
 def test_half_precision_has_the_bits_of_pefts_casts():
