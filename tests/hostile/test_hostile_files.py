@@ -97,7 +97,7 @@ CHECKPOINTS = {
     ),
     "other weights": ({"model": {"x": torch.zeros(1)}}, "expected weights of 'siclip-tiny'"),
     "no config": ({"config": None}, "with a config and weights"),
-    "a newer version": ({"version": 99}, "newer simplclip"),
+    "a newer version": ({"version": 99}, "maybe of a newer simplclip"),
     "an unknown model": (
         lambda s: saved(changed(s, "model.name", "hf-hub:x/y")),
         "name: expected one of",
