@@ -3,9 +3,8 @@
     model = simplclip.models.create("mobileclip-s0", checkpoint="mobileclip_s0.pt")
 
 `from_published` renames the tensors of the published checkpoint (arXiv 2311.17049) to the names
-here: the image tower's by timm's checkpoint_filter_fn, the text tower's by `_RENAMED`. Each of the
-checkpoint's 893 tensors becomes one of the 893 here. timm's image projection would have a bias; the
-published image projection has none.
+here: open_clip does so for MobileCLIP-S1, whose text tower has no RepMixer blocks. Each of the 893
+tensors becomes one of the 893 here. The published image projection has no bias.
 """
 
 import re
@@ -13,35 +12,24 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from open_clip.convert import convert_mobile_clip_state_dict
 from open_clip.model import CustomTextCLIP
 from open_clip.transformer import TextTransformer
 from timm.layers import ConvNormAct, Mlp
-from timm.models.fastvit import checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-IMAGE, TEXT = "image_encoder.model.", "text_encoder."
-# replaced in this order: a longer name stands before one that it begins with
+# a tensor that published checkpoints of MobileCLIP have
+_PUBLISHED = "image_encoder.model.patch_embed.0.rbr_conv.0.conv.weight"
+# parts of the two RepMixer blocks; open_clip renames the rest
 _RENAMED = {
-    TEXT: "text.",
-    "embedding_layer": "token_embedding",
-    "positional_embedding.pos_embed.pos_embed": "positional_embedding",
-    "final_layer_norm": "ln_final",
-    "projection_layer": "text_projection",
     "token_mixer.layer_scale": "mixer.layer_scale",
     "token_mixer.norm.rbr_skip": "mixer.norm",
     "token_mixer.mixer.rbr_skip": "mixer.skip",
     "token_mixer.mixer.rbr_conv.0": "mixer.conv",
     "convffn.conv": "conv",
     "convffn.fc": "mlp.fc",
-    "pre_norm_mha.0": "ln_1",
-    "pre_norm_mha.1.qkv_proj.": "attn.in_proj_",
-    "pre_norm_mha.1": "attn",
-    "pre_norm_ffn.0": "ln_2",
-    "pre_norm_ffn.1": "mlp.c_fc",
-    "pre_norm_ffn.4": "mlp.c_proj",
 }
-_SQUEEZED = ("pos_embed.pos_embed", "convffn.fc1.weight", "convffn.fc2.weight", "layer_scale")
 
 
 def _conv_norm(width: int) -> ConvNormAct:
@@ -180,36 +168,20 @@ def from_published(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]
 
     One of another layout keeps its names, and so does any if the model has no `TextTower`.
     """
-    published = any(name.startswith((IMAGE, TEXT)) for name in state)
-    if not published or not isinstance(getattr(model, "text", None), TextTower):
+    tower = getattr(model, "text", None)
+    if _PUBLISHED not in state or not isinstance(tower, TextTower):
         return dict(state)
-    count = len(model.get_submodule("text.transformer.resblocks"))  # type: ignore[arg-type]
-    image = {}
+    places = {0: "first", len(tower.transformer.resblocks) + 1: "last"}
     renamed = {}
-    for name, value in state.items():
-        if name.startswith(IMAGE):
-            image[name.removeprefix(IMAGE)] = value
-            continue
-        if name.startswith(TEXT):
-            if name.endswith(_SQUEEZED) and not name.endswith("token_mixer.layer_scale"):
+    for name, value in convert_mobile_clip_state_dict(model, state).items():
+        if match := re.match(r"text\.transformer\.resblocks\.(\d+)\.(.*)", name):
+            number, rest = int(match[1]), match[2]
+            for old, new in _RENAMED.items():
+                rest = rest.replace(old, new)
+            if rest in ("mlp.fc1.weight", "mlp.fc2.weight", "layer_scale"):
                 value = value.squeeze()
-            name = _text_name(name, count)
+            place = places.get(number, f"transformer.resblocks.{number - 1}")
+            name = f"text.{place}.{rest}"
         renamed[name] = value
-    image = checkpoint_filter_fn(image, model.get_submodule("visual.trunk"))
-    image.pop("head.fc.bias", None)  # zeros, which checkpoint_filter_fn adds
-    return {f"visual.trunk.{name}": value for name, value in image.items()} | renamed
-
-
-def _text_name(name: str, count: int) -> str:
-    """Returns the name here of a published text tensor. count: the number of transformer layers."""
-    for old, new in _RENAMED.items():
-        name = name.replace(old, new)
-    match = re.match(r"text\.transformer\.(\d+)(.*)", name)
-    if match is None:
-        return name
-    number, rest = int(match[1]), match[2]
-    if number == 0:
-        return f"text.first{rest}"
-    if number == count + 1:
-        return f"text.last{rest}"
-    return f"text.transformer.resblocks.{number - 1}{rest}" if number <= count else name
+    del renamed["visual.trunk.head.fc.bias"]  # zeros, which timm adds
+    return renamed
