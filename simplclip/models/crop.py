@@ -15,8 +15,6 @@ from simplclip.ops import checks
 from simplclip.ops.modes import has_values
 
 GROUP_TOKENS = 512  # cost of one more call of the tower, in tokens: launches, and small products
-# ways of pooling by which padding counts
-_POOLED = {"last": "the last token, which is padding behind a short text", "none": "no token"}
 
 
 def crop_texts(model: nn.Module, *, multiple: int = 8, groups: int = 4) -> TextCrop:
@@ -175,11 +173,11 @@ def _why_not(model: Any) -> str:
         return "a text tower with a class token, whose position depends on the length"
     pool = getattr(tower, "pool_type", getattr(tower, "text_pool_type", "argmax"))
     if pool not in ("argmax", "eos", "first"):
-        return f"a text tower that pools {_POOLED.get(pool, pool)}"
+        return f"a text tower that pools by {pool!r}, not at the start or the end of a text"
     if getattr(tower, "masks_padding", False) or getattr(tower, "use_pad_mask", False):
         return ""
     mask: Any = getattr(tower, "attn_mask", None)
-    if mask is not None and (not has_values(mask) or is_causal_mask(mask)):
+    if mask is not None and is_causal_mask(mask):
         return ""
     return (
         "a text tower in which every token sees every token (simplify's mask_padding masks padding)"

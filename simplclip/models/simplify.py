@@ -28,19 +28,14 @@ from simplclip.ops.modes import has_values
 
 TOWERS = ("text", "image")
 Groups = Sequence[Sequence[int]]  # indices of blocks
-# Class of an activation -> its name in `nn.ACTIVATIONS`; nn.GELU may also be "gelu_tanh".
-_ACT_NAMES = {
-    "GELU": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "QuickGELU": "quickgelu",
-    "ReLU": "relu",
-    "SiLU": "silu",
-}
 
 
 def is_causal_mask(mask: Tensor) -> bool:
-    """Whether an additive mask [L, L], of 0 and -inf, lets token i see exactly the tokens 0..i."""
-    return torch.equal(mask, torch.full_like(mask, float("-inf")).triu(1))
+    """Whether an additive mask [L, L], of 0 and -inf, lets token i see exactly the tokens 0..i.
+
+    On fake tensors, which have no values, every mask is taken to be causal.
+    """
+    return not has_values(mask) or torch.equal(mask, torch.full_like(mask, -torch.inf).triu(1))
 
 
 class TransformerBlock(SimplifiedBlock):
@@ -61,11 +56,10 @@ class TransformerBlock(SimplifiedBlock):
     ) -> Tensor:
         """Returns the block's output [B, L, C] for x [B, L, C].
 
-        k_x, v_x: None. attn_mask: the tower's causal mask [L, L], whose values `simplify` checked,
-        for a causal block; the lengths [B] of the texts for one that masks padding; else None.
+        k_x, v_x: not used. attn_mask: the tower's causal mask [L, L], whose values `simplify`
+        checked, for a causal block; the lengths [B] of the texts for one that masks padding; else
+        None.
         """
-        if k_x is not None or v_x is not None:
-            raise InputError("k_x, v_x: expected None, got a tensor")
         shape: tuple | None = None
         if self.masks_padding:
             shape = (x.shape[0],)
@@ -122,11 +116,6 @@ class Site:
     causal: bool = False
 
 
-def _sites(model: nn.Module, tower: str) -> list[Site]:
-    """Returns the blocks of a tower, "text" or "image", that `simplify` can replace, by index."""
-    return _text_sites(model) if tower == "text" else _image_sites(model)
-
-
 def _text_sites(model: nn.Module) -> list[Site]:
     """Returns the sites of the text tower; InputError for one that does not fit."""
     # open_clip's CLIP is its own text tower
@@ -136,7 +125,7 @@ def _text_sites(model: nn.Module) -> list[Site]:
         got = type(transformer or tower).__name__
         raise InputError(f"text: expected open_clip's text transformer, got {got}")
     mask = tower.attn_mask
-    other_mask = mask is not None and has_values(mask) and not is_causal_mask(mask)
+    other_mask = mask is not None and not is_causal_mask(mask)
     has_class_token = getattr(tower, "cls_emb", None) is not None
     if other_mask or has_class_token or getattr(tower, "use_pad_mask", False):
         raise InputError(
@@ -219,15 +208,15 @@ def _first_dense(mlp: nn.Module) -> nn.Linear | nn.Conv2d:
 def _act_of(mlp: Any, path: str) -> str:
     """Returns an activation's name in `nn.ACTIVATIONS`; InputError for another one."""
     act = mlp.gelu if hasattr(mlp, "gelu") else mlp.act  # of open_clip and of timm
-    known = _ACT_NAMES.get(type(act).__name__)
-    if known is None:
+    name = type(act).__name__.lower()
+    if name == "gelutanh" or getattr(act, "approximate", "none") == "tanh":
+        name = "gelu_tanh"
+    if name not in ACTIVATIONS:
         raise InputError(
             f"{tower_of(path)}: expected blocks with an activation out of {tuple(ACTIVATIONS)}, "
             f"got {type(act).__name__} in {path}; towers or blocks of `simplify` can leave it out"
         )
-    if known == "gelu" and getattr(act, "approximate", "none") == "tanh":
-        return "gelu_tanh"
-    return known
+    return name
 
 
 @dataclass(frozen=True)
@@ -286,10 +275,9 @@ def simplify(
             groups}``, see `nn.share_weights`. The groups of one part are disjoint ("all" counts for
             both parts); those of attention and MLP may differ.
         mlp_ratio: for both towers, or by tower; as in the old block when None.
-        gamma: initial gamma, for both towers or by tower. At 1 a new tower does not mix tokens, so
-            that a text's feature depends only on its length until training changes W_q or gamma.
-            The two text blocks of siclip-tiny learned faster from 0.3; in a deep tower the means
-            would add up and outweigh the tokens.
+        gamma: initial gamma, for both towers or by tower. At 1 a new tower does not mix tokens
+            until training changes W_q or gamma. The two text blocks of siclip-tiny learned faster
+            from 0.3; in a deep tower the means would add up and outweigh the tokens.
         mask_padding: let no token see the padding behind its text, so that `crop_texts` can leave
             it out. The text tower must be open_clip's separate one (custom_text), and pool the end
             of the text; all its blocks must be replaced. A causal tower stays as it is: its tokens
@@ -305,13 +293,9 @@ def simplify(
     """
     checks.check_instance("model", model, nn.Module, "an nn.Module")
     towers = checks.sequence("towers", towers, 'a sequence, e.g. ("text", "image")')
-    if not towers:
-        raise InputError("towers: expected at least one, got none")
-    checks.check_boolean("mask_padding", mask_padding)
-    checks.check_instance("blocks", blocks, Mapping | None, "a mapping of towers to indices")
-    checks.check_instance("share", share, Mapping | None, "a mapping of towers to groups")
-    blocks = dict(blocks or {})
-    share = dict(share or {})
+    blocks, share = blocks or {}, share or {}
+    checks.check_instance("blocks", blocks, Mapping, "a mapping of towers to indices")
+    checks.check_instance("share", share, Mapping, "a mapping of towers to groups")
     _check_names("towers", towers, TOWERS)
     _check_names("blocks", blocks, towers)
     _check_names("share", share, towers)
@@ -325,7 +309,7 @@ def simplify(
     planned: list[tuple[Site, SimplifiedBlock]] = []
     text_blocks: list[Any] = []
     for tower in dict.fromkeys(towers):
-        sites = _sites(model, tower)
+        sites = _text_sites(model) if tower == "text" else _image_sites(model)
         chosen = _chosen(blocks.get(tower), len(sites), tower)
         start = gamma.get(tower, 1.0) if isinstance(gamma, Mapping) else gamma
         ratio = mlp_ratio.get(tower) if isinstance(mlp_ratio, Mapping) else mlp_ratio

@@ -44,7 +44,6 @@ from simplclip.models.weights import (
     load_exactly,
     merged,
     parse_source,
-    read_state,
     read_weights,
     with_base,
 )
@@ -235,8 +234,8 @@ def _load_export(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file}: expected a file of simplclip export, got one without its contents"
         ) from None
-    weights = folder / EXPORTED_WEIGHTS
-    load_exactly(model, read_state(weights, "checkpoint"), str(weights))
+    weights = str(folder / EXPORTED_WEIGHTS)
+    load_exactly(model, parse_source(weights).load("checkpoint"), weights)
     return _parts(section, model) | {"step": step}
 
 

@@ -85,7 +85,13 @@ class Source:
         if self.name.startswith(PLAIN) and not self.file:
             check_name(self.name, argument)
             return download(self.name.removeprefix(PLAIN), self.tag, argument)
-        return read_state(self.file, argument)
+        state = read_weights(self.file, argument)
+        if not isinstance(state, Mapping):
+            got = type(state).__name__
+            raise CheckpointError(f"{argument}: expected a state dict in {self.file}, got {got}")
+        if "adapter" in state:
+            return {"model": merged(with_base(self.file, state))}
+        return state
 
 
 def parse_source(text: Text, checkpoint: Text | None = None, *, last: bool = False) -> Source:
@@ -214,18 +220,6 @@ def activation(name: str, tag: str) -> dict[str, Any]:
     needed = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
     lacking = needed and "quick_gelu" not in open_clip.get_model_config(name)
     return {"quick_gelu": True} if lacking else {}
-
-
-def read_state(path: Text, argument: str = "source") -> Mapping[str, Any]:
-    """Reads a state dict, which may be nested, see `renamed`; otherwise as `read_weights`."""
-    state = read_weights(path, argument)
-    if not isinstance(state, Mapping):
-        raise CheckpointError(
-            f"{argument}: expected a state dict in {path}, got {type(state).__name__}"
-        )
-    if "adapter" not in state:
-        return state
-    return {"model": merged(with_base(path, state))}
 
 
 def read_weights(path: Text, argument: str = "checkpoint") -> Any:

@@ -143,7 +143,7 @@ def other_mask():
     [
         (lambda: model_of("", no_causal_mask=True), "every token sees every token"),
         (other_mask, "every token sees every token"),
-        (lambda: model_of("", pool_type="last"), "pools the last token, which is padding behind a"),
+        (lambda: model_of("", pool_type="last"), "pools by .last., not at the start"),
         (lambda: model_of("", embed_cls=True), "a class token, whose position depends on the le"),
         (convolved, "every token sees every token"),
         (coca, "CoCa, whose decoder reads the features of all tokens"),
