@@ -12,7 +12,6 @@ from open_clip.transformer import (
     CustomResidualAttentionBlock,
     ResidualAttentionBlock,
     TextTransformer,
-    Transformer,
 )
 from timm.layers import DropPath
 from timm.models.fastvit import AttentionBlock
@@ -106,88 +105,72 @@ class MaskedTextTransformer(TextTransformer):
         return super()._embeds(text)[0], ends.argmax(1) + 1
 
 
-@dataclass(frozen=True)
-class Site:
-    """A block that can be replaced, at `path`, and the class of its replacement."""
+# Subclasses may change the signature or the attention, so only the exact classes are known to fit.
+REPLACEMENTS: dict[type, type[SimplifiedBlock]] = {
+    ResidualAttentionBlock: TransformerBlock,
+    CustomResidualAttentionBlock: TransformerBlock,
+    Block: TimmBlock,
+    AttentionBlock: MapBlock,
+}
 
-    path: str
-    block: Any
-    cls: type[SimplifiedBlock]
-    causal: bool = False
+
+def _replaceable(model: nn.Module, tower: str) -> dict[str, Any]:
+    """Returns the blocks of a tower that `simplify` can replace, by path; InputError without any.
+
+    tower: "text" or "image".
+    """
+    blocks = {
+        path: module
+        for path, module in model.named_modules()
+        if type(module) in REPLACEMENTS and tower_of(path) == tower
+    }
+    if not blocks:
+        part = _text_tower(model) if tower == "text" else getattr(model, "visual", nn.Identity())
+        got = type(getattr(part, "trunk", getattr(part, "transformer", part))).__name__
+        raise InputError(
+            f"{tower}: expected a tower with blocks of open_clip's transformers, timm's "
+            f"VisionTransformer or FastViT, got {got} without any"
+        )
+    return blocks
 
 
-def _text_sites(model: nn.Module) -> list[Site]:
-    """Returns the sites of the text tower; InputError for one that does not fit."""
-    # open_clip's CLIP is its own text tower
-    tower: Any = getattr(model, "text", model)
-    transformer = getattr(tower, "transformer", None)
-    if not isinstance(transformer, Transformer):
-        got = type(transformer or tower).__name__
-        raise InputError(f"text: expected open_clip's text transformer, got {got}")
-    mask = tower.attn_mask
+def _text_tower(model: nn.Module) -> Any:
+    """Returns the text tower of an open_clip model; open_clip's CLIP is its own."""
+    return getattr(model, "text", model)
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """Whether the text tower is causal; InputError for a mask of another kind."""
+    tower = _text_tower(model)
+    mask = getattr(tower, "attn_mask", None)
     other_mask = mask is not None and not is_causal_mask(mask)
     has_class_token = getattr(tower, "cls_emb", None) is not None
     if other_mask or has_class_token or getattr(tower, "use_pad_mask", False):
         raise InputError(
             "text: expected no mask or a causal one, got a tower with another mask or a class token"
         )
-    prefix = "transformer" if tower is model else "text.transformer"
-    return _transformer_sites(transformer, prefix, mask is not None)
+    return mask is not None
 
 
-def _image_sites(model: nn.Module) -> list[Site]:
-    """Returns the sites of the image tower; InputError without any."""
-    visual: Any = getattr(model, "visual", nn.Identity())
-    transformer = getattr(visual, "transformer", None)
-    if isinstance(transformer, Transformer):
-        return _transformer_sites(transformer, "visual.transformer")
-    # Subclasses may change the signature or the attention, so only the exact classes are known to
-    # fit.
-    classes: dict[type, type[SimplifiedBlock]] = {Block: TimmBlock, AttentionBlock: MapBlock}
-    sites = [
-        Site(path, module, classes[type(module)])
-        for path, module in visual.named_modules(prefix="visual")
-        if type(module) in classes
-    ]
-    if not sites:
-        got = type(getattr(visual, "trunk", visual)).__name__
-        raise InputError(
-            "image: expected a tower visual with blocks of open_clip's VisionTransformer, timm's "
-            f"VisionTransformer or FastViT, got {got} without any"
-        )
-    return sites
-
-
-def _transformer_sites(transformer: Transformer, path: str, causal: bool = False) -> list[Site]:
-    """Returns the sites of open_clip's Transformer, which is at `path`."""
-    for block in transformer.resblocks:
-        if not isinstance(block, ResidualAttentionBlock | CustomResidualAttentionBlock):
-            got = type(block).__name__
-            raise InputError(f"{tower_of(path)}: expected residual attention blocks, got {got}")
-    return [
-        Site(f"{path}.resblocks.{index}", block, TransformerBlock, causal)
-        for index, block in enumerate(transformer.resblocks)
-    ]
-
-
-def _build(site: Site, mlp_ratio: float | None = None, gamma: float = 1.0) -> SimplifiedBlock:
-    """Returns a new block with random weights for the place of a site; replaces nothing.
+def _build(
+    path: str, block: Any, causal: bool, mlp_ratio: float | None, gamma: float
+) -> SimplifiedBlock:
+    """Returns a new block with random weights for the place of an old one, at `path`.
 
     mlp_ratio: F / C, None for that of the old block. gamma: the initial value of its gamma.
     """
-    block = site.block
     weight = _first_dense(block.mlp).weight
     hidden, width = weight.shape[:2]
     if mlp_ratio is None:
         mlp_ratio = hidden / width
     attention = block.token_mixer if isinstance(block, AttentionBlock) else block.attn
     drops = (m.drop_prob for m in block.modules() if isinstance(m, DropPath))
-    new = site.cls(
+    new = REPLACEMENTS[type(block)](
         width,
         attention.num_heads,
         mlp_ratio,
-        causal=site.causal,
-        act=_act_of(block.mlp, site.path),
+        causal=causal,
+        act=_act_of(block.mlp, path),
         gamma=gamma,
         drop_path=next(drops, 0.0),
     )
@@ -269,7 +252,8 @@ def simplify(
 
     Args:
         towers: "text", "image" or both.
-        blocks: for each tower the indices of the attention blocks to replace, by default all.
+        blocks: for each tower the indices of the blocks to replace, by default all, among its
+            attention blocks that are not simplified.
         share: for each tower groups of such indices that share all weight matrices, or a mapping
             that names what is shared: ``{"attention": groups, "mlp": groups}`` or ``{"all":
             groups}``, see `nn.share_weights`. The groups of one part are disjoint ("all" counts for
@@ -306,35 +290,33 @@ def simplify(
     if init not in ("random", *init_blocks.MERGES):
         raise InputError(f"init: expected random, average or first, got {init!r}")
     before = count_parameters(model)
-    planned: list[tuple[Site, SimplifiedBlock]] = []
-    text_blocks: list[Any] = []
+    old: dict[str, Any] = {}
+    new: dict[str, Any] = {}
     for tower in dict.fromkeys(towers):
-        sites = _text_sites(model) if tower == "text" else _image_sites(model)
-        chosen = _chosen(blocks.get(tower), len(sites), tower)
+        causal = tower == "text" and _is_causal(model)
+        found = _replaceable(model, tower)
+        chosen = _chosen(blocks.get(tower), len(found), tower)
         start = gamma.get(tower, 1.0) if isinstance(gamma, Mapping) else gamma
         ratio = mlp_ratio.get(tower) if isinstance(mlp_ratio, Mapping) else mlp_ratio
-        new: list[Any] = [_build(sites[index], ratio, start) for index in chosen]
-        planned += zip([sites[index] for index in chosen], new)
-        if tower == "text":
-            text_blocks = new
+        replaced = {path: found[path] for index, path in enumerate(found) if index in chosen}
+        made = [_build(path, block, causal, ratio, start) for path, block in replaced.items()]
         for part, groups in _groups(share.get(tower, ()), chosen).items():
-            share_weights(new, [list(map(chosen.index, group)) for group in groups], part)
-
-    causal = bool(text_blocks) and all(block.causal for block in text_blocks)
-    mask_padding = mask_padding and not causal
-    if mask_padding:
-        _check_maskable(model, len(text_blocks))
+            share_weights(made, [list(map(chosen.index, group)) for group in groups], part)
+        old |= replaced
+        new |= dict(zip(replaced, made))
     if init != "random":
-        starts = {site.path: (block, site.block.state_dict()) for site, block in planned}
-        init_blocks.start(starts, init)
-    for site, block in planned:
-        model.set_submodule(site.path, block)
-    if mask_padding:
+        init_blocks.start({path: (new[path], old[path].state_dict()) for path in old}, init)
+    text_blocks = [block for path, block in new.items() if tower_of(path) == "text"]
+    # causal tokens do not see padding
+    if mask_padding and not any(block.causal for block in text_blocks):
+        _check_maskable(model, len(text_blocks))
         model.get_submodule("text").__class__ = MaskedTextTransformer
         for block in text_blocks:
             block.masks_padding = True
-    replaced = {site.path: type(site.block).__name__ for site, _ in planned}
-    return model, SimplifyReport(replaced, before, count_parameters(model))
+    for path, block in new.items():
+        model.set_submodule(path, block)
+    kinds = {path: type(block).__name__ for path, block in old.items()}
+    return model, SimplifyReport(kinds, before, count_parameters(model))
 
 
 def _check_names(argument: str, names: Iterable[str], allowed: Iterable[str]) -> None:
