@@ -10,7 +10,7 @@ from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 
 from simplclip.common.errors import InputError, check_count
-from simplclip.models.simplify import is_causal_mask
+from simplclip.models.simplify import is_causal_mask, text_tower
 from simplclip.ops import checks
 from simplclip.ops.modes import has_values
 
@@ -78,7 +78,7 @@ class TextCrop:
     @torch.compiler.disable(recursive=False)
     def _cropped(self, text: Tensor, args: tuple, options: dict[str, Any]) -> Tensor:
         """Returns features [N, D] of texts [N, L], cropped and grouped by length."""
-        device = next(_tower(self.model).parameters()).device
+        device = next(text_tower(self.model).parameters()).device
         # fake and traced texts have no values
         if not has_values(text) or torch.jit.is_tracing() or text.ndim != 2 or not len(text):
             return self._encode(text.to(device), args, options)
@@ -119,7 +119,7 @@ class TextCrop:
         They include the first padding token. Padding is the run at the end of the token that the
         tower masks; in causal towers, of any equal tokens.
         """
-        tower = _tower(self.model)
+        tower = text_tower(self.model)
         if isinstance(tower, HFTextEncoder):
             pad = tower.config.pad_token_id
         elif getattr(tower, "use_pad_mask", False) or _is_modern(tower):
@@ -134,7 +134,7 @@ class TextCrop:
     def _encode(self, text: Tensor, args: tuple, options: dict[str, Any]) -> Tensor:
         """Returns the result of the model's own function; not for several threads at once."""
         encode = getattr(type(self.model), self.name)
-        tower = _tower(self.model)
+        tower = text_tower(self.model)
         position = tower._parameters.get("positional_embedding")
         mask = tower._buffers.get("attn_mask")
         length = text.shape[1]
@@ -156,15 +156,13 @@ def _why_not(model: Any) -> str:
     """Returns why a model's texts cannot be cropped, the end of an error, or an empty string."""
     if not hasattr(model, "encode_text"):
         return f"{type(model).__name__}, which has no encode_text"
-    if not hasattr(model, "visual") and not hasattr(model, "audio"):
-        return f"{type(model).__name__}, which has no tower visual or audio"
     if hasattr(model, "_orig_mod"):
         return "one that torch.compile made: crop the texts of the model, then compile it"
     if hasattr(model, "text_decoder"):
         return f"{type(model).__name__}, whose decoder reads the features of all tokens"
     if any(isinstance(vars(model).get(name), TextCrop) for name in ("encode_text", "_encode_text")):
         return "one whose texts are cropped already"
-    tower = _tower(model)
+    tower = text_tower(model)
     if isinstance(tower, HFTextEncoder):  # it always masks padding
         return ""
     if _is_modern(tower):  # it masks padding, or is causal, in the blocks and in the pooling
@@ -187,11 +185,6 @@ def _why_not(model: Any) -> str:
 def _is_modern(tower: Any) -> bool:
     """Whether this is the ModernTextTransformer of open_clip 4."""
     return type(tower).__name__ == "ModernTextTransformer"
-
-
-def _tower(model: Any) -> Any:
-    """Returns the text tower of an open_clip model; open_clip's CLIP is its own."""
-    return getattr(model, "text", model)
 
 
 def _cuts(lengths: Tensor, groups: int) -> list[int]:

@@ -40,11 +40,8 @@ class LinearAttention(nn.Module):
     def forward(
         self, *inputs: Tensor, need_weights: bool = True, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        """Returns (output, None) for query, key and value, as torch's without weights."""
+        """Returns (output, None) for batches of query, key and value; never the weights."""
         query, key, value = inputs
-        if need_weights or query.dim() != 3:
-            expected = "attention of batches that returns no weights"
-            raise InputError(f"model.lora: expected {expected}, got other options")
         q = self.in_proj(query)
         k = q if key is query else self.in_proj(key)
         v = k if value is key else self.in_proj(value)

@@ -132,12 +132,8 @@ _KNOWN = {
 def _preprocessing(
     spec: Spec, size: int | tuple[int, int], changes: Mapping[str, Any] | None
 ) -> PreprocessCfg:
-    """Returns a recipe's preprocessing with some fields replaced; InputError for others."""
-    try:
-        cfg = PreprocessCfg(size=size, **{**spec.preprocess, **(changes or {})})
-    except TypeError as error:
-        expected = "a mapping of fields of open_clip's PreprocessCfg without size"
-        raise InputError(f"preprocess: expected {expected}, got {changes!r}: {error}") from None
+    """Returns a recipe's preprocessing with some fields replaced; InputError for other values."""
+    cfg = PreprocessCfg(size=size, **{**spec.preprocess, **(changes or {})})
     for name, known in _KNOWN.items():
         if getattr(cfg, name) not in known:
             expected = f"one of {', '.join(known)}"
@@ -211,12 +207,10 @@ def is_cut(tokenize: Tokenizer, texts: Sequence[str]) -> Tensor:
     tokenize: as `tokenizer` returns it. At twice the length a text that is not cut has no more
     tokens that differ from those of an empty text, whatever a tokenizer puts in their place.
     """
-    length = tokenize([""]).shape[1]
-    short, long = (
-        tokenize([*texts, ""], context_length=size)  # type: ignore[call-arg]
-        for size in (length, 2 * length)
-    )
-    return (long[:-1] != long[-1]).sum(1) > (short[:-1] != short[-1]).sum(1)
+    ids = tokenize([*texts, ""])
+    length = 2 * ids.shape[1]
+    longer = tokenize([*texts, ""], context_length=length)  # type: ignore[call-arg]
+    return (longer[:-1] != longer[-1]).sum(1) > (ids[:-1] != ids[-1]).sum(1)
 
 
 def cut_in_words(tokenize: Tokenizer, captions: Sequence[str]) -> str | None:

@@ -29,6 +29,11 @@ TOWERS = ("text", "image")
 Groups = Sequence[Sequence[int]]  # indices of blocks
 
 
+def text_tower(model: nn.Module) -> Any:
+    """Returns the text tower of an open_clip model; open_clip's CLIP is its own."""
+    return getattr(model, "text", model)
+
+
 def is_causal_mask(mask: Tensor) -> bool:
     """Whether an additive mask [L, L], of 0 and -inf, lets token i see exactly the tokens 0..i.
 
@@ -125,7 +130,7 @@ def _replaceable(model: nn.Module, tower: str) -> dict[str, Any]:
         if type(module) in REPLACEMENTS and tower_of(path) == tower
     }
     if not blocks:
-        part = _text_tower(model) if tower == "text" else getattr(model, "visual", nn.Identity())
+        part = text_tower(model) if tower == "text" else getattr(model, "visual", nn.Identity())
         got = type(getattr(part, "trunk", getattr(part, "transformer", part))).__name__
         raise InputError(
             f"{tower}: expected a tower with blocks of open_clip's transformers, timm's "
@@ -134,14 +139,9 @@ def _replaceable(model: nn.Module, tower: str) -> dict[str, Any]:
     return blocks
 
 
-def _text_tower(model: nn.Module) -> Any:
-    """Returns the text tower of an open_clip model; open_clip's CLIP is its own."""
-    return getattr(model, "text", model)
-
-
 def _is_causal(model: nn.Module) -> bool:
     """Whether the text tower is causal; InputError for a mask of another kind."""
-    tower = _text_tower(model)
+    tower = text_tower(model)
     mask = getattr(tower, "attn_mask", None)
     other_mask = mask is not None and not is_causal_mask(mask)
     has_class_token = getattr(tower, "cls_emb", None) is not None
