@@ -1,12 +1,7 @@
 """Simplified blocks that start from pretrained ones: `simplify(init=...)`, `inherit(blocks=...)`.
 
-docs/block.md derives what `convert` computes. A pretrained block computes
-``x + W_o softmax(q k^T / sqrt(K)) W_v n1`` with [q|k] = W_qk n1, and adds its MLP of n2; a
-simplified one has a single norm n, with weight 1 and bias 0:
-
-    [q|k]:  W_qk diag(d1)                    n1 = d1 n + e1
-    MLP:    W_1 diag(d2), b_1 + W_1 e2       n2 = d2 n + e2
-            s W_2, s b_2                     s: the layer scale
+docs/block.md derives what `convert` computes: [q|k] becomes W_qk diag(d1), the MLP W_1 diag(d2),
+b_1 + W_1 e2, s W_2 and s b_2, for norms d n + e and a layer scale s.
 """
 
 from collections.abc import Collection, Mapping

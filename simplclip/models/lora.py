@@ -29,7 +29,6 @@ class LinearAttention(nn.Module):
         super().__init__()
         width, bias = attention.embed_dim, attention.in_proj_bias
         self.heads, self.dropout = attention.num_heads, attention.dropout
-        self.batch_first = attention.batch_first
         self.in_proj = nn.Linear(width, 3 * width, bias=bias is not None, device="meta")
         self.in_proj.weight, self.in_proj.bias = attention.in_proj_weight, bias
         # torch's own layer is of another class, since its attention reads it without a call
@@ -46,8 +45,6 @@ class LinearAttention(nn.Module):
         k = q if key is query else self.in_proj(key)
         v = k if value is key else self.in_proj(value)
         parts = [projected.chunk(3, -1)[i] for i, projected in enumerate((q, k, v))]
-        if not self.batch_first:
-            parts = [part.transpose(0, 1) for part in parts]
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = ~attn_mask  # True is what is not seen
@@ -55,8 +52,7 @@ class LinearAttention(nn.Module):
             attn_mask = attn_mask.unflatten(0, (-1, self.heads))
         dropout = self.dropout if self.training else 0.0
         output = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask, dropout)
-        output = output.transpose(1, 2).flatten(2)
-        return self.out_proj(output if self.batch_first else output.transpose(0, 1)), None
+        return self.out_proj(output.transpose(1, 2).flatten(2)), None
 
 
 def add_lora(
@@ -93,9 +89,9 @@ def add_lora(
         release(module)
         if (
             type(module) is nn.MultiheadAttention
+            and module.batch_first
             and module.in_proj_weight is not None
             and module.bias_k is None
-            and not module.add_zero_attn
         ):
             model.set_submodule(name, LinearAttention(module))
     layers = _chosen_layers(model, towers, lora["modules"])

@@ -84,8 +84,7 @@ class RepMixerBlock(nn.Module):
         self.mixer = RepMixer(width)
         self.conv = _conv_norm(width)
         self.mlp = Mlp(width, 4 * width)
-        # None: folded into the MLP
-        self.layer_scale: Tensor | None = nn.Parameter(torch.full((width,), 1e-5))
+        self.layer_scale = nn.Parameter(torch.full((width,), 1e-5))
 
     def forward(self, x: Tensor, token: Tensor | None = None) -> Tensor:
         """Returns [B, L, C] for tokens x [B, L, C], or [B, C] of one token of each text.
@@ -99,10 +98,7 @@ class RepMixerBlock(nn.Module):
             # len(x) would fix the batch size in an export
             rows = torch.arange(x.shape[0], device=x.device)
             x, hidden = x[rows, token], hidden[rows, token]
-        hidden = self.mlp(hidden)
-        if self.layer_scale is not None:
-            hidden = self.layer_scale * hidden
-        return x + hidden
+        return x + self.layer_scale * self.mlp(hidden)
 
 
 class TextTower(TextTransformer):

@@ -5,6 +5,7 @@ The blocks here have the signatures of open_clip's and timm's, in whose places t
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from simplclip.common.errors import InputError
 from simplclip.models import init_blocks
 from simplclip.models.naming import tower_of
-from simplclip.nn import ACTIVATIONS, SHARED_PARTS, SimplifiedBlock, share_weights
+from simplclip.nn import ACTIVATIONS, SimplifiedBlock, share_weights
 from simplclip.ops import checks
 from simplclip.ops.modes import has_values
 
@@ -256,8 +257,7 @@ def simplify(
             attention blocks that are not simplified.
         share: for each tower groups of such indices that share all weight matrices, or a mapping
             that names what is shared: ``{"attention": groups, "mlp": groups}`` or ``{"all":
-            groups}``, see `nn.share_weights`. The groups of one part are disjoint ("all" counts for
-            both parts); those of attention and MLP may differ.
+            groups}``, see `nn.share_weights`.
         mlp_ratio: for both towers, or by tower; as in the old block when None.
         gamma: initial gamma, for both towers or by tower. At 1 a new tower does not mix tokens
             until training changes W_q or gamma. The two text blocks of siclip-tiny learned faster
@@ -300,7 +300,12 @@ def simplify(
         ratio = mlp_ratio.get(tower) if isinstance(mlp_ratio, Mapping) else mlp_ratio
         replaced = {path: found[path] for index, path in enumerate(found) if index in chosen}
         made = [_build(path, block, causal, ratio, start) for path, block in replaced.items()]
-        for part, groups in _groups(share.get(tower, ()), chosen).items():
+        shared = share.get(tower, ())
+        for part, value in (shared if isinstance(shared, Mapping) else {"all": shared}).items():
+            groups = checks.groups("share", value)
+            if not {*chain(*groups)} <= {*chosen}:
+                expected = f"groups of the replaced blocks, {chosen}"
+                raise InputError(f"share: expected {expected}, got {groups}")
             share_weights(made, [list(map(chosen.index, group)) for group in groups], part)
         old |= replaced
         new |= dict(zip(replaced, made))
@@ -349,21 +354,3 @@ def _check_maskable(model: nn.Module, replaced: int) -> None:
         "or eos, and all its blocks replaced, got "
         f"{type(tower or model).__name__} that pools by {pool} and {replaced} blocks"
     )
-
-
-def _groups(share: Groups | Mapping[str, Groups], chosen: list[int]) -> dict[str, list[list[int]]]:
-    """Returns a tower's groups of block indices by what they share: "attention", "mlp" or "all".
-
-    share: groups (of "all"), or such a mapping. chosen: the indices of the replaced blocks.
-    """
-    parts: Mapping[str, Groups] = share if isinstance(share, Mapping) else {"all": share}
-    _check_names("share", parts, SHARED_PARTS)
-    shared = {part: checks.groups("share", groups) for part, groups in parts.items() if groups}
-    for part in ("attention", "mlp"):
-        groups = shared.get(part, []) + shared.get("all", [])
-        indices = [index for group in groups for index in group]
-        if len(set(indices)) < len(indices) or not {*indices} <= {*chosen}:
-            raise InputError(
-                f"share: expected disjoint groups of the replaced blocks, {chosen}, got {shared}"
-            )
-    return shared
