@@ -41,11 +41,9 @@ def crop_texts(model: nn.Module, *, multiple: int = 8, groups: int = 4) -> TextC
     """
     check_count("multiple", multiple, 1)
     check_count("groups", groups, 1)
-    reason = _why_not(model)
-    if reason:
-        raise InputError(
-            f"model: expected an open_clip model whose texts can be cropped, got {reason}"
-        )
+    if reason := _why_not(model):
+        expected = "an open_clip model whose texts can be cropped"
+        raise InputError(f"model: expected {expected}, got {reason}")
     return TextCrop(model, multiple, groups)
 
 
@@ -55,7 +53,7 @@ class TextCrop:
     A copy of the model has a TextCrop of its own.
     """
 
-    def __init__(self, model: nn.Module, multiple: int = 8, groups: int = 4) -> None:
+    def __init__(self, model: nn.Module, multiple: int, groups: int) -> None:
         """Replaces the model's `encode_text`, until `undo`; see `crop_texts`, which checks."""
         # Since open_clip 4 forward() and encode_text() call _encode_text().
         self.name = "_encode_text" if hasattr(type(model), "_encode_text") else "encode_text"

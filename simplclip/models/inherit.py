@@ -3,8 +3,7 @@
     model = simplclip.models.create("open_clip:ViT-B-32", simplify_options={})
     print(simplclip.inherit(model, "ViT-B-32/openai"))
 
-No tensor in a frozen prefix of a tower requires a gradient, so autograd keeps none of its
-activations: arXiv 2411.14789.
+Autograd keeps no activations of a frozen prefix of a tower: arXiv 2411.14789.
 """
 
 from __future__ import annotations
@@ -105,11 +104,7 @@ def inherit(
             matches a tensor applies to its whole module. With "*" nothing is frozen.
         blocks: None, or how simplified blocks that were not copied start from the source's blocks
             in their places, see `init_blocks`: a matrix that blocks share becomes the "average" of
-            their matrices, or that of the "first" block. The first source with a block in a place
-            is used. These blocks train.
-
-    Returns a table of module, status and parameters, with the names of the frozen modules and
-    parameters.
+            their matrices, or that of the "first" block. These blocks train.
 
     Raises, and leaves the model unchanged:
         CheckpointError: the source has another architecture or cannot be read as weights.
@@ -200,10 +195,8 @@ def units_of(model: nn.Module) -> list[Unit]:
 
 def _labelled(source: Weights, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
     """Returns the label of a source for messages, and its tensors by their names in `model`."""
-    if isinstance(source, nn.Module):
+    if isinstance(source, nn.Module | Mapping):
         return type(source).__name__, renamed(source, model)
-    if isinstance(source, Mapping):
-        return "the state dict", renamed(source, model)
     parsed = parse_source(source)
     return parsed.label, renamed(parsed.load(), model)
 

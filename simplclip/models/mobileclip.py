@@ -104,26 +104,15 @@ class RepMixerBlock(nn.Module):
 class TextTower(TextTransformer):
     """The text tower of MobileCLIP-S0: open_clip's transformer layers between two RepMixer blocks.
 
-    The layers have no mask. Each RepMixer block sees its neighbours, also those in the padding.
-    Gradient checkpointing leaves these two blocks out: computed twice, a batch would count twice in
-    the statistics of their norms.
+    No token is masked, also none of the padding. Gradient checkpointing leaves the RepMixer blocks
+    out: computed twice, a batch would count twice in the statistics of their norms.
 
     forward(text int64 [B, L]) -> [B, output_dim]; L is at most ``context_length``.
     """
 
-    def __init__(
-        self,
-        context_length: int,
-        vocab_size: int,
-        width: int,
-        heads: int,
-        layers: int,
-        *,
-        output_dim: int,
-    ) -> None:
-        """layers: transformer layers, without the two RepMixer blocks."""
-        sizes = context_length, vocab_size, width, heads, layers
-        super().__init__(*sizes, output_dim=output_dim, no_causal_mask=True)
+    def __init__(self, *, width: int, **options: Any) -> None:
+        """options: of open_clip's TextTransformer. Its layers do not count the RepMixer blocks."""
+        super().__init__(width=width, no_causal_mask=True, **options)
         self.first, self.last = RepMixerBlock(width), RepMixerBlock(width)
 
     def forward(self, text: Tensor) -> Tensor:
@@ -146,10 +135,7 @@ class TextTower(TextTransformer):
 def create(
     embed_dim: int, vision_cfg: Mapping[str, Any], text_cfg: Mapping[str, Any], **options: Any
 ) -> CustomTextCLIP:
-    """Makes an open_clip model with a `TextTower` and random weights.
-
-    vision_cfg: of a timm model. text_cfg: arguments of `TextTower`. options: of CustomTextCLIP.
-    """
+    """Makes open_clip's CustomTextCLIP of a timm model and a `TextTower`, with random weights."""
     # open_clip's tower, which ours replaces
     placeholder = {"layers": 1, "width": 8, "heads": 1, "vocab_size": 1}
     model = CustomTextCLIP(embed_dim, dict(vision_cfg), placeholder, **options)

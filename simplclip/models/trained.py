@@ -54,13 +54,7 @@ SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
 
 # setting -> the part of the options that may have it too
 _SHAPE = {"image_size": "vision_cfg", "context_length": "text_cfg"}
-# Options that describe a model's architecture and its pixels. Other options of open_clip, such as
-# pretrained and weights_only, load files.
-_ARCHITECTURE = {
-    *("vision_cfg", "text_cfg", "multimodal_cfg", "embed_dim", "custom_text", "quick_gelu"),
-    *("output_dict", "init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"),
-    *("simplified", "simplify_options", "preprocess"),
-}
+# other arguments of tokenizers may run code
 _TOKENIZER_OPTIONS = {"clean", "strip_sep_token"}
 
 
@@ -95,7 +89,8 @@ def build_model(section: Mapping[str, Any], base: str = "contrastive") -> nn.Mod
     try:
         options = model_options(section, base)
         check_options(options, "config")
-        return create(name, **options)
+        # an option of the same name would be an error
+        return create(name, checkpoint=None, device="cpu", **options)
     except (InputError, ImportError, OSError):
         raise
     except Exception as error:  # the type depends on the option
@@ -137,25 +132,22 @@ def other_pixels(source: str, transform: ImageTransform) -> str | None:
 
 
 def check_options(options: Mapping[str, Any], file: str) -> None:
-    """Raises InputError, with `file`'s name, unless model.options only describe an architecture.
+    """Raises InputError, with `file`'s name, if model.options could fetch files or run code.
 
-    Refused are options that could fetch, unpickle or run files (pretrained, weights_only,
-    hf_model_name, a path or a URL in place of a model's name).
+    Such are the names of models on a hub, paths in their place, and arguments of tokenizers.
     """
-    refused = {key: value for key, value in options.items() if key not in _ARCHITECTURE}
-    for key, part in options.items():
-        for name, value in part.items() if isinstance(part, Mapping) else ():
+    parts = {key: part for key, part in options.items() if isinstance(part, Mapping)}
+    for key, part in parts.items():
+        for name, value in part.items():
             # timm takes hf-hub:OWNER/NAME and local-dir:PATH for names, too
-            path = name == "timm_model_name" and bool({*":/\\"} & {*str(value)})
-            own = isinstance(value, Mapping) and value.keys() <= _TOKENIZER_OPTIONS
-            loads = name.startswith("hf_") or (name == "tokenizer_kwargs" and not own)
+            path = name == "timm_model_name" and {*":/\\"} & {*str(value)}
+            known = isinstance(value, Mapping) and value.keys() <= _TOKENIZER_OPTIONS
+            loads = name.startswith("hf_") or (name == "tokenizer_kwargs" and not known)
             if value and (path or loads):
-                refused[f"{key}.{name}"] = value
-    for path, value in refused.items():
-        raise InputError(
-            f"{file}: expected options of the model's architecture, got model.options.{path} = "
-            f"{str(value)[:100]!r}, which may fetch or run files"
-        )
+                raise InputError(
+                    f"{file}: expected options of the model's architecture, got model.options."
+                    f"{key}.{name} = {str(value)[:100]!r}, which may fetch or run files"
+                )
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

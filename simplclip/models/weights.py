@@ -46,10 +46,7 @@ Text = str | os.PathLike[str]
 
 
 class CheckpointError(InputError):
-    """Error for a file that is not a usable checkpoint, or whose weights do not fit.
-
-    The message names the file.
-    """
+    """Error for a file that is not a usable checkpoint, or whose weights do not fit."""
 
 
 class UnreadableError(CheckpointError):
@@ -77,8 +74,7 @@ class Source:
     def load(self, argument: str = "source") -> Mapping[str, Any] | nn.Module:
         """Reads the weights to the CPU: a state dict, which may be nested, or a model.
 
-        argument: its name in errors. Raises FileNotFoundError, CheckpointError;
-        ModuleNotFoundError without the package that has them.
+        argument: its name in errors. Raises FileNotFoundError, CheckpointError.
         """
         if self.file in STATES:
             return STATES[self.file]()
@@ -118,13 +114,12 @@ def parse_source(text: Text, checkpoint: Text | None = None, *, last: bool = Fal
     given = os.fspath(checkpoint or "")
     plain = label.startswith(PLAIN)
     # after register_models open_clip knows the names of this library too
-    if not plain and name in NAMES and bool(rest) != bool(given):
-        return Source(label, name, file=given or rest)
-    if plain or (slash and name in open_clip_names()):
-        if os.path.isfile(rest) and not given:
-            return Source(label, PLAIN + name, file=rest)
-        return Source(label, PLAIN + name, rest, given)
-    return Source(label, file=label)
+    ours = not plain and name in NAMES and bool(rest) != bool(given)
+    if not (ours or plain or (slash and name in open_clip_names())):
+        return Source(label, file=label)
+    if not given and (ours or os.path.isfile(rest)):
+        rest, given = "", rest
+    return Source(label, name if ours else PLAIN + name, rest, given)
 
 
 def about_best(file: Text, step: int) -> str:

@@ -128,7 +128,7 @@ def cropped_already():
 
 def convolved():
     model = model_of("")
-    model.text = TextTower(40, 100, 24, 2, 2, output_dim=16)  # MobileCLIP-S0's
+    model.text = TextTower(**TEXT | {"context_length": 40}, output_dim=16)  # MobileCLIP-S0's
     return model
 
 

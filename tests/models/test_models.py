@@ -129,15 +129,3 @@ def test_preprocessing_that_open_clip_does_not_have():
     for fields in ({"size": 8}, {"side": 8}, ["mean"]):
         with pytest.raises(TypeError, match="size|side|not a mapping"):
             models.create(VIT, **SMALL, preprocess=fields)
-
-
-@pytest.mark.parametrize(
-    "part",
-    ["audio_cfg", "genlip_cfg"],
-)
-def test_models_of_other_kinds_are_refused(monkeypatch, part):
-    known = {"other": {"embed_dim": 8, "text_cfg": {}, part: {}}}
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", known)
-    for function in (models.create, models.tokenizer):
-        with pytest.raises(InputError, match=f"name: .* got 'open_clip:other' of {part}"):
-            function("open_clip:other")

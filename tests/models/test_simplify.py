@@ -258,7 +258,7 @@ def test_masked_padding_is_as_if_it_were_not_there(pool):
             "TextTransformer .* and 0 blocks",
         ),
         (lambda: masking(no_causal_mask=True), {"blocks": {"text": [0, 1]}}, ".* and 2 blocks"),
-        (lambda: with_text(TextTower(12, 100, 24, 2, 2, output_dim=16)), {}, "TextTower"),
+        (lambda: with_text(TextTower(**TEXT, output_dim=16)), {}, "TextTower"),
     ],
 )
 def test_padding_that_cannot_be_masked(model, options, message):
