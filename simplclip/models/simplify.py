@@ -246,10 +246,9 @@ def simplify(
 ) -> tuple[nn.Module, SimplifyReport]:
     """Replaces blocks of an open_clip model by simplified ones (SAS-P), in place.
 
-    This works on the text transformer of CLIP and CustomTextCLIP, MobileCLIP-S0's, open_clip's
-    VisionTransformer, and the attention blocks of timm's VisionTransformer and FastViT. New blocks
-    have the old blocks' activation, eps of the norm, drop path, dtype, device and mode. A causal
-    mask is recognised and kept. Gains replace layer scale.
+    This works on the blocks of open_clip's transformers and on the attention blocks of timm's
+    VisionTransformer and FastViT. New blocks have the old blocks' activation, eps of the norm, drop
+    path, dtype, device and mode. A causal mask is kept. Gains replace layer scale.
 
     Args:
         towers: "text", "image" or both.
@@ -264,16 +263,14 @@ def simplify(
             from 0.3; in a deep tower the means would add up and outweigh the tokens.
         mask_padding: let no token see the padding behind its text, so that `crop_texts` can leave
             it out. The text tower must be open_clip's separate one (custom_text), and pool the end
-            of the text; all its blocks must be replaced. A causal tower stays as it is: its tokens
-            do not see padding.
+            of the text; all its blocks must be replaced. In a causal tower nothing changes.
         init: "random", or what a matrix starts from that blocks share: the old matrix of the
             "first" block in the tower, or the "average" of all, see `init_blocks`.
 
     Returns the same model, and a report. Raises ValueError (TypeError for another type), and leaves
-    the model unchanged, if an argument is unknown, or a tower has no replaceable blocks (a ResNet,
-    a Hugging Face encoder in open_clip, window or rotary attention, simplified blocks), a mask that
-    is not causal (CoCa's text tower) or an activation that is not in `nn.ACTIVATIONS`, or padding
-    cannot be masked, or `init_blocks` does not know a block.
+    the model unchanged, if an argument is unknown, a tower has no replaceable blocks (a ResNet, a
+    Hugging Face encoder, window or rotary attention), a mask that is not causal (CoCa's text tower)
+    or an activation that is not in `nn.ACTIVATIONS`, or padding cannot be masked.
     """
     checks.check_instance("model", model, nn.Module, "an nn.Module")
     towers = checks.sequence("towers", towers, 'a sequence, e.g. ("text", "image")')
@@ -301,8 +298,9 @@ def simplify(
         replaced = {path: found[path] for index, path in enumerate(found) if index in chosen}
         made = [_build(path, block, causal, ratio, start) for path, block in replaced.items()]
         shared = share.get(tower, ())
-        for part, value in (shared if isinstance(shared, Mapping) else {"all": shared}).items():
-            groups = checks.groups("share", value)
+        parts = shared if isinstance(shared, Mapping) else {"all": shared}
+        for part, given in parts.items():
+            groups = checks.groups("share", given)
             if not {*chain(*groups)} <= {*chosen}:
                 expected = f"groups of the replaced blocks, {chosen}"
                 raise InputError(f"share: expected {expected}, got {groups}")

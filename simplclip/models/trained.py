@@ -99,7 +99,7 @@ def build_model(section: Mapping[str, Any], base: str = "contrastive") -> nn.Mod
 
 
 def tokenizer(section: Mapping[str, Any]) -> Tokenizer:
-    """Returns the tokenizer of a config's part "model": list of texts -> int64 [N, L]."""
+    """Returns the tokenizer of a config's part "model"."""
     return registry.tokenizer(section["name"], shape_of(section, "context_length"))
 
 
