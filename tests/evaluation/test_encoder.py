@@ -185,8 +185,7 @@ SOURCES = {
     "siclip-tiny": "expected a file of weights, got no such file: siclip-tiny",
     "open_clip:ViT-B-32": "expected a file of weights for open_clip:ViT-B-32, or a tag .*openai",
     "open_clip:ViT-B-33": "nearest",
-    "mobileclip-s0": "no such file: mobileclip-s0; Apple publishes mobileclip_s0.pt at https://docs-assets",
-    "mobileclip-s0/mobileclip_s0.pt": "no such file: mobileclip_s0.pt; Apple publishes .* at http",
+    "mobileclip-s0/mobileclip_s0.pt": "no such file: mobileclip_s0.pt",
     "nobody": "checkpoint: expected a file of weights, got no such file: nobody",
     "empty": "got empty: a folder without last.pt or open_clip_model",
 }

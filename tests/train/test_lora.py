@@ -281,17 +281,9 @@ def test_a_missing_another_or_a_damaged_base_is_refused_by_name(folder, trained,
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        (
-            ["model.lora={rank: 33}"],
-            r"model\.lora\.rank: expected .*, got 33 for visual\.\S+ \[96, 32\]",
-        ),
         (["model.lora={modules: ['*.c_fk']}"], r"match a linear layer, e.g. .*, got '\*\.c_fk'"),
         (["model={name: siclip-tiny, checkpoint: W, lora: {}}"], "without simplified blocks, got"),
         (["model.checkpoint=null"], "model.checkpoint: expected weights, which model.lora keeps"),
-        (
-            ["inherit={source: W, train: ['*.c_fc']}"],
-            r"inherit\.train: expected no layer that gets an adapter .*, got '\*\.c_fc', which",
-        ),
     ],
 )
 def test_what_cannot_run_is_refused_before_any_work(folder, tmp_path, changes, error):

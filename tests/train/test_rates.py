@@ -199,7 +199,9 @@ def test_what_blocks_share_is_in_the_layer_of_the_first_and_has_both_names(tmp_p
 
 
 def test_layers_of_mobileclips_text_tower_are_those_of_its_lock():
-    found = layers(TextTower(8, 9, 16, 2, 3, output_dim=8))
+    found = layers(
+        TextTower(context_length=8, vocab_size=9, width=16, heads=2, layers=3, output_dim=8)
+    )
     blocks = {name.split(".mixer")[0]: n for name, n in found.items() if ".mixer" in name}
     assert blocks == {"first": 0, "last": 3}
     assert found["transformer.resblocks.2.ln_1.weight"] == 3
