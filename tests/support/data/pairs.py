@@ -51,8 +51,8 @@ def digest(path: Path) -> str:
 
 
 def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
-    """Returns the digests of a folder's files by name."""
-    return {path.name: digest(path) for path in folder.glob(pattern)}
+    """Returns the digests of a folder's files by name; the file of its lock stays there."""
+    return {path.name: digest(path) for path in folder.glob(pattern) if path.name != ".lock"}
 
 
 def meta(folder: Path) -> dict:
