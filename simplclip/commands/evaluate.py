@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +11,7 @@ import typer
 
 from simplclip.commands.app import app
 from simplclip.commands.options import Device, Last, Precision, Workers, check_data, named_splits
-from simplclip.common.errors import InputError, UserError
+from simplclip.common.errors import InputError
 
 if TYPE_CHECKING:
     from simplclip.train.config import Config
@@ -122,9 +121,6 @@ def evaluate(
         precision=precision,
     )
     with ranks.join():
-        if not data and ranks.first():
-            for line in trained_on(models):
-                typer.echo(line)
         if not blend:
             evaluation.evaluate(models, splits, settings, out=out)
             return
@@ -189,32 +185,3 @@ def _config_of(model: str) -> Config | None:
             f"data: expected a config of this version in {file}, got {error}; name the data by "
             "--data"
         ) from None
-
-
-def trained_on(models: list[str]) -> Iterator[str]:
-    """Yields a line for each run that has, or may have, trained on what the first run holds out."""
-    from simplclip.data.overlap import overlap
-
-    first, *others = models
-    held_out = _config_of(first)
-    if held_out is None or not held_out.eval.hold_out:
-        return
-    for model in others:
-        try:
-            settings = _config_of(model)
-            if settings is None:
-                continue
-            found = overlap(held_out.divided, settings.divided)
-        except UserError:  # e.g. its data have moved
-            found = None
-        if found is None:
-            yield (
-                f"warning: {model} may have trained on images that {first} holds out; its training "
-                "data cannot be compared"
-            )
-        elif found.trained:
-            yield (
-                f"warning: {model} has trained on {found.trained:,} of the {found.held_out:,} "
-                f"images that {first} holds out, by their names: its figures on held_out are too "
-                "high"
-            )

@@ -17,28 +17,20 @@ import tarfile
 import time
 from collections.abc import Iterator
 from importlib import import_module
-from itertools import islice
 from typing import Any, NamedTuple
 
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
-from simplclip.common.errors import UserError
-from simplclip.data.captions import SomeCaptions, spread
 from simplclip.data.decode_images import IMAGE_SUFFIXES
 from simplclip.data.errors import BrokenSample, ShardError, Skipped
 from simplclip.data.find_sidecars import Folders, sidecars_of
-from simplclip.data.find_sources import Address, Source, sources_of
+from simplclip.data.find_sources import Address, Source
 from simplclip.data.samples import (
     MAX_BYTES,
     TEACHER,
     TEACHER_JSON,
     TEXT_BYTES,
     Sample,
-    captions_of,
-    record_of,
-    sample_name,
-    source_of,
-    text_of,
 )
 
 DAMAGED = "damaged tar"  # the reason under which a tar's damage is counted
@@ -50,8 +42,6 @@ SUFFIXES = (*IMAGE_SUFFIXES, *TEXTS, TEACHER)  # files that are read
 # most zeros after the block that ends a tar: tar fills its last record, which has 10,240 bytes and,
 # by -b 2048, up to 1 MiB. More are a part that was never written, e.g. of a broken download.
 _PADDING_BYTES = 1 << 20
-_SOME_TARS = 8  # tars of which `some_captions` reads samples
-_SMALL_BYTES = 1 << 16  # most bytes of a file that `read_texts` reads
 _NAME_BYTES = 4096  # most bytes of a name; systems allow no longer path
 # most bytes of a member: passing over more of a stream that has ended would take long
 _MEMBER_BYTES = 1 << 34
@@ -153,34 +143,6 @@ def read_tar(
                 reason = error.strerror or str(error) or type(error).__name__
                 raise ShardError(f"shard {str(source.url)!r} cannot be read: {reason}") from error
             time.sleep(wait)
-
-
-def some_captions(shards: Any, sidecars: Folders = (), most: int = 1024) -> SomeCaptions:
-    """Returns the captions of up to `most` samples of some tars, from the first to the last one.
-
-    shards: as `sources_of` takes them; of streams the first one alone is read. sidecars: folders
-    whose files are joined. Broken samples are passed over, and an error of a tar ends the samples.
-    """
-    sources = sources_of(shards)
-    files = [source for source in sources if not isinstance(source.url, Address)]
-    tars = [files[index] for index in spread(len(files), _SOME_TARS)]
-    each = most // (len(tars) or _SOME_TARS)  # a network may be slow
-    some = SomeCaptions()
-    with contextlib.suppress(UserError):
-        for source in tars or sources[:1]:
-            for sample in islice(read_texts(source, sidecars), each):
-                with contextlib.suppress(BrokenSample):
-                    record = record_of(sample)
-                    name = source_of(record) or sample_name(sample)
-                    some.add(name, captions_of(sample, record), text_of(record, "group"))
-    return some
-
-
-def read_texts(source: Source, sidecars: Folders = ()) -> Iterator[Sample]:
-    """Yields a tar's samples without damage and files above _SMALL_BYTES, as most images."""
-    samples = read_tar(source, Skipped(), sidecars=sidecars or None, max_bytes=_SMALL_BYTES)
-    for sample in samples:
-        yield {name: value for name, value in sample.items() if not isinstance(value, BrokenSample)}
 
 
 def _with_sidecars(

@@ -25,7 +25,7 @@ from simplclip.train.compilation import Compilation
 from simplclip.train.config import Config, ConfigError
 from simplclip.train.distributed import wrap
 from simplclip.train.evaluate import evaluate, is_due, load_splits
-from simplclip.train.log import Log, first_lines
+from simplclip.train.log import Log, first_lines, lines_on_captions
 from simplclip.train.nodes import check_configs, check_data, check_frozen
 from simplclip.train.resolve import (
     Resolved,
@@ -194,7 +194,10 @@ def load_micro_batches(state: State, loader: data.Loader, log: Log) -> Iterator[
     _, count = _micro_batch_size_and_count(state.config)
     batches: list[Batch] = []
     reported = 0  # reasons for which samples are left out
-    for batch in loader:
+    for number, batch in enumerate(loader):
+        if not number:
+            for line in lines_on_captions(batch, loader.tokenizer):
+                log.print(line)
         batches.append(_copied(batch) if count > 1 else batch)
         if len(batches) < count:
             continue
@@ -244,7 +247,6 @@ def make_loader(state: State) -> data.Loader:
         teacher=config.loss.needs_teacher,
         sidecars=section.sidecars,
         hold_out=config.eval.hold_out,
-        hold_out_by=config.eval.hold_out_by,
         pin_memory=state.device.type == "cuda",
         seed=config.run.seed,
         rank=ranks.number(),

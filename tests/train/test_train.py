@@ -185,7 +185,6 @@ def test_shards_that_were_added_or_replaced_start_the_pass_again(tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_that_this_version_cannot_take_says_why(tmp_path):
-    """One that it can take: tests/golden."""
     config = tiny.settings(tmp_path, "run.steps=1")
     go(config)
     path = tmp_path / "run" / "last.pt"
