@@ -16,13 +16,9 @@ import torch
 
 from simplclip import data
 from simplclip.common.errors import InputError
-from simplclip.data import divide_samples, read_tars
+from simplclip.data import divide_samples
 from simplclip.data import loader as loaders
-from simplclip.data.errors import Skipped
-from simplclip.data.find_sources import Source
-from simplclip.data.read_tars import read_tar
 from simplclip.data.samples import is_held_out
-from support.data import archives as make
 from support.data.pairs import keys, loader, png, take, write
 from support.train.runs import bits
 
@@ -76,17 +72,6 @@ def test_streams_are_divided_by_their_number(tmp_path):
         ({"workers": 3, "world_size": 5}, SAMPLES),
     ):
         assert loader(streams, batch_size=64, **options).division == expected
-
-
-def test_samples_are_counted_by_headers_as_they_are_read(tmp_path):
-    for number in range(50):
-        what, content, _ = make.case(number)
-        path = tmp_path / "a.tar"
-        path.write_bytes(content)
-        read = [sample["__key__"] for sample in read_tar(Source(str(path)), Skipped())]
-        count, _ = read_tars.count_samples(str(path), 10**9)
-        assert abs(count - len(read)) <= 1, f"{what}: the last one may be damaged"
-        assert read_tars.count_samples(str(path), 2)[0] == min(2, count)
 
 
 def test_of_many_samples_and_tars_few_are_counted(tmp_path, monkeypatch):
