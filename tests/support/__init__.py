@@ -27,7 +27,6 @@ kernels/on_gpus      a program: calls on one of two GPUs while the other is curr
 data/pairs           shards of small pictures and captions, and loaders of them
 data/packs           tables and pictures to pack, and what packing makes of them
 data/photos          pictures that compress like photographs
-data/archives        damaged and hostile tars, each made from its number
 train/tiny           a tiny training: shards, teacher's features, config
 train/runs           runs a training, and compares what runs leave
 models/              tiny models of open_clip and transformers, published layouts, random weights
