@@ -129,9 +129,9 @@ def fit(steps: list[Measured]) -> tuple[float, ...]:
     rows = []
     for number, step in enumerate(steps):
         for work in works(*step[1:6]):
-            rate, traffic, is_nchw = rates.kinds_of(work)
             times = 3 if step.mode == "train" and work.runs else 1
-            indices = number, names.index(rate), names.index(traffic), is_nchw
+            kinds = names.index(work.kind), names.index(rates.traffic_of(work))
+            indices = number, *kinds, work.nchw and work.kind != "grouped nchw"
             rows.append([*indices, *rates.least_ms(work, CARDS[step.card]), times])
     table = torch.tensor(rows, dtype=torch.float64)
     row, rate, traffic = table[:, :3].long().unbind(1)

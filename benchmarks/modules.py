@@ -245,7 +245,7 @@ def step(
     made, loss = make()
     model: Any = made.train().to(device)
     loss.to(device)
-    for copy in fold_frozen(model, None if dtype == torch.float32 else dtype).values():
+    for copy in fold_frozen(model).values():
         copy.to(device)
     image, text = inputs_of(model, shape.sequences, device)
     parts = nn.ModuleList([model, loss])

@@ -21,7 +21,6 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor"
 # processes.
 PROOF = {
     "SIMPLCLIP_PROVE": "1",
-    "SIMPLCLIP_TEST_FAULTS": "60",
     "SIMPLCLIP_TEST_STRIDE": "1",
 }
 
@@ -45,9 +44,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--cases",
         type=int,
-        help="random calls of test_properties.py (default: 500; with --prove 20000), or "
-        "archives of test_fuzz.py (500; with --prove 10000), or layouts of "
-        "test_divide_samples.py (8; with --prove 1000)",
+        help="random calls of test_properties.py (default: 500; with --prove 20000)",
     )
     parser.addoption(
         "--first-case",
@@ -67,25 +64,20 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    """Splits random calls, archives and layouts into blocks, so that a run shows its progress."""
-    for fixture, few, all_of_them, size in (
-        ("block", 500, 20000, 500),
-        ("archives", 500, 10000, 100),
-        ("layouts", 8, 1000, 8),
-    ):
-        if fixture in metafunc.fixturenames:
-            option = metafunc.config.option
-            first, count = option.first_case, option.cases or (all_of_them if option.prove else few)
-            blocks = [
-                range(at, min(at + size, first + count)) for at in range(first, first + count, size)
-            ]
-            # make test-quick runs only the first block
-            slow = [[], *[[pytest.mark.slow]] * len(blocks)]
-            ids = [f"{block.start}-{block.stop - 1}" for block in blocks]
-            metafunc.parametrize(
-                fixture,
-                [pytest.param(b, id=name, marks=m) for b, name, m in zip(blocks, ids, slow)],
-            )
+    """Splits random calls into blocks, so that a run shows its progress."""
+    if "block" in metafunc.fixturenames:
+        option = metafunc.config.option
+        first, count = option.first_case, option.cases or (20000 if option.prove else 500)
+        blocks = [
+            range(at, min(at + 500, first + count)) for at in range(first, first + count, 500)
+        ]
+        # make test-quick runs only the first block
+        slow = [[], *[[pytest.mark.slow]] * len(blocks)]
+        ids = [f"{block.start}-{block.stop - 1}" for block in blocks]
+        metafunc.parametrize(
+            "block",
+            [pytest.param(b, id=name, marks=m) for b, name, m in zip(blocks, ids, slow)],
+        )
 
 
 def pytest_collection_modifyitems(config, items):

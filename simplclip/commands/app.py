@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # modules whose packages have other names, or come with another package
 PACKAGES = {
     "PIL": "pillow",
+    "huggingface_hub": "open_clip_torch",
     "open_clip": "open_clip_torch",
     "open_clip_train": "open_clip_torch",
     "pydantic_core": "pydantic",

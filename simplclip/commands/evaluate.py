@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from simplclip.commands.app import app
-from simplclip.commands.options import Device, Last, Precision, Workers, check_data, named_splits
+from simplclip.commands.options import Device, Last, Precision, Workers, named_splits
 from simplclip.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -104,8 +104,6 @@ def evaluate(
     splits = named_splits(data or [])
     if blend or not splits:  # a blend is judged by the run's own data too
         splits = splits_of(models[0]) | splits
-    for split in splits.values():
-        check_data(split, "data")
     if images is not None:
         splits = _with_images(splits, images)
     from simplclip import evaluation
@@ -179,7 +177,7 @@ def _config_of(model: str) -> Config | None:
     from simplclip.train import config
 
     try:
-        return config.relocated(config.load(file), file)
+        return config.load(file)
     except config.ConfigError as error:
         raise InputError(
             f"data: expected a config of this version in {file}, got {error}; name the data by "

@@ -87,25 +87,6 @@ def unknown_option(name: str, context: typer.Context) -> str:
     return f"{name}: unknown option; did you mean {near}?"
 
 
-def check_data(source: Any, name: str) -> None:
-    """Raises InputError for data that are not there; opens no file, and needs no slow imports.
-
-    source: a text as the commands take it, a list of these, or {"shards": one of them, ...}.
-    """
-    from simplclip.data.find_sources import sources_of
-    from simplclip.data.readers import is_source, split_of
-
-    if isinstance(source, list) and source:
-        for part in source:
-            check_data(part, name)
-    elif isinstance(source, dict):
-        check_data(source.get("shards"), name)
-    elif not (isinstance(source, str) and is_source(source)):
-        sources_of(source, name)
-    elif not os.path.exists(split_of(os.path.expanduser(source))[0]):
-        raise InputError(f"{name}: expected a file, got {source!r}, which does not exist")
-
-
 def named_splits(items: list[str]) -> dict[str, Any]:
     r"""Returns split name -> data, of items NAME=DATA, or DATA alone, named after file or folder.
 

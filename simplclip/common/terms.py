@@ -90,7 +90,6 @@ TERMS = (
         help="weight of the pair matching loss",
         sweeps=("softmax", "sigmoid"),
         needs_plane=True,
-        choice=Choice("plane", ("scalar", "hadamard"), "hyperplane of the pair matching loss"),
     ),
 )
 BY_NAME = {term.name: term for term in TERMS}

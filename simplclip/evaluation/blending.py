@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from simplclip.common import ranks
 from simplclip.common.errors import InputError, check_share
-from simplclip.common.plotting import Panel, write_panels
+from simplclip.common.plotting import GREY, any_text, shortened, write
 from simplclip.common.progress import print_lines
 from simplclip.evaluation.encoder import Encoder
 from simplclip.evaluation.figures import percent
@@ -127,10 +127,14 @@ def _draw(results: BlendResults, picture: Path) -> Table:
         table.add_row(str(row.alpha), *map(percent, values), style=style)
     table.add_row("chance", *(percent(figure.chance) for figure in figures[0]), style="dim")
 
-    lines = {name: (np.array(ALPHAS), np.array(line)) for name, *line in zip(names, *shares)}
-    told = ALPHAS.index(results.best)
-    title = f"{ABOUT.capitalize()}; labels: at alpha {results.best}"
-    panel = Panel(title, lines, percent=True, told=told)
-    words = ("alpha, from the start (0) to the run (1)", "the best mean")
-    write_panels(picture, [panel], results.best, words)
+    with any_text():
+        figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
+        axis = figure.subplots()
+        for name, *line in zip(names, *shares):
+            axis.plot(ALPHAS, line, ".-", label=shortened(name, 40))
+        axis.axvline(results.best, color=GREY, linestyle="--", linewidth=1)
+        axis.set(xlabel="alpha, from the start (0) to the run (1); dashed: the best mean")
+        axis.set_ylabel(ABOUT)
+        axis.legend()
+        write(figure, picture)
     return table

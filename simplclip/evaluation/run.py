@@ -21,6 +21,7 @@ from rich.console import Console
 from simplclip.common import ranks
 from simplclip.common.errors import InputError
 from simplclip.common.files import check_writable, write_atomically
+from simplclip.common.plotting import write
 from simplclip.common.progress import print_lines
 from simplclip.data import HeldOut, held_out
 from simplclip.evaluation.classification import (
@@ -304,7 +305,7 @@ def _draw(encoder: Encoder, index: Index, name: str, retrieval: Retrieval, pictu
         in_words(retrieval.text_to_image, len(index)),
         in_words(retrieval.image_to_text, len(index.captions)),
     ]
-    contact_sheet(picture, index, f"{title}: {name}", subtitles)
+    write(contact_sheet(index, f"{title}: {name}", subtitles), picture)
 
 
 def write_json(file: Path, results: BaseModel) -> None:

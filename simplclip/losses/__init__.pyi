@@ -1,6 +1,5 @@
 # The public names of simplclip.losses, each imported on first use; __init__.py reads this file.
 
-from .clip import PLANES as PLANES
 from .clip import ClipPMLoss as ClipPMLoss
 from .drop_in import ClipLoss as ClipLoss
 from .drop_in import CoCaLoss as CoCaLoss

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, Never, overload
 import torch
 from torch import Tensor, nn
 
-from simplclip.common.terms import BY_NAME, SWEPT, choices
-from simplclip.losses.base import NAMES, TEACHER, DistributedLoss, checked_weight, checked_width
+from simplclip.common.terms import BY_NAME, SWEPT
+from simplclip.losses.base import NAMES, TEACHER, DistributedLoss, checked_weight
 from simplclip.ops import checks
 from simplclip.ops.modes import autocast
 from simplclip.ops.similarity import inputs
 from simplclip.ops.similarity.pairs import Pairs, Settings, Teacher, Values
 from simplclip.ops.similarity.route import compute
-
-PLANES = choices("plane")
 
 
 def _teacher(values: Any, terms: tuple[str, ...]) -> Teacher | None:
@@ -44,8 +42,6 @@ class SimilarityLoss(DistributedLoss):
     scratch_bytes: int | None = None
     store_bytes: int | None = None
     divergence = "kl"  # of the relational term
-    # True within MatryoshkaLoss: narrower features than embed_dim use the parameters' first columns
-    prefixes = False
 
     def __init__(
         self,
@@ -57,34 +53,21 @@ class SimilarityLoss(DistributedLoss):
         use_horovod: bool = False,
         *,
         pm_weight: float = 0.0,
-        plane: str = "scalar",
-        embed_dim: int | None = None,
         **unknown: Never,
     ) -> None:
         """Stores the settings and, with pm_weight above 0, makes the plane's parameters.
 
-        pm_weight: weight of pair matching; at 0 plane_weight and plane_bias are None. plane:
-        "scalar" (its weight is []) or "hadamard" ([embed_dim], which is then needed). embed_dim:
-        the width D that all features must have; None for any. Other arguments as in
-        `DistributedLoss`, also the errors; ValueError or TypeError for a value that is not valid.
+        pm_weight: weight of pair matching; at 0 plane_weight and plane_bias are None, else [].
+        Other arguments as in `DistributedLoss`, also the errors; ValueError or TypeError for a
+        value that is not valid.
         """
         super().__init__(
             local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, **unknown
         )
         self.pm_weight = checked_weight("pm_weight", pm_weight)
-        checks.check_choice("plane", plane, PLANES)
-        self.plane = plane
-        self.embed_dim = checked_width("embed_dim", embed_dim)
         self.plane_weight = self.plane_bias = None
         if pm_weight:
-            if plane == "hadamard" and embed_dim is None:
-                raise ValueError(
-                    "embed_dim: expected the width D of the features for plane='hadamard', got None"
-                )
-            shape: tuple[int, ...] = ()
-            if embed_dim is not None and plane == "hadamard":
-                shape = (embed_dim,)
-            self.plane_weight = nn.Parameter(torch.full(shape, self.INITIAL_WEIGHT))
+            self.plane_weight = nn.Parameter(torch.tensor(self.INITIAL_WEIGHT))
             self.plane_bias = nn.Parameter(torch.tensor(self.INITIAL_BIAS))
 
     def terms(
@@ -124,8 +107,6 @@ class SimilarityLoss(DistributedLoss):
         """Returns terms of pairs as the loss got them, which it checks. Collective with ranks."""
         checks.check_features("image_features", pairs.image, "[N, D]")
         checks.check_features("text_features", pairs.text, "[N, D]")
-        if self.embed_dim is not None:
-            self._check_width(self.embed_dim, pairs.image, pairs.text)
         if self.world_size > 1:
             pairs = self._check_and_scale_with_all_ranks(pairs)
         pairs = inputs.checked(pairs, NAMES, terms, equal_rows=True)
@@ -187,26 +168,13 @@ class SimilarityLoss(DistributedLoss):
         return settings
 
     def _plane(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns weight and bias of the plane, checked, of the width of the features."""
+        """Returns weight and bias of the plane, checked."""
         plane: Any = None
         if self.plane_weight is not None:
             plane = self.plane_weight, self.plane_bias
             if self.world_size > 1:
                 plane = self._synchronised_parameters(*plane)
-            if self.plane == "hadamard":
-                plane = plane[0][: image.shape[1]], plane[1]
         return inputs.checked_plane(plane, image)
-
-    def _check_width(self, embed_dim: int, image: Tensor, text: Tensor) -> None:
-        """Raises ValueError unless features have embed_dim columns (with `prefixes`: at most)."""
-        for name, features in (("image_features", image), ("text_features", text)):
-            width = features.shape[-1]
-            fits = width == embed_dim or (self.prefixes and width < embed_dim)
-            if not fits:
-                got = checks.shape_of(features)
-                raise ValueError(
-                    f"{name}: expected the width embed_dim = {embed_dim}, got shape {got}"
-                )
 
 
 class PairLoss(SimilarityLoss):
@@ -243,8 +211,8 @@ class PairLoss(SimilarityLoss):
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def extra_repr(self) -> str:
-        """Returns pm_weight and plane for `repr`; an empty string without pair matching."""
-        return f"pm_weight={self.pm_weight}, plane={self.plane!r}" if self.pm_weight else ""
+        """Returns pm_weight for `repr`; an empty string without pair matching."""
+        return f"pm_weight={self.pm_weight}" if self.pm_weight else ""
 
     def forward(
         self,
@@ -291,19 +259,16 @@ class ClipPMLoss(PairLoss):
         loss = ClipLoss(image, text)
              + pm_weight · ½ [mean_i softplus(−l_ii) + mean over negatives softplus(l_ij)]
 
-    with the learned hyperplane l = p S + q (plane="scalar") or l_ij = w·(x_i ⊙ y_j) + q
-    (plane="hadamard") over the similarity S of L2-normalised features; see
+    with the learned hyperplane l = p S + q over the similarity S of L2-normalised features; see
     `simplclip.ops.similarity_loss`, which never stores the N×N matrix. The hyperplane's parameters
-    are `plane_weight` (p [], or w [D]) and `plane_bias` (q []); pass them to the optimizer. With
-    pm_weight=0 the module has no parameters and equals ClipLoss.
+    are `plane_weight` (p []) and `plane_bias` (q []); pass them to the optimizer. With pm_weight=0
+    the module has no parameters and equals ClipLoss.
 
     Args:
         local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip.ClipLoss.
             cache_labels has no effect, since labels are an offset here. use_horovod is not
             supported with several ranks.
         pm_weight: weight of pair matching, 0 or more.
-        plane: "scalar" or "hadamard"; hadamard needs embed_dim.
-        embed_dim: D, for plane="hadamard".
 
     Source: open_clip.loss.ClipLoss; arXiv 2411.14789 names pair matching; its form is this
     library's interpretation.
@@ -319,8 +284,6 @@ class ClipPMLoss(PairLoss):
         use_horovod: bool = False,
         *,
         pm_weight: float = 1.0,
-        plane: str = "scalar",
-        embed_dim: int | None = None,
         **unknown: Never,
     ) -> None:
         """Stores the settings and makes the plane's parameters, see `SimilarityLoss`.
@@ -328,4 +291,4 @@ class ClipPMLoss(PairLoss):
         Pair matching has weight 1 by default. Raises as `SimilarityLoss`.
         """
         modes = local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod
-        super().__init__(*modes, pm_weight=pm_weight, plane=plane, embed_dim=embed_dim, **unknown)
+        super().__init__(*modes, pm_weight=pm_weight, **unknown)

@@ -62,8 +62,7 @@ class ClipLoss(DropIn, open_clip_loss.ClipLoss):
         local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip.ClipLoss; see
             DistributedLoss for the values and gradients of each mode. use_horovod is not supported
             with several ranks.
-        pm_weight, plane, embed_dim: as in ClipPMLoss, whose pair matching has weight 1 by default
-            and here 0.
+        pm_weight: as in ClipPMLoss, whose pair matching has weight 1 by default and here 0.
 
     Source: Radford et al. 2021 (arXiv 2103.00020); open_clip.loss.ClipLoss.
     """
@@ -171,7 +170,7 @@ class SigLipLoss(DropIn, open_clip_loss.SigLipLoss):
         cache_labels, dist_impl, chunk_size: as in open_clip, without effect. The ranks gather
             features, never logits, and `scratch_bytes` sets the rows of a chunk. Only open_clip's
             `_loss`, which a subclass may call, reads chunk_size.
-        pm_weight, plane, embed_dim: pair matching over all negatives, as in ClipPMLoss.
+        pm_weight: pair matching over all negatives, as in ClipPMLoss.
 
     Source: Zhai et al. 2023 (arXiv 2303.15343); open_clip.loss.SigLipLoss.
     """
@@ -187,8 +186,6 @@ class SigLipLoss(DropIn, open_clip_loss.SigLipLoss):
         chunk_size: int = 0,
         *,
         pm_weight: float = 0.0,
-        plane: str = "scalar",
-        embed_dim: int | None = None,
         **unknown: Never,
     ) -> None:
         """Stores the settings and, with pm_weight above 0, makes the plane's parameters.
@@ -199,7 +196,7 @@ class SigLipLoss(DropIn, open_clip_loss.SigLipLoss):
         """
         check_known(type(self).__name__, unknown)
         modes = True, True, cache_labels, rank, world_size
-        super().__init__(*modes, pm_weight=pm_weight, plane=plane, embed_dim=embed_dim)
+        super().__init__(*modes, pm_weight=pm_weight)
         self.dist_impl = dist_impl or "bidir"
         checks.check_choice("dist_impl", self.dist_impl, DIST_IMPLS)
         check_count("chunk_size", chunk_size, 0)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from simplclip.losses.base import checked_weight
-from simplclip.losses.clip import SimilarityLoss
 from simplclip.losses.widen import widen
+from simplclip.losses.wikd import WIKDLoss
 from simplclip.ops import checks
 
 
@@ -25,10 +25,10 @@ class MatryoshkaLoss(nn.Module):
         prefix_k(x) = normalise(x[:, :widths_k])
 
     loss: any module whose first arguments are image and text features [N, D]; each term that it
-    returns is summed. A hadamard plane and projections have the width D; a prefix uses their first
-    columns. widths: ascending. weights: 0 or more, by default 1. What the loss does, also exchange
-    between ranks, is done once for each width. A term that reads no features, as CoCaLoss's
-    caption, is summed over the widths too: its weight to the other terms is that without prefixes.
+    returns is summed. Projections have the width D; a prefix uses their first columns. widths:
+    ascending. weights: 0 or more, by default 1. What the loss does, also exchange between ranks, is
+    done once for each width. A term that reads no features, as CoCaLoss's caption, is summed over
+    the widths too: its weight to the other terms is that without prefixes.
 
     Source: Kusupati et al. 2022 (arXiv 2205.13147). memeff's MatryoshkaLoss has the same
     definition.
@@ -39,7 +39,7 @@ class MatryoshkaLoss(nn.Module):
     ) -> None:
         """Stores the loss with the widths and their weights; weights=None means 1 each.
 
-        Each SimilarityLoss in `loss` is changed: its `prefixes` becomes True, so that it takes
+        Each WIKDLoss in `loss` is changed: its `prefixes` becomes True, so that it takes
         features narrower than its embed_dim. Raises TypeError for a loss that is no module,
         ValueError for widths that are not ascending integers above 0, or weights that are negative,
         all 0 or of another number.
@@ -57,7 +57,7 @@ class MatryoshkaLoss(nn.Module):
         if total == 0 or len(self.weights) != count:
             raise ValueError(f"weights: expected {count}, one above 0, got {self.weights}")
         for module in loss.modules():  # torch.compile wraps a loss in a module
-            if isinstance(module, SimilarityLoss):
+            if isinstance(module, WIKDLoss):
                 module.prefixes = True
 
     def forward(

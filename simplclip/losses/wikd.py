@@ -55,16 +55,17 @@ class WIKDLoss(SimilarityLoss):
             more; a term with weight 0 costs nothing and is not returned.
         interactive: "infonce" or "kl".
         divergence: "cross_entropy" or "kl", of the relational term and of interactive="kl".
-        plane, embed_dim: of pair matching, as in ClipPMLoss.
-        embed_dim, teacher_dim: D and D̂; where they differ, the interactive and feature terms
-            project the student's features by a learned `image_projection` and `text_projection`
-            [D̂, D], in float32.
+        embed_dim, teacher_dim: D, the width that all features must have, and D̂; where they differ,
+            the interactive and feature terms project the student's features by a learned
+            `image_projection` and `text_projection` [D̂, D], in float32.
 
     Source: open_clip.loss.DistillClipLoss; Yang et al. 2023 (CLIP-KD, arXiv 2307.12732); arXiv
     2411.14789 for WIKD.
     """
 
     NAMES = (*SimilarityLoss.NAMES, *[term.name for term in TERMS if not term.sweeps])
+    # True within MatryoshkaLoss: features narrower than embed_dim use projections' first columns
+    prefixes = False
 
     def __init__(
         self,
@@ -82,7 +83,6 @@ class WIKDLoss(SimilarityLoss):
         feature_weight: float = 0.0,
         divergence: str = "cross_entropy",
         pm_weight: float = 0.0,
-        plane: str = "scalar",
         embed_dim: int | None = None,
         teacher_dim: int | None = None,
         **unknown: Never,
@@ -95,7 +95,8 @@ class WIKDLoss(SimilarityLoss):
         embed_dim.
         """
         modes = local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod
-        super().__init__(*modes, pm_weight=pm_weight, plane=plane, embed_dim=embed_dim, **unknown)
+        super().__init__(*modes, pm_weight=pm_weight, **unknown)
+        self.embed_dim = checked_width("embed_dim", embed_dim)
         self.contrastive_weight = checked_weight("contrastive_weight", contrastive_weight)
         self.relational_weight = checked_weight("relational_weight", relational_weight)
         self.interactive_weight = checked_weight("interactive_weight", interactive_weight)
@@ -161,6 +162,7 @@ class WIKDLoss(SimilarityLoss):
         self, pairs: Pairs, terms: tuple[str, ...], weights: Mapping[str, float] | None
     ) -> Values:
         """Returns the terms of this rank's rows: those of similarity_loss, and those by methods."""
+        self._check_width(pairs.image)
         swept = tuple(name for name in terms if BY_NAME[name].sweeps)
         total, values = Values(None, {})
         if swept:
@@ -183,6 +185,15 @@ class WIKDLoss(SimilarityLoss):
                 value = value.detach()
             values[name] = value
         return Values(total, values)
+
+    def _check_width(self, image: Tensor) -> None:
+        """Raises ValueError unless image has embed_dim columns, or with `prefixes` at most so."""
+        most = self.embed_dim
+        width = image.shape[1]
+        if most is None or width == most or (self.prefixes and width < most):
+            return
+        got = checks.shape_of(image)
+        raise ValueError(f"image_features: expected the width embed_dim = {most}, got shape {got}")
 
     def _interactive(self, pairs: Pairs, wide: Pairs) -> Tensor:
         """Returns the interactive term []: own rows against the teacher's columns, gathered."""

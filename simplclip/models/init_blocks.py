@@ -31,7 +31,6 @@ class _Kind:
     qkv: str  # the matrix [q|k|v]
     mlp_norm: str
     fc: tuple[str, str]
-    unused: tuple[str, ...]  # prefixes
     scale: str = ""  # the MLP's layer scale
     conv: str = ""  # depthwise, before the MLP's norm
 
@@ -43,10 +42,6 @@ _KINDS = (
         qkv="attn.in_proj_weight",
         mlp_norm="ln_2",
         fc=("mlp.c_fc", "mlp.c_proj"),
-        unused=(
-            *("attn.in_proj_bias", "attn.out_proj.", "attn.head_scale", "attn.ln_inner."),
-            *("ln_attn.", "ls_1."),
-        ),
         scale="ls_2.gamma",
     ),
     _Kind(
@@ -55,7 +50,6 @@ _KINDS = (
         qkv="attn.qkv.weight",
         mlp_norm="norm2",
         fc=("mlp.fc1", "mlp.fc2"),
-        unused=("attn.qkv.bias", "attn.proj.", "attn.norm.", "attn.gate.", "ls1."),
         scale="ls2.gamma",
     ),
     _Kind(
@@ -64,7 +58,6 @@ _KINDS = (
         qkv="token_mixer.qkv.weight",
         mlp_norm="mlp.conv.bn",
         fc=("mlp.fc1", "mlp.fc2"),
-        unused=("token_mixer.qkv.bias", "token_mixer.proj.", "layer_scale_1."),
         scale="layer_scale_2.gamma",
         conv="mlp.conv.conv.weight",
     ),
@@ -116,12 +109,17 @@ def start(
 def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns float32 tensors by name with which a `SimplifiedBlock` starts as a pretrained block.
 
-    tensors: those of a block of _KINDS by names relative to the block; of a simplified block they
-    are returned as they are. Raises KeyError for a part that is missing.
+    tensors: those of a block of _KINDS by names relative to the block, whose further parts are left
+    out; of a simplified block they are returned as they are. Raises KeyError for a part that is
+    missing.
     """
     if "qk.weight" in tensors:
         return dict(tensors)
-    kind = _kind_of(tensors)
+    kind = next((kind for kind in _KINDS if kind.qkv in tensors), None)
+    if kind is None:
+        kinds = ", ".join(kind.name for kind in _KINDS)
+        names = ", ".join(sorted(tensors)[:4])
+        raise InputError(f"expected a block of a known kind ({kinds}), got one of {names}...")
     t = {name: value.float() for name, value in tensors.items() if value.is_floating_point()}
     q, k, _ = t[kind.qkv].chunk(3)
     width = q.shape[1]
@@ -149,24 +147,6 @@ def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "attention_gain": spread,
         "mlp_gain": q.new_ones(()),
     }
-
-
-def _kind_of(tensors: Mapping[str, Tensor]) -> _Kind:
-    """Returns the kind of a block; InputError for an unknown one, or one with further parts."""
-    kind = next((kind for kind in _KINDS if kind.qkv in tensors), None)
-    if kind is None:
-        kinds = ", ".join(kind.name for kind in _KINDS)
-        names = ", ".join(sorted(tensors)[:4])
-        raise InputError(f"expected a block of a known kind ({kinds}), got one of {names}...")
-    known = {kind.scale, kind.conv, kind.qkv}
-    for layer in kind.fc:
-        known |= {f"{layer}.weight", f"{layer}.bias"}
-    prefixes = (f"{kind.norm}.", f"{kind.mlp_norm}.", *kind.unused)
-    for name in sorted(tensors):
-        if name in known or name.startswith(prefixes) or not tensors[name].is_floating_point():
-            continue
-        raise InputError(f"expected {kind.name} without further parts, got {name}")
-    return kind
 
 
 def _linear(t: Mapping[str, Tensor], layer: str) -> tuple[Tensor, Tensor]:

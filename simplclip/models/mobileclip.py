@@ -154,19 +154,9 @@ class TextTower(TextTransformer):
         return ends @ self.text_projection.to(ends.dtype)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Returns the groups of `lock` by names, as timm's models have them. coarse: not used."""
+        """Returns the layers by names, as timm's models have them. coarse: not used."""
         blocks = [(r"transformer\.resblocks\.(\d+)", None), (r"last", (99999,))]
         return {"stem": r"token_embedding|positional_embedding|first", "blocks": blocks}
-
-    def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        """Freezes all but the last `unlocked_layers` groups of parameters, as open_clip does.
-
-        The groups are the embeddings with the first RepMixer block, each layer (the last one with
-        the last RepMixer block), and the projection.
-        """
-        super().lock(unlocked_layers, freeze_layer_norm)
-        self.first.requires_grad_(unlocked_layers > len(self.transformer.resblocks) + 1)
-        self.last.requires_grad_(unlocked_layers > 1)
 
 
 def create(

@@ -1,19 +1,17 @@
 """Models by name, with their tokenizers and image transforms: SiCLIPs and open_clip's models."""
 
 import copy
-import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import open_clip
 import torch
 from open_clip import CLIP, CoCa, CustomTextCLIP
 from open_clip.model import set_model_preprocess_cfg
 from open_clip.transform import AugmentationCfg, PreprocessCfg
-from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 from timm.layers.helpers import to_2tuple
 from torch import Tensor, nn
 
@@ -123,44 +121,27 @@ def create(
 
 create_model = create  # simplclip.create_model
 
-# Parts of open_clip 4's configurations of other kinds of models -> what these are.
-_OTHER_KINDS = {
-    "audio_cfg": "a model of audio and texts (CLAP)",
-    "genlip_cfg": "a model that writes captions and has no text tower (GenLIP)",
-    "genlap_cfg": "a model that writes captions of audio and has no text tower (GenLAP)",
+# values of open_clip's PreprocessCfg, which checks none
+_KNOWN = {
+    "interpolation": ("bicubic", "bilinear"),
+    "resize_mode": ("shortest", "longest", "squash"),
 }
-
-
-_Channels = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
-_AboveZero = Annotated[FiniteFloat, Field(gt=0)]
-
-
-class _Preprocess(BaseModel, extra="forbid"):
-    """The fields of open_clip's PreprocessCfg, which checks none of them, beside the size."""
-
-    mean: _Channels
-    std: tuple[_AboveZero, _AboveZero, _AboveZero]
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
-    fill_color: int = Field(0, ge=0, le=255, strict=True)
 
 
 def _preprocessing(
     spec: Spec, size: int | tuple[int, int], changes: Mapping[str, Any] | None
 ) -> PreprocessCfg:
     """Returns a recipe's preprocessing with some fields replaced; InputError for others."""
-    if not isinstance(changes or {}, Mapping):
-        raise InputError(f"preprocess: expected a mapping, got {changes!r}")
-    cfg = PreprocessCfg(size=size, **spec.preprocess)
-    values = {name: getattr(cfg, name) for name in _Preprocess.model_fields} | dict(changes or {})
     try:
-        _Preprocess(**values)
-    except ValidationError as error:
-        found = error.errors()[0]
-        raise InputError(
-            f"preprocess.{found['loc'][0]}: {found['msg']}, got {found['input']!r}"
-        ) from None
-    return replace(cfg, **values)
+        cfg = PreprocessCfg(size=size, **{**spec.preprocess, **(changes or {})})
+    except TypeError as error:
+        expected = "a mapping of fields of open_clip's PreprocessCfg without size"
+        raise InputError(f"preprocess: expected {expected}, got {changes!r}: {error}") from None
+    for name, known in _KNOWN.items():
+        if getattr(cfg, name) not in known:
+            expected = f"one of {', '.join(known)}"
+            raise InputError(f"preprocess.{name}: expected {expected}, got {getattr(cfg, name)!r}")
+    return cfg
 
 
 def tokenizer(name: str, context_length: int | None = None) -> Tokenizer:
@@ -171,15 +152,7 @@ def tokenizer(name: str, context_length: int | None = None) -> Tokenizer:
     """
     spec = spec_of(name)
     length = context_length or spec.config["text_cfg"].get("context_length", 77)
-    if name not in SPECS:  # open_clip may learn another model of this name
-        return spec.tokenizer(context_length=length)
-    return copy.copy(_made_tokenizer(spec.tokenizer, length))
-
-
-@functools.lru_cache(maxsize=4)
-def _made_tokenizer(make: Callable[..., Tokenizer], length: int) -> Tokenizer:
-    """Returns make(context_length=length): reading open_clip's vocabulary takes 0.3 s each time."""
-    return make(context_length=length)
+    return spec.tokenizer(context_length=length)
 
 
 def transforms(
@@ -225,9 +198,9 @@ def spec_of(name: str) -> Spec:
     check_name(name)
     plain = name.removeprefix(PLAIN)
     config = open_clip.get_model_config(plain)
-    for part, words in _OTHER_KINDS.items():
+    for part in ("audio_cfg", "genlip_cfg", "genlap_cfg"):  # of open_clip 4
         if part in config:
-            raise InputError(f"name: expected a model of images and texts, got {name!r}, {words}")
+            raise InputError(f"name: expected a model of images and texts, got {name!r} of {part}")
     return Spec(config, partial(open_clip.get_tokenizer, plain))
 
 

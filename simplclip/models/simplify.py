@@ -3,8 +3,8 @@
 The blocks here have the signatures of open_clip's and timm's, in whose places they stand.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,24 +38,13 @@ _ACT_NAMES = {
 }
 
 
-def is_causal_mask(mask: Tensor) -> bool:  # [L, L]
-    """Whether ``mask`` lets token i see exactly the tokens 0..i.
-
-    It is additive, 0 or -inf, or boolean with True for hidden tokens.
-    """
-    causal = torch.ones_like(mask, dtype=torch.bool).triu(1)
-    if mask.dtype != torch.bool:
-        causal = torch.zeros_like(mask).masked_fill(causal, float("-inf"))
-    return torch.equal(mask, causal)
+def is_causal_mask(mask: Tensor) -> bool:
+    """Whether an additive mask [L, L], of 0 and -inf, lets token i see exactly the tokens 0..i."""
+    return torch.equal(mask, torch.full_like(mask, float("-inf")).triu(1))
 
 
 class TransformerBlock(SimplifiedBlock):
-    """A block of open_clip's ``Transformer``: [B, L, C].
-
-    A causal block accepts only a mask [L, L], the tower's causal one, whose values `simplify`
-    checked; other blocks accept no mask. A block that masks padding gets the lengths [B] of the
-    texts as its mask.
-    """
+    """A block of open_clip's ``Transformer``: [B, L, C]."""
 
     masks_padding = False
 
@@ -72,26 +61,19 @@ class TransformerBlock(SimplifiedBlock):
     ) -> Tensor:
         """Returns the block's output [B, L, C] for x [B, L, C].
 
-        k_x, v_x: None. attn_mask: the causal mask [L, L] of a causal block, the lengths [B] of one
-        with masks_padding, else None.
+        k_x, v_x: None. attn_mask: the tower's causal mask [L, L], whose values `simplify` checked,
+        for a causal block; the lengths [B] of the texts for one that masks padding; else None.
         """
         if k_x is not None or v_x is not None:
-            raise InputError(
-                "k_x, v_x: expected None, since a simplified block has no cross-attention, got a "
-                "tensor"
-            )
-        batch, length = x.shape[:2]
-        kind = "no mask"
+            raise InputError("k_x, v_x: expected None, got a tensor")
         shape: tuple | None = None
         if self.masks_padding:
-            kind = "lengths of texts"
-            shape = (batch,)
+            shape = (x.shape[0],)
         elif self.causal:
-            kind = "the causal mask"
-            shape = (length, length)
+            shape = (x.shape[1], x.shape[1])
         got = None if attn_mask is None else tuple(attn_mask.shape)
         if got != shape:
-            raise InputError(f"attn_mask: expected {kind}, {shape}, got {got}")
+            raise InputError(f"attn_mask: expected the shape {shape}, got {got}")
         return super().forward(x, attn_mask if self.masks_padding else None)
 
 
@@ -101,12 +83,9 @@ class TimmBlock(SimplifiedBlock):
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """Returns [B, L, C]; refuses a mask and is_causal, which other blocks of timm take."""
+        """Returns [B, L, C] for x [B, L, C], without a mask."""
         if attn_mask is not None or is_causal:
-            raise InputError(
-                "attn_mask, is_causal: expected None and False, since this block attends to every "
-                "token"
-            )
+            raise InputError("attn_mask, is_causal: expected None and False, got others")
         return super().forward(x)
 
 
@@ -120,51 +99,42 @@ class MapBlock(SimplifiedBlock):
 
 
 class MaskedTextTransformer(TextTransformer):
-    """open_clip's text tower with simplified blocks that see nothing behind the end of a text.
-
-    In the place of a mask these blocks get the lengths of the texts, up to and including the token
-    that the tower pools.
-    """
+    """open_clip's text tower with simplified blocks that see nothing behind the end of a text."""
 
     masks_padding = True
 
     def _embeds(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the tokens' embeddings [B, L, C], and the lengths [B] in the place of a mask."""
+        """Returns the tokens' embeddings [B, L, C], and the lengths [B] in the place of a mask.
+
+        They include the token that the tower pools.
+        """
         ends = text if self.pool_type == "argmax" else (text == self.eos_id).int()
         return super()._embeds(text)[0], ends.argmax(1) + 1
 
 
 @dataclass(frozen=True)
 class Site:
-    """A block that can be replaced.
-
-    cls, options: the class of its replacement, and the arguments that depend on the tower.
-    """
+    """A block that can be replaced, at `path`, and the class of its replacement."""
 
     path: str
-    block: nn.Module
+    block: Any
     cls: type[SimplifiedBlock]
-    options: dict[str, Any] = field(default_factory=dict)
+    causal: bool = False
 
 
-def block_sites(model: nn.Module, tower: str) -> list[Site]:
+def _sites(model: nn.Module, tower: str) -> list[Site]:
     """Returns the blocks of a tower, "text" or "image", that `simplify` can replace, by index."""
-    return list(_text_sites(model) if tower == "text" else _image_sites(model))
+    return _text_sites(model) if tower == "text" else _image_sites(model)
 
 
-def _text_sites(model: nn.Module) -> Iterable[Site]:
-    """Returns the sites of the text tower in order; InputError for one that does not fit."""
-    tower: Any = getattr(model, "text", None)
-    path = "text.transformer"
-    if tower is None:  # open_clip's CLIP is its own text tower
-        tower = model
-        path = "transformer"
+def _text_sites(model: nn.Module) -> list[Site]:
+    """Returns the sites of the text tower; InputError for one that does not fit."""
+    # open_clip's CLIP is its own text tower
+    tower: Any = getattr(model, "text", model)
     transformer = getattr(tower, "transformer", None)
     if not isinstance(transformer, Transformer):
-        raise InputError(
-            "text: expected open_clip's text transformer, got "
-            f"{type(transformer or tower).__name__}"
-        )
+        got = type(transformer or tower).__name__
+        raise InputError(f"text: expected open_clip's text transformer, got {got}")
     mask = tower.attn_mask
     other_mask = mask is not None and has_values(mask) and not is_causal_mask(mask)
     has_class_token = getattr(tower, "cls_emb", None) is not None
@@ -172,25 +142,22 @@ def _text_sites(model: nn.Module) -> Iterable[Site]:
         raise InputError(
             "text: expected no mask or a causal one, got a tower with another mask or a class token"
         )
-    return _transformer_sites(transformer, path, mask is not None)
+    prefix = "transformer" if tower is model else "text.transformer"
+    return _transformer_sites(transformer, prefix, mask is not None)
 
 
-def _image_sites(model: nn.Module) -> Iterable[Site]:
-    """Returns the sites of the image tower in order; InputError without any."""
+def _image_sites(model: nn.Module) -> list[Site]:
+    """Returns the sites of the image tower; InputError without any."""
     visual: Any = getattr(model, "visual", nn.Identity())
     transformer = getattr(visual, "transformer", None)
     if isinstance(transformer, Transformer):
         return _transformer_sites(transformer, "visual.transformer")
     # Subclasses may change the signature or the attention, so only the exact classes are known to
-    # fit. A simplified block of an earlier call keeps its index and can be replaced again.
+    # fit.
     classes: dict[type, type[SimplifiedBlock]] = {Block: TimmBlock, AttentionBlock: MapBlock}
-    modules = dict(visual.named_modules(prefix="visual"))
-    for module in modules.values():
-        if isinstance(module, SimplifiedBlock):
-            classes[type(module)] = type(module)
     sites = [
         Site(path, module, classes[type(module)])
-        for path, module in modules.items()
+        for path, module in visual.named_modules(prefix="visual")
         if type(module) in classes
     ]
     if not sites:
@@ -202,48 +169,39 @@ def _image_sites(model: nn.Module) -> Iterable[Site]:
     return sites
 
 
-def _transformer_sites(transformer: Transformer, path: str, causal: bool = False) -> Iterator[Site]:
-    """Yields the sites of open_clip's Transformer, at `path`, in order."""
-    known = ResidualAttentionBlock | CustomResidualAttentionBlock | SimplifiedBlock
-    options = {"causal": causal}
-    for index, block in enumerate(transformer.resblocks):
-        if not isinstance(block, known):
+def _transformer_sites(transformer: Transformer, path: str, causal: bool = False) -> list[Site]:
+    """Returns the sites of open_clip's Transformer, which is at `path`."""
+    for block in transformer.resblocks:
+        if not isinstance(block, ResidualAttentionBlock | CustomResidualAttentionBlock):
             got = type(block).__name__
             raise InputError(f"{tower_of(path)}: expected residual attention blocks, got {got}")
-        yield Site(f"{path}.resblocks.{index}", block, TransformerBlock, options)
+    return [
+        Site(f"{path}.resblocks.{index}", block, TransformerBlock, causal)
+        for index, block in enumerate(transformer.resblocks)
+    ]
 
 
-def attention_of(block: Any) -> Any:
-    """Returns the attention module of a block of open_clip or timm."""
-    return block.token_mixer if isinstance(block, AttentionBlock) else block.attn
-
-
-def build_block(site: Site, mlp_ratio: float | None = None, gamma: float = 1.0) -> SimplifiedBlock:
+def _build(site: Site, mlp_ratio: float | None = None, gamma: float = 1.0) -> SimplifiedBlock:
     """Returns a new block with random weights for the place of a site; replaces nothing.
 
     mlp_ratio: F / C, None for that of the old block. gamma: the initial value of its gamma.
     """
-    block: Any = site.block
-    norm = "layernorm"
-    if isinstance(block, SimplifiedBlock):
-        weight = block.fc1.weight
-        heads = block.heads
-        norm = block.norm_name
-        act = block.act
-        drop_path = block.drop_path
-    else:
-        weight = _first_dense(block.mlp).weight
-        heads = attention_of(block).num_heads
-        act = _act_of(block.mlp, site.path)
-        drops = (m.drop_prob for m in block.modules() if isinstance(m, DropPath))
-        drop_path = next(drops, 0.0)
+    block = site.block
+    weight = _first_dense(block.mlp).weight
     hidden, width = weight.shape[:2]
     if mlp_ratio is None:
         mlp_ratio = hidden / width
-    options: dict[str, Any] = {"norm": norm, "act": act, "gamma": gamma, "drop_path": drop_path}
-    new: Any = site.cls(width, heads, mlp_ratio, **options, **site.options)
-    if getattr(block, "masks_padding", False):
-        new.masks_padding = True
+    attention = block.token_mixer if isinstance(block, AttentionBlock) else block.attn
+    drops = (m.drop_prob for m in block.modules() if isinstance(m, DropPath))
+    new = site.cls(
+        width,
+        attention.num_heads,
+        mlp_ratio,
+        causal=site.causal,
+        act=_act_of(block.mlp, site.path),
+        gamma=gamma,
+        drop_path=next(drops, 0.0),
+    )
     eps = (m.eps for m in block.modules() if isinstance(m, nn.LayerNorm))
     new.norm.eps = next(eps, new.norm.eps)
     made = new.fc1.weight
@@ -272,7 +230,7 @@ def _act_of(mlp: Any, path: str) -> str:
     return known
 
 
-@dataclass
+@dataclass(frozen=True)
 class SimplifyReport:
     """The result of `simplify`.
 
@@ -280,9 +238,9 @@ class SimplifyReport:
     before, after: the parameters, see `count_parameters`.
     """
 
-    replaced: dict[str, str] = field(default_factory=dict)
-    before: dict[str, int] = field(default_factory=dict)
-    after: dict[str, int] = field(default_factory=dict)
+    replaced: Mapping[str, str]
+    before: Mapping[str, int]
+    after: Mapping[str, int]
 
     def __str__(self) -> str:
         """Returns lines: the replaced blocks, and the parameters of each part now and before."""
@@ -322,8 +280,7 @@ def simplify(
 
     Args:
         towers: "text", "image" or both.
-        blocks: for each tower the indices of the attention blocks to replace; by default all of a
-            tower are replaced.
+        blocks: for each tower the indices of the attention blocks to replace, by default all.
         share: for each tower groups of such indices that share all weight matrices, or a mapping
             that names what is shared: ``{"attention": groups, "mlp": groups}`` or ``{"all":
             groups}``, see `nn.share_weights`. The groups of one part are disjoint ("all" counts for
@@ -340,12 +297,11 @@ def simplify(
         init: "random", or what a matrix starts from that blocks share: the old matrix of the
             "first" block in the tower, or the "average" of all, see `init_blocks`.
 
-    Returns the same model, and a report of what was replaced with the parameter counts before and
-    after. Raises ValueError (TypeError for another type), and leaves the model unchanged, if an
-    argument is unknown, or a tower has no replaceable blocks (a ResNet, a Hugging Face encoder in
-    open_clip, window or rotary attention), a mask that is not causal (CoCa's text tower) or an
-    activation that is not in `nn.ACTIVATIONS`, or padding cannot be masked, or `init_blocks` does
-    not know a block.
+    Returns the same model, and a report. Raises ValueError (TypeError for another type), and leaves
+    the model unchanged, if an argument is unknown, or a tower has no replaceable blocks (a ResNet,
+    a Hugging Face encoder in open_clip, window or rotary attention, simplified blocks), a mask that
+    is not causal (CoCa's text tower) or an activation that is not in `nn.ACTIVATIONS`, or padding
+    cannot be masked, or `init_blocks` does not know a block.
     """
     checks.check_instance("model", model, nn.Module, "an nn.Module")
     towers = checks.sequence("towers", towers, 'a sequence, e.g. ("text", "image")')
@@ -365,15 +321,15 @@ def simplify(
             _check_names(name, value, TOWERS)
     if init not in ("random", *init_blocks.MERGES):
         raise InputError(f"init: expected random, average or first, got {init!r}")
-    report = SimplifyReport(before=count_parameters(model))
+    before = count_parameters(model)
     planned: list[tuple[Site, SimplifiedBlock]] = []
     text_blocks: list[Any] = []
     for tower in dict.fromkeys(towers):
-        sites = block_sites(model, tower)
+        sites = _sites(model, tower)
         chosen = _chosen(blocks.get(tower), len(sites), tower)
         start = gamma.get(tower, 1.0) if isinstance(gamma, Mapping) else gamma
         ratio = mlp_ratio.get(tower) if isinstance(mlp_ratio, Mapping) else mlp_ratio
-        new: list[Any] = [build_block(sites[index], ratio, start) for index in chosen]
+        new: list[Any] = [_build(sites[index], ratio, start) for index in chosen]
         planned += zip([sites[index] for index in chosen], new)
         if tower == "text":
             text_blocks = new
@@ -388,14 +344,13 @@ def simplify(
         starts = {site.path: (block, site.block.state_dict()) for site, block in planned}
         init_blocks.start(starts, init)
     for site, block in planned:
-        report.replaced[site.path] = type(site.block).__name__
         model.set_submodule(site.path, block)
     if mask_padding:
         model.get_submodule("text").__class__ = MaskedTextTransformer
         for block in text_blocks:
             block.masks_padding = True
-    report.after = count_parameters(model)
-    return model, report
+    replaced = {site.path: type(site.block).__name__ for site, _ in planned}
+    return model, SimplifyReport(replaced, before, count_parameters(model))
 
 
 def _check_names(argument: str, names: Iterable[str], allowed: Iterable[str]) -> None:
@@ -420,8 +375,8 @@ def _check_maskable(model: nn.Module, replaced: int) -> None:
     """Raises InputError if the text tower, with so many blocks replaced, cannot mask padding."""
     tower: Any = getattr(model, "text", None)
     pool = getattr(tower, "pool_type", None)
-    known = type(tower) in (TextTransformer, MaskedTextTransformer)
-    if known and pool in ("argmax", "eos") and replaced == len(tower.transformer.resblocks):
+    known = type(tower) is TextTransformer and pool in ("argmax", "eos")
+    if known and replaced == len(tower.transformer.resblocks):
         return
     raise InputError(
         "mask_padding: expected open_clip's own text tower (custom_text=True) that pools by argmax "
@@ -436,9 +391,7 @@ def _groups(share: Groups | Mapping[str, Groups], chosen: list[int]) -> dict[str
     share: groups (of "all"), or such a mapping. chosen: the indices of the replaced blocks.
     """
     parts: Mapping[str, Groups] = share if isinstance(share, Mapping) else {"all": share}
-    unknown = sorted({*parts} - {*SHARED_PARTS})
-    if unknown:
-        raise InputError(f"share: expected parts out of {SHARED_PARTS}, got {unknown}")
+    _check_names("share", parts, SHARED_PARTS)
     shared = {part: checks.groups("share", groups) for part, groups in parts.items() if groups}
     for part in ("attention", "mlp"):
         groups = shared.get(part, []) + shared.get("all", [])

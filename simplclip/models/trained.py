@@ -27,10 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
 from open_clip.model import get_model_preprocess_cfg, set_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
-from timm.layers.helpers import to_2tuple
 from torch import nn
 
 from simplclip.common.errors import InputError, first_line
@@ -91,32 +89,19 @@ def model_options(section: Mapping[str, Any], base: str = "contrastive") -> dict
 def build_model(section: Mapping[str, Any], base: str = "contrastive") -> nn.Module:
     """Makes the model of a config's part "model", with random weights; reads and fetches no file.
 
-    base: loss.base of the config. Raises InputError for options or sizes that the model does not
-    take, and as `check_options` does.
+    base: loss.base of the config. Raises InputError for options that the model does not take, and
+    as `check_options` does.
     """
     name = section["name"]
     try:
         options = model_options(section, base)
         check_options(options, "config")
-        model: Any = create(name, **options)
+        return create(name, **options)
     except (InputError, ImportError, OSError):
         raise
     except Exception as error:  # the type depends on the option
         got = f"{section.get('options')}: {first_line(error)}"
         raise InputError(f"model.options: expected options of {name}, got {got}") from error
-    if shape_of(section, "image_size") or shape_of(section, "context_length"):
-        size = to_2tuple(model.visual.image_size)
-        tokens = tokenizer(section)(["a photo"])
-        try:
-            with torch.no_grad():
-                model.eval()(torch.zeros(1, 3, *size), tokens)
-        except Exception as error:  # its type depends on the tower
-            sizes = f"{size[0]} and {tokens.shape[1]}: {first_line(error)}"
-            raise InputError(
-                f"image_size, context_length: expected sizes that the model takes, got {sizes}"
-            ) from None
-        model.train()
-    return model
 
 
 def tokenizer(section: Mapping[str, Any]) -> Tokenizer:

@@ -28,11 +28,12 @@ NO_KERNEL = ("empty", "new_empty", "_unsafe_view", "_reshape_alias", "detach", "
 class Work(NamedTuple):
     """What an op of a forward pass does."""
 
-    kind: str  # see rates.kinds_of
+    kind: str  # of rates.KINDS
     flops: float
     bytes: float  # that it reads and writes, each tensor once
     half: bool  # whether tensor cores multiply half types
     runs: int  # 0: without backward; 1: backward follows; 2: in backward it runs once more
+    nchw: bool = False  # whether it is a convolution in this layout
     times: int = 1
 
 
@@ -109,8 +110,12 @@ class Meter(TorchDispatchMode):
             runs = 1 + self._again if backward else 0
             formula = flop_registry.get(func._overloadpacket)
             flops = formula(*args, **kwargs, out_val=out) if formula else 0
-            for parts in _kernels(func, name, args, flops, moved, runs):
-                self.works.append(Work(*parts, half, runs))
+            if func.namespace == "simplclip":
+                kernels = _own_kernels(name, args, moved)
+            else:
+                kernels = [(_kind(func, name, args, runs, flops), flops, moved)]
+            nchw = func is aten.convolution.default and not _channels_last(args[0])
+            self.works += [Work(*kernel, half, runs, nchw) for kernel in kernels]
         return out
 
 
@@ -119,23 +124,19 @@ def _channels_last(image: Tensor) -> bool:
     return image.dim() == 4 and image.stride(1) == 1
 
 
-def _kernels(
-    func: OpOverload, name: str, args: tuple, flops: int, moved: int, runs: int
-) -> list[tuple[str, float, float]]:
-    """Returns (kind, flops, bytes) of the kernels of an op. flops: by torch; moved: bytes."""
-    if func.namespace == "simplclip":
-        return _own_kernels(name, args, moved)
-    kind = "norm" if "norm" in name else "bytes"
+def _kind(func: OpOverload, name: str, args: tuple, runs: int, flops: int) -> str:
+    """Returns the kind of an op of torch. flops: by torch."""
     if func is aten.convolution.default:
-        kind, channels = "convolution", args[1].shape[1]
+        channels = args[1].shape[1]
         # forward of wide groups is about as fast as that of one group
-        if args[8] > 1 and (runs or channels < WIDE_GROUP):
-            kind = "depthwise" if channels == 1 else "grouped"
-        if not _channels_last(args[0]):
-            kind += " nchw"
-    elif flops:
-        kind = "attention" if "attention" in name else "product"
-    return [(kind, flops, moved)]
+        if args[8] == 1 or not (runs or channels < WIDE_GROUP):
+            return "convolution"
+        if channels == 1:
+            return "depthwise"
+        return "grouped" if _channels_last(args[0]) else "grouped nchw"
+    if flops:
+        return "attention" if "attention" in name else "product"
+    return "norm" if "norm" in name else "bytes"
 
 
 def _own_kernels(name: str, args: tuple, moved: int) -> list[tuple[str, float, float]]:
@@ -205,8 +206,9 @@ def attention_of_card(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    *,
     scale: float | None = None,
-    enable_gqa: bool = False,
+    **_: Any,
 ) -> Tensor:
     """In place of F.scaled_dot_product_attention: FlashAttention, or else the efficient kernel.
 

@@ -41,15 +41,9 @@ def constant(kind: str, card: Card, training: bool) -> float:
     return INFERENCE[name][index] * loss
 
 
-def kinds_of(work: Work) -> tuple[str, str, bool]:
-    """Returns the constants of an op's products and of its bytes, and whether "nchw" counts."""
-    kind, _, layout = work.kind.partition(" ")
-    traffic = "norm" if kind == "norm" else "bytes"
-    if not work.flops:
-        return "product", traffic, False
-    if kind == "grouped":
-        return work.kind, traffic, False
-    return kind, traffic, bool(layout)
+def traffic_of(work: Work) -> str:
+    """Returns the kind of an op's bytes."""
+    return "norm" if work.kind == "norm" else "bytes"
 
 
 def least_ms(work: Work, card: Card) -> tuple[float, float]:
@@ -63,12 +57,11 @@ def least_ms(work: Work, card: Card) -> tuple[float, float]:
 
 def ms_of(work: Work, card: Card, training: bool) -> float:
     """Returns the milliseconds of one run of an op; in training those of forward and backward."""
-    rate, traffic, is_nchw = kinds_of(work)
     products, moved = least_ms(work, card)
-    products /= constant(rate, card, training)
-    if is_nchw:
+    products /= constant(work.kind, card, training)
+    if work.nchw and work.kind != "grouped nchw":
         products /= constant("nchw", card, training)
-    moved /= constant(traffic, card, training)
+    moved /= constant(traffic_of(work), card, training)
     longest = max(products, moved, constant("launch", card, training))
     return longest * (3 if training else 1)
 

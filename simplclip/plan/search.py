@@ -50,15 +50,13 @@ def fitting(step: Step, size: int, memory: int) -> Row:
     The micro-batch is the largest divisor of `size` that fits. Raises ConfigError if none fits.
     """
     limit = usable(memory)
-    whole = step.row(size, None, memory)
-    if whole.peak <= limit:
-        return whole
     divisors = [n for n in range(size - 1, 0, -1) if size % n == 0]
-    rows = (step.row(size, n, memory) for n in divisors if step.cacheable)
-    row = next((row for row in rows if row.peak <= limit), None)
-    if row is None:
-        raise ConfigError(
-            f"data.batch_size: expected one that fits {limit / GIB:.2f} GiB, got {size:,}, which "
-            f"takes {whole.peak / GIB:.2f} GiB, and does not fit one pair at a time"
-        )
-    return row
+    for micro in (None, *divisors) if step.cacheable else (None,):
+        row = step.row(size, micro, memory)
+        if row.peak <= limit:
+            return row
+    whole = step.row(size, None, memory)
+    raise ConfigError(
+        f"data.batch_size: expected one that fits {limit / GIB:.2f} GiB, got {size:,}, which "
+        f"takes {whole.peak / GIB:.2f} GiB, and does not fit one pair at a time"
+    )

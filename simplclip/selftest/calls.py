@@ -83,7 +83,6 @@ def similarity_call(
     offset: int = 0,
     *,
     terms: Sequence[str] = SWEPT[:2],
-    plane: str = "scalar",
     teacher_width: int | None = None,
     ids: bool = False,
     scale: float = 20.0,
@@ -107,8 +106,7 @@ def similarity_call(
     if bias is not None:
         tensors["logit_bias"] = number(bias)
     if not PLANE_TERMS.isdisjoint(terms):
-        plane_width = width if plane == "hadamard" else 1
-        tensors["plane_weight"] = draw(plane_width).squeeze() + 3
+        tensors["plane_weight"] = draw(1).squeeze() + 3
         tensors["plane_bias"] = number(-1.0)
     if not TEACHER_TERMS.isdisjoint(terms):
         if teacher_width:

@@ -9,13 +9,11 @@ optimizer.py    AdamW, the learning rate, averages of the weights
 objective.py    the loss, with weights by step
 step.py         one step: forward, loss, backward, update
 beginning.py    the frozen beginning of a tower, which runs once in a step
-compilation.py  compiled towers, after the first steps
 loop.py         the steps of a run
 evaluate.py     the evaluations of a run
 signals.py      signals that end a run after a whole step
 checkpoint.py   last.pt, what --resume accepts
 distributed.py  several ranks
-nodes.py        what all nodes must have alike
 log.py          lines, metrics.csv, evaluation.csv
 curves.py       curves.png, and held-out losses that rise
 """

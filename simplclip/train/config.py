@@ -6,7 +6,6 @@ sections.py has its keys; `describe()` prints them as a YAML file with comments.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -234,24 +233,6 @@ def from_dict(values: dict[str, Any]) -> Config:
         raise ConfigError("\n".join(lines)) from None
 
 
-def relocated(config: Config, file: Path) -> Config:
-    """Returns the config of a run that was moved, with its new folder in run.out and data.train.
-
-    config: read from `file`, which is a config.yaml beside a last.pt; else it is returned as it is.
-    """
-    old, new = Path(config.run.out), file.parent
-    if file.name != "config.yaml" or not (new / "last.pt").exists():
-        return config
-    if old.resolve() == new.resolve():
-        return config
-    # beginnings of the paths of shards that it packed, as JSON writes them
-    old_shards = json.dumps(f"{old}/shards/")[:-1]
-    new_shards = json.dumps(f"{new}/shards/")[:-1]
-    data = json.dumps(config.to_dict()["data"]["train"])
-    train = json.loads(data.replace(old_shards, new_shards))
-    return config.replaced(data={"train": train}, run={"out": str(new)})
-
-
 def check_out(out: Path, resume: bool) -> None:
     """Raises ConfigError if the folder `out` has files of a run and `resume` is false."""
     if resume:
@@ -294,17 +275,6 @@ def keys() -> dict[str, FieldInfo]:
         for name, inner in field.annotation.model_fields.items():  # type: ignore[union-attr]
             fields[f"{section}.{name}"] = inner
     return fields
-
-
-def resumable() -> list[str]:
-    """Returns the dotted keys, or beginnings of keys, whose values --resume may change."""
-    marked = []
-    for key, field in keys().items():
-        assert isinstance(field.json_schema_extra, dict)  # by `setting`
-        which = field.json_schema_extra["resumable"]
-        if which:
-            marked.append(f"{key}.{which}" if isinstance(which, str) else key)
-    return marked
 
 
 END_OF_DOCUMENT = "...\n"  # which yaml writes after a scalar

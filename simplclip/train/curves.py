@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from simplclip.common.errors import InputError
 from simplclip.common.files import read_csv
-from simplclip.common.plotting import Panel, write_panels
+from simplclip.common.plotting import GREY, any_text, shortened, write
 from simplclip.train.objective import terms_of
 
-DIRECTIONS = {"image_to_text": "to text", "text_to_image": "to image"}
+Points = tuple[list[int], list[float]]  # steps and values of a line
 NAMES = ("split", "direction")  # columns of evaluation.csv without figures
 RISE = 0.1  # share by which a held-out loss is above its lowest, in two evaluations, for a warning
-# panels of curves.png whose y axis need not begin at 0
-SCALES = ("Logit scale", "Gradient norm before clipping", "Logit bias")
+COLUMNS = ("lr", "logit_scale", "logit_bias", "grad_norm")  # with a panel of their own
 
 
 def read_figures(path: Path) -> list[dict[str, str]]:
@@ -67,45 +68,55 @@ def write_curves(run: Path) -> None:
     rows, evaluated = read_figures(run / "metrics.csv"), read_figures(run / "evaluation.csv")
     if not rows:
         return
-    losses, terms = ["loss"], terms_of(rows[0])
-    if len(terms) > 1:
-        losses += terms
-    columns = {
-        "Loss": losses,
-        "Learning rate": ["lr"],
-        "Logit scale": ["logit_scale"],
-        "Gradient norm before clipping": ["grad_norm"],
-        "Logit bias": ["logit_bias"],
-    }
-    panels = [
-        Panel(title, _series(rows, names), from_zero=title not in SCALES)
-        for title, names in columns.items()
-        if names[0] in rows[0]
-    ]
-    splits = dict.fromkeys(row["split"] for row in evaluated)
-    for position, split in enumerate(splits, 1):
-        split_rows = [row for row in evaluated if row["split"] == split]
-        panels.insert(position, _recalls(split, split_rows))
-        if "loss" in split_rows[0]:
-            losses_by_step = {row["step"]: row for row in split_rows}  # one for both directions
-            panels[0].lines[split] = _series([*losses_by_step.values()], ["loss"])["loss"]
-    write_panels(run / "curves.png", panels, _best_step(evaluated))
+    # by panel and label: steps and values
+    panels: dict[str, dict[str, Points]] = {"loss": {}}
+    terms = terms_of(rows[0])
+    for row in rows:
+        _add(panels["loss"], "training", row, "loss")
+        for column, term in terms.items() if len(terms) > 1 else ():
+            _add(panels["loss"], term.replace("_", " "), row, column)
+        for column in COLUMNS:
+            _add(panels.setdefault(column, {}), column, row, column)
+    for row in evaluated:
+        _add(panels["loss"], row["split"], row, "loss")
+        recalls = panels.setdefault(f"{row['split']} (dotted: chance)", {})
+        for column in row:
+            if column.startswith(("R@", "chance R@")):
+                label = f"{row['direction']} {column}".replace("_", " ")
+                _add(recalls, label, row, column)
+    panels = {title: lines for title, lines in panels.items() if lines}
+    with any_text():
+        figure = Figure(figsize=(8, 2 * len(panels)), dpi=100, layout="constrained")
+        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for axis, (title, lines) in zip(axes, panels.items()):
+            _draw(axis, title, lines, _best_step(evaluated))
+        axes[-1].set_xlabel("step; dashed: the best evaluation")
+        write(figure, run / "curves.png")
 
 
-def _recalls(split: str, rows: list[dict[str, str]]) -> Panel:
-    """Returns the panel of R@k of a split, from its rows of evaluation.csv."""
-    title = f"{split}: right one among the first k; dotted: chance"
-    panel = Panel(title, {}, {}, percent=True, solid=3)
-    for direction, words in DIRECTIONS.items():
-        directed = [row for row in rows if row["direction"] == direction]
-        if not directed:  # a crash may have cut off its row
-            continue
-        for column in [column for column in directed[0] if column.startswith("R@")]:
-            (line,) = _series(directed, [column]).values()
-            panel.lines[f"{words} {column}"] = line
-            if f"chance {column}" in directed[0]:
-                panel.chance[f"{words} {column}"] = float(directed[-1][f"chance {column}"])
-    return panel
+def _add(lines: dict[str, Points], label: str, row: dict[str, str], column: str) -> None:
+    """Adds the value that a row has in a column, if any, to the line of a label."""
+    if row.get(column):
+        steps, values = lines.setdefault(label, ([], []))
+        steps.append(int(row["step"]))
+        values.append(float(row[column]))
+
+
+def _draw(axis: Axes, title: str, lines: dict[str, Points], best: int | None) -> None:
+    """Draws the lines of a panel; those of chance are dotted, in the colours of the others."""
+    colours: dict[str, Any] = {}
+    for label, (steps, values) in lines.items():
+        name = label.replace("chance ", "")
+        is_chance = name != label
+        (line,) = axis.plot(steps, values, ":" if is_chance else ".-", color=colours.get(name))
+        colours[name] = line.get_color()
+        if not is_chance:
+            line.set_label(f"{shortened(label, 40)}: {values[-1]:.3g}")
+    if best is not None:
+        axis.axvline(best, color=GREY, linestyle="--", linewidth=1)
+    axis.set_title(shortened(title, 90), fontsize=10, loc="left")
+    axis.legend(fontsize=8, loc="upper left", ncols=2)
+    axis.grid(alpha=0.3)
 
 
 def _best_step(evaluated: list[dict[str, str]]) -> int | None:
@@ -115,16 +126,3 @@ def _best_step(evaluated: list[dict[str, str]]) -> int | None:
         recalls.setdefault(int(row["step"]), []).append(float(row["R@1"]))
     means = {step: sum(values) / len(values) for step, values in recalls.items()}
     return max(means, key=lambda step: (means[step], -step), default=None)
-
-
-def _series(
-    rows: list[dict[str, str]], columns: list[str]
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns steps and values of each column, by its label; an empty value becomes NaN."""
-    steps = np.array([int(row["step"]) for row in rows])
-    terms = terms_of(columns)
-    lines = {}
-    for column in columns:
-        label = terms.get(column, column).replace("_", " ")
-        lines[label] = steps, np.array([float(row[column] or "nan") for row in rows])
-    return lines

@@ -16,12 +16,12 @@ from simplclip.train.checkpoint import Snapshot
 from simplclip.train.config import Config
 from simplclip.train.log import Log
 from simplclip.train.setup import State
-from simplclip.train.signals import StopSignals
+from simplclip.train.signals import Stopped, StopSignals
 
 
 @dataclass(frozen=True)
 class _Towers(evaluation.Towers):
-    """Towers that give way to a signal before each batch, by `ranks.Stopped`."""
+    """Towers that give way to a signal before each batch, by `Stopped`."""
 
     stop: StopSignals = field(kw_only=True)
 
@@ -62,7 +62,7 @@ def evaluate(
     signal ends it after the running batch, so that it stays due. All ranks have to call it.
     """
     snapshot.save()
-    with suppress(ranks.Stopped):
+    with suppress(Stopped):
         try:
             _evaluate(state, splits, snapshot, stop, log)
         finally:
@@ -102,7 +102,7 @@ def _evaluate(
         if recalls:
             mean, former = sum(recalls) / len(recalls), snapshot.best
             samples = digest_of(digests)
-            if former and former.get("samples", samples) != samples:
+            if former and former["samples"] != samples:
                 log.print(
                     f"best       other held-out samples than those of step {former['step']}, whose "
                     f"mean R@1 of {former['recall']:.1%} counts no more"

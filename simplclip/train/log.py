@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import io
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError
 from simplclip.common.files import write_csv
-from simplclip.common.plotting import png
+from simplclip.common.plotting import any_text
 from simplclip.common.progress import Pace, duration, print_lines
 from simplclip.evaluation.index import Index
 from simplclip.evaluation.results import Recall
-from simplclip.evaluation.sheets import sheet_of
+from simplclip.evaluation.sheets import contact_sheet
 from simplclip.models.presets import Tokenizer
 from simplclip.models.registry import cut_in_words
 from simplclip.ops import registry
@@ -206,9 +203,9 @@ class Log:
     def write_sheet(self, name: str, index: Index) -> None:
         """Adds the sheet of a split with captions to TensorBoard, if run.tensorboard is set."""
         if self.board and index.captions:
-            figure = sheet_of(index, f"step {self.state.step}: {name}").figure
-            pixels = np.asarray(Image.open(io.BytesIO(png(figure))).convert("RGB"))
-            self.board.add_image(f"evaluation/{name}", pixels, self.state.step, dataformats="HWC")
+            with any_text():
+                sheet = contact_sheet(index, f"step {self.state.step}: {name}")
+                self.board.add_figure(f"evaluation/{name}", sheet, self.state.step)
             self.board.flush()
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
-from functools import partial
 from pathlib import Path
-from typing import Any, Never
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,15 +17,17 @@ from simplclip.common import generators, hardware, ranks
 from simplclip.common.errors import InputError, UserError
 from simplclip.common.files import check_writable, locked
 from simplclip.common.progress import duration
+from simplclip.data.find_sidecars import sidecars_of
+from simplclip.data.find_sources import Source
+from simplclip.data.samples import digest_of
 from simplclip.models.trained import tokenizer
+from simplclip.models.weights import checksums
 from simplclip.train import checkpoint
 from simplclip.train.checkpoint import Snapshot
-from simplclip.train.compilation import Compilation
 from simplclip.train.config import Config, ConfigError
 from simplclip.train.distributed import wrap
 from simplclip.train.evaluate import evaluate, is_due, load_splits
 from simplclip.train.log import Log, first_lines, lines_on_captions
-from simplclip.train.nodes import check_configs, check_data, check_frozen
 from simplclip.train.resolve import (
     Resolved,
     resolve,
@@ -53,8 +54,10 @@ def run(
     stop. Without a last.pt the run prints a note and starts at step 0 (as open_clip's `--resume
     latest`), so that one command starts and resumes.
 
+    Settings that differ from the checkpoint's are named in the log.
+
     Raises:
-        ConfigError: the folder already holds a run, or the checkpoint has other settings.
+        ConfigError: the folder already holds a run, or the checkpoint cannot take a setting.
         FileExistsError: another process trains in the folder. A start that fails leaves the folder
             unchanged; after packing it leaves the shards.
         TrainingError: any error once a step is done; that error is the __cause__. The last whole
@@ -69,30 +72,24 @@ def run(
     console = console or Console()
     config = resolve_micro_batch(config, console)
     with ranks.join(config.run.timeout_minutes), ExitStack() as stack:
-        is_first = ranks.first()
-        if not is_first:
+        if not ranks.first():
             console = Console(quiet=True)
-        check_configs(config)
-        ranks.on_first(check_writable, out, "run.out")
-        ranks.on_first(stack.enter_context, locked(out, "run.out"))
+        if ranks.first():
+            check_writable(out, "run.out")
+            stack.enter_context(locked(out, "run.out"))
         former = ranks.on_first(checkpoint.read_last, out, resume)
-        with ranks.fail_together():
-            device = ranks.set_device(config.run.device)
+        device = ranks.set_device(config.run.device)
         precision, why_precision = hardware.pick_precision(config.run.precision, device)
         timed = config.run.cudnn_benchmark and device.type == "cuda"
         stack.enter_context(hardware.timed_algorithms(timed))
         torch.manual_seed(config.run.seed)
         state, splits, resolved = _start(config, former, device, precision)
-        config = state.config
         if former:
             generators.restore(former["rng"])
         elif resume:
             state.lines.append(f"resume     {out} has no checkpoint yet: starting at step 0")
-        with ranks.fail_together():
-            loader = make_loader(state)
-        check_data(loader, splits)
-        if former:
-            state.lines += ranks.on_first(checkpoint.set_aside, out, former)
+        loader = make_loader(state)
+        _check_alike(state, loader, splits)
 
         snapshot, log = Snapshot(state, former, resolved.samples), Log(state, console)
         stop = stack.enter_context(StopSignals(console))
@@ -103,16 +100,16 @@ def run(
                 _train(state, loader, splits, snapshot, stop, log)
             ranks.on_first(log.write_curves)
         except Exception as error:
-            _save_and_raise(ranks.as_rank_error(error), snapshot)
-            raise
-        finished = state.step == config.run.steps and not is_due(state, snapshot)
+            error = ranks.as_rank_error(error)
+            _raise_saved(error, snapshot)
+            raise error from None
+        finished = state.step == state.config.run.steps and not is_due(state, snapshot)
         # inside of StopSignals, where a closed pipe raises nothing
         if finished:
             _print_end(snapshot, log, time.monotonic() - began)
     if not finished:
-        if not is_first:
-            raise SystemExit(130)
-        saved = f"saved step {state.step} of {config.run.steps} to {out / 'last.pt'}"
+        steps = state.config.run.steps
+        saved = f"saved step {state.step} of {steps} to {out / 'last.pt'}"
         raise Interrupted(f"{stop.reason}: {saved}. {snapshot.go_on}")
     return out / "last.pt"
 
@@ -122,23 +119,54 @@ def _start(
 ) -> tuple[State, dict[str, evaluation.Split], Resolved]:
     """Makes a run's state, its resolved config, and its held-out data by name."""
     state: Any = None
-    with ranks.fail_together():
-        _micro_batch_size_and_count(config)
-        if not former:  # before packing, which may take an hour
-            state = make_state(config, device, precision)
-        splits = load_splits(config, config.eval.splits)
+    _micro_batch_size_and_count(config)
+    if not former:  # before packing, which may take an hour
+        state = make_state(config, device, precision)
+    splits = load_splits(config, config.eval.splits)
     resolved: Resolved = ranks.on_first(resolve, config, former)
     config = resolved.config
-    with ranks.fail_together():
-        data.sources_of(config.data.train, "data.train")  # which a node may lack
-        splits |= load_splits(config, config.held_out)
-        if former:
-            state = make_state(config, device, precision, former)
+    splits |= load_splits(config, config.held_out)
+    if former:
+        changes = [*checkpoint.changed_settings(former, config)]
+        state = make_state(config, device, precision, former)
+        state.lines += changes
     state.config, state.objective.steps = config, config.run.steps
     keep_frozen(state)
-    check_frozen(state.model)
     state.wrappers = wrap(state.model)
     return state, splits, resolved
+
+
+def _check_alike(state: State, loader: data.Loader, splits: dict[str, evaluation.Split]) -> None:
+    """Raises InputError on all ranks if one has another config, data or frozen weights.
+
+    Nodes have files of their own. Data are compared by names and sizes of their files, configs but
+    for run.out, where only the first rank writes.
+    """
+    if ranks.count() == 1:
+        return
+    settings = state.config.to_dict()
+    del settings["run"]["out"]
+    frozen = {name: p for name, p in state.model.named_parameters() if not p.requires_grad}
+    sidecars = [sidecars_of(source.url, loader.sidecars) for source in loader.sources]
+    parts = {
+        "config": settings,
+        "data.train": _sizes(loader.sources),
+        "data.sidecars": [[os.path.getsize(path) for path in paths] for paths in sidecars],
+        "eval.splits": {name: _sizes(split.data.sources) for name, split in splits.items()},
+        "inherit.source, model.checkpoint": checksums(frozen),
+    }
+    gathered = ranks.all_gather({name: digest_of([part]) for name, part in parts.items()})
+    for name, digest in gathered[0].items():
+        if any(other[name] != digest for other in gathered):
+            raise InputError(f"{name}: expected that of the first rank on all, got several")
+
+
+def _sizes(sources: Iterable[Source]) -> list[tuple[str, int | None]]:
+    """Returns the name of each source, and its bytes if it is a file."""
+    return [
+        (source.name, os.path.getsize(source.url) if os.path.isfile(source.url) else None)
+        for source in sources
+    ]
 
 
 def _train(
@@ -156,12 +184,11 @@ def _train(
         return
     if state.step == config.run.steps:
         return
-    compilation = Compilation(state, snapshot, log)
     log.print("data       loading the first batch")
     for batches in load_micro_batches(state, loader, log):
         log.end_loading()
         ranks.seed_apart(config.run.seed + state.step)
-        row = compilation.step(partial(train_step, state, batches))
+        row = train_step(state, batches)
         snapshot.take()
         log.write_step(row)
         stopped, last = stop.agree_to_stop(), state.step == config.run.steps
@@ -184,7 +211,7 @@ def _print_end(snapshot: Snapshot, log: Log, seconds: float) -> None:
         f"done       step {snapshot.saved} in {took}: {out / 'last.pt'}, {out / 'curves.png'}"
     )
     best = snapshot.best
-    if best and (out / "best.pt").exists():  # the file may be lost, see `checkpoint.set_aside`
+    if best:
         recall, step = best["recall"], best["step"]
         log.print(f"best       mean R@1 {recall:.1%}, of step {step}: {out / 'best.pt'}")
 
@@ -267,11 +294,9 @@ def make_loader(state: State) -> data.Loader:
     return loader
 
 
-def _save_and_raise(error: Exception, snapshot: Snapshot) -> None:
+def _raise_saved(error: Exception, snapshot: Snapshot) -> None:
     """Saves the last whole step, and raises a TrainingError that says so, unless there is none."""
     step = snapshot.progress["step"]
-    if not ranks.first():
-        _end_rank(error, step)
     saved = snapshot.save_after_error()
     go_on = f" {snapshot.go_on}" if snapshot.saved else ""
     # not finite: continuing from there would give the same error
@@ -282,20 +307,10 @@ def _save_and_raise(error: Exception, snapshot: Snapshot) -> None:
         raise TrainingError(
             f"step {step + 1}: out of memory. {saved or 'Nothing is saved.'} {advice}{go_on}"
         ) from error
-    if saved is not None:
+    if saved:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         reason = str(error).strip().rstrip(".") or "no message"
         raise TrainingError(f"after step {step}: {kind}{reason}. {saved}{go_on}") from error
-
-
-def _end_rank(error: Exception, step: int) -> Never:
-    """Ends a rank that is not the first one, which reports a TrainingError itself."""
-    # one rank of each node reports
-    if isinstance(error, ranks.RankError) and os.environ.get("LOCAL_RANK") != "0":
-        raise SystemExit(1)
-    if isinstance(error, TrainingError):
-        raise SystemExit(1)
-    raise TrainingError(f"step {step + 1}: {error}") from error
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -81,8 +81,7 @@ class Objective:
 
 def _make_loss(config: LossConfig, width: int, teacher: Mapping[str, Any] | None) -> Any:
     """Returns the loss of an `Objective`, made with the largest weight of each term."""
-    options: dict[str, Any] = {"embed_dim": width, "rank": ranks.number()}
-    options["world_size"] = ranks.count()
+    options: dict[str, Any] = {"rank": ranks.number(), "world_size": ranks.count()}
     for term in TERMS:  # without a teacher, the base has weight 1
         if teacher is None and not term.needs_plane:
             continue
@@ -97,7 +96,8 @@ def _make_loss(config: LossConfig, width: int, teacher: Mapping[str, Any] | None
     options["gather_with_grad"] = True
     if teacher is None:
         return losses.ClipPMLoss(**options)
-    loss = losses.WIKDLoss(divergence="kl", teacher_dim=teacher["width"], **options)
+    widths = {"embed_dim": width, "teacher_dim": teacher["width"]}
+    loss = losses.WIKDLoss(divergence="kl", **widths, **options)
     # A tensor made from a number at each step would make the CPU wait for a GPU.
     scale = torch.tensor(float(teacher["logit_scale"]))
     loss.register_buffer("teacher_scale", scale, persistent=False)

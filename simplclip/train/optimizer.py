@@ -144,15 +144,17 @@ def _groups(model: nn.Module, loss: nn.Module, config: Config) -> list[dict[str,
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Loads a state dict; ValueError for other groups than those of the optimizer.
+    """Loads a state dict; decay and factors of rates stay those of the optimizer.
 
-    And for moments of another shape, beyond which fused updates would read.
+    ValueError for moments of another shape, beyond which fused updates would read.
     """
-    settings = [(group.get("lr_scale"), group["weight_decay"]) for group in optimizer.param_groups]
+    kept = ("lr_scale", "weight_decay")
+    settings = [
+        {name: group[name] for name in kept if name in group} for group in optimizer.param_groups
+    ]
     optimizer.load_state_dict(saved)
-    for expected, group in zip(settings, optimizer.param_groups):
-        if (loaded := (group.get("lr_scale"), group["weight_decay"])) != expected:
-            raise ValueError(f"a group of lr_scale and weight_decay {loaded} for {expected}")
+    for group, own in zip(optimizer.param_groups, settings):
+        group |= own
     if not optimizer.defaults.get("fused"):
         return  # moments may have other shapes, which the update checks itself
     for weight, moments in optimizer.state.items():

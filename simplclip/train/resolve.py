@@ -3,8 +3,6 @@
 data.micro_batch    auto: the largest that fits a GPU, as two small steps measure it
 data.train          tables and folders: the shards that the run packs
 run.epochs          becomes run.steps, by the number of samples
-run.compile         auto: what the checkpoint has. Else the time of the first steps decides, see
-                    compilation.py
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from simplclip.train.config import Config, ConfigError, check_new_run
 
 
 class Resolved(NamedTuple):
-    """A config in which only run.compile may be open, and the number of its images."""
+    """A config in which nothing is open, and the number of its images."""
 
     config: Config
     samples: int | None  # images that train in an epoch; None if no meta.json has their number
@@ -59,8 +57,6 @@ def resolve(config: Config, former: dict[str, Any] | None) -> Resolved:
         check_new_run(config)
     remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
     config = config.replaced(data={"train": data.pack_shards(config.data.train, out / "shards")})
-    if former and config.run.compile == "auto":  # what the run had
-        config = config.replaced(run={"compile": former["config"]["run"]["compile"]})
     samples = config.data.samples
     if samples is None:
         samples = data.dataset_size(config.data.train)
@@ -74,6 +70,4 @@ def resolve(config: Config, former: dict[str, Any] | None) -> Resolved:
             )
         number = max(1, round(samples * config.run.epochs / config.data.batch_size))
         config = config.replaced(run={"steps": number, "epochs": None})
-    if former:
-        checkpoint.check_settings(former, config)
     return Resolved(config, samples)

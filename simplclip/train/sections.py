@@ -32,14 +32,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-def setting(default: Any, description: str, *, resumable: bool | str = False, **limits: Any) -> Any:
+def setting(default: Any, description: str, **limits: Any) -> Any:
     """Returns a field of a section; description: for --help-config, limits: of pydantic's Field.
 
-    default: `...` if the key is required. resumable: whether --resume takes another value than the
-    checkpoint's, or the one option of the value of which it does, since results stay.
+    default: `...` if the key is required.
     """
-    extra: dict[str, Any] = {"resumable": resumable}
-    return Field(default, description=description, json_schema_extra=extra, **limits)
+    return Field(default, description=description, **limits)
 
 
 def shown(value: Any) -> str:
@@ -68,7 +66,6 @@ class ModelConfig(Section):
         "trained weights to start from: a run, a checkpoint, an export, open_clip's NAME/TAG or a "
         "file; all that fit are loaded, positional embeddings interpolated, and all train. Read at "
         "the start of a run alone",
-        resumable=True,
     )
     image_size: int | None = setting(None, "pixels of a side; null: the model's own", ge=1)
     context_length: int | None = setting(None, "tokens of a text; null: the model's own", ge=2)
@@ -78,7 +75,6 @@ class ModelConfig(Section):
     recompute: bool = setting(
         False,
         "blocks keep only their input and are computed again in backward: a quarter more time",
-        resumable=True,
     )
     lora: LoraConfig | None = setting(
         None,
@@ -110,7 +106,6 @@ class InheritConfig(Section):
         None,
         "weights to inherit: a checkpoint, an open_clip tag NAME/TAG, efficientnet-lite0, minilm, "
         "or a list",
-        resumable=True,
     )
     train: list[str] = setting(
         [], "patterns of inherited tensors that are trained; the others are frozen"
@@ -137,36 +132,27 @@ class DataConfig(Section):
         ...,
         "the pairs: tars by path, glob, brace pattern, URL or pipe:COMMAND; {shards, weight}: each "
         "sample weight times an epoch; a list of these. A table, JSON or folder is packed first",
-        resumable=True,
     )
     samples: int | None = setting(
-        None,
-        "samples of an epoch, for run.epochs; null: as meta.json beside the shards says",
-        ge=1,
-        resumable=True,
+        None, "samples of an epoch, for run.epochs; null: as meta.json beside the shards says", ge=1
     )
     batch_size: int = setting(256, "images per step", ge=1)
     micro_batch: Count | Literal["auto"] | None = setting(
         None,
         "images, with their captions, at a time (gradient caching: the gradient is that of the "
         "whole batch); null: all; auto: as many as fit, measured on a GPU, else predicted",
-        resumable=True,
     )
     mean_tokens: float | None = setting(
         None,
         "tokens of a caption on average, with start and end, for `simplclip plan` and micro_batch "
         "auto, where texts are computed at their length; null: texts of full length",
         ge=2,
-        resumable=True,
     )
     captions_per_image: int = setting(
         1, "captions drawn for each image in each step; each makes a pair", ge=1
     )
     workers: int = setting(
-        4,
-        "loader processes, on which the order depends; 0 reads in the training process",
-        ge=0,
-        resumable=True,
+        4, "loader processes, on which the order depends; 0 reads in the training process", ge=0
     )
     sidecars: list[str] = setting(
         [], "folders of `simplclip teacher` and `caption`, whose files are joined to the samples"
@@ -177,9 +163,7 @@ class DataConfig(Section):
         "the views which the teacher saw, else the model's default",
     )
     options: LoaderOptions = setting(
-        {},
-        "on_error, max_bytes and shuffle_buffer of `simplclip.data.Loader`",
-        resumable="on_error",
+        {}, "on_error, max_bytes and shuffle_buffer of `simplclip.data.Loader`"
     )
 
     @property
@@ -308,7 +292,7 @@ class OptimConfig(Section):
     name: str = setting(
         "adamw", "adamw: torch's; or another one of timm.optim.list_optimizers(), as lion or muon"
     )
-    lr: float = setting(1e-3, "learning rate at the end of the warm-up", gt=0, resumable=True)
+    lr: float = setting(1e-3, "learning rate at the end of the warm-up", gt=0)
     layer_decay: Decays | None = setting(
         None, "a layer's rate by that of the layer after it, e.g. 0.8 or {image: 0.8, text: 0.9}"
     )
@@ -339,7 +323,7 @@ class OptimConfig(Section):
 
 class EvalConfig(Section):
     splits: dict[str, str | list[str]] = setting(
-        {}, "held-out data by name: as in data.train, or as evaluate takes them", resumable=True
+        {}, "held-out data by name: as in data.train, or as evaluate takes them"
     )
     hold_out: float = setting(
         0.0,
@@ -349,10 +333,10 @@ class EvalConfig(Section):
         lt=1,
     )
     every: int = setting(
-        0, "steps between evaluations of the splits during training; 0: never", ge=0, resumable=True
+        0, "steps between evaluations of the splits during training; 0: never", ge=0
     )
     templates: Annotated[list[str], Field(min_length=1)] = setting(
-        ["a photo of {}"], "phrases around a label in zero-shot classification", resumable=True
+        ["a photo of {}"], "phrases around a label in zero-shot classification"
     )
 
     @model_validator(mode="after")
@@ -367,13 +351,11 @@ class EvalConfig(Section):
 
 class RunConfig(Section):
     out: Annotated[str, AfterValidator(os.path.expanduser)] = setting(
-        ...,
-        "folder of the run: config.yaml, metrics.csv, curves.png, last.pt, best.pt",
-        resumable=True,
+        ..., "folder of the run: config.yaml, metrics.csv, curves.png, last.pt, best.pt"
     )
-    steps: int | None = setting(1000, "number of optimizer steps", ge=1, resumable=True)
+    steps: int | None = setting(1000, "number of optimizer steps", ge=1)
     epochs: float | None = setting(
-        None, "epochs of data.train in place of steps, see data.samples", gt=0, resumable=True
+        None, "epochs of data.train in place of steps, see data.samples", gt=0
     )
     seed: int = setting(
         0, "seed of weights, data order, drawn captions and augmentation", ge=0, lt=2**62
@@ -382,46 +364,39 @@ class RunConfig(Section):
         "auto", "of autocast; auto: bf16 if in hardware"
     )
     device: Annotated[str, Field(pattern=DEVICES)] = setting(
-        "auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one", resumable=True
+        "auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one"
     )
-    compile: bool | Literal["auto"] = setting(
-        "auto",
-        "compile the towers by torch.compile: minutes at the start, then faster steps; auto: on a "
-        "GPU, after ten steps, if more than ten minutes are left",
+    compile: bool = setting(
+        False,
+        "compile the towers by torch.compile: minutes at the start, then faster steps on a GPU",
     )
     channels_last: bool | Literal["auto"] = setting(
         "auto",
         "layout of the image tower; auto: on a GPU, for convolutions that have no groups or are "
         "depthwise",
-        resumable=True,
     )
     cudnn_benchmark: bool = setting(
-        True, "let cuDNN time its algorithms on a GPU, since sizes are fixed", resumable=True
+        True, "let cuDNN time its algorithms on a GPU, since sizes are fixed"
     )
     keep_frozen: bool = setting(
         True,
         "gradient caching computes the frozen beginning of a tower once in a step and keeps its "
         "output, if all outputs take at most a tenth of the memory",
-        resumable=True,
     )
     tensorboard: bool = setting(
-        False,
-        "also write scalars and pictures of evaluations for TensorBoard, in run.out",
-        resumable=True,
+        False, "also write scalars and pictures of evaluations for TensorBoard, in run.out"
     )
-    log_every: int = setting(10, "steps between rows of metrics.csv", ge=1, resumable=True)
+    log_every: int = setting(10, "steps between rows of metrics.csv", ge=1)
     save_every: int = setting(
         500,
         "steps between writes of last.pt; evaluations, the last step and ten minutes write it too",
         ge=1,
-        resumable=True,
     )
     timeout_minutes: float = setting(
         10.0,
         "of several ranks: the time after which one that does not answer ends all",
         gt=0,
         le=10_080,
-        resumable=True,
     )
 
     @model_validator(mode="before")

@@ -57,7 +57,7 @@ class PreparedModel:
 class State:
     """A run and how far it is. Between two steps it is the state after a whole step.
 
-    A step changes tensors, `step` and `updating` alone; resolve.py and compilation.py the config.
+    A step changes tensors, `step` and `updating` alone; resolve.py the config.
     """
 
     config: Config
@@ -220,7 +220,7 @@ def prepare_model(
     if folded:
         lines.append(f"frozen     folded, in channels_last: {', '.join(folded)}")
     prepared = PreparedModel(model, frozen, folded, crop, lines)
-    if config.run.compile is True:
+    if config.run.compile:
         compile_towers(prepared)
     return prepared
 
@@ -325,11 +325,7 @@ def _continue_from(checkpoint: Mapping[str, Any], state: State) -> None:
         if name != "model":
             _load(item, checkpoint.get(name))
     state.step, state.data = checkpoint["step"], checkpoint["data"]
-    line = f"resume     continuing from step {state.step}"
-    before, now = checkpoint["config"]["run"]["steps"], state.config.run.steps
-    if before != now:
-        line += f"; the learning rate now ends at {now}, not {before}"
-    state.lines.append(line)
+    state.lines.append(f"resume     continuing from step {state.step}")
 
 
 def _load(item: Any, saved: Any) -> None:

@@ -19,6 +19,10 @@ class Interrupted(UserError):
     """The end of a run by a signal, after a whole step whose state is saved."""
 
 
+class Stopped(Exception):
+    """An evaluation that gives way to a signal."""
+
+
 class StopSignals:
     """Context in which a signal or a closed pipe only sets `reason`; Ctrl-C after it ends all.
 
@@ -55,9 +59,9 @@ class StopSignals:
         return stopped
 
     def check(self) -> None:
-        """Raises ranks.Stopped if this rank has noted a stop; within `ranks.fail_together`."""
-        if self.reason is not None:
-            raise ranks.Stopped
+        """Raises Stopped if a stop is noted. Several ranks, which would wait, go on."""
+        if self.reason is not None and ranks.count() == 1:
+            raise Stopped
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Notes a signal in `reason` and, on the first rank, says so on the standard error."""

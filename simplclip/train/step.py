@@ -190,7 +190,7 @@ def keep_frozen(state: State, memory: int | None = None) -> None:
             state.model,
             partial(encode, state),
             _trial_batch(state.model, tower),
-            config.run.compile is not False,
+            config.run.compile,
         )
         if found is None:
             continue

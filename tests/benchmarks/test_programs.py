@@ -14,6 +14,12 @@ from support.paths import ROOT
 from support.train import tiny
 
 
+@pytest.fixture(autouse=True)
+def outside_xdist(monkeypatch):
+    """pytest-benchmark measures nothing in a worker of xdist, and knows one by this variable."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 def measurements(folder: Path) -> list[dict]:
     files = [path for path in folder.glob("*.json") if path.name != "selftest.json"]
     return [each for path in files for each in json.loads(path.read_text())["benchmarks"]]

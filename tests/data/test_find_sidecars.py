@@ -3,7 +3,6 @@
 import json
 import os
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -178,15 +177,3 @@ def test_streams_have_sidecars_by_their_file_names(folder, out):
     assert len(set(keys(batches))) == 5
     for batch in batches:
         assert batch["teacher_image"].eq(int(batch["key"][0][1:])).all()
-
-
-def test_meta_json_of_anything(folder, out):
-    for text in (
-        "[",
-        '{"splits": 5}',
-        '{"splits": {"a": {"shards": {"train-0.tar": 3, "train-1.tar": {"source": 5}}}}}',
-    ):
-        Path(out, "meta.json").write_text(text)
-        loader(str(folder / "*.tar"), sidecars=[out])
-        Path(folder, "meta.json").write_text(text)
-        assert data.dataset_size(str(folder / "*.tar")) is None

@@ -1,9 +1,6 @@
 """Held-out data: the order, whatever the workers; layouts; damage; pictures."""
 
-import gc
-import multiprocessing
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -49,23 +46,6 @@ def test_the_whole_split_in_order_whatever_the_workers(pattern, workers):
     assert images.shape == (COUNT, 3, SIZE, SIZE)
     assert torch.equal(images, torch.cat([batch.images for batch in read(pattern, 0)[0]]))
     assert [len(row.captions) for row in rows(read(pattern, captions=0)[0])] == [3] * COUNT
-
-
-@pytest.mark.parametrize("workers", [0, 3])
-def test_broken_samples_are_counted_once_and_leave_the_order(tmp_path, workers):
-    broken = {3: {"png": b"not an image", "txt": b"x"}, 4: {"txt": b"x"}}
-    broken[7] = {"png": png(7), "cls": b"many"}
-    samples = [(f"k{i:03d}", broken.get(i, {"png": png(i), "txt": b"fine"})) for i in range(9)]
-    write(tmp_path / "a.tar", samples)
-    torn = tmp_path / "b.tar"
-    write(torn, [(f"t{i}", {"png": png(i), "txt": b"fine"}) for i in range(5)])
-    torn.write_bytes(torn.read_bytes()[:5200])
-    batches, skipped = read(str(tmp_path / "*.tar"), workers, batch_size=2)
-    reasons = ("not an image", "missing image", "bad cls", "damaged tar")
-    assert skipped.counts == dict.fromkeys(reasons, 1)
-    assert "a.tar/k003" in skipped.examples["not an image"]
-    usable = [f"k{i:03d}" for i in (0, 1, 2, 5, 6, 8)]
-    assert [row.key for row in rows(batches)] == [*usable, "t0", "t1"]
 
 
 def test_classes_of_folders(tmp_path):
@@ -146,36 +126,6 @@ def test_clip_benchmarks_layout(tmp_path, monkeypatch):
         Path(tmp_path, "set", "test", "nshards.txt").write_text(number)
         with pytest.raises(InputError, match=message):
             data.held_out(tmp_path / "set" / "test")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fails", ["the reader", "its caller"])
-def test_the_garbage_collector_does_not_wait_for_processes(pattern, fails):
-    """torch would wait 5 s for each process of an iterator in an error's traceback."""
-
-    def transform(image):
-        if fails == "the reader":
-            raise KeyError("why")
-        return torch.zeros(3, 4, 4)
-
-    def use():
-        batches = data.held_out(pattern).batches(transform, 4, 2)
-        try:
-            next(batches)
-            raise ValueError
-        except (KeyError, ValueError) as error:
-            kept = error  # noqa: F841
-
-    gc.collect()
-    gc.freeze()  # the objects of all tests before would take seconds too
-    try:
-        use()
-        start = time.monotonic()
-        gc.collect()
-        assert time.monotonic() - start < 4
-    finally:
-        gc.unfreeze()
-    assert not multiprocessing.active_children()
 
 
 def test_pictures_are_those_at_the_positions(pattern):

@@ -110,14 +110,6 @@ def test_every_form(folder, tmp_path, monkeypatch, kind):
     assert {*folder.rglob("*")} == before
 
 
-def test_every_reader_is_in_the_table_and_has_a_form():
-    text = "".join(path.read_text() for path in Path(readers.__file__).parent.glob("read_*.py"))
-    classes = {*re.findall(r"^class (\w+Reader)\b", text, re.MULTILINE)}
-    assert {reader.__name__ for reader in readers.READERS} == classes, "READERS of data/readers.py"
-    endings = {Path(kind.partition("#")[0]).suffix for kind in KINDS}
-    assert {*readers.ENDINGS} == endings - {""}, "KINDS has a file of each ending"
-
-
 @pytest.mark.parametrize("kind", ["rows.jsonl", "files.parquet", "bytes.parquet", "imagefolder"])
 def test_evaluation_reads_them_too(folder, kind):
     transform = ImageTransform(PreprocessCfg(size=8))

@@ -211,14 +211,6 @@ def test_captions_of_a_parquet_file_are_texts_or_numbers(tmp_path, captions, tex
     assert skipped == {reason: 1}
 
 
-def test_a_caption_that_python_cannot_hold_costs_its_row(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    times = pyarrow.array([10**17], pyarrow.duration("s"))
-    path = write_parquet(tmp_path / "t.parquet", {"path": ["a.png"], "text": times})
-    (row,) = readers.open_source(path, Options()).rows()
-    assert row.captions == []
-
-
 def test_a_parquet_file_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "t.parquet").write_bytes(b"PAR1")

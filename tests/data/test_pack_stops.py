@@ -96,25 +96,6 @@ def test_shards_are_found_again_until_the_source_changes(tmp_path, rows):
         os.utime(rows, (0, 0))
 
 
-def test_shards_that_are_made_again_are_missing_until_they_are(tmp_path, rows, monkeypatch):
-    def fails(path, first, *rest):
-        if first == 8:
-            raise KeyboardInterrupt
-        return write(path, first, *rest)
-
-    write, out = pack._write_shard, tmp_path / "out"
-    packed(rows, out)
-    before = digests(out)
-    for name in ("t-000001.tar", "t-000002.tar"):
-        (out / name).unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr(pack, "_write_shard", fails)
-        with pytest.raises(KeyboardInterrupt):
-            packed(rows, out, workers=1)
-    packed(rows, out)
-    assert digests(out) == before
-
-
 def test_a_folder_that_holds_something_else_stays(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/.gitkeep").touch()

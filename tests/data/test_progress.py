@@ -1,13 +1,11 @@
 """Progress of long commands: lines in a log, a bar on a terminal."""
 
-import io
 import sys
 
 import pytest
-from rich.console import Console
 
 from simplclip.common import progress
-from simplclip.common.progress import Progress, print_lines
+from simplclip.common.progress import Progress
 
 
 class Clock:
@@ -71,28 +69,3 @@ def test_a_bar_on_a_terminal_and_lines_on_one_that_cannot_draw(clock, monkeypatc
     assert "0 of 30" in lines[0]
     assert "20 of 30 steps (67%), 2.00 steps/s" in shown
     assert "[heads]: 30 of 30 steps (100%), 2.99 steps/s, 00:00 left" in lines[-1]
-
-
-@pytest.mark.parametrize(
-    ("line", "warns"),
-    [
-        ("warning    optim.warmup = 9 is longer than the run", True),
-        ("data       2 skipped: 2 missing caption (first: a)", True),
-        ("test: 5 samples read, 0 skipped", False),
-        ("step 1/9  no :cat: [bold]warning[/bold]", False),
-    ],
-)
-def test_warnings_have_a_colour_on_a_terminal_only(monkeypatch, line, warns):
-    def printed(terminal: bool) -> str:
-        console = Console(file=io.StringIO(), force_terminal=terminal, width=20)
-        print_lines(f"before\n{line}\x1b[2J", console)
-        return console.file.getvalue()
-
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    plain = f"before\n{line}\\x1b[2J\n"
-    assert printed(terminal=False) == plain
-    coloured = f"before\n\x1b[33m{line}\\x1b[2J\x1b[0m\n"
-    assert printed(terminal=True) == (coloured if warns else plain)
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert printed(terminal=True) == plain

@@ -4,15 +4,13 @@ import errno
 import json
 import os
 import signal
-import tarfile
 
 import pytest
 
 from simplclip import data
 from simplclip.data.samples import Pair
 from simplclip.data.write_sidecars import write_sidecars
-from support.data.pairs import digests, members, meta, png, sample, write
-from support.programs import killed_at_any_point
+from support.data.pairs import digests, members, meta, sample, write
 
 STAMP = {"mark": {"name": "test", "width": 2}}
 
@@ -123,24 +121,6 @@ def test_what_is_joined_is_seen(folder, out, tmp_path):
     assert json.loads(members(out / "train-0.tar")["k003.json"])["captions"] == ["new"]
 
 
-def test_broken_samples_and_damage_are_counted(tmp_path, capsys):
-    broken = ("broken", {"png": b"no image", "txt": b"one"}), ("none", {"cls": b"1"})
-    torn = ("torn", {"png": png(1)[:200], "txt": b"one"})
-    samples = [sample(0), *broken, sample(1), sample(0), torn, sample(5)]
-    path = write(tmp_path / "a-0.tar", samples)
-    with tarfile.open(path) as tar:
-        os.truncate(path, tar.getmembers()[-2].offset_data + 100)  # within the last sample's image
-    reasons = ("not an image", "missing caption", "duplicate key in tar", "truncated image")
-    for workers in (0, 2):
-        out = tmp_path / f"out{workers}"
-        summary = run(path, out, batch_size=2, workers=workers, progress=True)
-        assert summary["skipped"].counts == dict.fromkeys((*reasons, "damaged tar"), 1)
-        assert "a-0.tar/broken" in capsys.readouterr().out
-        assert list(members(out / "a-0.tar")) == ["k000.json", "k001.json"]
-        again = run(path, out)
-        assert (again["written"], again["skipped"]) == (0, summary["skipped"])
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -216,19 +196,3 @@ def test_streams_have_sidecars_by_their_file_names(folder, out):
     assert run(f"pipe:cat {folder / 'train-1.tar'}", out, workers=2)["samples"] == 5
     assert run(f"pipe:cat {folder / 'train-1.tar'}", out)["written"] == 0
     assert list(members(out / "train-1.tar")) == [f"k{i:03d}.json" for i in range(7, 12)]
-
-
-@pytest.mark.slow
-def test_killed_at_any_point(folder, tmp_path):
-
-    def work(out, step):
-        def made(batch):
-            step()
-            return [{"json": f"{place}".encode() * 2000} for place, *_ in batch]
-
-        run(folder / "train-*.tar", out, made)
-
-    def check(out):
-        assert not (out / "meta.json").exists() or meta(out)["mark"] == STAMP["mark"]
-
-    killed_at_any_point(tmp_path, work, 40, check)

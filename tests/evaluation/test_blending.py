@@ -151,7 +151,7 @@ def test_both_ends_have_the_figures_of_evaluate_and_the_best_mean_is_named(insid
     assert text.count("samples read") == 3
     assert (results.checkpoint, results.start, results.step) == ("runs/tuned/best.pt", "base", 3)
     picture = Image.open("out/blend.png")
-    assert picture.width == 744
+    assert picture.width == 800
     assert len(picture.getcolors(1 << 20)) > 50
 
 
@@ -273,7 +273,7 @@ def test_an_export_has_the_blended_weights_and_their_figures(inside, tmp_path, m
     wanted = evaluation.blend(start, best, 0.3)
     assert bits(load_file(out / "open_clip_model.safetensors")) == bits(wanted)
     share = results.rows[1].splits["one"].retrieval.image_to_text["R@1"].value
-    assert f"| one | image to text | {share:.1%} (4.2%) |" in card
+    assert f"- one, image to text R@1: {share:.1%} (chance 4.2%)" in card
     model, _ = load_model("runs/tuned")
     model.load_state_dict(wanted)
     pixels = torch.rand(2, 3, 24, 24)
@@ -281,7 +281,7 @@ def test_an_export_has_the_blended_weights_and_their_figures(inside, tmp_path, m
     assert torch.equal(features, model.encode_image(pixels))
     out, card = exported(0.0)
     assert bits(load_file(out / "open_clip_model.safetensors")) == bits(dict(start))
-    assert "| one | text to image |" in card
+    assert "- one, text to image R@1: " in card
     for words in ([0.25], [0.3, "--last"]):  # others than were evaluated
         out, card = exported(*words)
         assert "The weights had not been evaluated before the export: " in card

@@ -182,7 +182,7 @@ def test_the_activation_is_that_of_the_tag(tmp_path, monkeypatch, tags, source):
 
 
 SOURCES = {
-    "siclip-tiny": "no such file: siclip-tiny; siclip-tiny/FILE names the model with a file",
+    "siclip-tiny": "expected a file of weights, got no such file: siclip-tiny",
     "open_clip:ViT-B-32": "expected a file of weights for open_clip:ViT-B-32, or a tag .*openai",
     "open_clip:ViT-B-33": "nearest",
     "mobileclip-s0": "no such file: mobileclip-s0; Apple publishes mobileclip_s0.pt at https://docs-assets",

@@ -194,7 +194,7 @@ def test_a_failure_half_way_keeps_the_splits_that_are_done(
         # before a model is loaded
         (("gone.pt",), {"splits": {"gone": str(tmp_path / "no-*.tar")}}, "matches none"),
         (("open_clip:tiny/tiny.bin",), {"out": None}, "out: expected a folder for the results"),
-        (("gone.pt",), {}, "source: expected a checkpoint, .* got 'gone.pt'"),
+        (("gone.pt",), {}, "expected a file of weights, got no such file: gone.pt"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             evaluate(*models, **problem)

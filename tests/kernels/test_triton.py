@@ -163,8 +163,8 @@ def test_calls_on_a_gpu(name, kind, monkeypatch):
 def test_large_calls_on_a_gpu(dtype):
     """Several of a GPU's tiles in each direction, which tests/ptx could not compute in time."""
     one, two = ("contrastive",), ("contrastive", "pair_matching")
-    for terms, plane in ((one, "scalar"), (two, "scalar"), (two, "hadamard"), (TERMS, "scalar")):
-        mode = {"terms": terms, "plane": plane}
+    for terms in (one, two, TERMS):
+        mode = {"terms": terms}
         for call in (
             similarity_call(700, 1111, 300, **mode, width=200, ids=True, scratch_bytes=1 << 18),
             similarity_call(2048, 2048, **mode, width=256),

@@ -93,10 +93,7 @@ OF_DISTILLED = {
 KINDS = {
     "contrastive": (CONTRASTIVE, {"terms": ("contrastive",)}),
     "with ids": (CONTRASTIVE, {"terms": ("contrastive",), "ids": True}),
-    "hadamard": (
-        partial(ClipPMLoss, plane="hadamard", embed_dim=512),
-        {"terms": ("contrastive", "pair_matching"), "parameters": 513},
-    ),
+    "pair matching": (ClipPMLoss, {"terms": ("contrastive", "pair_matching"), "parameters": 2}),
     "sigmoid": (SigLipLoss, {"terms": ("sigmoid",)}),
     "infonce": (DISTILLED, OF_DISTILLED),
     "kl": (partial(DISTILLED, interactive="kl"), OF_DISTILLED),

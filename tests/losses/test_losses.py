@@ -22,7 +22,6 @@ EVERY_TERM = {f"{term}_weight": WEIGHTS[term] for term in ("relational", "intera
 EVERY_TERM |= {"pm_weight": 0.5, "embed_dim": 16}
 CASES = [
     (ClipPMLoss, {"pm_weight": 0.5}),
-    (ClipPMLoss, {"pm_weight": 0.5, "plane": "hadamard", "embed_dim": 16}),
     (SigLipLoss, {"pm_weight": 0.5}),
 ]
 for values in itertools.product(("infonce", "kl"), ("kl", "cross_entropy"), (16, 20)):
@@ -83,10 +82,9 @@ COCA = {"caption_loss_weight": 2.0, "clip_loss_weight": 1.0}
     [
         (ClipPMLoss, {"pm_weight": -1}, "a weight of 0 or more, got -1"),
         (ClipPMLoss, {"pm_weight": math.inf}, "a finite number, got inf"),
-        (ClipPMLoss, {"embed_dim": -2}, "an integer of at least 1, got -2"),
-        (ClipPMLoss, {"embed_dim": 16.0}, "an integer of at least 1, got 16.0"),
-        (ClipPMLoss, {"plane": "affine"}, "one of 'scalar', 'hadamard', got 'affine'"),
-        (ClipPMLoss, {"plane": "hadamard"}, "embed_dim: expected the width D"),
+        (WIKDLoss, {"embed_dim": -2}, "an integer of at least 1, got -2"),
+        (WIKDLoss, {"embed_dim": 16.0}, "an integer of at least 1, got 16.0"),
+        (ClipPMLoss, {"plane": "scalar"}, "ClipPMLoss: expected arguments .*, got plane; "),
         (ClipPMLoss, {"world_size": 2, "use_horovod": True}, "False"),
         (SigLipLoss, {"dist_impl": "ring"}, "one of 'bidir', 'shift', .*, got 'ring'"),
         (SigLipLoss, {"chunk_size": -1}, "an integer of at least 0, got -1"),

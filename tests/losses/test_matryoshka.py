@@ -81,16 +81,11 @@ def test_losses_without_parameters(loss, definition, rest):
     torch.testing.assert_close(named, value)
 
 
-@pytest.mark.parametrize("plane", ["scalar", "hadamard"])
 @pytest.mark.parametrize("kind", [ClipPMLoss, WIKDLoss])
-def test_planes_and_projections_have_the_whole_width_and_a_prefix_their_first_columns(kind, plane):
+def test_projections_have_the_whole_width_and_a_prefix_their_first_columns(kind):
     distils, leaves = kind is WIKDLoss, batch()
-    options = (
-        {"interactive_weight": 0.6, "feature_weight": 0.4, "teacher_dim": 20} if distils else {}
-    )
-    loss = kind(pm_weight=0.5, plane=plane, embed_dim=D, **options).double()
-    if plane == "hadamard":
-        loss.plane_weight.data = torch.linspace(3, 9, D, dtype=torch.float64)
+    options = {"interactive_weight": 0.6, "feature_weight": 0.4, "embed_dim": D, "teacher_dim": 20}
+    loss = kind(pm_weight=0.5, **(options if distils else {})).double()
     teacher = loss_inputs(N, D, teacher_width=20)[1] if distils else []
     weights = {"contrastive": 1, "pair_matching": 0.5}
     if distils:
@@ -112,9 +107,8 @@ def test_planes_and_projections_have_the_whole_width_and_a_prefix_their_first_co
 
 def test_a_compiled_loss_takes_prefixes_too():
     leaves = batch()
-    options = {"plane": "hadamard", "embed_dim": D}
-    expected = MatryoshkaLoss(ClipPMLoss(**options).double(), WIDTHS)(*leaves)
-    compiled = torch.compile(ClipPMLoss(**options).double(), backend="eager")
+    expected = MatryoshkaLoss(ClipPMLoss().double(), WIDTHS)(*leaves)
+    compiled = torch.compile(ClipPMLoss().double(), backend="eager")
     torch.testing.assert_close(MatryoshkaLoss(compiled, WIDTHS)(*leaves), expected)
 
 

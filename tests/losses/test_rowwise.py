@@ -281,7 +281,7 @@ def test_a_teacher_is_constant(monkeypatch):
 
 def test_arguments_without_a_meaning_are_not_listed():
     arguments = inspect.signature(RowwiseLoss).parameters.keys()
-    assert not {"pm_weight", "plane", "embed_dim"} & arguments
+    assert not {"pm_weight", "embed_dim"} & arguments
     assert {"fn", "symmetric", "local_loss", "world_size"} <= arguments
     assert not hasattr(RowwiseLoss, "terms")
 

@@ -10,6 +10,7 @@ import torch
 
 from simplclip import crop_texts, fold, gradient_cache, models, simplify
 from simplclip.common.errors import UserError
+from simplclip.models.presets import Spec
 from support.paths import ROOT
 
 with open(ROOT / "benchmarks" / "results" / "open-clip-models-2026-12-02.csv") as file:
@@ -33,7 +34,7 @@ def narrow(config):
     image = IMAGE | {"output_tokens": "multimodal_cfg" in config}
     if "multimodal_cfg" in config:
         changes["multimodal_cfg"] = config["multimodal_cfg"] | NARROW
-    return models.create(models.spec.Spec(config | {"vision_cfg": image}), **changes).eval()
+    return models.create(Spec(config | {"vision_cfg": image}), **changes).eval()
 
 
 @torch.no_grad()

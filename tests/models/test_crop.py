@@ -222,10 +222,6 @@ def test_models_without_two_towers(missing, message):
         simplclip.crop_texts(type("X", (torch.nn.Module,), functions)())
 
 
-def test_models_without_values():
-    simplclip.crop_texts(model_of("CLIP").to("meta"))
-
-
 @pytest.mark.parametrize("name", ["multiple", "groups"])
 def test_bad_arguments(name):
     with pytest.raises(InputError, match=f"{name}: expected an integer of at least 1, got 0"):

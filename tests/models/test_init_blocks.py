@@ -15,7 +15,7 @@ from simplclip.models.inherit import inherit
 from simplclip.models.init_blocks import convert, is_block, start
 from simplclip.models.simplify import MapBlock, simplify
 from simplclip.nn import SimplifiedBlock, share_weights
-from support.models.open_clip_models import batch, clip
+from support.models.open_clip_models import clip
 
 C, H = 24, 2
 _SCALES = {"scale_heads": True, "scale_attn_inner": True, "scale_attn": True}
@@ -113,15 +113,9 @@ def test_fastvit_from_its_running_statistics():
 
 def test_blocks_that_are_refused():
     folded = {k: v for k, v in fastvit.AttentionBlock(64).state_dict().items() if ".bn." not in k}
-    scaled = CustomResidualAttentionBlock(C, H, scale_fc=True)
-    for block, message in (
-        (Block(C, H, qk_norm=True), "expected timm's Block without further parts, got attn.k_norm"),
-        (scaled, "without further parts, got mlp.ln.bias"),
-        (ResidualAttentionBlock(C, H, is_cross_attention=True), "further parts, got ln_1_kv.bias"),
-        (nn.Linear(3, 3), "kind .open_clip's residual attention .*, got one of bias, weight"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            convert(block.state_dict())
+    message = "kind .open_clip's residual attention .*, got one of bias, weight"
+    with pytest.raises(ValueError, match=message):
+        convert(nn.Linear(3, 3).state_dict())
     for block, message in (
         (Block(C, H, 3.0), r"b: .* width 24, 48 hidden units, got fc1.weight \[72, 24\]"),
         (Block(C, H, 2.0, mlp_layer=GluMlp), r"48 hidden units, got fc2.weight \[24, 24\]"),
@@ -160,14 +154,7 @@ def test_merges_of_what_is_shared_only():
                 torch.testing.assert_close(blocks[i].get_parameter(name).data, merged(name, *mlp))
 
 
-def test_simplified_blocks_start_from_each_other():
-    """A simplified model can be simplified again, to share weights that it has learnt."""
-    model = simplify(clip().to(torch.bfloat16), init="average")[0]
-    again = simplify(copy.deepcopy(model), share={"image": {"all": [[1, 2]]}}, init="first")[0]
-    one, two = again.visual.transformer.resblocks[1:]
-    assert one.fc1 is two.fc1
-    assert torch.equal(two.fc1.weight, model.visual.transformer.resblocks[1].fc1.weight)
-    torch.testing.assert_close(again.encode_text(batch()[1]), model.encode_text(batch()[1]))
+def test_an_unknown_init_is_refused():
     with pytest.raises(ValueError, match="init: expected random, average or first, got 'mean'"):
         simplify(clip(), init="mean")
 
@@ -228,11 +215,12 @@ def test_sources_without_fitting_blocks_leave_the_model_as_it_was():
 
 
 def test_the_norm_has_the_eps_of_the_old_one():
-    """At a variance of eps it counts as much as the variance. Another simplification keeps it."""
-    model = clip()
-    old = model.visual.transformer.resblocks[1].ln_1
-    old.eps, x = 1e-3, 1e-3**0.5 * torch.randn(2, 5, 32)
+    """At a variance of eps it counts as much as the variance."""
+    x = 1e-3**0.5 * torch.randn(2, 5, 32)
     for init in ("first", "random"):
+        model = clip()
+        old = model.visual.transformer.resblocks[1].ln_1
+        old.eps = 1e-3
         simplify(model, init=init)
         norm = model.visual.transformer.resblocks[1].norm
         torch.testing.assert_close(norm(x), old(x))

@@ -39,13 +39,6 @@ def test_create_repeats_from_the_seed_and_loads_its_own_checkpoint(tmp_path, tin
         models.create("siclip-tiny", checkpoint=tmp_path / "a.pt", embed_dim=64)
 
 
-def test_tokenizers_share_a_vocabulary_and_nothing_else():
-    first, second = (models.tokenizer("siclip-tiny") for _ in range(2))
-    assert first.encoder is second.encoder
-    first.context_length = 5
-    assert second(["a"]).shape == (1, 16)
-
-
 def test_overrides():
     model = models.create(
         "siclip-tiny",
@@ -129,11 +122,10 @@ def test_preprocessing_of_other_fields_is_that_of_open_clip(fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"size": 8}, "preprocess.size: Extra inputs are not permitted, got 8"),
-        ({"std": [1, 1, 0]}, "preprocess.std: Input should be greater than 0, got 0"),
-        ({"interpolation": ["x"]}, "preprocess.interpolation: Input should be 'bicubic' or"),
-        ({"fill_color": True}, "preprocess.fill_color: .* a valid integer, got True"),
-        (["mean"], r"preprocess: expected a mapping, got \['mean'\]"),
+        ({"size": 8}, "preprocess: .* got {'size': 8}: .* multiple values for keyword"),
+        ({"side": 8}, "preprocess: .* got {'side': 8}: .* unexpected keyword argument 'side'"),
+        ({"interpolation": ["x"]}, r"preprocess.interpolation: .* bilinear, got \['x'\]"),
+        (["mean"], r"preprocess: expected a mapping .*, got \['mean'\]"),
     ],
 )
 def test_preprocessing_that_open_clip_does_not_have(fields, message):
@@ -144,12 +136,12 @@ def test_preprocessing_that_open_clip_does_not_have(fields, message):
 
 
 @pytest.mark.parametrize(
-    ("part", "words"),
-    [("audio_cfg", "a model of audio and texts"), ("genlip_cfg", "a model that writes captions ")],
+    "part",
+    ["audio_cfg", "genlip_cfg"],
 )
-def test_models_of_other_kinds_are_refused(monkeypatch, part, words):
+def test_models_of_other_kinds_are_refused(monkeypatch, part):
     known = {"other": {"embed_dim": 8, "text_cfg": {}, part: {}}}
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", known)
     for function in (models.create, models.tokenizer):
-        with pytest.raises(InputError, match=f"name: .* got 'open_clip:other', {words}"):
+        with pytest.raises(InputError, match=f"name: .* got 'open_clip:other' of {part}"):
             function("open_clip:other")

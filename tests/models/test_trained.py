@@ -84,10 +84,6 @@ def test_options_of_another_model():
     message = "model.options: expected options of siclip-tiny, got .*unexpected keyword"
     with pytest.raises(InputError, match=message):
         trained.build_model({"name": "siclip-tiny", "options": {"text_cfg": {"depth": 1}}})
-    message = "image_size, context_length: expected sizes that the model takes, got 30 and 77"
-    options = {"vision_cfg": {"layers": (1,) * 4, "width": 8}, "text_cfg": {"layers": 1}}
-    with pytest.raises(InputError, match=message):
-        trained.build_model({"name": "open_clip:RN50", "options": options, "image_size": 30})
 
 
 def test_options_that_fetch_or_run_files_are_refused_when_a_run_begins():
@@ -159,9 +155,6 @@ def test_a_folder_without_weights_says_what_it_lacks(tmp_path):
     message = "source: expected .* got .*: a folder without last.pt or open_clip_model"
     with pytest.raises(FileNotFoundError, match=message):
         weights.parse_source(tmp_path)
-    (tmp_path / "metrics.csv").touch()
-    with pytest.raises(FileNotFoundError, match="source: .*: a run that has no checkpoint yet"):
-        weights.parse_source(tmp_path)
 
 
 def test_what_names_weights(tmp_path, monkeypatch):
@@ -183,6 +176,6 @@ def test_what_names_weights(tmp_path, monkeypatch):
     assert weights.parse_source("run", last=True).label == "run/last.pt"
     assert weights.parse_source(tag, "w.pt") == weights.Source(tag, tag, "", "w.pt")
     assert weights.parse_source(preset, "w.pt") == weights.Source(preset, preset, "", "w.pt")
-    for text, hint in (("ViT-B-33/a", "nearest .*'ViT-B-32'"), (preset, f"{preset}/FILE names")):
-        with pytest.raises(FileNotFoundError, match=f"x: .* no such file: {text}; {hint}"):
+    for text in ("ViT-B-33/a", preset):
+        with pytest.raises(FileNotFoundError, match=f"x: .* no such file: {text}$"):
             weights.parse_source(text).load("x")

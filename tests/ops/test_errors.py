@@ -48,7 +48,7 @@ BAD = {
         ("terms", (), "a tuple of at least one of"),
         ("terms", (5,), r"a tuple of at least one of contrastive, .* got \(5,\)"),
         ("terms", ("pair_matching",), "plane: expected .* got NoneType"),
-        ("plane", (ones(5), 0.0), r"w \[D\] = \[8\], got shape \[5\]"),
+        ("plane", (ones(5), 0.0), r"plane's p: expected one element, got shape \[5\]"),
         ("terms", ("relational",), "teacher_image: expected .* term 'relational' needs it"),
         ("teacher_scale", None, ".* got None"),
         ("teacher_image", zeros(5, 8), r"the 4 rows of image, got shape \[5, 8\]"),
@@ -69,7 +69,7 @@ BAD = {
         ("ids", torch.arange(4.0), r"an int64 or int32 tensor \[N\], got torch.float32"),
         ("logit_scale", torch.tensor(3), "float32, .* got torch.int64"),
         ("logit_scale", ones((), dtype=torch.float8_e4m3fn), "float32, .* got torch.float8_e4m3fn"),
-        ("plane", (ones(8).long(), 0.0), "plane's w: expected float32, .* got torch.int64"),
+        ("plane", (ones(1).long(), 0.0), "plane's p: expected float32, .* got torch.int64"),
         ("teacher_text", GOOD.int(), "float32, .* got torch.int32"),
     ],
     ("feature_loss", ValueError): [

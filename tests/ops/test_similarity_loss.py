@@ -39,8 +39,7 @@ def of_ones(call, backend, need=None):
 @pytest.mark.slow
 @needs_cpu_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("plane", ["scalar", "hadamard"])
-def test_chunks_and_stored_rows_change_nothing(plane, dtype):
+def test_chunks_and_stored_rows_change_nothing(dtype):
     """One chunk or several, the last one partial; stored rows may end between chunks."""
     row = 310 * (4 if dtype == torch.float16 else dtype.itemsize)
     rows = ((0, 0), (64, 0), (128, 0), (128, 64), (128, 192))
@@ -48,7 +47,7 @@ def test_chunks_and_stored_rows_change_nothing(plane, dtype):
     for scratch, store in budgets if dtype == torch.float32 else budgets[1::2]:
         options = {"scratch_bytes": scratch, "store_bytes": store, "teacher_width": 20}
         check(
-            similarity_call(300, 310, 7, terms=TERMS, plane=plane, ids=True, **options),
+            similarity_call(300, 310, 7, terms=TERMS, ids=True, **options),
             dtype,
             "cpu",
         )
@@ -182,7 +181,7 @@ def test_gradients_of_scale_and_plane_have_the_digits_of_float32(term, backend):
 @pytest.mark.parametrize("terms", [TERMS[:1], TERMS[1:2], TERMS[2:3], TERMS[1::-1]])
 @pytest.mark.parametrize("bias", [-10.0, torch.inf])
 def test_a_bias_that_changes_nothing_has_a_gradient_of_zero(bias, terms, backend):
-    call = similarity_call(4, 4, terms=terms, plane="scalar")
+    call = similarity_call(4, 4, terms=terms)
     without = of_ones(call, backend)
     call.tensors["logit_bias"] = torch.tensor(bias)
     out = of_ones(call, backend)
@@ -211,7 +210,6 @@ SOFTMAX, SIGMOID = "similarity_loss_fwd", "similarity_sigmoid"
         ({"terms": ("contrastive", "pair_matching")}, [SOFTMAX]),
         ({"terms": ("relational", "pair_matching")}, [SOFTMAX]),
         ({"terms": ("contrastive", "sigmoid", "pair_matching")}, [SOFTMAX, SIGMOID]),
-        ({"terms": ("contrastive", "pair_matching"), "plane": "hadamard"}, [SOFTMAX, SIGMOID]),
         ({"terms": tuple(SIGMOIDS), "weights": SIGMOIDS}, [SIGMOID]),
         ({"terms": tuple(SIGMOIDS)}, [SIGMOID, SIGMOID]),
     ],

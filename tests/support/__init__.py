@@ -8,7 +8,6 @@ devices              backends, dtypes, marks for what a machine lacks
 programs             runs commands, scripts of examples/ and blocks of docs/; kills processes
 losses               inputs of loss modules, losses of rows
 evaluation           indices of held-out data with chosen features
-drawings             checks what a picture draws: texts and boxes that do not overlap
 ops/calls            calls of more tiles than selftest's; a record of the calls that others make
 ops/small_calls      a small call of each op and loss module
 ops/random_calls     calls of random shapes, dtypes, layouts and options, each made from its number
@@ -27,6 +26,7 @@ kernels/on_gpus      a program: calls on one of two GPUs while the other is curr
 data/pairs           shards of small pictures and captions, and loaders of them
 data/packs           tables and pictures to pack, and what packing makes of them
 data/photos          pictures that compress like photographs
+data/archives        damaged and hostile tars, their headers by hand
 train/tiny           a tiny training: shards, teacher's features, config
 train/runs           runs a training, and compares what runs leave
 models/              tiny models of open_clip and transformers, published layouts, random weights

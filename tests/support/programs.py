@@ -4,7 +4,6 @@ import contextlib
 import functools
 import importlib.util
 import itertools
-import multiprocessing
 import os
 import re
 import shlex
@@ -70,21 +69,6 @@ def run_doc_blocks(page: str, heading: str) -> dict:
     names: dict = {"__name__": heading}
     exec(compile(program, f"{page}: {heading}", "exec"), names)
     return names
-
-
-def start_process(
-    preload: list[str], target: Callable, *args: Any
-) -> multiprocessing.process.BaseProcess:
-    """Runs `target(*args, ready)` in a process of its own, which has `preload` imported; returns
-    when `ready` is set.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(preload)
-    ready = context.Event()
-    process = context.Process(target=target, args=(*args, ready))
-    process.start()
-    assert ready.wait(120)
-    return process
 
 
 def forked(action: Callable[[], object]) -> int:

@@ -14,7 +14,6 @@ import simplclip
 from simplclip import data, models, teacher
 from simplclip.data import samples, transforms
 from simplclip.data.transforms import ImageTransform
-from simplclip.teacher import caption
 from simplclip.train import config as configs
 from simplclip.train.config import ConfigError
 from support.data.pairs import joined, loader, members, tokenizer, write
@@ -304,5 +303,3 @@ def test_training_checks_the_augmentation(taught, tmp_path):
 def test_counts_below_one_are_refused():
     with pytest.raises(ValueError, match="views: expected an integer of at least 1, got -1"):
         teacher.Views(transform(32, AUGMENT), -1)
-    with pytest.raises(ValueError, match="n: expected an integer of at least 1, got 0"):
-        caption.Sampling(n=0)

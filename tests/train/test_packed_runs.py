@@ -3,11 +3,9 @@
 import itertools
 import json
 import re
-import shutil
 
 import pytest
 
-from simplclip.common.errors import InputError
 from simplclip.train.config import load
 from support.data.pairs import table
 from support.programs import call
@@ -68,28 +66,6 @@ def test_captions_are_shown_and_those_that_are_cut_are_counted(tmp_path):
     assert re.search(rf"^warning: held_out: [1-9]\S+% of \d+ {cut}", result.output, re.M)
     left_out = json.loads((tmp_path / "run/evaluation.json").read_text())
     assert cut in left_out["splits"]["held_out"]["left_out"][0]
-
-
-@pytest.mark.slow
-def test_resuming_with_another_source_starts_the_epoch_again(tmp_path):
-    photos = picture_folder(tmp_path / "photos")
-    other = picture_folder(tmp_path / "other")
-    go(tiny.settings(tmp_path, f"data.train={photos}", "run.steps=1"))
-    before = sorted((tmp_path / "run").rglob("*"))
-    (tmp_path / "copy").mkdir()
-    same_name = picture_folder(tmp_path / "copy" / "photos", broken=[0])
-    (same_name / "red-ring.txt").write_text("another caption")
-    with pytest.raises(InputError, match="out: expected .*photos to hold what an earlier run made"):
-        go(tiny.settings(tmp_path, f"data.train={same_name}"), resume=True)
-    assert sorted((tmp_path / "run").rglob("*")) == before
-    shutil.rmtree(tmp_path / "run" / "shards")  # which packing makes again
-    text = go(tiny.settings(tmp_path, f"data.train={photos}", "run.steps=2"), resume=True)
-    assert "starts again" not in text
-    text = go(tiny.settings(tmp_path, f"data.train={other}", "run.steps=3"), resume=True)
-    assert "shards were others: the epoch starts again" in text
-    assert load(tmp_path / "run/config.yaml").data.train == [
-        str(tmp_path / "run/shards/other/other-000000.tar")
-    ]
 
 
 @pytest.mark.slow

@@ -162,30 +162,18 @@ def _check_teacher(
         checks.check_device(name, features, student_name, student.device)
 
 
-def checked_plane(plane: Any, image: Tensor) -> tuple[Tensor, Tensor]:  # [] or [D], []
-    """Returns weight and bias of the plane (p [] or w [D], q []), checked, in the dtype of sums."""
-    width = image.shape[1]
-    device = image.device
+def checked_plane(plane: Any, image: Tensor) -> tuple[Tensor, Tensor]:  # [], []
+    """Returns p and q of the plane, checked, in the dtype of sums."""
     wide = torch.promote_types(image.dtype, torch.float32)
     if not isinstance(plane, (tuple, list)) or len(plane) != 2:
         raise ValueError(
-            f"plane: expected (p [] or w [D], q []) for pair matching, got {type(plane).__name__}"
+            f"plane: expected (p [], q []) for pair matching, got {type(plane).__name__}"
         )
     weight, bias = plane
-    if isinstance(weight, Tensor) and weight.dim() == 1 and weight.numel() > 1:
-        if weight.shape[0] != width:
-            raise ValueError(
-                f"plane: expected w [D] = [{width}], got shape {checks.shape_of(weight)}"
-            )
-        checks.check_floating("plane's w", weight)
-        if weight.device != device:
-            raise ValueError(
-                f"plane: expected w on the device of the features, {device}, got {weight.device}"
-            )
-        weight = weight.to(wide)
-    else:
-        weight = checks.scalar("plane's p", weight, device, wide)
-    return weight, checks.scalar("plane's q", bias, device, wide)
+    return (
+        checks.scalar("plane's p", weight, image.device, wide),
+        checks.scalar("plane's q", bias, image.device, wide),
+    )
 
 
 def check_ids(name: str, ids: Tensor, count: int, letter: str, device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ def similarity_loss(
     *,
     logit_bias: Tensor | float | None = None,  # []
     terms: tuple[str, ...] = ("contrastive",),
-    plane: tuple[Tensor | float, Tensor | float] | None = None,  # (p [] or w [D], q [])
+    plane: tuple[Tensor | float, Tensor | float] | None = None,  # (p [], q [])
     teacher_image: Tensor | None = None,  # [N, D̂]
     teacher_text: Tensor | None = None,  # [M, D̂]
     teacher_scale: Tensor | float | None = None,  # []
@@ -48,10 +48,9 @@ def similarity_loss(
         pair_matching  ½ [ mean_i softplus(−l_{i,y_i}) + mean over negatives softplus(l_ij) ]
         relational     ½ [ mean_i KL(softmax T_i ‖ softmax Z_i) + the same over columns ]
 
-    where l = p S + q (scalar plane) or l_ij = w·(x_i ⊙ y_j) + q (hadamard plane) is a learned
-    hyperplane that separates matched from unmatched pairs, and T = ŝ x̂ ŷᵀ are the logits of a
-    teacher with the features x̂, ŷ. The paper only names pair matching; its form is this library's
-    interpretation.
+    where l = p S + q is a learned hyperplane that separates matched from unmatched pairs, and T =
+    ŝ x̂ ŷᵀ are the logits of a teacher with the features x̂, ŷ. The paper only names pair matching;
+    its form is this library's interpretation.
 
     Args:
         image, text: [N, D] and [M, D] with M ≥ N, float32, bfloat16, float16 or float64, with the
@@ -62,7 +61,7 @@ def similarity_loss(
         logit_bias: b, one element. Only the term sigmoid depends on b; without this term the
             gradient of b is 0.
         terms: names of the terms above; the others are not computed.
-        plane: (p, q) or (w, q), needed by pair_matching.
+        plane: (p, q), one element each, needed by pair_matching.
         teacher_image, teacher_text, teacher_scale: x̂ [N, D̂], ŷ [M, D̂] (any float dtype; cast to
             image's) and ŝ, needed by relational. They are constants: one that requires a gradient
             gets none, with a warning.

@@ -53,7 +53,7 @@ class Settings:
 
     terms: tuple[str, ...]
     weights: Mapping[str, float] | None = None  # of the terms; with them, their sum is computed
-    plane: tuple[Tensor, Tensor] | None = None  # [] or [D], and []; if a term needs it
+    plane: tuple[Tensor, Tensor] | None = None  # [] and []; if a term needs it
     divergence: str = "kl"
     symmetric: bool = True
     group: torch.distributed.ProcessGroup | None = None

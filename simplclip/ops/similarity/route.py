@@ -87,7 +87,7 @@ def _joins_softmax(
     plane: tuple[Tensor, Tensor] | None, has_teacher: bool, device: torch.device
 ) -> bool:
     """Whether the kernels of the softmax terms compute pair matching too, in one sweep."""
-    if plane is None or plane[0].dim():  # a hadamard plane has a matrix of its own
+    if plane is None:
         return False
     if not has_teacher:
         return True
@@ -163,7 +163,7 @@ def _sigmoid_sweeps(
 ) -> Values:
     """Returns the terms, which share a sweep if only their sum needs a gradient.
 
-    Otherwise, or with a hadamard plane, each term has a sweep and a gradient of its own.
+    Otherwise each term has a sweep and a gradient of its own.
     """
     image = pairs.image
     n = image.shape[0]
@@ -177,26 +177,19 @@ def _sigmoid_sweeps(
             assert settings.plane is not None
             weight, bias = settings.plane
             numbers[term] = Sigmoid(weight, bias, 0.5 / negatives, 0.5 / n, mix[term])
-    is_hadamard = any(sigmoid.weight.dim() for sigmoid in numbers.values())
     sweeps = [[term] for term in terms]
-    if settings.weights is not None and not is_hadamard:
+    if settings.weights is not None:
         sweeps = [terms]
     chunk = sweep_rows(image, pairs.text.shape[0], 1, settings.scratch_bytes)
     total: Any = None
     by_term: dict[str, Tensor] = {}
     for sweep in sweeps:
-        features = image
         columns = []
         for term in sweep:
-            factor: Any
-            factor, *others = numbers[term]
-            if factor.dim():
-                features = (image * factor).to(image.dtype)
-                factor = 1.0
             dtype = pairs.scale.dtype
-            columns.append([checks.scalar(term, x, image.device, dtype) for x in (factor, *others)])
+            columns.append([checks.scalar(term, x, image.device, dtype) for x in numbers[term]])
         call = SigmoidCall(
-            features,
+            image,
             pairs.text,
             torch.stack([x for row in zip(*columns) for x in row]).view(-1, len(sweep)),
             ids=pairs.ids,
@@ -204,10 +197,10 @@ def _sigmoid_sweeps(
             label_offset=pairs.label_offset,
             chunk=chunk,
             gradient=False,
-            need_image=wants_grad(features),
+            need_image=wants_grad(image),
             need_text=wants_grad(pairs.text),
         )
-        call = replace(call, gradient=wants_grad(features, pairs.text, call.sigmoids))
+        call = replace(call, gradient=wants_grad(image, pairs.text, call.sigmoids))
         weighted, by_column, *_ = registry.call(SIGMOID, call)
         if settings.weights is None:
             by_term[sweep[0]] = weighted

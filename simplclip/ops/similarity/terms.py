@@ -24,7 +24,7 @@ def nan_of_infinite(values: Tensor, logits: Tensor) -> Tensor:
 class Sigmoid(NamedTuple):
     """The numbers of a sigmoid term, in the order of SigmoidRow."""
 
-    weight: Tensor  # [], or [D] of a hadamard plane
+    weight: Tensor  # []
     bias: Tensor | float
     negative: Tensor | float
     positive: float

@@ -87,7 +87,6 @@ CALLS: dict[str, Callable[[], Call]] = {
     "pair matching": pairs(70, 133, *TERMS[:2], width=64),
     "pair matching, one side, ids": pairs(70, 133, *TERMS[:2], width=72, ids=True, symmetric=False),
     "pair matching, blocks": pairs(200, 300, *TERMS[:2], width=72, ids=True, **BLOCKS),
-    "pair matching, hadamard": pairs(70, 133, *TERMS[:2], width=64, plane="hadamard"),
     "relational": pairs(129, 129, "relational", width=64),
     "relational, one side": pairs(70, 133, "relational", width=64, symmetric=False),
     "every term": pairs(129, 129, width=64),

@@ -36,9 +36,7 @@ def recorded_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 # Calls of selftest as "OP NUMBER", and calls of more tiles and chunks, the last one partial.
 LARGE: dict[str, Callable[[], Call]] = {
     **{f"{op} {i}": make for op, several in CALLS.items() for i, make in enumerate(several)},
-    "similarity_loss hadamard": partial(
-        similarity_call, 257, 257, terms=TERMS, plane="hadamard", ids=True
-    ),
+    "similarity_loss every term": partial(similarity_call, 257, 257, terms=TERMS, ids=True),
     "similarity_loss 1000": partial(similarity_call, 1000, 1000, terms=TERMS[:2]),
     "shaped_attention 288": lambda: of_lengths(
         attention_call(2, 288, 1, 80, causal=True), [288, 285]

@@ -66,7 +66,7 @@ def similarity_loss(
         out["sigmoid"] = (softplus(-biased)[positive].sum() + softplus(biased)[negative].sum()) / n
     if "pair_matching" in terms:
         weight, bias = plane
-        decision = (image * weight) @ text.T + bias
+        decision = weight * similarity + bias
         negatives_mean = softplus(decision)[negative].sum() / max(int(negative.sum()), 1)
         out["pair_matching"] = (softplus(-decision)[positive].mean() + negatives_mean) / 2
     if "relational" in terms:
@@ -149,10 +149,7 @@ def loss_terms(
     """Returns terms of a loss module before weighting; narrow features use its first columns."""
     width, plane = image.shape[1], None
     if "pair_matching" in terms:
-        weight = loss.plane_weight
-        if loss.plane == "hadamard":
-            weight = weight[:width]
-        plane = weight, loss.plane_bias
+        plane = loss.plane_weight, loss.plane_bias
     teacher_image, teacher_text, teacher_scale = teacher
     out = similarity_loss(
         image,

@@ -46,7 +46,6 @@ def _similarity(r: random.Random, dtype: torch.dtype) -> Call:
         m,
         r.randrange(m - n + 1),
         terms=terms,
-        plane=r.choice(("scalar", "hadamard")),
         teacher_width=teacher_width,
         ids=r.random() < 0.4,
         scale=r.uniform(0.5, largest_scale),

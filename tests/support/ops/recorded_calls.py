@@ -4,29 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
-from simplclip.common.terms import SWEPT as TERMS
 from simplclip.selftest.calls import Call
 from simplclip.selftest.compare import outputs_of
 from support.ops import calls
 from support.ops.compare import function_of
-
-SIMILARITY = {
-    "contrastive": {"terms": ("contrastive",)},
-    "pair matching": {"terms": ("contrastive", "pair_matching")},
-    "hadamard": {"terms": ("pair_matching",), "plane": "hadamard"},
-    "relational": {"terms": ("relational",)},
-    "relational, rows only": {"terms": ("relational",), "teacher_width": 80, "symmetric": False},
-    "sigmoid": {"terms": ("sigmoid",)},
-    "every term": {"terms": TERMS, "plane": "hadamard", "teacher_width": 80},
-    "every term, own features": {"terms": TERMS},
-}
-
-
-def similarity_call(
-    name: str, n: int = 3000, m: int = 3100, width: int = 64, *, ids: bool = True, **options: Any
-) -> Call:
-    options = SIMILARITY[name] | options
-    return calls.similarity_call(n, m, (m - n) // 2, ids=ids, width=width, **options)
 
 
 def attention_call(*shape: int, lengths: tuple[int, ...] | None = None) -> Call:

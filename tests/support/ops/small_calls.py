@@ -93,9 +93,6 @@ SMALL = {
     "similarity_loss sigmoid": small(
         partial(_similarity, terms=tuple(SIGMOIDS), weights=SIGMOIDS, bias=-2.0), _ids
     ),
-    "similarity_loss hadamard": small(
-        partial(_similarity, terms=("pair_matching",), plane="hadamard")
-    ),
     "feature_loss": small(partial(feature_call, d=24)),
     "feature_loss projection": small(_projected),
     "shaped_attention": small(partial(_attention, causal=True)),

@@ -25,15 +25,14 @@ def make(world: int, rank: int) -> dict[str, tuple[nn.Module, int]]:
     """Returns each loss by name, and its all-reduces of several elements in a step."""
     mode = {"rank": rank, "world_size": world}
     local = mode | {"local_loss": True, "gather_with_grad": True}
-    plane = {"plane": "hadamard", "embed_dim": D}
     wikd = WIKDLoss(**local, **WIKD_WEIGHTS, embed_dim=D, teacher_dim=12)
     return {
-        "ClipPMLoss": (ClipPMLoss(**local, **plane), 1),
-        "ClipPMLoss of open_clip's defaults": (ClipPMLoss(**mode, **plane), 1),
+        "ClipPMLoss": (ClipPMLoss(**local), 1),
+        "ClipPMLoss of open_clip's defaults": (ClipPMLoss(**mode), 1),
         "SigLipLoss": (SigLipLoss(**mode, pm_weight=0.5), 1),
         "WIKDLoss": (wikd, 2),
         "RowwiseLoss": (RowwiseLoss(Tempered(), **local), 1),
-        "MatryoshkaLoss": (MatryoshkaLoss(ClipPMLoss(**local, **plane), (4, 16)), 2),
+        "MatryoshkaLoss": (MatryoshkaLoss(ClipPMLoss(**local), (4, 16)), 2),
     }
 
 
