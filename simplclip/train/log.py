@@ -140,12 +140,12 @@ class Log:
             "split": split,
             "direction": direction,
         }
-        row |= {name: figure.value for name, figure in recall.items()}
+        row |= {name: figure["value"] for name, figure in recall.items()}
         row["loss"] = loss
-        row |= {f"chance {name}": figure.chance for name, figure in recall.items()}
+        row |= {f"chance {name}": figure["chance"] for name, figure in recall.items()}
         self.write("evaluation", row)
         figures = "  ".join(
-            f"{name} {figure.value:.1%} (chance {figure.chance:.1%})"
+            f"{name} {figure['value']:.1%} (chance {figure['chance']:.1%})"
             for name, figure in recall.items()
         )
         self.print(f"evaluation {split} {direction.replace('_', ' ')}: {figures}")

@@ -45,7 +45,7 @@ def undisturbed(tmp_path_factory):
 @pytest.fixture
 def no_sheets(monkeypatch):
     """Leaves out the sheets of `simplclip evaluate`, which take long."""
-    monkeypatch.setattr("simplclip.evaluation.run._draw", lambda *_: None)
+    monkeypatch.setattr("simplclip.evaluation.run.write_sheet", lambda *_: None)
 
 
 def held_keys(run):
@@ -212,7 +212,7 @@ def test_a_signal_ends_an_evaluation_after_the_running_batch(
 ):
     """In the middle and at the end of a run; what is trained is saved before the evaluation."""
     config = tiny.settings(undisturbed, *HELD, f"run.out={tmp_path / 'parts'}")
-    original = evaluation.Towers.features
+    original = evaluation.Encoder.features
     batches = []
 
     def features(towers, *inputs):
@@ -224,7 +224,7 @@ def test_a_signal_ends_an_evaluation_after_the_running_batch(
         return original(towers, *inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation.Towers, "features", features)
+        patch.setattr(evaluation.Encoder, "features", features)
         for resume in (False, True):
             with pytest.raises(Interrupted, match=f"SIGTERM: saved step {step} of 7 .* --resume"):
                 go(config, resume=resume)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.long
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """Leaves out the sheets of `simplclip evaluate`, which take long."""
-    monkeypatch.setattr("simplclip.evaluation.run._draw", lambda *_: None)
+    monkeypatch.setattr("simplclip.evaluation.run.write_sheet", lambda *_: None)
 
 
 def picture_folder(folder, broken=()):
