@@ -194,13 +194,13 @@ def test_names_of_splits():
 
 def test_outputs_that_end_early_or_lack_characters(tmp_path):
     """`| head` has read enough, latin-1 has no emoji, a daemon no stderr; none costs a result."""
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/1.txt").write_text("🙂")
-    (tmp_path / "in/1.png").write_bytes(png())
-    words = f"{sys.executable} -m simplclip data pack in --out"
+    (tmp_path / "🙂").mkdir()
+    (tmp_path / "🙂/1.txt").write_text("smile")
+    (tmp_path / "🙂/1.png").write_bytes(png())
+    words = f"{sys.executable} -m simplclip data pack 🙂 --out"
     for command, expected in (
         (f"{words} a | true", ""),
-        (f"PYTHONIOENCODING=latin-1 {words} b 2>&-", r"in/1: \U0001f642"),
+        (f"PYTHONIOENCODING=latin-1 {words} b 2>&-", r"\U0001f642"),
         (f"{words} c >&-", ""),
     ):
         done = subprocess.run(
@@ -208,7 +208,7 @@ def test_outputs_that_end_early_or_lack_characters(tmp_path):
         )
         assert expected in done.stdout
         assert not done.stderr
-    assert len([*tmp_path.glob("?/in-000000.tar")]) == 3
+    assert len([*tmp_path.glob("?/*-000000.tar")]) == 3
 
 
 def test_doctor():

@@ -116,7 +116,8 @@ def test_captions_are_used_or_counted(content, expected):
 
 
 def test_names_of_classes_in_latin_1_are_refused():
+    write("a.tar", [("k", {"png": png(), "cls": b"0"})])
     Path("c.txt").write_bytes(b"caf\xe9\nx\n")
     message = "expected imagenet or a file of names, got c.txt: .*utf-8"
     with pytest.raises(InputError, match=message):
-        evaluation.named(None, "c.txt")
+        evaluation.named(data.held_out("a.tar"), "c.txt")
