@@ -251,5 +251,6 @@ def encode(
     captions, caption_groups, groups = ranks.on_first(candidates_of, rows)
     starts = range(0, len(captions), batch_size)
     texts = list(ranks.map_to_first(text_features, starts))
-    features = [torch.cat(parts) if parts else torch.empty(0, 0) for parts in (images, texts)]
-    return Index(data, rows, captions, caption_groups, groups, *features, skipped)
+    # ranks but the first have none
+    x, y = (torch.cat(parts) if parts else torch.empty(0, 0) for parts in (images, texts))
+    return Index(data, rows, captions, caption_groups, groups, x, y, skipped)

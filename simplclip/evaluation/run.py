@@ -103,8 +103,8 @@ def evaluate(
     """
     console = console or Console(quiet=not ranks.first())
     say, settings = partial(print_lines, console=console), settings or Settings()
-    sources = [models] if isinstance(models, (str, os.PathLike)) else models
-    sources = [os.fspath(source) for source in sources]
+    listed = [models] if isinstance(models, (str, os.PathLike)) else models
+    sources = [os.fspath(model) for model in listed]
     if not sources or len({*sources}) < len(sources):
         got = ", ".join(sources) or "none"
         raise InputError(f"model: expected one or several different models, got {got}")

@@ -157,13 +157,11 @@ def test_a_moved_run_evaluates_its_splits_between_the_start_and_its_last_step(in
 @pytest.mark.parametrize(
     "changes",
     [
-        ["model.checkpoint=base"],
         ["model.checkpoint=runs/tuned", "model.image_size=32", "model.context_length=20"],
         ["inherit.source=[base/last.pt]", "inherit.train=[text.transformer]"],
-        ["inherit.source=base", "model.options.init_logit_scale=2.0"],
         ["model.checkpoint=base", "loss.base=sigmoid"],
     ],
-    ids=["run", "best-and-resized", "inherited", "scale", "bias"],
+    ids=["best-and-resized", "inherited", "bias"],
 )
 def test_a_start_is_made_again_from_the_config(inside, tmp_path, changes):
     config = tiny.settings(tmp_path, *changes)
@@ -219,20 +217,13 @@ def test_a_run_without_a_start_of_its_architecture_is_refused_before_the_data(in
     for start in ([], ["model.checkpoint=base"]):
         with pytest.raises(InputError, match="whose blocks start by inherit.blocks"):
             load_start("run.pt", config_of(*start, *average))
-    for change, error in (
-        ("model.checkpoint=gone", "model.checkpoint: expected a file of weights, got no such file"),
-        (
-            "inherit.source=[base, no.pt]",
-            "source: expected a file of weights, got no such file: no",
-        ),
-    ):
-        started = f"blend: expected the weights from which {tmp_path / 'run.pt'} started, got "
-        assert started + error in line_of(change)
+    started = f"blend: expected the weights from which {tmp_path / 'run.pt'} started, got "
+    gone = "source: expected a file of weights, got no such file: no"
+    assert started + gone in line_of("inherit.source=[base, no.pt]")
     torch.save(models.create("siclip-tiny").state_dict(), tmp_path / "w.pt")
     for names in (["base", "runs/tuned"], [f"siclip-tiny/{tmp_path / 'w.pt'}"]):
         line = one_line("evaluate", *names, "--blend", "--data", "one.tar")
         assert f"--blend: expected one run or checkpoint, got {', '.join(names)}" in line
-    assert "got no such file: nothing.pt" in one_line("evaluate", "nothing.pt", "--blend")
     assert call("export", "runs/tuned", "--out", "new", "--blend", "1.5").exit_code == 2
     assert f"{new}base, in" in one_line("export", "base", "--out", "new", "--blend", "0.5")
 

@@ -240,6 +240,10 @@ def test_images_that_lie_elsewhere_than_their_json(trained, folder, tmp_path):
     captions.write_text(json.dumps({"images": images, "annotations": annotations}))
     command = ("evaluate", trained, "--data", f"coco={captions}", "--workers", 0)
     assert "does not exist; try --images" in one_line(*command)
+    line = one_line("evaluate", trained, "--data", folder / "one.tar", "--images", tmp_path)
+    assert "--images: expected data in a table or a JSON file, got" in line
+    with pytest.raises(InputError, match="expected"):
+        held_out({"shards": folder / "one.tar", "images": str(tmp_path)})
     # data that are no table stay as they are
     options = ("--images", tmp_path / "val2017", "--out", tmp_path, "--data", folder / "one.tar")
     result = call(*command, *options)
@@ -247,15 +251,6 @@ def test_images_that_lie_elsewhere_than_their_json(trained, folder, tmp_path):
     splits = json.loads((tmp_path / "evaluation.json").read_text())["splits"]
     assert splits["coco"]["images"] == len(tiny.COLOURS)
     assert "one" in splits
-
-
-def test_images_need_a_table(trained, folder, tmp_path):
-    options = ("--images", tmp_path, "--out", tmp_path)
-    line = one_line("evaluate", trained, "--data", folder / "one.tar", *options)
-    assert "--images: expected data in a table or a JSON file, got" in line
-    for source in (tmp_path, folder / "one.tar", None):
-        with pytest.raises(InputError, match="expected"):
-            held_out({"shards": source, "images": str(tmp_path)})
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -211,17 +211,11 @@ def test_command(tiny, tmp_path):
     assert result.exit_code == 0, result.output
     assert "open_clip_model.safetensors" in result.output
     assert {p.name for p in (tmp_path / "a/b").iterdir()} == FILES
-    (tmp_path / "text.pt").write_text("not weights")
     state = read_checkpoint(tiny.run)
     state["config"]["model"]["options"] = {"embed_dim": 64}
     torch.save(state, tmp_path / "other.pt")
-    for message, path, *options in (
-        ("checkpoint: expected a file of weights, got no such file", tmp_path / "none.pt"),
-        ("checkpoint: expected a file of weights, got", tmp_path / "text.pt"),
-        ("expected weights of 'siclip-tiny'", tmp_path / "other.pt"),
-        ("expected a folder without an export", tiny.run, "--out", tmp_path / "a/b"),
-    ):
-        assert message in one_line("export", path, "--out", tmp_path / "c", *options)
+    line = one_line("export", tmp_path / "other.pt", "--out", tmp_path / "c")
+    assert "expected weights of 'siclip-tiny'" in line
     assert not (tmp_path / "c").exists()
 
 
