@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-import re
 import sys
 from typing import Annotated
 
@@ -19,30 +17,14 @@ from simplclip.common.errors import InputError, UserError
 # OpenMP reads the variable when torch is loaded, which a command does when it runs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# modules whose packages have other names, or come with another package
-PACKAGES = {
-    "PIL": "pillow",
-    "huggingface_hub": "open_clip_torch",
-    "open_clip": "open_clip_torch",
-    "open_clip_train": "open_clip_torch",
-    "pydantic_core": "pydantic",
-    "timm": "open_clip_torch",
-    "torchvision": "open_clip_torch",
-    "yaml": "pyyaml",
+# packages that another extra than `train` installs
+EXTRAS = {
+    "open_clip_train": "openclip",
+    "peft": "lora",
+    "safetensors": "export",
+    "tensorboard": "tensorboard",
+    "transformers": "transformers",
 }
-
-
-def extra_of(module: str) -> str | None:
-    """Returns the first extra that installs a module; None without one, or if not installed."""
-    from importlib import metadata  # takes as long as half of typer
-
-    package = PACKAGES.get(module, module).replace("_", "-").lower()
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        for requirement in metadata.requires("simplclip") or ():
-            match = re.match(r"""([\w.-]+).* extra == ["'](\w+)["']""", requirement)
-            if match and match[1].replace("_", "-").lower() == package:
-                return match[2]
-    return None
 
 
 class Commands(TyperGroup):
@@ -61,11 +43,9 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             fail("interrupted", 130)
         except ModuleNotFoundError as error:
-            extra = extra_of((error.name or "").partition(".")[0])
-            if extra is None:
-                raise
+            package = (error.name or "").partition(".")[0]
             # for `simplclip[train]` pip takes the simplclip that is installed
-            install = f"pip install 'simplclip[{extra}]'"
+            install = f"pip install 'simplclip[{EXTRAS.get(package, 'train')}]'"
             fail(f"this command needs the package {error.name}: {install}", 2)
         # the reader of the output, such as `head`, has ended; Python would write again at exit
         except BrokenPipeError:

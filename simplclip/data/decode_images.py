@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 import warnings
 from collections.abc import Callable
-from typing import IO, cast
 
 import PIL
 from PIL import (
@@ -54,19 +52,13 @@ with contextlib.suppress(ImportError):  # before Pillow 11.2
 
     _PLUGINS |= dict.fromkeys(_AVIF_BRANDS, AvifImagePlugin.AvifImageFile)
 LONGEST_SIDE = 65_535  # a JPEG's; resizing a longer side takes memory without limit
-MOST_SCANS = 100  # libtiff's limit; each scan of a JPEG goes over all pixels, and may be 10 bytes
-_SCAN = b"\xff\xda"
-_END = b"\xff\xd9"
-# of the markers in a scan's data, those that do not belong to it
-_MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
 
 
 def open_image(encoded: bytes) -> Image.Image:
     """Reads the header of an image file of IMAGE_SUFFIXES; its pixels are not decoded yet.
 
     Raises BrokenSample: "not an image" for any other content; "image too large" for more pixels
-    than `PIL.Image.MAX_IMAGE_PIXELS` or a side above LONGEST_SIDE; "too many scans" for a JPEG of
-    more than MOST_SCANS.
+    than `PIL.Image.MAX_IMAGE_PIXELS` or a side above LONGEST_SIDE.
     """
     # Image.open would try other formats, and warn of many pixels
     in_container = encoded[4:8] == _CONTAINER
@@ -85,38 +77,7 @@ def open_image(encoded: bytes) -> Image.Image:
         detail = f"{image.width} x {image.height} pixels, more than {LONGEST_SIDE} on a side"
         raise BrokenSample("image too large", detail)
     check_pixels(image.height, image.width)
-    if isinstance(image, JpegImagePlugin.JpegImageFile):
-        _check_scans(image, encoded)
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        _check_tile(image)
     return image
-
-
-def _check_tile(image: TiffImagePlugin.TiffImageFile) -> None:
-    """Raises BrokenSample for a TIFF whose tiles are too large; they may exceed the image."""
-    height = image.tag_v2.get(ExifTags.Base.TileLength, 1)
-    width = image.tag_v2.get(ExifTags.Base.TileWidth, 1)
-    if not isinstance(height, int) or not isinstance(width, int):
-        raise BrokenSample("not an image", f"tiles of {height} x {width}")
-    check_pixels(height, width)
-
-
-def _check_scans(image: JpegImagePlugin.JpegImageFile, encoded: bytes) -> None:
-    """Raises BrokenSample("too many scans") for a JPEG of more than MOST_SCANS."""
-    place = cast(IO[bytes], image.fp).tell()
-    # this header ends with the number of its components, two bytes for each, and three more
-    components = encoded[place - 4 - 2 * image.layers]
-    if components == image.layers and not image.info.get("progressive"):
-        return  # decoders read no scan after one of all components
-    scans = 1
-    while scans <= MOST_SCANS:
-        marker = _MARKER.search(encoded, place)
-        if marker is None or marker[0] == _END:
-            return
-        scans += marker[0] == _SCAN
-        length = encoded[marker.end() : marker.end() + 2]
-        place = marker.end() + int.from_bytes(length, "big")
-    raise BrokenSample("too many scans", f"a JPEG of more than {MOST_SCANS}")
 
 
 def check_pixels(height: int, width: int) -> None:

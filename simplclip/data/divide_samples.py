@@ -21,7 +21,7 @@ from simplclip.data.errors import Skipped
 from simplclip.data.find_sources import Address, Source
 from simplclip.data.read_meta import listed_samples
 from simplclip.data.read_tars import count_samples
-from simplclip.data.samples import HoldOutBy, Sample, is_held_out
+from simplclip.data.samples import Sample, is_held_out
 
 # who has tars of its own: every loader process; every rank, whose processes share their samples; or
 # nobody: the ranks divide the samples, and the processes of a rank share its samples
@@ -43,7 +43,6 @@ class Streams:
     sources: Sequence[Source]
     read: Callable[[Source, Skipped], Iterator[Sample]]  # counts damage
     hold_out: float  # share of the samples that are left out
-    hold_out_by: HoldOutBy | None
     seed: int
     shuffle_buffer: int  # 0: do not shuffle
     rank: int
@@ -90,7 +89,7 @@ class Streams:
     def in_training(self, order: Order, skipped: Skipped) -> Iterator[Sample]:
         """Yields the samples of tars that are not held out."""
         for sample in self._samples(order, skipped):
-            if not is_held_out(sample, self.hold_out, self.hold_out_by):
+            if not is_held_out(sample, self.hold_out):
                 yield sample
 
     def _order(self, epoch: int) -> list[tuple[Source, int]]:

@@ -37,7 +37,6 @@ from simplclip.data.find_sources import in_words, sources_of
 from simplclip.data.read_tars import read_tar
 from simplclip.data.samples import (
     MAX_BYTES,
-    HoldOutBy,
     Sample,
     described,
     digest_of,
@@ -50,8 +49,7 @@ from simplclip.data.workers import from_workers
 
 # attributes of the loader that a state_dict belongs to
 STATE_OWNER = ("rank", "world_size", "workers", "seed")
-# keys of a state_dict, which in version 0.1.0 had neither digest nor division
-STATE = (*STATE_OWNER, "turn", "passes", "consumed")
+STATE = (*STATE_OWNER, "turn", "passes", "consumed")  # keys of a state_dict
 # arguments that are at least 1
 COUNTS = ("batch_size", "batches_per_step", "captions_per_image", "shuffle_buffer", "max_bytes")
 EMPTY_EPOCHS = 100  # in a row, after which a stream without a usable sample is an error
@@ -75,7 +73,8 @@ class Loader:
     Batches are dicts: "image" uint8 [N, 3, S, S] (`transform.finish` normalises it on the device;
     the images of a caller's own transform are float32 and finished), "text" int64 [N, L], "group"
     int64 [N] (hash of the json's "group", else of shard and key), "key" list[str], "meta"
-    list[dict] (the json). With captions_per_image k > 1 "text" is [N, k, L].
+    list[dict] (the json), "captions" list[list[str]] (those drawn). With captions_per_image k > 1
+    "text" is [N, k, L].
 
     With `teacher` there are also "teacher_image" [N, D] and "teacher_text" [N, D] or [N, k, D],
     float16: a teacher's features of the images and of the drawn captions. If the teacher saw views
@@ -109,7 +108,7 @@ class Loader:
         on_error: "skip" counts damaged tars, "stop" raises ShardError. Broken samples are counted
             in both cases.
         max_bytes: a sample with a file of more bytes is skipped without being read.
-        hold_out, hold_out_by: share of the samples that is left out, see `samples.is_held_out`;
+        hold_out: share of the samples that is left out, see `samples.is_held_out`;
             `held_out` reads it.
         rank, world_size: this process and their number.
         skipped: counts of what was damaged in the batches so far, by reason, with the first of
@@ -140,7 +139,6 @@ class Loader:
     on_error: str = "skip"
     max_bytes: int = MAX_BYTES
     hold_out: float = 0.0
-    hold_out_by: HoldOutBy | None = None
     rank: int = 0
     world_size: int = 1
     skipped: Skipped = field(default_factory=Skipped, init=False)
@@ -157,7 +155,6 @@ class Loader:
         self.sources = sources_of(self.shards)
         check_sidecars(self.sources, self.sidecars)
         tars = [(source.name, source.weight) for source in self.sources]
-        self.former_digest = digest_of(tars)  # that of version 0.1.0
         self.shards_digest = digest_of([*zip(tars, map(size_of, self.sources))])
         self.division = PROCESSES  # until the samples are counted
         step = self.batch_size * self.batches_per_step
@@ -177,7 +174,6 @@ class Loader:
             self.sources,
             read,
             hold_out=self.hold_out,
-            hold_out_by=self.hold_out_by,
             seed=self.seed,
             shuffle_buffer=self.shuffle_buffer if self.shuffle else 0,
             rank=self.rank,
@@ -244,10 +240,6 @@ class Loader:
         decoded. Raises InputError for the state of another rank, seed, or number of ranks or
         workers, of other names, weights or sizes of shards, or of another division of the samples.
         """
-        # as in version 0.1.0, whose digest knows no sizes
-        state = {"shards_digest": self.former_digest, "division": PROCESSES, **state}
-        if state["shards_digest"] == self.former_digest:
-            state["shards_digest"] = self.shards_digest
         for name, value in self._state_owner().items():
             if state.get(name) != value:
                 raise InputError(f"state: expected one of {name} {value}, got {state.get(name)}")
@@ -281,7 +273,7 @@ class Loader:
             first_number = number
             tried = usable = 0
             for consumed, sample in samples:
-                if self.hold_out and is_held_out(sample, self.hold_out, self.hold_out_by):
+                if self.hold_out and is_held_out(sample, self.hold_out):
                     continue
                 turn = number // self.batch_size % workers
                 number += 1
@@ -389,6 +381,7 @@ class Loader:
             "group": torch.tensor(groups, dtype=torch.int64),
             "key": list(keys),
             "meta": list(records),
+            "captions": list(captions),
         }
         if self.teacher:
             teacher_rows = torch.stack(features)

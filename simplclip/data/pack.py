@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import re
 import sys
-import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -27,12 +26,9 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from simplclip.common.errors import InputError, UserError
 from simplclip.common.processes import cores, end_with_parent
 from simplclip.common.progress import Progress, print_lines
-from simplclip.data.captions import SomeCaptions
 from simplclip.data.decode_images import open_image, remarks_on
 from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.readers import is_source, open_source, split_of
@@ -43,7 +39,6 @@ from simplclip.data.samples import (
     captions_of,
     file_bytes,
     record_of,
-    text_of,
 )
 from simplclip.data.write_tars import TarFolder, add, entry_of, new_tar, skipped_in
 
@@ -177,41 +172,6 @@ def _with_sources_replaced(
         return value
 
     return replace_sources(data)
-
-
-def summary(shards: list[str], examples: int = 3) -> str:
-    """Returns lines on shards that `pack` made: captions, sizes of images, some samples."""
-    shards = list(dict.fromkeys((shards[0], shards[len(shards) // 2], shards[-1])))
-    records: list[dict[str, Any]] = []
-    sides: list[int] = []
-    for shard in shards:
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                content = tar.extractfile(member).read()  # type: ignore[union-attr]
-                if member.name.endswith(".json"):
-                    records.append(json.loads(content))
-                else:
-                    sides.append(min(open_image(content).size))
-    some = SomeCaptions()
-    for record in records:
-        some.add(record["source"], record["captions"], text_of(record, "group"))
-    words = [len(caption.split()) for caption in some.all]
-    kilobytes = sum(map(os.path.getsize, shards)) / len(records) / 1000
-    lines = [
-        f"captions  {len(words) / len(records):.1f} an image; words: {_spread(words)}",
-        f"          {some.counts()}",
-        f"images    pixels of the short side: {_spread(sides)}; {kilobytes:,.1f} kB a sample",
-    ]
-    lines += [f"  {example}" for example in some.examples(examples)]
-    if warning := some.warning():
-        lines.append(f"warning   {warning}")
-    return "\n".join(lines)
-
-
-def _spread(numbers: list[int]) -> str:
-    """Returns some numbers in words: "median 9, 95 % up to 20, at most 51"."""
-    median, most, largest = np.quantile(numbers, (0.5, 0.95, 1), method="higher")
-    return f"median {median}, 95 % up to {most}, at most {largest}"
 
 
 def _write_missing_shards(

@@ -1,9 +1,8 @@
 """The samples of tars, in stored order. webdataset opens streams and groups files, tarfile reads
 the members.
 
-A tar may come from anywhere: what is no regular file or has a name above 4,096 bytes is passed
-over, what is too large is not read and breaks its sample, and a damaged part ends the tar. None of
-this ends the run unless on_error is "stop".
+What is no regular file is passed over, what is too large is not read and breaks its sample, and a
+damaged part ends the tar. None of this ends the run unless on_error is "stop".
 """
 
 from __future__ import annotations
@@ -17,28 +16,20 @@ import tarfile
 import time
 from collections.abc import Iterator
 from importlib import import_module
-from itertools import islice
 from typing import Any, NamedTuple
 
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
-from simplclip.common.errors import UserError
-from simplclip.data.captions import SomeCaptions, spread
 from simplclip.data.decode_images import IMAGE_SUFFIXES
 from simplclip.data.errors import BrokenSample, ShardError, Skipped
 from simplclip.data.find_sidecars import Folders, sidecars_of
-from simplclip.data.find_sources import Address, Source, sources_of
+from simplclip.data.find_sources import Address, Source
 from simplclip.data.samples import (
     MAX_BYTES,
     TEACHER,
     TEACHER_JSON,
     TEXT_BYTES,
     Sample,
-    captions_of,
-    record_of,
-    sample_name,
-    source_of,
-    text_of,
 )
 
 DAMAGED = "damaged tar"  # the reason under which a tar's damage is counted
@@ -50,21 +41,6 @@ SUFFIXES = (*IMAGE_SUFFIXES, *TEXTS, TEACHER)  # files that are read
 # most zeros after the block that ends a tar: tar fills its last record, which has 10,240 bytes and,
 # by -b 2048, up to 1 MiB. More are a part that was never written, e.g. of a broken download.
 _PADDING_BYTES = 1 << 20
-_SOME_TARS = 8  # tars of which `some_captions` reads samples
-_SMALL_BYTES = 1 << 16  # most bytes of a file that `read_texts` reads
-_NAME_BYTES = 4096  # most bytes of a name; systems allow no longer path
-# most bytes of a member: passing over more of a stream that has ended would take long
-_MEMBER_BYTES = 1 << 34
-# most bytes of a member's extended headers; tarfile may take quadratic time (CVE-2024-6232)
-_EXTENDED_BYTES = 16 << 10
-_EXTENDED_TYPES = (
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-)
-
 _gopen = import_module("webdataset.gopen")  # the package has a function of this name too
 
 
@@ -90,27 +66,6 @@ class Member(tarfile.TarInfo):
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"bad header at byte {archive.offset}: {error}") from None
 
-    def _block(self, count: int) -> int:
-        """Rounds bytes up to whole blocks. Raises ReadError below 0 or above _MEMBER_BYTES."""
-        # tarfile before Python 3.11.14 goes back by a negative size, for ever (CVE-2025-8194)
-        if not 0 <= count <= _MEMBER_BYTES:
-            raise tarfile.ReadError(f"a size of {count}")
-        return super()._block(count)  # type: ignore[misc]
-
-    def _proc_member(self, archive: tarfile.TarFile) -> Any:
-        """Raises ReadError for extended headers in a row of more than _EXTENDED_BYTES."""
-        extended = 0
-        if self.type in _EXTENDED_TYPES:
-            extended = getattr(archive, "extended", 0) + tarfile.BLOCKSIZE + self._block(self.size)
-        if extended > _EXTENDED_BYTES:
-            raise tarfile.ReadError(f"extended headers of {extended:,} bytes")
-        archive.extended = extended  # type: ignore[attr-defined]
-        return super()._proc_member(archive)  # type: ignore[misc]
-
-    def _proc_gnusparse_10(self, member: Any, headers: Any, archive: Any) -> None:
-        """Sets `member.sparse` to an empty list in place of reading the map of its holes."""
-        member.sparse = []  # a list of holes may be as long as the file; sparse files are not read
-
 
 def read_tar(
     source: Source,
@@ -123,8 +78,8 @@ def read_tar(
     """Yields the samples of a tar in stored order, with the files of its sidecars.
 
     A sample is a dict of "__key__", "__url__", "__shard__" and its files of SUFFIXES: suffix in
-    lower case -> bytes, or a BrokenSample for a file that was not read, since it is too large or
-    sparse. A stream or disk that fails is tried again, from the sample where it failed.
+    lower case -> bytes, or a BrokenSample for a file that was not read, since it is too large. A
+    stream or disk that fails is tried again, from the sample where it failed.
 
     skipped: damage of the tar is added to it. sidecars: their folders, if not None; then a key that
     comes again is a broken sample. max_bytes: most bytes of a file.
@@ -153,34 +108,6 @@ def read_tar(
                 reason = error.strerror or str(error) or type(error).__name__
                 raise ShardError(f"shard {str(source.url)!r} cannot be read: {reason}") from error
             time.sleep(wait)
-
-
-def some_captions(shards: Any, sidecars: Folders = (), most: int = 1024) -> SomeCaptions:
-    """Returns the captions of up to `most` samples of some tars, from the first to the last one.
-
-    shards: as `sources_of` takes them; of streams the first one alone is read. sidecars: folders
-    whose files are joined. Broken samples are passed over, and an error of a tar ends the samples.
-    """
-    sources = sources_of(shards)
-    files = [source for source in sources if not isinstance(source.url, Address)]
-    tars = [files[index] for index in spread(len(files), _SOME_TARS)]
-    each = most // (len(tars) or _SOME_TARS)  # a network may be slow
-    some = SomeCaptions()
-    with contextlib.suppress(UserError):
-        for source in tars or sources[:1]:
-            for sample in islice(read_texts(source, sidecars), each):
-                with contextlib.suppress(BrokenSample):
-                    record = record_of(sample)
-                    name = source_of(record) or sample_name(sample)
-                    some.add(name, captions_of(sample, record), text_of(record, "group"))
-    return some
-
-
-def read_texts(source: Source, sidecars: Folders = ()) -> Iterator[Sample]:
-    """Yields a tar's samples without damage and files above _SMALL_BYTES, as most images."""
-    samples = read_tar(source, Skipped(), sidecars=sidecars or None, max_bytes=_SMALL_BYTES)
-    for sample in samples:
-        yield {name: value for name, value in sample.items() if not isinstance(value, BrokenSample)}
 
 
 def _with_sidecars(
@@ -265,9 +192,6 @@ def _members(
             tarfile.open(fileobj=stream, mode=mode, bufsize=1 << 20, tarinfo=Member) as archive,
         ):
             for member, key, suffix in _used_members(archive):
-                if len(member.name.encode("utf-8", "surrogatepass")) > _NAME_BYTES:
-                    skipped.add("name too long", source.name, member.name[:100])
-                    continue
                 limit = min(TEXT_BYTES, max_bytes) if suffix in TEXTS else max_bytes
                 unread_key = key
                 data = _contents(archive, member, limit)
@@ -326,12 +250,7 @@ def _check_rest(archive: tarfile.TarFile) -> None:
 def _contents(
     archive: tarfile.TarFile, member: tarfile.TarInfo, limit: int
 ) -> bytes | BrokenSample:
-    """Returns the current member's bytes; a BrokenSample for a sparse or too large one."""
-    if member.issparse():
-        return BrokenSample("sparse file", member.name)
-    if member.size < 0 or member.offset_data + member.size > archive.offset:
-        # by a global pax header
-        raise tarfile.ReadError(f"{member.name} has a wrong size, {member.size}")
+    """Returns the current member's bytes; a BrokenSample for one that is too large."""
     if member.size > limit:
         return BrokenSample(
             "file too large", f"{member.name} of {member.size:,} bytes, expected at most {limit:,}"

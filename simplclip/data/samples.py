@@ -19,7 +19,7 @@ import stat
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -43,8 +43,6 @@ LONGEST = 8192
 LONGEST_WORD = 2048
 # lists and objects within each other in a json; at about 500 Python can read but not pickle it
 DEEPEST = 100
-# what a hold-out goes by for samples without a group, see `is_held_out`
-HoldOutBy = Literal["picture", "shard"]
 _CONSTANTS = {"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}  # of a JSON text
 _NO_CHARACTER = re.compile("[\ud800-\udfff\0]")
 # without white space that ftfy, which open_clip's tokenizer uses, removes from within words
@@ -111,10 +109,10 @@ def _group_id(group: str | None, name: str) -> int:
     return stable_hash(text) >> 1
 
 
-def is_held_out(sample: Sample, share: float, by: HoldOutBy | None = None) -> bool:
+def is_held_out(sample: Sample, share: float) -> bool:
     """Whether a sample is in the share, 0 to 1, that evaluation reads and training skips.
 
-    It is told by the hash of its group, else, with `by` "picture", of its picture, else of its
+    It is told by the hash of its group, else of the path in its json's "source", else of its
     shard's name and key. A sample whose json is broken is not held out; its reader counts it.
     """
     if not share or isinstance(sample.get("json"), BrokenSample):
@@ -123,17 +121,15 @@ def is_held_out(sample: Sample, share: float, by: HoldOutBy | None = None) -> bo
         record = record_of(sample)
     except BrokenSample:
         return False
-    group, picture = text_of(record, "group"), None
-    if group is None and by == "picture":
-        picture = picture_of(record)
-    if picture is None:
-        hashed = _group_id(group, sample_name(sample))
+    group, path = text_of(record, "group"), _path_of(record)
+    if group is None and path is not None:
+        hashed = stable_hash(f"picture/{path}") >> 1
     else:
-        hashed = stable_hash(f"picture/{picture}") >> 1
+        hashed = _group_id(group, sample_name(sample))
     return hashed < share * 2**63
 
 
-def picture_of(record: dict[str, Any]) -> str | None:
+def _path_of(record: dict[str, Any]) -> str | None:
     """Returns the path of a sample's image in its collection, without the image's ending.
 
     Copies of the collection have the same paths. None without a "source", or if it is a URL.

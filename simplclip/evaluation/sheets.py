@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from simplclip.common.plotting import GREEN, GREY, any_text, shortened, show
+from simplclip.common.plotting import GREEN, GREY, any_text, shortened, show, write
 from simplclip.evaluation.index import Index
 
 TOP = 5  # answers of a query
@@ -33,6 +34,11 @@ class Query(NamedTuple):
     row: int
     part: str
     answers: list[Answer]
+
+
+def write_sheet(picture: Path, index: Index, title: str, subtitles: Sequence[str]) -> None:
+    """Writes a contact sheet to the file `picture`, which is replaced."""
+    write(contact_sheet(index, title, subtitles), picture)
 
 
 def contact_sheet(index: Index, title: str, subtitles: Sequence[str] = ("", "")) -> Figure:

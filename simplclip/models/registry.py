@@ -16,7 +16,6 @@ from timm.layers.helpers import to_2tuple
 from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
-from simplclip.data.captions import spread
 from simplclip.data.transforms import ImageTransform
 from simplclip.models.naming import NAMES, PLAIN, check_name
 from simplclip.models.presets import SPECS, Spec, Tokenizer
@@ -205,8 +204,8 @@ def is_cut(tokenize: Tokenizer, texts: Sequence[str]) -> Tensor:
 
 def cut_in_words(tokenize: Tokenizer, captions: Sequence[str]) -> str | None:
     """Returns a sentence on how many captions are cut; None if none is, of up to LOOKED_AT."""
-    looked_at = [captions[index] for index in spread(len(captions), LOOKED_AT)]
-    cut = int(is_cut(tokenize, looked_at).sum())
+    looked_at = captions[:: -(-len(captions) // LOOKED_AT) or 1]
+    cut = int(is_cut(tokenize, looked_at).sum()) if looked_at else 0
     if not cut:
         return None
     length = tokenize([""]).shape[1]

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -189,18 +188,15 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     return model.eval(), state
 
 
-def load_source(
-    source: str | os.PathLike, checkpoint: str | os.PathLike | None = None
-) -> dict[str, Any]:
-    """Loads the model that `source` names, see `simplclip.models.weights` and `simplclip.load`.
+def load_source(parsed: Source) -> dict[str, Any]:
+    """Loads the model that a source names, see `simplclip.models.weights` and `simplclip.load`.
 
-    checkpoint: a file of its weights, if `source` does not have it. Beside a TAG, which then says
-    only the preprocessing. A model of open_clip with a single known tag gets its preprocessing.
+    Beside a file of weights, a tag says only the preprocessing. A model of open_clip with a single
+    known tag gets its preprocessing.
 
     Returns: "name", "model", "preprocess" (RGB image -> float32 [3, S, S]), "tokenizer" (texts ->
     int64 [N, L]); also "step" of a checkpoint or export, and "config" of a checkpoint.
     """
-    parsed = parse_source(source, checkpoint)
     if parsed.name.startswith(PLAIN):
         return _load_open_clip(parsed)
     if parsed.name:

@@ -79,17 +79,14 @@ class Config(Section):
     @property
     def held_out(self) -> dict[str, Any]:
         """The split of eval.hold_out by its name, as `data.held_out` takes it; {} without one."""
-        return {"held_out": self.divided} if self.eval.hold_out else {}
-
-    @property
-    def divided(self) -> dict[str, Any]:
-        """The training data with the share that eval.hold_out holds out, as in `held_out`."""
-        return {
+        if not self.eval.hold_out:
+            return {}
+        divided = {
             "shards": self.data.train,
             "hold_out": self.eval.hold_out,
-            "hold_out_by": self.eval.hold_out_by,
             "sidecars": self.data.sidecars,
         }
+        return {"held_out": divided}
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the values of all sections, with all defaults, as plain JSON values."""

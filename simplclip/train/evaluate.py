@@ -10,6 +10,7 @@ from torch import Tensor
 
 from simplclip import evaluation
 from simplclip.common import ranks
+from simplclip.data import HeldOut
 from simplclip.data.samples import digest_of
 from simplclip.models.trained import image_transform, tokenizer
 from simplclip.train.checkpoint import Snapshot
@@ -19,9 +20,9 @@ from simplclip.train.setup import State
 from simplclip.train.signals import Stopped, StopSignals
 
 
-@dataclass(frozen=True)
-class _Towers(evaluation.Towers):
-    """Towers that give way to a signal before each batch, by `Stopped`."""
+@dataclass
+class _Encoder(evaluation.Encoder):
+    """An encoder that gives way to a signal before each batch, by `Stopped`."""
 
     stop: StopSignals = field(kw_only=True)
 
@@ -31,14 +32,11 @@ class _Towers(evaluation.Towers):
         return super().features(tower, inputs)
 
 
-def load_splits(config: Config, splits: dict[str, Any]) -> dict[str, evaluation.Split]:
+def load_splits(config: Config, splits: dict[str, Any]) -> dict[str, HeldOut]:
     """Returns held-out data of `data.held_out` by name; {} if the run does not evaluate."""
     if not config.eval.every:
         return {}
-    section = config.model.model_dump()
-    return evaluation.load_splits(
-        splits, tokenizer=tokenizer(section), transform=image_transform(section)
-    )
+    return evaluation.load_splits(splits, image_transform(config.model.model_dump()))
 
 
 def is_due(state: State, snapshot: Snapshot) -> bool:
@@ -51,7 +49,7 @@ def is_due(state: State, snapshot: Snapshot) -> bool:
 
 def evaluate(
     state: State,
-    splits: dict[str, evaluation.Split],
+    splits: dict[str, HeldOut],
     snapshot: Snapshot,
     stop: StopSignals,
     log: Log,
@@ -74,7 +72,7 @@ def evaluate(
 
 def _evaluate(
     state: State,
-    splits: dict[str, evaluation.Split],
+    splits: dict[str, HeldOut],
     snapshot: Snapshot,
     stop: StopSignals,
     log: Log,
@@ -82,19 +80,28 @@ def _evaluate(
     """Prints and writes the figures of the splits, and the weights if they are the best."""
     recalls, digests = [], []
     # as `simplclip evaluate` and the export compute, so that the figures are equal
-    towers = _Towers(state.model, state.device, "fp32", stop=stop)
+    section = state.config.model.model_dump()
+    encoder = _Encoder(
+        name="checkpoint",
+        model=state.model,
+        preprocess=image_transform(section),
+        tokenizer=tokenizer(section),
+        device=state.device,
+        precision="fp32",
+        stop=stop,
+    )
     with state.ema.in_place() if state.ema else nullcontext():
         state.model.eval()
-        for name, split in splits.items():
-            index = evaluation.encode(towers, split, workers=state.config.data.workers)
+        for name, held in splits.items():
+            index = evaluation.encode(encoder, held, workers=state.config.data.workers)
             log.print_skipped(name, index)
             loss = ranks.on_first(_loss, state, index)
             retrieval = ranks.on_first(index.retrieval, state.device)
             if retrieval and loss is not None:
                 digests.append([name, ranks.on_first(index.digest)])
-                for direction, figures in retrieval.directions.items():
+                for direction, figures in retrieval.items():
                     log.write_evaluation(name, direction, figures, loss)
-                    recalls.append(figures["R@1"].value)
+                    recalls.append(figures["R@1"]["value"])
             ranks.on_first(log.write_sheet, name, index)
             if loss is not None:
                 size = min(len(index), state.config.data.batch_size)

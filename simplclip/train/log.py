@@ -17,10 +17,11 @@ from simplclip.common.errors import InputError
 from simplclip.common.files import write_csv
 from simplclip.common.plotting import any_text
 from simplclip.common.progress import Pace, duration, print_lines
-from simplclip.data import Division
 from simplclip.evaluation.index import Index
 from simplclip.evaluation.results import Recall
 from simplclip.evaluation.sheets import contact_sheet
+from simplclip.models.presets import Tokenizer
+from simplclip.models.registry import cut_in_words
 from simplclip.ops import registry
 from simplclip.train.config import Config
 from simplclip.train.curves import NAMES, read_figures, rise, write_curves
@@ -139,12 +140,12 @@ class Log:
             "split": split,
             "direction": direction,
         }
-        row |= {name: figure.value for name, figure in recall.items()}
+        row |= {name: figure["value"] for name, figure in recall.items()}
         row["loss"] = loss
-        row |= {f"chance {name}": figure.chance for name, figure in recall.items()}
+        row |= {f"chance {name}": figure["chance"] for name, figure in recall.items()}
         self.write("evaluation", row)
         figures = "  ".join(
-            f"{name} {figure.value:.1%} (chance {figure.chance:.1%})"
+            f"{name} {figure['value']:.1%} (chance {figure['chance']:.1%})"
             for name, figure in recall.items()
         )
         self.print(f"evaluation {split} {direction.replace('_', ' ')}: {figures}")
@@ -215,8 +216,7 @@ def first_lines(state: State, why_precision: str, resolved: Resolved) -> Iterato
     total = sum(p.numel() for p in state.model.parameters())
     yield f"model      {config.model.name}: {total:,} parameters, of which {trained:,} train"
     yield from state.lines
-    yield from _data_lines(config, resolved.samples, resolved.division)
-    yield from resolved.lines
+    yield from _data_lines(config, resolved.samples)
     yield f"loss       {_loss(state)}"
     yield from describe(state.optimizer, state.model, config)
     processes = f"CPU threads: {torch.get_num_threads()}; loader processes: {config.data.workers}"
@@ -230,7 +230,7 @@ def first_lines(state: State, why_precision: str, resolved: Resolved) -> Iterato
         )
 
 
-def _data_lines(config: Config, samples: int | None, division: Division | None) -> Iterator[str]:
+def _data_lines(config: Config, samples: int | None) -> Iterator[str]:
     """Yields the lines about the data: its size, and what is held out."""
     size = config.data.batch_size
     steps = config.run.steps or 0
@@ -244,12 +244,16 @@ def _data_lines(config: Config, samples: int | None, division: Division | None) 
     else:
         epochs = f"{samples / size:,.1f} steps an epoch, {steps * size / samples:,.1f} epochs"
         yield f"data       {samples:,} images, {drawn}; {epochs}"
-    if division:
-        yield (
-            f"held out   {division.held_out:,} images, eval.hold_out={config.eval.hold_out:g} of "
-            f"all; {division.repeated:,} of their {division.captions:,} captions stand verbatim in "
-            "training"
-        )
+    if config.eval.hold_out:
+        yield f"held out   eval.hold_out={config.eval.hold_out:g} of all images"
+
+
+def lines_on_captions(batch: Mapping[str, Any], tokenize: Tokenizer) -> Iterator[str]:
+    """Yields lines about a batch's captions: three examples, and how many are cut."""
+    for key, record, captions in list(zip(batch["key"], batch["meta"], batch["captions"]))[:3]:
+        yield f"caption    {record.get('source', key)}: {' | '.join(captions)[:90]}"
+    if cut := cut_in_words(tokenize, [caption for drawn in batch["captions"] for caption in drawn]):
+        yield f"warning    {cut}"
 
 
 def _loss(state: State) -> str:

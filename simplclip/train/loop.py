@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from simplclip import data, evaluation
+from simplclip import data
 from simplclip.common import generators, hardware, ranks
 from simplclip.common.errors import InputError, UserError
 from simplclip.common.files import check_writable, locked
@@ -27,7 +27,7 @@ from simplclip.train.checkpoint import Snapshot
 from simplclip.train.config import Config, ConfigError
 from simplclip.train.distributed import wrap
 from simplclip.train.evaluate import evaluate, is_due, load_splits
-from simplclip.train.log import Log, first_lines
+from simplclip.train.log import Log, first_lines, lines_on_captions
 from simplclip.train.resolve import (
     Resolved,
     resolve,
@@ -116,7 +116,7 @@ def run(
 
 def _start(
     config: Config, former: dict[str, Any] | None, device: torch.device, precision: str
-) -> tuple[State, dict[str, evaluation.Split], Resolved]:
+) -> tuple[State, dict[str, data.HeldOut], Resolved]:
     """Makes a run's state, its resolved config, and its held-out data by name."""
     state: Any = None
     _micro_batch_size_and_count(config)
@@ -136,7 +136,7 @@ def _start(
     return state, splits, resolved
 
 
-def _check_alike(state: State, loader: data.Loader, splits: dict[str, evaluation.Split]) -> None:
+def _check_alike(state: State, loader: data.Loader, splits: dict[str, data.HeldOut]) -> None:
     """Raises InputError on all ranks if one has another config, data or frozen weights.
 
     Nodes have files of their own. Data are compared by names and sizes of their files, configs but
@@ -152,7 +152,7 @@ def _check_alike(state: State, loader: data.Loader, splits: dict[str, evaluation
         "config": settings,
         "data.train": _sizes(loader.sources),
         "data.sidecars": [[os.path.getsize(path) for path in paths] for paths in sidecars],
-        "eval.splits": {name: _sizes(split.data.sources) for name, split in splits.items()},
+        "eval.splits": {name: _sizes(split.sources) for name, split in splits.items()},
         "inherit.source, model.checkpoint": checksums(frozen),
     }
     gathered = ranks.all_gather({name: digest_of([part]) for name, part in parts.items()})
@@ -172,7 +172,7 @@ def _sizes(sources: Iterable[Source]) -> list[tuple[str, int | None]]:
 def _train(
     state: State,
     loader: data.Loader,
-    splits: dict[str, evaluation.Split],
+    splits: dict[str, data.HeldOut],
     snapshot: Snapshot,
     stop: StopSignals,
     log: Log,
@@ -221,7 +221,10 @@ def load_micro_batches(state: State, loader: data.Loader, log: Log) -> Iterator[
     _, count = _micro_batch_size_and_count(state.config)
     batches: list[Batch] = []
     reported = 0  # reasons for which samples are left out
-    for batch in loader:
+    for number, batch in enumerate(loader):
+        if not number:
+            for line in lines_on_captions(batch, loader.tokenizer):
+                log.print(line)
         batches.append(_copied(batch) if count > 1 else batch)
         if len(batches) < count:
             continue
@@ -271,7 +274,6 @@ def make_loader(state: State) -> data.Loader:
         teacher=config.loss.needs_teacher,
         sidecars=section.sidecars,
         hold_out=config.eval.hold_out,
-        hold_out_by=config.eval.hold_out_by,
         pin_memory=state.device.type == "cuda",
         seed=config.run.seed,
         rank=ranks.number(),

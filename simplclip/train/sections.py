@@ -22,7 +22,6 @@ from pydantic import (
 from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
 
 from simplclip.common.terms import BASES, BY_NAME, TEACHER_TERMS, TERMS
-from simplclip.data.samples import HoldOutBy
 
 DEVICES = r"^(auto|cpu|cuda(:\d+)?)$"
 
@@ -332,12 +331,6 @@ class EvalConfig(Section):
         "held_out; samples of a group stay together",
         ge=0,
         lt=1,
-    )
-    hold_out_by: HoldOutBy | None = setting(
-        None,
-        "what hold_out goes by without a group: picture, the image's path in its collection, so "
-        "that copies agree, or shard, the shard's name and the key. null: picture if the run "
-        "begins; shard in runs that began before there was this key",
     )
     every: int = setting(
         0, "steps between evaluations of the splits during training; 0: never", ge=0

@@ -75,7 +75,7 @@ def test_any_caption_is_drawn_and_the_right_answers_are_green(tmp_path, count):
         rows.append((f"k{i}", {"png": png(i, [(12, 12), (8, 30), (30, 8)][i % 3]), "json": record}))
     eye = torch.eye(count)
     held = data.held_out(write_shard(tmp_path / "a.tar", rows))
-    figure = contact_sheet(index_of(held, None, eye, eye), LONG, (LONG, LONG))
+    figure = contact_sheet(index_of(held, eye, eye), LONG, (LONG, LONG))
     write(figure, tmp_path / "sheet.png")
     width, height = Image.open(tmp_path / "sheet.png").size
     assert width == 800

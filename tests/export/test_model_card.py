@@ -2,6 +2,7 @@
 sources, settings, and licences to be filled in.
 """
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,12 +11,12 @@ import torch
 from huggingface_hub import ModelCard
 
 from simplclip import export, model_card
-from simplclip.evaluation import Classification, Figure, Results, SplitResult
 from simplclip.models.trained import load_model
 from support.models.exported_models import VIT
 from support.train.runs import save_run
 
-SHARES = {f"R@{k}": Figure(value=k / 16, chance=k / 1000) for k in (1, 5, 10)}
+SHARES = {f"R@{k}": {"value": k / 16, "chance": k / 1000} for k in (1, 5, 10)}
+HELD = {"image_to_text": SHARES, "text_to_image": SHARES, "zero_shot": None}
 UNMEASURED = "there are no held-out figures"
 CARD = "README.md"
 
@@ -33,15 +34,8 @@ class Trained(NamedTuple):
         return model_card.card(self.model, self.state | {"config": config}, self.run, "")
 
     def write_results(self, checkpoint="best.pt", step=7, **splits) -> None:
-        results = Results(
-            checkpoint=str(self.run / checkpoint),
-            model="siclip-tiny",
-            step=step,
-            precision="fp32",
-            versions={"simplclip": "0.0.9"},
-            splits=splits,
-        )
-        (self.run / "evaluation.json").write_text(results.model_dump_json())
+        results = {"checkpoint": str(self.run / checkpoint), "step": step, "splits": splits}
+        (self.run / "evaluation.json").write_text(json.dumps(results))
 
 
 @pytest.fixture
@@ -54,12 +48,9 @@ def trained(tmp_path):
 @pytest.mark.slow
 def test_a_card_of_a_run_that_was_evaluated(trained, tmp_path):
     torch.save(trained.state, trained.run / "best.pt")
-    held = SplitResult(images=9, texts=12, image_to_text=SHARES, text_to_image=SHARES)
-    top = Figure(value=0.5, chance=0.25)
-    labels = Classification(
-        classes=[*"abcd"], images=3, templates=["{}"], top1=top, top5=top, mean_per_class=top
-    )
-    trained.write_results(held=held, things=SplitResult(images=3, texts=0, zero_shot=labels))
+    top = {"value": 0.5, "chance": 0.25}
+    labels = {"zero_shot": {"top1": top, "top5": top, "mean_per_class": top}}
+    trained.write_results(held=HELD, things=labels)
     out = tmp_path / "out"
     export.run(trained.run, out)
     card = ModelCard.load(out / CARD)
@@ -73,10 +64,10 @@ def test_a_card_of_a_run_that_was_evaluated(trained, tmp_path):
     assert "- things, mean per class: 50.0% (chance 25.0%)" in lines
     parameters = sum(p.numel() for p in trained.model.parameters())
     assert f"of {parameters:,} parameters, trained to step 7 by simplclip" in card.text
-    for line in ("- Sources: `x.tar`", "- Started from: random weights", "    none"):
+    for line in ("- Started from: random weights", "    none"):
         assert line in lines
     assert "- Images in an epoch: 841" in lines
-    assert f'    encoder = simplclip.load("{out}")' in lines
+    assert f"    encoder = simplclip.load({str(out)!r})" in lines
     assert "    register_models()" in lines
     (out / CARD).write_text("my card")  # e.g. with a licence
     export.run(trained.run, out, force=True)
@@ -86,8 +77,7 @@ def test_a_card_of_a_run_that_was_evaluated(trained, tmp_path):
 @pytest.mark.slow
 def test_figures_of_another_checkpoint_or_a_damaged_file_are_not_the_models(trained):
     assert UNMEASURED in trained.card()
-    held = SplitResult(images=9, texts=9, image_to_text=SHARES, text_to_image=SHARES)
-    trained.write_results(step=6, held=held)
+    trained.write_results(step=6, held=HELD)
     assert UNMEASURED in trained.card()
     for damaged in ("[1]", "{"):
         (trained.run / "evaluation.json").write_text(damaged)
@@ -95,18 +85,14 @@ def test_figures_of_another_checkpoint_or_a_damaged_file_are_not_the_models(trai
 
 
 @pytest.mark.slow
-def test_a_card_names_sources_and_settings_without_folders_and_secrets(trained):
-    packed = [f"/home/me/runs/a/shards/photos/{number}.tar" for number in range(3)]
-    addresses = ["https://me:secret@host/set/{00..10}.tar?key=secret", "pipe:get --key secret"]
-    train = [*packed, {"shards": "/home/me/cc3m/{0..9}.tar", "weight": 2.0}, *addresses]
+def test_a_card_names_its_start_and_settings_without_folders_and_secrets(trained):
+    train = ["/home/me/a/0.tar", {"shards": "pipe:get --key secret", "weight": 2.0}]
     text = trained.card(
         data={"train": train, "sidecars": ["/home/me/b/teacher"]},
         inherit={"source": ["efficientnet-lite0", "/home/me/weights.pt"]},
         optim={"lr": 0.5, "grad_clip": None},
     )
-    names = "`photos`, `cc3m/{0..9}.tar`, `host/set/{00..10}.tar`, `the output of a command`"
     lines = text.splitlines()
-    assert f"- Sources: {names}" in lines
     assert "- Started from: `efficientnet-lite0`, `me/weights.pt`" in lines
     settings = [line for line in lines if line.startswith("    optim")]
     assert settings == ["    optim.lr: 0.5", "    optim.grad_clip: null"]
@@ -117,7 +103,7 @@ def test_a_card_names_sources_and_settings_without_folders_and_secrets(trained):
 @pytest.mark.slow
 def test_a_card_of_another_version_and_for_transformers(trained, tmp_path):
     """The settings of another version are unknown."""
-    assert "- Sources: unknown" in trained.card(data={"of_old": 1})
+    assert "- Started from: unknown" in trained.card(data={"of_old": 1})
     save_run(tmp_path / "vit", f"open_clip:{VIT}")
     export.run(tmp_path / "vit", tmp_path / "out", to="transformers")
     card = ModelCard.load(tmp_path / "out" / CARD)

@@ -106,8 +106,8 @@ def test_captions_are_used_or_counted(content, expected):
         except BrokenSample as broken:
             skipped.add(broken.reason, "a.tar/k", broken.args[1])
     assert (captions, dict(skipped.counts)) == expected
-    index = index_of(data.held_out("a.tar"), tokenizer)
-    str(index.split.data.nothing_usable(index.skipped)).encode()
+    index = index_of(data.held_out("a.tar"))
+    str(index.data.nothing_usable(index.skipped)).encode()
     assert (index.captions, dict(index.skipped.counts)) == expected
     assert captions == [] or tokenizer(captions).shape == (1, 8)
     assert len(str(skipped)) < 1000
@@ -116,7 +116,8 @@ def test_captions_are_used_or_counted(content, expected):
 
 
 def test_names_of_classes_in_latin_1_are_refused():
+    write("a.tar", [("k", {"png": png(), "cls": b"0"})])
     Path("c.txt").write_bytes(b"caf\xe9\nx\n")
     message = "expected imagenet or a file of names, got c.txt: .*utf-8"
     with pytest.raises(InputError, match=message):
-        evaluation.class_names("c.txt")
+        evaluation.named(data.held_out("a.tar"), "c.txt")
