@@ -129,7 +129,6 @@ def test_every_cell_runs(tmp_path, monkeypatch, request):
     card = (tmp_path / "export" / "README.md").read_text("utf-8")
     for words in (
         "- held_out, image to text R@1: ",
-        "- Sources: `photos`\n",
         "- Started from: `efficientnet-lite0`, `minilm`\n",
         "    data.batch_size: 8\n",
     ):
