@@ -129,6 +129,13 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
   return cudaSuccess;
 }
 
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+  if (!kernels.count(kernel)) return fail(cudaErrorInvalidDeviceFunction);
+  *attributes = {};
+  attributes->binaryVersion = kGpus[current].major * 10 + kGpus[current].minor;
+  return cudaSuccess;
+}
+
 // Devices
 
 cudaError_t cudaGetDeviceCount(int* count) {
