@@ -1,7 +1,7 @@
 // shaped_attention on CUDA tensors: the launches of its kernels. simplclip/ops/attention/cuda.py says which calls they serve, and
 // aligns the heads.
 #include "call_structs.h"  // written by setup.py, see csrc/call_headers.py
-#include "plan.h"
+#include "attention.h"
 
 namespace simplclip {
 namespace {
