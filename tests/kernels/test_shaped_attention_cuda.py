@@ -84,14 +84,6 @@ def test_more_values_and_gradients(tokens, kind, sm):
             check_lengths(tokens, width, kind, sm)
 
 
-def test_gains_of_more_sequences_than_lanes():
-    parts = torch.randn(70, 3, 2, generator=torch.Generator().manual_seed(0))
-    sums = torch.full((3, 2), torch.nan)
-    with attention.card(86, tf32=False) as machine:
-        attention.start_gains(machine, parts, sums)
-    torch.testing.assert_close(sums, parts.sum(0))
-
-
 @pytest.mark.prove
 @pytest.mark.parametrize("variant", [ptx.fused, ptx.noisy])
 @pytest.mark.parametrize("kind", TYPES)
@@ -127,7 +119,6 @@ def test_addresses_at_large_sizes(order, kind):
         gains = torch.empty(3, heads)
         lse = torch.empty(batch, heads, tokens)
         parts = torch.empty(batch, 3, heads)
-        sums = torch.empty(3 * heads)
         call = AttentionCall(q, k, v, gains, None, 1.0, False)
 
         def check_launch(launch: Launch, written: dict[str, torch.Tensor]) -> None:
@@ -139,8 +130,6 @@ def test_addresses_at_large_sizes(order, kind):
         check_launch(forward, {"out": out, "lse": lse})
         backward = attention.start_shaped(machine, True, call, lse, grad, dq, dk, dv, parts)
         check_launch(backward, {"dq": dq, "dk": dk, "dv": dv, "parts": parts})
-        gained = attention.start_gains(machine, parts, sums)
-        check_launch(gained, {"sums": sums})
 
 
 @pytest.mark.slow

@@ -16,12 +16,6 @@ from simplclip.ops.backends import Reference
 aten = torch.ops.aten
 
 
-def _quickgelu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """Returns grad times the derivative of x sigmoid(1.702 x)."""
-    s = torch.sigmoid(1.702 * x)
-    return grad * (s + 1.702 * x * s * (1 - s))
-
-
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -32,7 +26,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": lambda grad, x: aten.gelu_backward(grad, x, approximate="none"),
     "gelu_tanh": lambda grad, x: aten.gelu_backward(grad, x, approximate="tanh"),
-    "quickgelu": _quickgelu_backward,
+    # x sigmoid(a x) is silu(a x) / a
+    "quickgelu": lambda grad, x: aten.silu_backward(grad, 1.702 * x),
     "relu": lambda grad, x: aten.threshold_backward(grad, x, 0),
     "silu": aten.silu_backward,
 }
@@ -62,9 +57,3 @@ class ReferenceMlp(Reference):
             d_weight = weight.new_empty(0, weight.shape[1])
         h.copy_(_BACKWARD[call.act](grad @ weight, h))
         return d_weight
-
-
-def empty_weight_gradient(call: HiddenGradient) -> Tensor:  # [C, F], or [0, F]
-    """Returns an uninitialised gradient of the weight, the result of a backend's backward."""
-    rows, hidden = call.weight.shape
-    return call.weight.new_empty(rows if call.need_weight else 0, hidden)

@@ -39,7 +39,7 @@ from simplclip.selftest.calls import (
 )
 from support.kernels.calls import kernels_alone
 from support.kernels.cuda_attention import TYPES, code_of_entry
-from support.ops import layouts, torch_attention
+from support.ops import torch_attention
 from support.ops.compare import Case
 
 Device = torch.device
@@ -65,45 +65,27 @@ def attention_terms(device: Device) -> None:
         checking(call, "bf16", "sdpa", v="rows_apart")(device)
 
 
-def backward_of(
-    device: Device, lengths: list[int], layout: Callable[[Tensor], Tensor]
-) -> AttentionInto:
-    """Returns a call of CUDA C++'s backward, after forward, whose gradients have a layout."""
+def backward_of(device: Device, lengths: list[int]) -> AttentionInto:
+    """Returns a call of CUDA C++'s backward, after forward."""
     call = of_lengths(attention_call(len(lengths), 18, 2, 16), lengths)
     tensors = {name: t.to(device) for name, t in call.typed(torch.bfloat16).items()}
     q, k, v, *gains = (tensors[name] for name in ATTENTION)
     forward = AttentionCall(q, k, v, torch.stack(gains), tensors["lengths"].int(), 0.3, False)
     out, lse = CudaAttention.shaped_attention_fwd(forward)
     assert lse.shape == (len(lengths), 2, 18)
-    gradients = {f"d{name}": layout(torch.zeros_like(q)) for name in "qkv"}
+    gradients = {f"d{name}": torch.zeros_like(q) for name in "qkv"}
     return AttentionInto(**vars(forward), grad=out, lse=lse, av=out[:0], **gradients)
 
 
-def gradients_into_views(device: Device) -> None:
-    """Checks that backward writes gradients of any layout, and nothing between their elements."""
-    backward = CudaAttention.shaped_attention_bwd
-    expected = backward_of(device, [18, 7], torch.clone)
-    d_gains = backward(expected)
-    several = (layouts.rows_apart, layouts.odd_rows, layouts.padded_rows, layouts.every_second)
-    for layout in several:
-        call = backward_of(device, [18, 7], layout)
-        assert torch.equal(backward(call), d_gains), layout
-        for name in ("dq", "dk", "dv"):
-            view = getattr(call, name)
-            assert torch.equal(view, getattr(expected, name)), (layout, name)
-            whole = torch.empty(0, dtype=view.dtype, device=device).set_(view.untyped_storage())
-            assert whole.isnan().sum() == whole.numel() - view.numel(), (layout, name)
-
-
 def no_sequences(device: Device) -> None:
-    call = backward_of(device, [], torch.clone)
+    call = backward_of(device, [])
     d_gains = CudaAttention.shaped_attention_bwd(call)
     assert torch.equal(d_gains, torch.zeros_like(call.gains))
 
 
 def on_both_devices(device: Device) -> None:
     """Checks that an error of a kernel is one of the op: its lengths are on the other GPU."""
-    call = backward_of(device, [18, 7], torch.clone)
+    call = backward_of(device, [18, 7])
     elsewhere = replace(call, lengths=call.lengths.to(f"cuda:{1 - device.index}"))
     with pytest.raises(RuntimeError, match="the launch failed: unspecified launch failure"):
         CudaAttention.shaped_attention_bwd(elsewhere)
@@ -111,9 +93,8 @@ def on_both_devices(device: Device) -> None:
 
 def architecture(device: Device) -> None:
     """Checks which GPU's architecture is asked for; starts no kernel."""
-    version = backends.cuda_extension.binary_version(device.index)
-    assert version == gpus.ARCHITECTURES[device.index], version
-    assert architecture_and_processors(torch.empty(1, device=device))[0] == version
+    architecture, _ = architecture_and_processors(torch.empty(1, device=device))
+    assert architecture == gpus.ARCHITECTURES[device.index], architecture
     assert torch.cuda.current_device() != device.index
 
 
@@ -132,7 +113,6 @@ CASES = {
         **{"q": "heads_first", "grad out": "rows_apart"},
     ),
     "attention, none": no_sequences,
-    "attention, gradients into views": gradients_into_views,
     "attention, on both GPUs": on_both_devices,
     "attention, terms": attention_terms,
     "architecture": architecture,
@@ -141,7 +121,7 @@ CASES = {
     "similarity": checking(similarity_call(20, 40, 7, terms=TERMS[:3]), "bf16", "triton"),
     "sigmoid": checking(similarity_call(20, 40, 7, terms=TERMS[3:]), "bf16", "triton"),
 }
-WITHOUT_KERNELS = {"architecture"}
+WITHOUT_KERNELS = {"architecture", "attention, none"}
 
 
 def with_other_device(function: Callable) -> Callable:

@@ -163,7 +163,7 @@ def on_card(card: Card) -> Iterator[Recorder]:
 
         patches.append((torch, "addmm", addmm))
     if backends.cuda_extension is not None:
-        patches.append((backends.cuda_extension, "binary_version", lambda index: 1))
+        patches.append((backends.cuda_extension, "architectures", lambda: "8.0+PTX"))
     forget_devices()
     with contextlib.ExitStack() as stack:
         for patch in patches:
