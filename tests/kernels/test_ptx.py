@@ -34,7 +34,7 @@ from triton.runtime import JITFunction
 import ptx
 from gates import kernels as gates
 from ptx.capture import Started
-from ptx.machine import Code, Variant
+from ptx.machine import Code
 from simplclip.kernels import tuning
 from simplclip.kernels.similarity.blocks import range_factor
 from simplclip.kernels.similarity.launch import _merge
@@ -58,18 +58,11 @@ def checked(started: Started) -> None:
     launches.check(started)
 
 
-def run(
-    name: str,
-    kind: str,
-    sm: int,
-    *,
-    need: list[str] | None = None,
-    variant: Variant | None = None,
-) -> None:
+def run(name: str, kind: str, sm: int, *, need: list[str] | None = None) -> None:
     case = case_of(name, kind, need=need)
-    kept = sm == 86 and variant is None
+    kept = sm == 86
     processors = FEW if "blocks" in name or "every" in name else None
-    options = {"tf32": case.tf32, "processors": processors, "variant": variant}
+    options = {"tf32": case.tf32, "processors": processors}
     compare = checked if kept else launches.check
     with kernels_alone(name), ptx.card(sm, compare=compare, **options) as machine:
         case.check(roundings=True)
@@ -189,13 +182,6 @@ def test_all_calls(name, kind):
 def test_other_architectures(name, kind, sm):
     skip_without_fence(name, kind, sm)
     run(name, kind, sm)
-
-
-@pytest.mark.prove
-@pytest.mark.parametrize("variant", [ptx.fused, ptx.noisy])
-@pytest.mark.parametrize(("name", "kind"), EVERY)
-def test_variants(name, kind, variant):
-    run(name, kind, 86, variant=variant)
 
 
 @pytest.mark.prove

@@ -18,7 +18,6 @@ from support.ops.compare import Case, check_padding
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-import ptx
 from ptx.huge import HugeCard
 from ptx.machine import Code, EndlessLoopError, Launch, Variant
 from ptx.parse import Kernel
@@ -90,17 +89,6 @@ def test_gains_of_more_sequences_than_lanes():
     with attention.card(86, tf32=False) as machine:
         attention.start_gains(machine, parts, sums)
     torch.testing.assert_close(sums, parts.sum(0))
-
-
-@pytest.mark.prove
-@pytest.mark.parametrize("variant", [ptx.fused, ptx.noisy])
-@pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("tokens", TOKENS[-4:])
-def test_variants(tokens, kind, variant):
-    for causal in (False, True):
-        call = of_lengths(attention_call(2, tokens, 1, 64, causal=causal), [tokens, tokens // 2])
-        check(call, kind, variant=variant)
-    check(LARGE, kind, variant=variant)
 
 
 # Elements, log-sum-exps and parts of gains' gradients are more than 2^31 each, and so are the bytes
