@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ptx import wgmma
+from ptx import elementwise, wgmma  # noqa: F401 (elementwise adds its instructions)
 from ptx.instructions import step_of
 from ptx.memory import (
     LANE_BITS,
@@ -104,8 +104,6 @@ class Hazard:
 @dataclass
 class Machine:
     hazards: dict[tuple, Hazard] = field(default_factory=dict)
-    # called with the batch, the branch's place and the lanes that jump back
-    at_jump_back: Callable | None = None
     shared_limit: int = 227 << 10  # bytes of a program at most
 
     def memory(self, tensors: list[Any], code: Code) -> Any:
@@ -292,7 +290,7 @@ class Batch:
             self.add(waiting, place, taken)
             return
         if target <= place:
-            self.jump_back(place, taken)
+            self.jump_back(place)
         self.add(ready, target, taken)
 
     def parted(self, instruction: Instruction, lanes: Lanes) -> tuple[Lanes | None, Lanes | None]:
@@ -306,12 +304,10 @@ class Batch:
             return None, lanes
         return self.numbers[lanes][holds], self.numbers[lanes][~holds]
 
-    def jump_back(self, place: int, lanes: Lanes) -> None:
+    def jump_back(self, place: int) -> None:
         self.jumps_back += 1
         if self.jumps_back > JUMPS_BACK:
             raise EndlessLoopError(f"{self.code.kernel.instructions[place]}")
-        if self.machine.at_jump_back:
-            self.machine.at_jump_back(self, place, lanes)
 
     def add(self, groups: dict[int, Lanes], place: int, lanes: Lanes | None) -> None:
         """Adds lanes to those at a place."""
