@@ -10,8 +10,6 @@ import functools
 import itertools
 from collections import defaultdict
 from types import SimpleNamespace
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -29,14 +27,10 @@ from support.kernels.calls import (
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-from triton.runtime import JITFunction
-
 import ptx
-from gates import kernels as gates
 from ptx.capture import Started
 from ptx.machine import Code
 from ptx.overflow import overflows
-from simplclip.kernels import tuning
 from simplclip.kernels.similarity.blocks import range_factor
 from simplclip.kernels.similarity.launch import _merge
 from simplclip.kernels.similarity.plan import ROW_SLOTS, column_slots
@@ -47,8 +41,6 @@ pytestmark = pytest.mark.long
 
 FEW = 4  # multiprocessors, so that a program has several tiles of columns
 ARCHITECTURES = (80, 86, 89, 90, 120)
-GATED = {"bf16": "bfloat16", "fp16": "float16", "tf32": "tf32", "fp32": "float32"}
-DEFAULTS = {"num_warps": 4, "num_stages": 3, "maxnreg": None}  # a launch's, by Triton
 FEW_OF = {"stat": 8, "tiles_per_split": 8}  # of these sizes, where others are large
 # kernel -> the code of its forms for sm_86 that the calls of this file started
 FORMS: dict[str, set[Code]] = defaultdict(set)
@@ -109,73 +101,6 @@ def test_ops(name, kind):
 def test_tiles_of_sm_90(name):
     skip_without_fence(name, "bf16", 90)
     run(name, "bf16", 90)
-
-
-def started_by(name: str, kind: str, sm: int) -> list[tuple[Any, dict[str, Any]]]:
-    """Returns a call's launches: kernel, arguments and options by name; executes none."""
-    found = []
-
-    def noted(kernel: Any, *args: Any, grid: tuple, warmup: bool, **options: Any) -> None:
-        found.append((kernel, dict(zip(kernel.arg_names, args)) | options))
-
-    case = case_of(name, kind)
-    with (
-        mock.patch.object(JITFunction, "run", noted),
-        kernels_alone(name),
-        ptx.card(sm, tf32=case.tf32),
-    ):
-        case.run()
-    return found
-
-
-@functools.cache
-def gated(kind: str, sm: int) -> list[gates.Kernel]:
-    """Returns the kernels that make aot compiles."""
-    return [*gates.kernels(GATED[kind], sm, True), *gates.attention_kernels("float32")]
-
-
-@functools.cache
-def compiled_as(name: str, kind: str, sm: int) -> list[gates.Kernel]:
-    """Returns the kernels of make aot that a call's launches start; checks launches' options.
-
-    Of kernels with tiles it compiles every form, of the others a few that stand for all.
-    """
-    found = []
-    for function, launch in started_by(name, kind, sm):
-        compiled = [kernel for kernel in gated(kind, sm) if kernel.function is function]
-        if any(kernel.tensor_cores for kernel in compiled):
-            constants = {
-                argument: launch[argument]
-                for argument in function.arg_names
-                if argument.isupper() or launch[argument] is None
-            }
-            compiled = [kernel for kernel in compiled if kernel.constants == constants]
-            assert compiled, f"make aot does not compile {function.__name__} with {constants}"
-        for kernel in compiled:
-            options = {option: (DEFAULTS | launch)[option] for option in kernel.options}
-            assert options == kernel.options, f"{name}: {function.__name__}"
-        found += compiled
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sm", ARCHITECTURES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_launches_are_what_the_gates_compile(kind, sm):
-    for name, of_call in EVERY:
-        if of_call == kind:
-            assert compiled_as(name, kind, sm), name
-
-
-@pytest.mark.slow
-def test_the_proof_executes_every_tile():
-    taken = {
-        id(kernel.tile)
-        for (name, kind), sm in itertools.product(EVERY, ARCHITECTURES)
-        for kernel in compiled_as(name, kind, sm)
-    }
-    left = [line for line, tile in tuning._TILES.items() if id(tile) not in taken]
-    assert not left, f"no call has the tiles {left}"
 
 
 @pytest.mark.prove
