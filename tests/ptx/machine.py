@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -84,7 +83,7 @@ class Launch:
     threads: int  # of a program
     shared_bytes: int
     parameters: np.ndarray  # bytes
-    memory: Any  # GlobalMemory
+    memory: GlobalMemory
 
 
 @dataclass
@@ -106,15 +105,12 @@ class Machine:
     hazards: dict[tuple, Hazard] = field(default_factory=dict)
     shared_limit: int = 227 << 10  # bytes of a program at most
 
-    def memory(self, tensors: list[Any], code: Code) -> Any:
-        return GlobalMemory(tensors, code.granules["global"])
-
     def launch(
         self, code: Code, programs: int, threads: int, shared_bytes: int, values: Sequence
     ) -> Launch:
         """Runs a kernel. values: numpy's numbers, tensors or None, aligned as parameters."""
         tensors = [value for value in values if not isinstance(value, np.generic | None)]
-        memory, parameters = self.memory(tensors, code), b""
+        memory, parameters = GlobalMemory(tensors, code.granules["global"]), b""
         for value in values:
             if value is None:
                 word = np.uint64(0)
@@ -146,14 +142,12 @@ class Machine:
                 )
 
     def execute(self, launch: Launch) -> None:
-        self.run(launch, range(launch.programs))
-        launch.memory.write_back()
-
-    def run(self, launch: Launch, programs: Sequence[int]) -> None:
         size = max(1, BATCH // launch.threads)
         with np.errstate(all="ignore"):
-            for first in range(0, len(programs), size):
-                Batch(self, launch, np.array(programs[first : first + size])).run()
+            for first in range(0, launch.programs, size):
+                programs = np.arange(first, min(first + size, launch.programs))
+                Batch(self, launch, programs).run()
+        launch.memory.write_back()
 
 
 class Parameters(Memory):
