@@ -81,8 +81,9 @@ CALLS: dict[str, Callable[[], Call]] = {
     "contrastive": pairs(256, 384, "contrastive", width=512),
     "contrastive, one pair": pairs(1, 1, "contrastive", width=64),
     "contrastive, one side": pairs(70, 133, "contrastive", width=80, ids=True, symmetric=False),
+    "contrastive, ids": pairs(70, 133, "contrastive", width=80, ids=True),
     "contrastive, blocks": lambda: uneven(
-        similarity_call(300, 400, 50, terms=TERMS[:1], width=48, ids=True, **BLOCKS)
+        similarity_call(300, 400, 50, terms=TERMS[:1], width=40, ids=True, **BLOCKS)
     ),
     "pair matching": pairs(70, 133, *TERMS[:2], width=64),
     "pair matching, one side, ids": pairs(70, 133, *TERMS[:2], width=80, ids=True, symmetric=False),
