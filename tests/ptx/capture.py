@@ -47,6 +47,7 @@ class Started:
     arguments: dict[str, Any]
     launch: Launch
     before: dict[str, Tensor]  # copies of tensors, if `Card.compare` is set
+    parameters: list[str]  # the arguments that are parameters of the compiled kernel
 
 
 @dataclass
@@ -80,7 +81,8 @@ class Card(Machine):
         launch = self.launch(code, programs, metadata.num_warps * 32, metadata.shared, flat)
         self.launches += 1
         if self.compare:
-            self.compare(Started(source.name, arguments, launch, before))
+            parameters = [name for name, kind in source.signature.items() if kind != "constexpr"]
+            self.compare(Started(source.name, arguments, launch, before, parameters))
 
     def forget(self) -> None:
         """Drops the compiled forms of the kernels that were started here; each takes megabytes."""

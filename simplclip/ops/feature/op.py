@@ -51,7 +51,8 @@ class _FeatureLoss(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(student, teacher)
         ctx.options = beta, normalize
-        sums = [_sums(*rows, beta, normalize).sum() for rows in _chunks(student, teacher)]
+        rows = _chunks(student, teacher)
+        sums = [_sums(x, y, beta, normalize).sum() for x, y in rows]
         return torch.stack(sums).sum() / student.shape[0]
 
     @staticmethod

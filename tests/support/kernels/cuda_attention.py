@@ -42,7 +42,7 @@ def why_not() -> str | None:
     return backends.cuda_extension_error  # the extension plans the launches
 
 
-def built(name: str, options: list[str], file: Path, others: Iterable[Path] = ()) -> Path:
+def built(name: str, options: list[str], file: Path, others: Iterable[Path]) -> Path:
     """Returns the file build/ptx/NAME that nvcc makes of a file, made once for the same content.
 
     others: what the file includes.
@@ -78,12 +78,6 @@ def code_of(source: str, sm: int, name: str, variant: Variant | None) -> Code:
     """Returns the kernel of such a file whose name contains `name`, made executable."""
     (kernel,) = (each for full_name, each in compiled(source, sm).items() if name in full_name)
     return Code(kernel, variant)
-
-
-def code_of_entry(name: str, sm: int) -> Code:
-    """Returns the kernel of a mangled name, made executable."""
-    source = next(kind for kind in TYPES if f"{len(kind)}{kind}E" in name)
-    return code_of(source, sm, name, None)
 
 
 def start(
