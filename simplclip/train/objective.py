@@ -88,8 +88,8 @@ def _make_loss(config: LossConfig, width: int, teacher: Mapping[str, Any] | None
         options.setdefault(term.weight, 0.0)
         if term.name in config.weights:
             options[term.weight] = config.weights[term.name].largest
-        if term.choice:
-            options[term.choice.name] = getattr(config, term.choice.name)
+        if term.choices:
+            options[term.name] = getattr(config, term.name)
     if teacher is None and config.base == "sigmoid":
         return losses.SigLipLoss(**options)
     # Gradients are then right after DDP averages them; SigLipLoss always gathers so.

@@ -26,11 +26,11 @@ HALF, MOST_NAMES = 3, 4  # of the log: the highest and the lowest rates, and nam
 def scales(model: Any, config: Config) -> dict[Tensor, float]:
     """Returns the factor of each parameter of `model`; raises ConfigError as `freeze_zeros`."""
     factors = dict.fromkeys(model.parameters(), 1.0)
-    decay: Any = config.optim.layer_decay
+    decay = config.optim.layer_decay
     if decay is not None:
         for key, tower in (("image", model.visual), ("text", getattr(model, "text", model))):
             layers = layers_of(tower)
-            base = decay.get(key, 1.0) if isinstance(decay, dict) else decay
+            base = getattr(decay, key)
             last = max(layers.values())
             factors |= {weight: base ** (last - layer) for weight, layer in layers.items()}
     for weight, factor in _factors(model, config).items():
