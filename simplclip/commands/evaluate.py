@@ -123,7 +123,7 @@ def evaluate(
             evaluation.evaluate(models, splits, settings, out=out)
             return
         from simplclip.models.trained import read_checkpoint
-        from simplclip.train.start import load_start
+        from simplclip.train.setup import load_start
 
         encoder = evaluation.load(models[0], device=ranks.set_device(device), precision=precision)
         start = load_start(encoder.source, read_checkpoint(encoder.source))

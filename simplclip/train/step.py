@@ -17,7 +17,7 @@ from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, UserError
 from simplclip.data.transforms import finish_on_device
 from simplclip.train.beginning import find_beginning
-from simplclip.train.distributed import average_gradient
+from simplclip.train.objective import average_gradient
 from simplclip.train.optimizer import learning_rate
 from simplclip.train.setup import State
 

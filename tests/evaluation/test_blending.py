@@ -12,8 +12,7 @@ import simplclip
 from simplclip import evaluation, models
 from simplclip.common.errors import InputError
 from simplclip.models.trained import load_model, read_checkpoint
-from simplclip.train.setup import make_state
-from simplclip.train.start import load_start
+from simplclip.train.setup import load_start, make_state
 from support.data.pairs import write
 from support.programs import call, one_line
 from support.train import tiny
@@ -236,7 +235,7 @@ def test_a_run_without_a_start_of_its_architecture_is_refused_before_the_data(in
         ("model.checkpoint=gone", "model.checkpoint: expected a file of weights, got no such file"),
         (
             "inherit.source=[base, no.pt]",
-            "source: expected a file of weights, got no such file: no",
+            "inherit.source: expected a file of weights, got no such file: no",
         ),
     ):
         started = f"blend: expected the weights from which {tmp_path / 'run.pt'} started, got "

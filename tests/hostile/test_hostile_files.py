@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -158,19 +157,6 @@ def test_no_moments_of_another_shape_are_read_beyond_their_end(whole, shape):
     saved(state)
     message = f"expected the state of this model's AdamW, got exp_avg of shape {list(shape)} for ["
     assert message in one_line("train", whole / "config.yaml", *RESUME)
-
-
-@pytest.mark.slow
-def test_rows_that_no_run_wrote_are_not_replaced(whole):
-    shutil.copytree(whole / "run", "run")
-    for text in (b"foo,bar\n1,2\n", b"step,loss\nx,1\n"):
-        Path("run/metrics.csv").write_bytes(text)
-        result = call("train", whole / "config.yaml", *RESUME)
-        assert result.exit_code == 2
-        assert "run.out: expected figures by step in run/metrics.csv, got others" in result.stderr
-        assert result.stderr.count("\n") == 1
-        assert "step 8/9" not in result.output
-        assert Path("run/metrics.csv").read_bytes() == text
 
 
 CONFIGS = {
