@@ -186,12 +186,8 @@ def keep_frozen(state: State, memory: int | None = None) -> None:
     counts = {"image": images, "text": images * config.data.captions_per_image}
     room = (memory or hardware.total_memory(state.device)) // KEPT_SHARE
     for tower, encode in (("image", encode_image), ("text", encode_text)):
-        found = find_beginning(
-            state.model,
-            partial(encode, state),
-            _trial_batch(state.model, tower),
-            config.run.compile,
-        )
+        trial = _trial_batch(state.model, tower)
+        found = find_beginning(state.model, partial(encode, state), trial)
         if found is None:
             continue
         beginning, size = found
