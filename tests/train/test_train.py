@@ -273,8 +273,6 @@ def test_csv_of_a_run_keeps_its_columns_and_the_last_row_of_a_step(tmp_path):
             "inherit.source: expected weights, for inherit.train and inherit.blocks, got none",
         ),
         ("eval.every=2", "eval.splits: expected held-out data, for eval.every = 2, got none"),
-        ("data.micro_batch=auto", "data.micro_batch: expected a number, got auto"),
-        ("data.batch_size=1", "data.batch_size: expected at least 2, since images are compared"),
     ],
 )
 def test_what_does_not_fit_is_one_error_and_leaves_nothing(tmp_path, change, message):
