@@ -307,7 +307,7 @@ def test_what_cannot_run_is_refused_before_any_work(folder, tmp_path, changes, e
 
 
 def test_a_missing_peft_is_named_with_its_extra(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("simplclip.commands.train.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setattr("simplclip.commands.app.extra_of", {"peft": "lora"}.get)
     path = tmp_path / "config.yaml"
     path.write_text(lora.config_of(folder, "open-clip", f"run.out={tmp_path / 'run'}").to_yaml())
