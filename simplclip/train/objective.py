@@ -151,7 +151,7 @@ class _Weights(nn.Module):
         return encode(batch)
 
 
-def wrap(model: nn.Module) -> dict[str, DistributedDataParallel]:
+def wrap(model: nn.Module) -> dict[str, nn.Module]:
     """Returns a wrapper of each tower that trains, by "image" and "text"; {} with one rank.
 
     wrapper(encode, batch) calls encode(batch); backward then averages the tower's gradients. What

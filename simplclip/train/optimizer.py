@@ -85,7 +85,8 @@ def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.o
     that timm does not have or that cannot train here, for options that the optimizer does not take
     or that its first step refuses, and as `scales`.
     """
-    name, options = config.optim.name, config.optim.options
+    name = config.optim.name
+    options: dict[str, Any] = config.optim.options
     cls: Any = torch.optim.AdamW if name == "adamw" else _class_of(name)
     make = partial(cls, fused=True) if name == "adamw" else partial(create_optimizer_v2, opt=name)
     groups = _groups(model, loss, config)

@@ -353,7 +353,7 @@ def _check_views(config: Config, transform: Any, teacher: Mapping[str, Any] | No
 
 def width_of(config: Config) -> int:
     """Returns D, the width of the model's features."""
-    width = config.model.options.get("embed_dim")
+    width: Any = config.model.options.get("embed_dim")
     return width or models.spec_of(config.model.name).config["embed_dim"]
 
 
