@@ -47,16 +47,14 @@ def escaped(match: re.Match) -> str:
 def config_page() -> str:
     """Returns a table of each section: key, default, meaning."""
     page = CONFIG
-    meanings = config.meanings()
     for key, field in config.keys().items():
         if "." not in key:
             about = field.description or ""
             page += f"\n## {key}\n\n{about[:1].upper()}{about[1:]}.\n\n"
             page += "| key | default | meaning |\n|---|---|---|\n"
             continue
-        assignment, meaning = re.split(r"\s+# ", meanings[key].strip(), maxsplit=1)
-        default = assignment.partition(":")[2].strip()
-        cells = f"`{key}`", f"`{default}`" if default else "", meaning
+        default = config.default_of(field)
+        cells = f"`{key}`", f"`{default}`" if default else "", config.meaning_of(field)
         page += row(*cells)
     return page
 

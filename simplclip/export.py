@@ -33,7 +33,7 @@ from simplclip.models.naming import CARD, EXPORT, FORMS, Form
 from simplclip.models.registry import configuration
 from simplclip.models.trained import load_model, model_options
 from simplclip.models.weights import about_best, parse_source
-from simplclip.train.start import load_start
+from simplclip.train.setup import load_start
 
 
 def run(

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from simplclip.commands.options import fail, unknown_option
-from simplclip.common.errors import InputError, UserError
+from simplclip.commands.options import fail
+from simplclip.common.errors import UserError
 
 # On few cores, spinning OpenMP threads of two processes slow both processes down several times.
 # OpenMP reads the variable when torch is loaded, which a command does when it runs.
@@ -39,7 +39,7 @@ class Commands(TyperGroup):
         With SIMPLCLIP_DEBUG a UserError or OSError keeps its traceback, as other errors do.
         """
         try:
-            return self._invoke(ctx)
+            return super().invoke(ctx)
         except KeyboardInterrupt:
             fail("interrupted", 130)
         except ModuleNotFoundError as error:
@@ -55,16 +55,6 @@ class Commands(TyperGroup):
             if os.environ.get("SIMPLCLIP_DEBUG"):
                 raise
             fail(str(error), 2)
-
-    def _invoke(self, ctx):
-        """Runs a command; raises InputError for an option that it does not have."""
-        try:
-            return super().invoke(ctx)
-        except Exception as error:
-            # click's class, of which newer versions of typer have their own
-            if type(error).__name__ != "NoSuchOption":
-                raise
-            raise InputError(unknown_option(error.option_name, error.ctx)) from None
 
 
 app = typer.Typer(

@@ -115,7 +115,7 @@ def evaluate(
             evaluation.evaluate(models, splits, settings, out=out)
             return
         from simplclip.models.trained import read_checkpoint
-        from simplclip.train.start import load_start
+        from simplclip.train.setup import load_start
 
         encoder = settings.load(models[0])
         if encoder.config is None or models[1:]:

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from simplclip.common.errors import InputError, visible
-from simplclip.common.nearest import nearest
 
 Pairs = Annotated[
     list[str],
@@ -66,25 +65,6 @@ def fail(message: str, code: int) -> None:
         message = f"rank {rank}: {message}"
     typer.echo(f"simplclip: {visible(message, keep=chr(10))}", err=True)
     raise typer.Exit(code)
-
-
-def unknown_option(name: str, context: typer.Context) -> str:
-    """Returns the message about an unknown option, with the nearest one or, for --set, key."""
-    meanings = {}
-    for parameter in context.command.params:
-        for option in parameter.opts:
-            if option.startswith("--"):
-                meanings[option] = getattr(parameter, "help", None) or ""
-    if "--set" in meanings:
-        from simplclip.train import config
-
-        meanings |= {"--set": ""} | config.meanings()
-    near = nearest(name, meanings)
-    if near is None:
-        return f"{name}: unknown option; {context.command_path} --help lists all"
-    if not near.startswith("--"):
-        near = f"--set {near}=VALUE"
-    return f"{name}: unknown option; did you mean {near}?"
 
 
 def named_splits(items: list[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import typer
 from simplclip.commands.app import app
 from simplclip.commands.options import Overrides, fail
 from simplclip.common.errors import UserError
+from simplclip.common.files import differences
 
 if TYPE_CHECKING:
     from simplclip.train.config import Config
@@ -64,11 +65,17 @@ def train(
     if "RANK" in os.environ:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        values = configs.load(config, set_ or ())
-        former = Path(values.run.out, "config.yaml")
-        if resume and former.exists():
-            out = f"run.out={json.dumps(values.run.out)}"
-            values = configs.load(former, [*(set_ or ()), out])
+        values = given = configs.load(config, set_ or ())
+        own = Path(given.run.out, "config.yaml")
+        if resume and own.exists():
+            out = f"run.out={json.dumps(given.run.out)}"
+            values = configs.load(own, [*(set_ or ()), out])
+        changed = differences(given.to_dict(), values.to_dict())
+        if changed and os.environ.get("RANK", "0") == "0":
+            typer.echo(
+                f"resume     {own} is used, not {config}, which differs in {', '.join(changed)}; "
+                "--set changes settings"
+            )
     except (UserError, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise

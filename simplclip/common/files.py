@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import errno
 import hashlib
-import io
 import os
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,30 +33,6 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
         data = data.encode()
     with replacing(path) as file:
         file.write(data)
-
-
-def write_csv(path: Path, columns: list[str], rows: Iterable[Mapping[str, object]]) -> None:
-    """Replaces `path` by a CSV file, completely or not at all.
-
-    A column that a row lacks is empty; a key that is no column raises ValueError.
-    """
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue())
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """Returns the rows of a CSV file as {column: text}; [] if there is no file.
-
-    Leaves out a last line that a crash cut short, and rows with more or fewer values than columns.
-    """
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.DictReader([line for line in file if line.endswith("\n")])
-        return [row for row in rows if None not in row and None not in row.values()]
 
 
 @contextlib.contextmanager

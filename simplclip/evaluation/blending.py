@@ -78,7 +78,7 @@ def evaluate_blend(
     as in `evaluate`, which has the errors.
 
     encoder: of the run; its weights change, and are the run's again at the end. start: what names
-    the weights with which the run began, and their state dict, by `simplclip.train.start`. Other
+    the weights with which the run began, and their state dict, by `simplclip.train.setup`. Other
     arguments are those of `evaluate`; device and precision are the encoder's.
     """
     console = console or Console(quiet=not ranks.first())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from simplclip import ops
 from simplclip.calls.similarity import DIVERGENCES
-from simplclip.common.terms import BY_NAME, TERMS, choices
+from simplclip.common.terms import BY_NAME, TERMS
 from simplclip.losses.base import checked_weight, checked_width
 from simplclip.losses.clip import SimilarityLoss
 from simplclip.losses.widen import widen
@@ -101,7 +101,7 @@ class WIKDLoss(SimilarityLoss):
         self.relational_weight = checked_weight("relational_weight", relational_weight)
         self.interactive_weight = checked_weight("interactive_weight", interactive_weight)
         self.feature_weight = checked_weight("feature_weight", feature_weight)
-        checks.check_choice("interactive", interactive, choices("interactive"))
+        checks.check_choice("interactive", interactive, BY_NAME["interactive"].choices)
         checks.check_choice("divergence", divergence, DIVERGENCES)
         self.interactive, self.divergence = interactive, divergence
         self.teacher_dim = checked_width("teacher_dim", teacher_dim)

@@ -1,15 +1,22 @@
-"""The evaluations of a run: when they are due, and their figures, sheets and best weights."""
+"""The evaluations of a run: when they are due, and their figures, sheets and best weights; and the
+signals that end a run, or an evaluation, after a whole step.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
 
 from simplclip import evaluation
 from simplclip.common import ranks
+from simplclip.common.errors import UserError
 from simplclip.data import HeldOut
 from simplclip.data.samples import digest_of
 from simplclip.models.trained import image_transform, tokenizer
@@ -17,7 +24,72 @@ from simplclip.train.checkpoint import Snapshot
 from simplclip.train.config import Config
 from simplclip.train.log import Log
 from simplclip.train.setup import State
-from simplclip.train.signals import Stopped, StopSignals
+
+
+class Interrupted(UserError):
+    """The end of a run by a signal, after a whole step whose state is saved."""
+
+
+class Stopped(Exception):
+    """An evaluation that gives way to a signal."""
+
+
+class StopSignals:
+    """Context in which a signal only sets `reason`; Ctrl-C after it ends all.
+
+    Outside the main thread Python allows no handlers for SIGINT, SIGTERM and SIGHUP.
+    """
+
+    def __init__(self) -> None:
+        """Sets no handlers yet; entering the context does."""
+        self.reason: str | None = None
+        self._process = os.getpid()
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                # nohup, and a shell's background job, ignore signals
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._former[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def agree_to_stop(self) -> bool:
+        """Whether any rank has noted a stop; sets `reason` on all. All have to call it."""
+        stopped = any(ranks.all_gather(self.reason is not None))
+        if stopped and self.reason is None:
+            self.reason = "signal to another rank"
+        return stopped
+
+    def check(self) -> None:
+        """Raises Stopped if a stop is noted. Several ranks, which would wait, go on."""
+        if self.reason is not None and ranks.count() == 1:
+            raise Stopped
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Notes a signal in `reason` and, on the first rank, says so on the standard error."""
+        if os.getpid() != self._process:  # a loader process, which the last step needs
+            return
+        several = ranks.count() > 1  # torchrun repeats the signals that it gets
+        if self.reason and not several:
+            # one event may send the others twice: a closed terminal, `timeout`
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.reason = signal.Signals(number).name
+        if not ranks.first():
+            return
+        message = f"\n{self.reason}: finishing this step, then saving"
+        if not several:
+            message += "; Ctrl-C then stops at once"
+        # Not print(): a handler may interrupt a print, and Python's buffered files are not
+        # reentrant.
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, f"{message}\n".encode())
 
 
 @dataclass

@@ -25,16 +25,17 @@ from simplclip.models.weights import checksums
 from simplclip.train import checkpoint
 from simplclip.train.checkpoint import Snapshot
 from simplclip.train.config import Config, ConfigError
-from simplclip.train.distributed import wrap
-from simplclip.train.evaluate import evaluate, is_due, load_splits
-from simplclip.train.log import Log, first_lines, lines_on_captions
-from simplclip.train.resolve import (
-    Resolved,
-    resolve,
-    resolve_micro_batch,
+from simplclip.train.evaluate import (
+    Interrupted,
+    StopSignals,
+    evaluate,
+    is_due,
+    load_splits,
 )
-from simplclip.train.setup import State, make_state
-from simplclip.train.signals import Interrupted, StopSignals
+from simplclip.train.log import Log, first_lines, lines_on_captions
+from simplclip.train.objective import wrap
+from simplclip.train.resolve import Resolved, resolve
+from simplclip.train.setup import State, load_model, make_state
 from simplclip.train.step import Batch, TrainingError, keep_frozen, train_step
 
 SAVE_MINUTES = 10.0  # the longest time between two writes of last.pt
@@ -63,14 +64,12 @@ def run(
         TrainingError: any error once a step is done; that error is the __cause__. The last whole
             step is saved first; if it cannot be saved, the message says why, and which checkpoint
             is intact. Also a loss or gradient that is not finite.
-        Interrupted: SIGINT, SIGTERM, SIGHUP, or a closed pipe; the running step is finished and the
-            state saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; the running step is finished and the state saved.
         InputError: a rank has another config, or other data or frozen weights, than the first one.
         RankError: before a step is done, another rank has ended or does not answer.
     """
     out, began = Path(config.run.out), time.monotonic()
     console = console or Console()
-    config = resolve_micro_batch(config, console)
     with ranks.join(config.run.timeout_minutes), ExitStack() as stack:
         if not ranks.first():
             console = Console(quiet=True)
@@ -83,7 +82,7 @@ def run(
         timed = config.run.cudnn_benchmark and device.type == "cuda"
         stack.enter_context(hardware.timed_algorithms(timed))
         torch.manual_seed(config.run.seed)
-        state, splits, resolved = _start(config, former, device, precision)
+        state, splits, resolved = _start(config, former, device, precision, console)
         if former:
             generators.restore(former["rng"])
         elif resume:
@@ -92,7 +91,7 @@ def run(
         _check_alike(state, loader, splits)
 
         snapshot, log = Snapshot(state, former, resolved.samples), Log(state, console)
-        stop = stack.enter_context(StopSignals(console))
+        stop = stack.enter_context(StopSignals())
         try:
             with log.status:
                 for line in first_lines(state, why_precision, resolved):
@@ -104,7 +103,6 @@ def run(
             _raise_saved(error, snapshot)
             raise error from None
         finished = state.step == state.config.run.steps and not is_due(state, snapshot)
-        # inside of StopSignals, where a closed pipe raises nothing
         if finished:
             _print_end(snapshot, log, time.monotonic() - began)
     if not finished:
@@ -115,22 +113,24 @@ def run(
 
 
 def _start(
-    config: Config, former: dict[str, Any] | None, device: torch.device, precision: str
+    config: Config,
+    former: dict[str, Any] | None,
+    device: torch.device,
+    precision: str,
+    console: Console,
 ) -> tuple[State, dict[str, data.HeldOut], Resolved]:
     """Makes a run's state, its resolved config, and its held-out data by name."""
-    state: Any = None
-    _micro_batch_size_and_count(config)
-    if not former:  # before packing, which may take an hour
-        state = make_state(config, device, precision)
+    # before packing, which may take an hour
+    loaded = load_model(config, former)
     splits = load_splits(config, config.eval.splits)
-    resolved: Resolved = ranks.on_first(resolve, config, former)
+    resolved: Resolved = ranks.on_first(resolve, config, former, console)
     config = resolved.config
     splits |= load_splits(config, config.held_out)
-    if former:
-        changes = [*checkpoint.changed_settings(former, config)]
-        state = make_state(config, device, precision, former)
-        state.lines += changes
-    state.config, state.objective.steps = config, config.run.steps
+    changes = [*checkpoint.changed_settings(former, config)] if former else []
+    state = make_state(config, device, precision, former, loaded=loaded)
+    state.lines += changes
+    if former and former["config"]["eval"]["hold_out"] != config.eval.hold_out:
+        state.data = None
     keep_frozen(state)
     state.wrappers = wrap(state.model)
     return state, splits, resolved
@@ -259,7 +259,8 @@ def _micro_batch_size_and_count(config: Config) -> tuple[int, int]:
 def make_loader(state: State) -> data.Loader:
     """Makes this rank's loader of micro-batches, which continues as `state.data` says.
 
-    If ranks, workers or shards were others, it starts a new pass; `state.lines` says so.
+    If ranks, workers, shards or eval.hold_out were others, it starts a new pass; `state.lines` says
+    so.
     """
     config, section = state.config, state.config.data
     size, count = _micro_batch_size_and_count(config)
@@ -289,7 +290,7 @@ def make_loader(state: State) -> data.Loader:
     if state.step:
         loader.seed += state.step
         state.lines.append(
-            "resume     ranks, workers or shards were others: the epoch starts again"
+            "resume     ranks, workers, shards or eval.hold_out were others: the epoch starts again"
         )
     return loader
 

@@ -6,30 +6,34 @@ config.py reads them. Nothing here needs torch, so that a wrong key is answered 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
-    Discriminator,
     Field,
-    Tag,
+    StrictBool,
+    StrictInt,
     ValidationInfo,
-    create_model,
+    model_serializer,
     model_validator,
 )
 from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
 
-from simplclip.common.terms import BASES, BY_NAME, TEACHER_TERMS, TERMS
+from simplclip.common.terms import BY_NAME, TEACHER_TERMS, TERMS
 
 DEVICES = r"^(auto|cpu|cuda(:\d+)?)$"
+Count = Annotated[int, Field(ge=1)]
+# a value of free options; YAML reads 1e-3 as text, which is a number here
+Option = Annotated[StrictBool | StrictInt | float | Any, Field(union_mode="left_to_right")]
 
 
 class Section(BaseModel):
     """Base class of sections: unknown keys and values of other types are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def setting(default: Any, description: str, **limits: Any) -> Any:
@@ -37,15 +41,7 @@ def setting(default: Any, description: str, **limits: Any) -> Any:
 
     default: `...` if the key is required.
     """
-    return Field(default, description=description, **limits)
-
-
-def shown(value: Any) -> str:
-    """Returns a value, cut to 60 letters, and its type as errors show them: "VALUE (TYPE)"."""
-    text = repr(value)
-    if len(text) > 60:
-        text = f"{text[:57]}..."
-    return f"{text} ({type(value).__name__})"
+    return Field(default, description=description, validate_default=True, **limits)
 
 
 class LoraConfig(Section):
@@ -60,7 +56,7 @@ class LoraConfig(Section):
 
 class ModelConfig(Section):
     name: str = setting("siclip-tiny", "name of the model, see `simplclip.models.create`")
-    options: dict[str, Any] = setting({}, "keyword arguments for `simplclip.models.create`")
+    options: dict[str, Option] = setting({}, "keyword arguments for `simplclip.models.create`")
     checkpoint: str | None = setting(
         None,
         "trained weights to start from: a run, a checkpoint, an export, open_clip's NAME/TAG or a "
@@ -86,17 +82,13 @@ class ModelConfig(Section):
     def _check_shape(self) -> ModelConfig:
         """Raises ValueError if image_size or context_length has another value in `options`."""
         for section, name in (("vision_cfg", "image_size"), ("text_cfg", "context_length")):
-            options = self.options.get(section) or {}
-            if not isinstance(options, dict):
-                raise ValueError(f"options.{section}: expected a mapping, got {shown(options)}")
-            size = getattr(self, name)
-            size_in_options = options.get(name)
-            if size is None or size_in_options is None:
+            size, options = getattr(self, name), self.options.get(section)
+            if size is None or not isinstance(options, dict):
                 continue
-            if size != size_in_options:
+            other = options.get(name, size)
+            if other != size:
                 raise ValueError(
-                    f"{name}: expected one value, got {size} and options.{section}.{name} = "
-                    f"{size_in_options}"
+                    f"{name}: expected one value, got {size} and options.{section}.{name} = {other}"
                 )
         return self
 
@@ -116,9 +108,6 @@ class InheritConfig(Section):
         "share is the average of theirs, or the first one's. null: simplified blocks start from "
         "random weights",
     )
-
-
-Count = Annotated[int, Field(ge=1)]
 
 
 class LoaderOptions(TypedDict, total=False):
@@ -176,7 +165,7 @@ class DataConfig(Section):
 class Schedule(Section):
     """A weight by step: linear from `value` at `start` to `to` at `end`, then constant.
 
-    It is 0 before `start` and from `until` on.
+    It is 0 before `start` and from `until` on. A number is one that is constant.
     """
 
     value: float = Field(ge=0)
@@ -184,6 +173,18 @@ class Schedule(Section):
     start: int = Field(0, ge=0)
     end: int | None = None
     until: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_number(cls, weight: Any) -> Any:
+        """Returns the fields of a schedule that is written as a number."""
+        return weight if isinstance(weight, dict) else {"value": weight}
+
+    @model_serializer
+    def _as_number(self) -> Any:
+        """Returns the number of a constant weight, else the fields."""
+        fields = dict(self)
+        return self.value if fields == dict(Schedule(value=self.value)) else fields
 
     @model_validator(mode="after")
     def _check_order(self) -> Schedule:
@@ -214,45 +215,44 @@ class Schedule(Section):
         return self.value + (self.to - self.value) * done
 
 
-def _form(weight: Any) -> str:
-    """Returns "a section" for a weight written as a schedule, "a number" for another one."""
-    return "a section" if isinstance(weight, dict | Section) else "a number"
+def corners_of(schedules: Iterable[Schedule], steps: int) -> list[int]:
+    """Returns the steps, in order, between which the weights of all schedules are linear."""
+    corners = {0, steps}
+    for schedule in schedules:
+        corners |= {schedule.start, schedule.end or 0, schedule.until or 0}
+    corners |= {corner - 1 for corner in corners}  # where a weight may end at 0
+    return sorted(corner for corner in corners if 0 <= corner < steps)
 
 
-Weight = Annotated[
-    Annotated[float, Field(ge=0), Tag("a number")] | Annotated[Schedule, Tag("a section")],
-    Discriminator(_form),
-]
+class LossConfig(Section):
+    """The base, and each term's weight and choice: the names are those of the table of terms."""
 
-
-def _section_of_terms() -> Any:
-    """Returns a section with the base, and each term's weight and choice."""
-    base = setting(
-        BASES[0],
+    base: Literal["contrastive", "sigmoid"] = setting(
+        "contrastive",
         "contrastive: softmax over the batch (CLIP); sigmoid: logistic loss of every pair "
         "(SigLIP), whose scale starts at 10 and whose bias at -10 unless model.options has "
         "init_logit_scale and init_logit_bias",
     )
-    fields: dict[str, Any] = {"base": (Literal[BASES], base)}
-    # without a teacher first, then of single pairs: the order in the config.yaml of runs
-    for term in sorted(TERMS, key=lambda term: (term.needs_teacher, term.compares_pairs)):
-        default = 1.0 if term.is_base else 0.0
-        fields.setdefault(term.weight, (Weight, setting(default, term.help)))
-        if term.choice:
-            words = term.choice.words
-            fields[term.choice.name] = Literal[words], setting(words[0], term.choice.help)
-    return create_model("_Terms", __base__=Section, **fields)
+    contrastive_weight: Schedule = setting(
+        1.0, "of the base; each weight is a number, or a schedule {value, to, start, end, until}"
+    )
+    pm_weight: Schedule = setting(0.0, "weight of the pair matching loss")
+    feature_weight: Schedule = setting(
+        0.0, "weight of feature distillation: distance to the teacher's features"
+    )
+    relational_weight: Schedule = setting(
+        0.0, "weight of relational distillation: KL to the teacher's softmax"
+    )
+    interactive_weight: Schedule = setting(
+        0.0, "weight of interactive distillation: student against teacher across modalities"
+    )
+    interactive: Literal["infonce", "kl"] = setting("infonce", "form of interactive distillation")
 
-
-_Terms: Any = _section_of_terms()
-
-
-class LossConfig(_Terms):
     @property
     def weights(self) -> dict[str, Schedule]:
         """The schedules by term, without those that are always 0."""
         terms = [term for term in TERMS if not term.is_base or term.name == self.base]
-        schedules = {term.name: _schedule(getattr(self, term.weight)) for term in terms}
+        schedules: dict[str, Schedule] = {term.name: getattr(self, term.weight) for term in terms}
         return {name: schedule for name, schedule in schedules.items() if schedule.largest}
 
     @property
@@ -266,21 +266,21 @@ class LossConfig(_Terms):
         return all(BY_NAME[name].compares_pairs for name in self.weights)
 
 
-def _schedule(weight: float | Schedule) -> Schedule:
-    """Returns the schedule of a weight; a number is one that is constant."""
-    if isinstance(weight, Schedule):
-        return weight
-    return Schedule(value=weight)
+class LayerDecay(Section):
+    """A layer's rate by that of the layer after it, by tower; a number is that of both."""
+
+    image: float = Field(1.0, gt=0, le=1)
+    text: float = Field(1.0, gt=0, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_number(cls, decay: Any) -> Any:
+        """Returns the fields of a decay that is written as a number."""
+        return decay if isinstance(decay, dict) else {"image": decay, "text": decay}
 
 
 # options of adamw, unless optim.options replaces them
 ADAMW = {"betas": [0.9, 0.98], "eps": 1e-6}
-Decay = Annotated[float, Field(gt=0, le=1)]
-Decays = Annotated[
-    Annotated[Decay, Tag("a number")]
-    | Annotated[dict[Literal["image", "text"], Decay], Tag("a section")],
-    Discriminator(_form),
-]
 
 
 def _with_defaults(options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
@@ -293,7 +293,7 @@ class OptimConfig(Section):
         "adamw", "adamw: torch's; or another one of timm.optim.list_optimizers(), as lion or muon"
     )
     lr: float = setting(1e-3, "learning rate at the end of the warm-up", gt=0)
-    layer_decay: Decays | None = setting(
+    layer_decay: LayerDecay | None = setting(
         None, "a layer's rate by that of the layer after it, e.g. 0.8 or {image: 0.8, text: 0.9}"
     )
     lr_scale: dict[str, Annotated[float, Field(ge=0)]] = setting(
@@ -305,10 +305,9 @@ class OptimConfig(Section):
     weight_decay: float = setting(
         0.1, "weight decay of matrices; norms, biases, gains and scalars have none", ge=0
     )
-    options: Annotated[dict[str, Any], AfterValidator(_with_defaults)] = setting(
+    options: Annotated[dict[str, Option], AfterValidator(_with_defaults)] = setting(
         {},
         "further arguments of the optimizer; of adamw {betas: [0.9, 0.98], eps: 1e-6} and others",
-        validate_default=True,
     )
     ema: float | None = setting(
         None,
@@ -370,7 +369,7 @@ class RunConfig(Section):
         False,
         "compile the towers by torch.compile: minutes at the start, then faster steps on a GPU",
     )
-    channels_last: bool | Literal["auto"] = setting(
+    channels_last: Literal[True, False, "auto"] = setting(
         "auto",
         "layout of the image tower; auto: on a GPU, for convolutions that have no groups or are "
         "depthwise",

@@ -11,8 +11,7 @@ import simplclip
 from simplclip import evaluation, models
 from simplclip.common.errors import InputError
 from simplclip.models.trained import load_model, read_checkpoint
-from simplclip.train.setup import make_state
-from simplclip.train.start import load_start
+from simplclip.train.setup import load_start, make_state
 from support.data.pairs import write
 from support.programs import call, one_line
 from support.train import tiny
@@ -217,9 +216,15 @@ def test_a_run_without_a_start_of_its_architecture_is_refused_before_the_data(in
     for start in ([], ["model.checkpoint=base"]):
         with pytest.raises(InputError, match="whose blocks start by inherit.blocks"):
             load_start("run.pt", config_of(*start, *average))
-    started = f"blend: expected the weights from which {tmp_path / 'run.pt'} started, got "
-    gone = "source: expected a file of weights, got no such file: no"
-    assert started + gone in line_of("inherit.source=[base, no.pt]")
+    for change, error in (
+        ("model.checkpoint=gone", "model.checkpoint: expected a file of weights, got no such file"),
+        (
+            "inherit.source=[base, no.pt]",
+            "inherit.source: expected a file of weights, got no such file: no",
+        ),
+    ):
+        started = f"blend: expected the weights from which {tmp_path / 'run.pt'} started, got "
+        assert started + error in line_of(change)
     torch.save(models.create("siclip-tiny").state_dict(), tmp_path / "w.pt")
     for names in (["base", "runs/tuned"], [f"siclip-tiny/{tmp_path / 'w.pt'}"]):
         line = one_line("evaluate", *names, "--blend", "--data", "one.tar")

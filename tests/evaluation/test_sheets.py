@@ -12,7 +12,7 @@ from simplclip import data
 from simplclip.common.plotting import GREEN, write
 from simplclip.evaluation import contact_sheet
 from simplclip.evaluation.sheets import queries_of
-from simplclip.train import curves
+from simplclip.train import log
 from support.data.pairs import png
 from support.data.pairs import write as write_shard
 from support.evaluation import index_of
@@ -102,11 +102,11 @@ def test_curves_of_a_run(tmp_path):
         for s in (10, 20, 30)
     ]
     table(tmp_path / "metrics.csv", metrics)
-    curves.write_curves(tmp_path)
+    log.write_curves(tmp_path)
     plain = Image.open(tmp_path / "curves.png").size
     # a crash has cut off the row of the other direction
     row = {"step": 20, "split": "$5_部 2", "direction": "image_to_text", "R@1": 0.5, "loss": 3.0}
     table(tmp_path / "evaluation.csv", [row | {"chance R@1": 0.1}])
-    curves.write_curves(tmp_path)
+    log.write_curves(tmp_path)
     more = Image.open(tmp_path / "curves.png").size
     assert more == (800, plain[1] + 200), "recall is a panel more"

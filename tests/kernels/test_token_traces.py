@@ -56,7 +56,7 @@ CALLS = {
         {"_flash_attention_forward": 2, "_flash_attention_backward": 1},
     ),
 }
-SHORT = {"attention": (attention(4, 77, 3, 64), 6), "block": (block(77), 46)}
+SHORT = {"attention": (attention(4, 77, 3, 64), 6), "block": (block(77), 47)}
 
 
 def traced(call, dtype=torch.bfloat16):

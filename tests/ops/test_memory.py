@@ -9,11 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from simplclip.common.hardware import cpu_peak_bytes
 from simplclip.ops import similarity_loss, simplified_block
 from simplclip.selftest.calls import Call, attention_call, block_call, feature_call, mlp_call
 from simplclip.selftest.compare import outputs_of
-from support.devices import needs_cpu_kernels
+from support.devices import cpu_peak_bytes, needs_cpu_kernels
 from support.ops.compare import function_of
 
 MIB = 1 << 20

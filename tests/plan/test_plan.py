@@ -11,7 +11,6 @@ from simplclip.commands.plan import parse_count, parse_memory
 from simplclip.commands.train import predict_micro_batch
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
-from simplclip.common.hardware import cpu_peak_bytes
 from simplclip.plan import rates, search
 from simplclip.plan.cards import CARDS, GIB
 from simplclip.plan.meter import Work, fake_device
@@ -19,6 +18,7 @@ from simplclip.plan.step import busiest_step, planned
 from simplclip.train import config, setup
 from simplclip.train import step as steps
 from simplclip.train.config import ConfigError
+from support.devices import cpu_peak_bytes
 from support.programs import call
 from support.train.states import random_batches, random_state
 

@@ -17,10 +17,9 @@ import simplclip
 from simplclip import data, evaluation
 from simplclip.common.errors import InputError
 from simplclip.models.trained import read_checkpoint
-from simplclip.train import checkpoint, curves, log
+from simplclip.train import checkpoint, log
 from simplclip.train.config import ConfigError, load
-from simplclip.train.resolve import resolve
-from simplclip.train.signals import Interrupted
+from simplclip.train.evaluate import Interrupted
 from support.data.pairs import digests, members, table, write
 from support.programs import call, forked, one_line
 from support.train import tiny
@@ -103,9 +102,9 @@ def test_a_held_out_loss_that_rises_is_told_once(tmp_path, monkeypatch):
         "warning    held_out loss 3.600: in two evaluations more than 10% above 3.000, its lowest, "
         "of step 2; the model may overfit, best.pt keeps the highest R@1"
     )
-    monkeypatch.setattr(log, "write_curves", lambda run: curves.read_figures(run / "config.yaml"))
+    monkeypatch.setattr(log, "write_curves", lambda run: log.read_figures(run / "config.yaml"))
     (line,) = run(8, resume=True, curves=True)
-    assert line.startswith("warning    no curves.png: run.out: expected figures by step in ")
+    assert line.startswith("warning    no curves.png: expected figures by step in ")
 
 
 def means(run):
@@ -271,7 +270,7 @@ def test_best_weights_stay_unless_a_better_evaluation_comes(tmp_path, monkeypatc
     changes.append(f"data.train={write(tmp_path / 'more/train-0.tar', samples)}")
     text = go(tiny.settings(tmp_path, *changes, "run.steps=7"), resume=True)
     assert kept == [1, 2, 5, 6, 7], "figures of other pictures cannot be compared"
-    assert "resume     ranks, workers or shards were others: the epoch starts again" in text
+    assert "or eval.hold_out were others: the epoch starts again" in text
     assert "other held-out samples than those of step 6, whose" in text
 
 
@@ -308,7 +307,7 @@ def test_tensorboard_has_each_step_once_and_changes_nothing(tmp_path, monkeypatc
 
 
 def test_shares_and_names_that_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="eval.hold_out: expected less than 1, got 1"):
+    with pytest.raises(ConfigError, match="eval.hold_out: Input should be less than 1, got 1"):
         tiny.settings(tmp_path, "eval.hold_out=1")
     with pytest.raises(ConfigError, match="eval: splits: expected another name than held_out"):
         tiny.settings(tmp_path, "eval.hold_out=0.1", "eval.splits.held_out=x.tar")
@@ -330,10 +329,3 @@ def test_of_one_held_out_image_nothing_can_be_told(tmp_path):
     with pytest.raises(InputError, match=message):
         go(tiny.settings(tmp_path, *changes))
     assert not (tmp_path / "run").exists()
-
-
-def test_epochs_count_what_trains(tmp_path):
-    tiny.write_shard(tmp_path / "data/train-0.tar", copies=4)
-    resolved = resolve(tiny.settings(tmp_path, "eval.hold_out=0.4", "run.epochs=1"), None)
-    assert resolved.division.train == resolved.samples < 4 * 24
-    assert resolved.config.run.steps == round(resolved.samples / 8)

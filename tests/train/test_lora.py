@@ -22,8 +22,7 @@ from simplclip.models.trained import load_model, read_checkpoint
 from simplclip.models.weights import CheckpointError, merged, plain_name
 from simplclip.train import step
 from simplclip.train.config import load
-from simplclip.train.setup import make_state
-from simplclip.train.start import load_start
+from simplclip.train.setup import load_start, make_state
 from support.models import lora
 from support.programs import call, one_line
 from support.train.runs import bits, go, rows

@@ -1,7 +1,6 @@
 """Training runs of the tests and the files that they leave."""
 
 import contextlib
-import csv
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -69,8 +68,7 @@ def check_ends_as(whole: Path, config: Config) -> None:
 
 def rows(folder: Path, file: str = "metrics.csv") -> list[dict[str, str]]:
     """Returns the rows of a table without what depends on the machine."""
-    with open(folder / file, newline="") as lines:
-        table = list(csv.DictReader(lines))
+    table = log.read_figures(folder / file)
     for row in table:
         for name in TIMED:
             row.pop(name, None)
