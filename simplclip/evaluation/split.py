@@ -16,8 +16,7 @@ from simplclip.common import hardware
 from simplclip.common.errors import InputError, UserError
 from simplclip.data import HeldOut, held_out
 from simplclip.data.errors import BrokenSample, Skipped
-from simplclip.data.transforms import ImageTransform, to_tensor
-from simplclip.data.views import Transform
+from simplclip.data.transforms import ImageTransform, Transform, to_tensor
 
 LEAST_SAMPLES = 2  # of a run's held-out data: of one, R@1 is 100 % with any weights
 

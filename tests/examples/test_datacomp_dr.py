@@ -15,12 +15,9 @@ from torchvision.transforms.autoaugment import RandAugment, _apply_op
 
 from simplclip import models
 from simplclip.data.errors import BrokenSample, Skipped
-from simplclip.data.find_sources import sources_of
-from simplclip.data.read_meta import teacher_stamp
-from simplclip.data.read_tars import read_tar
 from simplclip.data.samples import parse
-from simplclip.data.transforms import OPERATIONS
-from simplclip.data.views import pixels_of
+from simplclip.data.shards import read_tar, sources_of, teacher_stamp
+from simplclip.data.transforms import OPERATIONS, pixels_of
 from support.data import pairs
 from support.programs import load_example
 
