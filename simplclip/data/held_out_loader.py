@@ -179,9 +179,11 @@ class HeldOut:
                 if not self.share or is_held_out(sample, self.share):
                     yield sample
             return
-        for row in open_source(source.url, self.options).rows():
+        rows = open_source(source.url, self.options)
+        for row in rows.rows():
             key = row.name.partition("/")[2]
             yield {"__key__": key, "__url__": source.url, "__shard__": source.name, "__row__": row}
+        skipped.merge(rows.bad)
 
     def _prepare(self, sample: Sample, transform: Transform) -> tuple[torch.Tensor, HeldOutRow]:
         """Returns the pixels [3, S, S] of a sample, and its row; raises BrokenSample."""

@@ -235,22 +235,17 @@ class Loader:
         Starts the loader processes, which end with the iterator. Each batch moves the position that
         `state_dict` returns, and adds to `skipped`. Raises ShardError, EmptyDataError.
         """
-        blocks = self._counted(from_workers(self.items, self.workers, self.pin_memory))
+        blocks: Iterable[Block] = from_workers(self.items, self.workers, self.pin_memory)
         if not self.own_tars:
             blocks = whole_batches(blocks, self.batch_size)
         for block in blocks:
+            self.skipped.merge(block.skipped)
             if self.own_tars:
                 self.positions[block.worker] = block.places[-1]
                 self.turn = (block.worker + 1) % len(self.positions)
             else:
                 self.positions = [block.places[-1]] * len(self.positions)
             yield block.batch
-
-    def _counted(self, blocks: Iterable[Block]) -> Iterator[Block]:
-        """Yields the blocks, and adds their damage to `skipped`."""
-        for block in blocks:
-            self.skipped.merge(block.skipped)
-            yield block
 
     def state_dict(self) -> dict[str, Any]:
         """Returns this rank's position after the last batch yielded, for `load_state_dict`.
@@ -396,21 +391,18 @@ class Loader:
 
 
 def whole_batches(blocks: Iterable[Block], size: int) -> Iterator[Block]:
-    """Yields the samples of `blocks`, which have at most `size`, in blocks of `size`.
-
-    A whole block is yielded itself, without a copy, until one is short.
-    """
-    rest: Block | None = None  # less than a batch
+    """Yields the samples of `blocks`, which have at most `size`, in blocks of `size`."""
+    rest = Block({}, [], 0, Skipped())  # less than a batch
     for block in blocks:
-        if rest is not None and block.places:
-            batch = {name: _joined(rest.batch[name], block.batch[name]) for name in block.batch}
-            block = block._replace(batch=batch, places=rest.places + block.places)
-        if len(block.places) >= size:
-            yield _rows(block, slice(size))
-            block = _rows(block, slice(size, None))
-            rest = None
-        if block.places:
-            rest = block
+        skipped = rest.skipped
+        skipped.merge(block.skipped)
+        batch = block.batch or rest.batch
+        if rest.places and block.places:
+            batch = {name: _joined(rest.batch[name], value) for name, value in batch.items()}
+        rest = Block(batch, rest.places + block.places, block.worker, skipped)
+        if len(rest.places) >= size:
+            yield _rows(rest, slice(size))
+            rest = _rows(rest, slice(size, None))._replace(skipped=Skipped())
 
 
 def _rows(block: Block, rows: slice) -> Block:

@@ -188,7 +188,8 @@ def pack(
     rows = open_source(source, options)
     file, _ = split_of(os.path.expanduser(os.fspath(source)))
     state = size_and_time(file) if os.path.isfile(file) else {}
-    about = {"name": os.path.basename(os.fspath(source)), **state, **options.given()}
+    name = os.path.basename(os.path.abspath(source))
+    about = {"name": name, **state, **options.given()}
     folder = TarFolder(Path(os.path.expanduser(out)), {"format": FORMAT, "source": about})
     folder.open()
     kept = folder.complete

@@ -135,12 +135,11 @@ def open_source(path: str | os.PathLike, options: Options = NO_OPTIONS) -> RowSo
             table = os.path.join(file, name)
             if os.path.isfile(table) and "file_name" in _opened_table(table).schema.names:
                 return replace(_table(table, options), path=file)
-    is_file_of_table = os.path.isfile(file) and file.lower().endswith(TABLES)
-    if is_file_of_table:
+    elif file.lower().endswith(TABLES):
         return _table(file, options)
-    for name in ("image_key", "caption_key"):
-        if getattr(options, name) is not None:
-            raise InputError(f"{name}: expected none, as {file!r} has no columns")
+    for name, value in options.given().items():
+        if os.path.isdir(file) or name != "images":
+            raise InputError(f"{name}: expected none, as {file!r} has no such part, got {value!r}")
     if os.path.isdir(file):
         return _folder(file)
     if file.lower().endswith(".json"):
@@ -215,9 +214,10 @@ def _table(path: str, options: Options) -> RowSource:
 
     def pairs() -> Iterator[tuple[Any, Any]]:
         """Yields (image, captions) of each row as pyarrow scalars."""
-        bad.take()
         with _named(path):
-            for batch in _opened_table(path, (image, caption), bad).to_batches(
+            table = _opened_table(path, (image, caption), bad)
+            bad.take()  # of the lines that told the schema
+            for batch in table.to_batches(
                 columns=[image, caption],
                 batch_size=_EMBEDDED_BATCH if embedded else _BATCH,
                 batch_readahead=1,

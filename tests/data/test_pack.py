@@ -226,7 +226,7 @@ def test_separators_and_wrong_tables(tmp_path):
         ("instances.json", {}, "got .*instances.json' without 'caption'"),
         ("none.csv", {}, "got '.*none.csv', which does not exist"),
         ("t.csv", {"image_key": "x"}, r"a column x \(image_key\), got .* the columns 'filepath'"),
-        ("", {"image_key": "x"}, "image_key: expected none, as '.*' has no columns"),
+        ("", {"image_key": "x"}, "image_key: expected none, as '.*' has no such part, got 'x'"),
         ("", {}, "got none that is usable in .*; 1 skipped: 1 missing caption"),
     ):
         assert re.search(message, refusal(tmp_path / name, **options))

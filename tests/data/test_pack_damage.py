@@ -72,7 +72,7 @@ def test_entries_of_json_files_that_are_incomplete_cost_no_other(tmp_path):
 def test_images_that_lie_elsewhere_are_told_how_to_name_their_folder(tmp_path):
     write_images(tmp_path / "in", "a.png")
     path = tmp_path / "c.jsonl"
-    path.write_text('{"image": "a.png", "caption": "one"}')
+    path.write_text('{"image": "a.png", "caption": "one"}\n')
     told = one_line("data", "pack", path, "--out", tmp_path / "none")
     missing = f"'{tmp_path}/a.png' does not exist; try --images"
     assert missing in told
