@@ -1,5 +1,6 @@
 """Loader processes: signals, the death of a worker or its parent."""
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,7 @@ import pytest
 
 from simplclip.data.workers import from_workers
 from support.data.pairs import loader, resize, sample, take, write
+from support.programs import forked
 from support.train.runs import bits
 
 
@@ -30,7 +32,7 @@ def test_a_signal_to_all_processes_leaves_workers_to_the_trainer(pattern, number
     assert len(take(loader(pattern, workers=1, transform=interrupt), 4)) == 4
 
 
-def test_after_the_death_of_a_worker_another_loader_goes_on(pattern):
+def die_and_go_on(pattern):
     whole = take(loader(pattern, workers=1, batch_size=1), 12)
     reader = loader(pattern, workers=1, batch_size=1)
     found = []
@@ -46,6 +48,11 @@ def test_after_the_death_of_a_worker_another_loader_goes_on(pattern):
     assert bits(found) == bits(whole[: len(found)])
     again = loader(pattern, reader.state_dict(), workers=1, batch_size=1)
     assert bits(take(again, 12 - len(found))) == bits(whole[len(found) :])
+
+
+def test_after_the_death_of_a_worker_another_loader_goes_on(pattern):
+    """In a fork: DataLoader's error comes with each signal of a child from then on."""
+    assert forked(functools.partial(die_and_go_on, pattern)) == 0
 
 
 def endless(worker, workers):
