@@ -23,7 +23,7 @@ import simplclip
 from simplclip.common.errors import UserError, visible
 from simplclip.common.files import replacing
 from simplclip.common.plotting import any_text, shortened, write
-from simplclip.data.decode_images import IMAGE_SUFFIXES
+from simplclip.data.images import IMAGE_SUFFIXES
 
 SUFFIXES = {f".{suffix}" for suffix in IMAGE_SUFFIXES}
 WORKERS = min(4, os.cpu_count() or 1)  # processes that decode photos

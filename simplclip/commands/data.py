@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from simplclip.commands.app import app
-from simplclip.data.readers import METADATA, files_in_words
 
 data = typer.Typer(
     no_args_is_help=True, short_help="Make shards of pairs.", help="Make shards of pairs."
@@ -26,8 +25,10 @@ def pack(
     source: Annotated[
         str,
         typer.Argument(
-            help=f"One of: {files_in_words()}; a folder of images, with KEY.txt or KEY.json beside "
-            f"KEY.jpg, with {' or '.join(METADATA)}, or with a folder for each class."
+            help="A table of images and captions (.csv, .tsv, .jsonl, .parquet); a JSON file of "
+            "Karpathy's or COCO's kind (FILE.json#SPLIT); or a folder of images, with KEY.txt or "
+            "KEY.json beside KEY.jpg, with metadata.jsonl or metadata.csv, or with a folder for "
+            "each class."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],

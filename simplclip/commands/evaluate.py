@@ -126,7 +126,7 @@ def evaluate(
 
 def _with_images(splits: dict[str, Any], images: str) -> dict[str, Any]:
     """Returns splits in which tables and JSON files have their images in the folder `images`."""
-    from simplclip.data.readers import is_table
+    from simplclip.data.rows import is_table
 
     tables = {name: split for name, split in splits.items() if is_table(split)}
     if not tables:

@@ -73,7 +73,7 @@ def named_splits(items: list[str]) -> dict[str, Any]:
     A name has no characters of paths and patterns: / \ * ? [ ] { } # and =; pipe: begins DATA.
     Raises InputError for an empty item, or for a name that comes twice.
     """
-    from simplclip.data.readers import ENDINGS, split_of
+    from simplclip.data.rows import ENDINGS, split_of
 
     splits: dict[str, Any] = {}
     for item in items:

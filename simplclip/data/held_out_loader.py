@@ -16,13 +16,16 @@ from PIL import Image
 
 from simplclip.common.errors import InputError
 from simplclip.data.errors import BrokenSample, EmptyDataError, Skipped
-from simplclip.data.find_sidecars import Folders
-from simplclip.data.find_sources import Source, in_words, sources_of
 from simplclip.data.pack import files_of
-from simplclip.data.read_folders import label_of_folder
-from simplclip.data.read_tars import read_tar
-from simplclip.data.readers import is_source, open_source
-from simplclip.data.rows import OPTION_NAMES, Options, PairRow
+from simplclip.data.rows import (
+    NO_OPTIONS,
+    OPTION_NAMES,
+    Options,
+    PairRow,
+    is_source,
+    label_of_folder,
+    open_source,
+)
 from simplclip.data.samples import (
     Pair,
     Sample,
@@ -34,8 +37,10 @@ from simplclip.data.samples import (
     label_of,
     record_of,
 )
-from simplclip.data.stored_order import StoredOrder
-from simplclip.data.views import Transform, pixels_of, seeded
+from simplclip.data.shards import Source, in_words, sources_of
+from simplclip.data.sidecars import Folders, read_joined
+from simplclip.data.transforms import Transform, pixels_of, seeded
+from simplclip.data.workers import StoredOrder
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class HeldOut:
     # of training data the share that is held out, see `samples.is_held_out`; 0: all data are
     share: float = 0.0
     sidecars: Folders = ()  # those that training joins, since their json may have other groups
-    options: Options = Options()  # of a table or JSON file
+    options: Options = NO_OPTIONS  # of a table or JSON file
 
     def __str__(self) -> str:
         return in_words(self.sources)
@@ -134,7 +139,7 @@ class HeldOut:
         workers: loader processes, which end with the iteration; 0 reads in this process.
         rank, world_size: the batches of this rank, of so many ranks that divide them.
 
-        Raises ShardError for a shard that cannot be read, WorkerError if a loader process died.
+        Raises ShardError for a shard that cannot be read.
         """
         order = StoredOrder(
             self.sources,
@@ -170,13 +175,15 @@ class HeldOut:
     def _read(self, source: Source, skipped: Skipped) -> Iterator[Sample]:
         """Yields a source's samples in stored order; of divided training data the held-out ones."""
         if self.share or not is_source(source.url):
-            for sample in read_tar(source, skipped, sidecars=self.sidecars or None):
+            for sample in read_joined(source, skipped, self.sidecars):
                 if not self.share or is_held_out(sample, self.share):
                     yield sample
             return
-        for row in open_source(source.url, self.options).rows():
+        rows = open_source(source.url, self.options)
+        for row in rows.rows():
             key = row.name.partition("/")[2]
             yield {"__key__": key, "__url__": source.url, "__shard__": source.name, "__row__": row}
+        skipped.merge(rows.bad)
 
     def _prepare(self, sample: Sample, transform: Transform) -> tuple[torch.Tensor, HeldOutRow]:
         """Returns the pixels [3, S, S] of a sample, and its row; raises BrokenSample."""
@@ -215,7 +222,7 @@ def held_out(source: Any, *, captions: int | None = None, name: str = "data") ->
             share=source["hold_out"],
             sidecars=source.get("sidecars", ()),
         )
-    options = Options()
+    options = NO_OPTIONS
     if isinstance(source, Mapping) and not source.keys().isdisjoint(OPTION_NAMES):
         options = Options(**{key: source[key] for key in OPTION_NAMES if key in source})
         source = source.get("shards")

@@ -18,8 +18,8 @@ from torchvision.transforms.functional import to_pil_image
 
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
-from simplclip.data.decode_images import decode_pil
 from simplclip.data.errors import BrokenSample
+from simplclip.data.images import decode_pil
 from simplclip.data.samples import file_bytes
 from simplclip.models.crop import crop_texts
 from simplclip.models.trained import load_source

@@ -22,7 +22,7 @@ from simplclip.common.files import check_writable
 from simplclip.common.progress import print_lines
 from simplclip.data import HeldOut, held_out
 from simplclip.data.errors import Skipped
-from simplclip.data.views import Transform
+from simplclip.data.transforms import Transform
 from simplclip.evaluation.classification import NamelessError, named, phrases, zero_shot
 from simplclip.evaluation.encoder import Encoder, load
 from simplclip.evaluation.index import BATCH_SIZE, Index, encode

@@ -17,9 +17,9 @@ from simplclip.common import generators, hardware, ranks
 from simplclip.common.errors import InputError, UserError
 from simplclip.common.files import check_writable, locked
 from simplclip.common.progress import duration
-from simplclip.data.find_sidecars import sidecars_of
-from simplclip.data.find_sources import Source
 from simplclip.data.samples import digest_of
+from simplclip.data.shards import Source
+from simplclip.data.sidecars import sidecars_of
 from simplclip.models.trained import tokenizer
 from simplclip.models.weights import checksums
 from simplclip.train import checkpoint

@@ -1,6 +1,5 @@
 """A share of the data is held out: the same samples for every reader, groups together."""
 
-import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,7 +9,17 @@ import pytest
 from simplclip import data
 from simplclip.data import pack, samples
 from support.data.packs import write_images
-from support.data.pairs import COUNT, loader, members, png, resize, sample, table, write
+from support.data.pairs import (
+    COUNT,
+    first_passes,
+    loader,
+    members,
+    png,
+    resize,
+    sample,
+    table,
+    write,
+)
 from support.evaluation import batches_of, index_of
 
 SHARE = 0.3
@@ -42,8 +51,8 @@ def one_pass(shards, share, workers=1, ranks=1, **options):
     for rank in range(ranks):
         reader = loader(shards, rank=rank, **options)
         for worker in range(workers):
-            items = itertools.takewhile(lambda item: item.epoch == 0, reader.items(worker, workers))
-            found += [key for item in items if item.batch for key in item.batch["key"]]
+            for block in first_passes(reader, worker, workers):
+                found += block.batch["key"]
     return found
 
 

@@ -6,8 +6,6 @@ import re
 
 import pytest
 
-from simplclip.train.config import load
-from support.data.pairs import table
 from support.programs import call
 from support.train import tiny
 from support.train.runs import go
@@ -66,20 +64,3 @@ def test_captions_are_shown_and_those_that_are_cut_are_counted(tmp_path):
     assert re.search(rf"^warning: held_out: [1-9]\S+% of \d+ {cut}", result.output, re.M)
     left_out = json.loads((tmp_path / "run/evaluation.json").read_text())
     assert cut in left_out["splits"]["held_out"]["left_out"][0]
-
-
-@pytest.mark.slow
-def test_a_table_beside_tars_and_another_table(tmp_path, capsys):
-    """Their shards are entries of the one list data.train; --resume finds them packed."""
-    photos = picture_folder(tmp_path / "photos")
-    rows = [(f"photos/{path.name}", path.stem) for path in sorted(photos.glob("*.png"))]
-    tables = [table(tmp_path / f"{name}.csv", rows) for name in ("t", "u")]
-    tar = tiny.write_shard(tmp_path / "data" / "train-0.tar")
-    change = f"data.train={json.dumps([tables[0], tar, tables[1]])}"
-    go(tiny.settings(tmp_path, change, "run.steps=1"))
-    assert "packed 24 samples of t.csv" in capsys.readouterr().out
-    shards = [tmp_path / f"run/shards/{name}/{name}-000000.tar" for name in ("t", "u")]
-    trained = load(tmp_path / "run/config.yaml").data.train
-    assert trained == [str(shards[0]), tar, str(shards[1])]
-    go(tiny.settings(tmp_path, change, "run.steps=2"), resume=True)
-    assert "kept 24 samples of u.csv" in capsys.readouterr().out
