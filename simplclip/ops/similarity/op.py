@@ -163,10 +163,10 @@ def similarity_loss(
             text_ids = distributed.gather(text_ids, group)
         if has_teacher:
             teacher[1] = distributed.gather(teacher[1], group)
-    negatives = None
+    share = None
     if of_plane is not None and ids is not None and text_ids is not None:
         count = inputs.count_negatives(ids, text_ids, len(text), label_offset, group)
-        negatives = count.to(wide)
+        share = 0.5 / count.to(wide)
     softmaxes, sigmoids = _sweeps_of(terms, device)
     values: dict[str, Any] = dict.fromkeys(terms)
     totals = []
@@ -174,21 +174,20 @@ def similarity_loss(
     if softmaxes:
         matrices = 2 if has_teacher else 1
         chunk = sweep_rows(image, m, matrices, scratch_bytes, keeps=store_bytes is None)
-        weight, shift = of_plane if "pair_matching" in softmaxes else (None, None)
+        of_sweep = torch.stack(of_plane) if "pair_matching" in softmaxes else None
         kept_rows = 0
-        if wants_grad(image, text, scale, weight, shift):
+        if wants_grad(image, text, scale, of_sweep):
             kept_rows = stored_rows(image, m, matrices, store_bytes, chunk)
         mix = weights if weights is not None and len(softmaxes) > 1 else {}
         call = TermsCall(
             image,
             text,
             scale,
-            weight,
-            shift,
             *teacher,
+            of_sweep,
             ids,
             text_ids,
-            negatives,
+            share,
             label_offset,
             symmetric,
             _ENTROPY[divergence],
@@ -213,13 +212,13 @@ def similarity_loss(
         if "sigmoid" in sigmoids:
             numbers["sigmoid"] = [scale, 0.0 if bias is None else bias, 1 / n, 1 / n]
         if "pair_matching" in sigmoids:
-            count = max(1, n * (m - 1)) if negatives is None else negatives
-            numbers["pair_matching"] = [*of_plane, 0.5 / count, 0.5 / n]
+            of_negatives = 0.5 / max(1, n * (m - 1)) if share is None else share
+            numbers["pair_matching"] = [*of_plane, of_negatives, 0.5 / n]
         chunk = sweep_rows(image, m, 1, scratch_bytes)
-        of_sweep = SigmoidCall(
+        of_sigmoid = SigmoidCall(
             image, text, scale, ids, text_ids, label_offset, chunk, False, False, False
         )
-        total, of_sigmoids = _sigmoid_sweeps(of_sweep, numbers, weights)
+        total, of_sigmoids = _sigmoid_sweeps(of_sigmoid, numbers, weights)
         values |= of_sigmoids
         totals.append(total)
     return _combined(values, totals, bias if "sigmoid" not in terms else None, weights)

@@ -46,16 +46,17 @@ def _excess(
     return positive, stats[stat::SLOTS] - positive
 
 
-def terms(call: Any, stats: Tensor) -> list[Tensor]:
-    """Returns those of the terms contrastive, relational and pair matching that a call asks for.
+def terms(call: Any, stats: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Returns those of the terms contrastive, relational and pair matching that a call asks for,
+    and the log-sum-exps minus the positives' logits for `gradients`, in a row for each matrix and
+    direction.
 
     call: a TermsCall. stats: RowStat [6, N] and, with both directions, below them ColumnStat [3, N]
     of the positives' columns. A term is NaN where a positive's logit is infinite.
     """
     results = []
-    if call.contrastive or call.has_teacher:
-        positive, excess = _excess(stats, *_STUDENT, call.scale)
-        cross_entropy = _nan_of_infinite(_softplus(excess), positive)
+    positive, excess = _excess(stats, *_STUDENT, call.scale)
+    cross_entropy = _nan_of_infinite(_softplus(excess), positive)
     if call.contrastive:
         results.append(cross_entropy.mean())
     if call.has_teacher:
@@ -64,48 +65,54 @@ def terms(call: Any, stats: Tensor) -> list[Tensor]:
         loss = cross_entropy + torch.sigmoid(teacher_excess) * gap
         loss = torch.sub(loss, _softplus(teacher_excess), alpha=call.entropy)
         results.append(_nan_of_infinite(loss, teacher).mean())
-    if call.has_plane:
+        excess = torch.cat([excess, teacher_excess])
+    if call.plane is not None:
         diagonal = stats[RowStat.DIAGONAL_STUDENT]
-        logits = torch.addcmul(call.plane_bias, call.plane_weight, diagonal)
-        unmatched = stats[RowStat.PAIR_MATCHING].sum() * (0.5 / call.negative_count)
-        matched = _nan_of_infinite(_softplus(-logits), logits).sum()
-        results.append(torch.add(unmatched, matched, alpha=0.5 / diagonal.shape[0]))
-    return results
+        weight, bias = call.plane
+        logits = torch.addcmul(bias, weight, diagonal)
+        unmatched = stats[RowStat.PAIR_MATCHING].sum() * call.negative_share
+        matched = _nan_of_infinite(F.logsigmoid(logits), logits).sum()
+        results.append(torch.add(unmatched, matched, alpha=-0.5 / diagonal.shape[0]))
+    return results, excess
 
 
 def gradients(
-    call: Any, stats: Tensor, factors: Sequence[Tensor]
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
-    """Returns the gradients of Σ factor · term: of stats, and of scale [] and the plane ([], []) as
-    far as the terms depend on these beside stats; None where they do not.
+    call: Any, rows: Tensor, excess: Tensor, factors: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns the gradients of Σ factor · term: of stats, minus that of scale [], and -2 N times
+    that of the plane [2], or None without; the last two as far as the terms depend on these beside
+    stats.
 
-    factors: of the terms that `terms` returns.
+    rows: [6, N] RowStat. excess: what `terms` returns. factors: of the terms that it returns.
     """
-    diagonal = stats[RowStat.DIAGONAL_STUDENT]
-    d_stats = torch.zeros_like(stats)
+    diagonal = rows[RowStat.DIAGONAL_STUDENT]
+    slots = SLOTS + (len(ColumnStat) if call.columns else 0)
+    d_stats = rows.new_zeros(slots, rows.shape[1])
     d_diagonal = d_stats[RowStat.DIAGONAL_STUDENT]
-    d_scale = d_plane = None
-    if call.has_plane:
+    d_plane = None
+    if call.plane is not None:
         *factors, factor = factors
-        d_stats[RowStat.PAIR_MATCHING] = factor * (0.5 / call.negative_count)
-        logits = torch.addcmul(call.plane_bias, call.plane_weight, diagonal)
-        d_logits = torch.sigmoid(logits.neg_()).mul_(factor * (-0.5 / diagonal.shape[0]))
-        d_plane = torch.dot(d_logits, diagonal), d_logits.sum()
-        d_diagonal.addcmul_(d_logits, call.plane_weight)
-    if factors:
-        _, excess = _excess(stats, *_STUDENT, call.scale)
-        share = 1 / excess.numel()
-        both = factors[0] if len(factors) == 1 else factors[0] + factors[1]
-        d_lse = torch.sigmoid(excess, out=d_stats[RowStat.LSE_STUDENT :: SLOTS])
-        d_positive = d_lse.mul_(both * -share).sum(0)
-        d_lse.neg_()
-        if call.has_teacher:
-            _, teacher_excess = _excess(stats, *_TEACHER, call.teacher_scale)
-            d_mean = torch.sigmoid(teacher_excess, out=d_stats[RowStat.MEAN :: SLOTS])
-            d_positive += d_mean.mul_(factors[-1] * share).sum(0)
-        d_scale = torch.dot(d_positive, diagonal)
-        d_diagonal.addcmul_(d_positive, call.scale)
-    return d_stats, d_scale, d_plane
+        share = call.negative_share
+        if isinstance(share, Tensor):
+            d_stats[RowStat.PAIR_MATCHING].addcmul_(factor, share)
+        else:
+            d_stats[RowStat.PAIR_MATCHING].add_(factor, alpha=share)
+        weight, bias = call.plane
+        minus_logits = torch.addcmul(bias, weight, diagonal).neg_()
+        # by minus the logits and times 2 N, which is made up for without one more pass
+        d_logits = torch.sigmoid(minus_logits).mul_(factor)
+        d_plane = torch.stack([torch.dot(d_logits, diagonal), d_logits.sum()])
+        d_diagonal.addcmul_(d_logits, weight, value=-0.5 / diagonal.shape[0])
+    directions = 2 if call.columns else 1
+    share = 1 / (directions * rows.shape[1])
+    both = factors[0] if len(factors) == 1 else factors[0] + factors[1]
+    d_lse = torch.sigmoid(excess[:directions], out=d_stats[RowStat.LSE_STUDENT :: SLOTS])
+    d_excess = d_lse.mul_(both * share).sum(0)
+    if call.has_teacher:
+        d_mean = torch.sigmoid(excess[directions:], out=d_stats[RowStat.MEAN :: SLOTS])
+        d_excess -= d_mean.mul_(factors[-1] * share).sum(0)
+    d_diagonal.addcmul_(d_excess, call.scale, value=-1)
+    return d_stats, torch.dot(d_excess, diagonal), d_plane
 
 
 def merged(parts: Tensor) -> tuple[Tensor, Tensor]:  # [W, N] -> [N], [W, N] shares

@@ -111,21 +111,21 @@ class TermsCall:
 
     The terms are contrastive if `contrastive`, relational with a teacher, and pair matching with a
     plane. The results are the loss [], which is their weighted sum; the terms [T], or [0] if there
-    is one, of weight 1; and for backward the statistics of rows [6, N] and columns [3, M], these of
-    each rank's rows [W, 3, N] with a group, and stored products.
+    is one, of weight 1; and for backward the statistics of rows [6, N] and columns [3, M], what
+    statistics.terms returns, the columns' of each rank's rows [W, 3, N] with a group, and stored
+    products.
     """
 
     image: Tensor  # [N, D]
     text: Tensor  # [M, D]
     scale: Tensor  # []
-    plane_weight: Tensor | None  # []
-    plane_bias: Tensor | None  # []
     teacher_image: Tensor | None  # [N, D̂]
     teacher_text: Tensor | None  # [M, D̂]
     teacher_scale: Tensor | None  # []
+    plane: Tensor | None  # [2]
     ids: Tensor | None  # [N] int64
     text_ids: Tensor | None  # [M] int64
-    negatives: Tensor | None  # [] the number of all negatives with ids; else from N and M
+    share: Tensor | None  # [] `negative_share` with ids
     label_offset: int
     columns: bool  # whether both directions count
     entropy: float
@@ -143,26 +143,21 @@ class TermsCall:
         return self.teacher_image is not None
 
     @property
-    def has_plane(self) -> bool:
-        """Whether pair matching is asked for."""
-        return self.plane_weight is not None
-
-    @property
     def weights(self) -> list[float]:
         """The weights of the terms that the call has."""
         weights = [self.contrastive_weight] if self.contrastive else []
         if self.has_teacher:
             weights.append(self.relational_weight)
-        if self.has_plane:
+        if self.plane is not None:
             weights.append(self.pair_matching_weight)
         return weights
 
     @property
-    def negative_count(self) -> Tensor | int:
-        """The number of all negatives, at least 1."""
-        if self.negatives is not None:
-            return self.negatives
-        return max(1, self.image.shape[0] * (self.text.shape[0] - 1))
+    def negative_share(self) -> Tensor | float:
+        """0.5 over the number of all negatives, at least 1."""
+        if self.share is not None:
+            return self.share
+        return 0.5 / max(1, self.image.shape[0] * (self.text.shape[0] - 1))
 
     def of_kernels(self) -> tuple:
         """Returns the fields of a SimilarityCall, features in the dtype of products."""
@@ -173,9 +168,6 @@ class TermsCall:
             image, text = image.to(dtype), text.to(dtype)
         if teacher_image is not None and teacher_text is not None:
             teacher_image, teacher_text = teacher_image.to(dtype), teacher_text.to(dtype)
-        plane = None
-        if self.plane_weight is not None and self.plane_bias is not None:
-            plane = torch.stack([self.plane_weight, self.plane_bias])
         return (
             image,
             text,
@@ -183,7 +175,7 @@ class TermsCall:
             teacher_image,
             teacher_text,
             self.teacher_scale,
-            plane,
+            self.plane,
             self.ids,
             self.text_ids,
             self.label_offset,
@@ -231,6 +223,7 @@ class TermsGradient(TermsCall):
     grad_terms: Tensor | None  # [T]
     row_stats: Tensor  # [6, N] RowStat
     column_stats: Tensor  # [3, M] ColumnStat
+    excess: Tensor  # see statistics.terms
     parts: Tensor  # [W, 3, N], or [0]
     stored: Tensor  # [matrices, stored_rows, M]
     need_image: bool
@@ -243,32 +236,34 @@ def _fwd(function: Callable, call: TermsCall) -> tuple[Tensor, ...]:
     parts = rows.new_empty(0)
     if call.group:
         parts = distributed.exchange_columns(columns, call.group)
-    terms = statistics.terms(call, call.statistics(rows, columns, parts))
+    terms, excess = statistics.terms(call, call.statistics(rows, columns, parts))
+    kept = rows, columns, excess, parts, stored
     if len(terms) == 1:
-        return terms[0], rows.new_empty(0), rows, columns, parts, stored
-    loss: Any = None
-    for weight, term in zip(call.weights, terms):
-        loss = weight * term if loss is None else torch.add(loss, term, alpha=weight)
-    return loss, torch.stack(terms), rows, columns, parts, stored
+        return terms[0], rows.new_empty(0), *kept
+    first, *weights = call.weights
+    loss = terms[0] if first == 1 else first * terms[0]
+    for weight, term in zip(weights, terms[1:]):
+        loss = torch.add(loss, term, alpha=weight)
+    return loss, torch.stack(terms), *kept
 
 
 def _fwd_empty(call: TermsCall, spec: str) -> tuple[Tensor, ...]:
     """Returns uninitialised results of TermsCall."""
     rows, columns, stored = empty_statistics(SimilarityCall(*call.of_kernels()))
+    n = rows.shape[1]
     parts = [0]
     if call.group:
-        n = call.image.shape[0]
         parts = [call.text.shape[0] // n, columns.shape[0], n]
     count = len(call.weights)
     terms = rows.new_empty(count if count > 1 else 0)
-    return rows.new_empty(()), terms, rows, columns, rows.new_empty(parts), stored
+    excess = rows.new_empty((2 if call.columns else 1) * (2 if call.has_teacher else 1), n)
+    return rows.new_empty(()), terms, rows, columns, excess, rows.new_empty(parts), stored
 
 
 def _bwd(function: Callable, call: TermsGradient) -> tuple[Tensor, ...]:
     """Returns the gradients of TermsGradient, by a backend's function from those of statistics."""
     rows, columns = call.row_stats, call.column_stats
-    stats = call.statistics(rows, columns, call.parts)
-    d_stats, d_scale, d_plane = statistics.gradients(call, stats, _factors(call))
+    d_stats, minus_d_scale, d_plane = statistics.gradients(call, rows, call.excess, _factors(call))
     gradient = SimilarityGradient(
         *call.of_kernels(),
         d_stats[: statistics.SLOTS],
@@ -283,19 +278,16 @@ def _bwd(function: Callable, call: TermsGradient) -> tuple[Tensor, ...]:
     dtype = call.image.dtype
     if d_image.dtype != dtype:
         d_image, d_text = d_image.to(dtype), d_text.to(dtype)
-    if d_scale is not None:
-        scale_by_matrix = scale_by_matrix + d_scale
     if d_plane is not None:
-        plane_by_matrix = plane_by_matrix + torch.stack(d_plane)
-    return d_image, d_text, scale_by_matrix, plane_by_matrix
+        plane_by_matrix = torch.add(plane_by_matrix, d_plane, alpha=-0.5 / rows.shape[1])
+    return d_image, d_text, scale_by_matrix - minus_d_scale, plane_by_matrix
 
 
 def _factors(call: TermsGradient) -> list[Tensor]:
     """Returns the gradients [] of the terms, from those of the loss and of the terms themselves."""
     if call.grad_terms is None:
-        if len(call.weights) == 1:
-            return [call.grad_loss]
-        return [call.grad_loss * weight for weight in call.weights]
+        grad: Any = call.grad_loss
+        return [grad if weight == 1 else weight * grad for weight in call.weights]
     factors = list(call.grad_terms)
     if call.grad_loss is not None:
         for i, weight in enumerate(call.weights):
@@ -315,7 +307,7 @@ def _sigmoid(function: Callable, call: SigmoidCall) -> tuple[Tensor, ...]:
 FORWARD = define(
     "similarity_loss_fwd",
     TermsCall,
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd,
     _fwd_empty,
     served_by=BACKENDS,
@@ -346,13 +338,9 @@ def _gradient(
     needed: Mapping[str, bool],
     spec: str,
 ) -> dict[str, Tensor]:
-    """Returns gradients by name: image, text, scale and the plane's; see register_gradient."""
+    """Returns gradients by name: image, text, scale, plane; see register_gradient."""
     gradient = TermsGradient(*flat(call), *grads, *kept, needed["image"], needed["text"])
-    *gradients, d_plane = registry.call(BACKWARD, gradient, spec)
-    by_name = dict(zip(("image", "text", "scale"), gradients))
-    if call.has_plane:
-        by_name["plane_weight"], by_name["plane_bias"] = d_plane.unbind()
-    return by_name
+    return dict(zip(("image", "text", "scale", "plane"), registry.call(BACKWARD, gradient, spec)))
 
 
 def _sigmoid_gradient(
