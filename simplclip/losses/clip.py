@@ -243,7 +243,7 @@ class PairLoss(SimilarityLoss):
         negatives.
         """
         pairs = image_features, text_features, logit_scale
-        given = {"logit_bias": logit_bias, "ids": ids}
+        given: dict[str, Any] = {"logit_bias": logit_bias, "ids": ids}
         term = self.TERM
         if not self.pm_weight:
             value = self._values(pairs, (term,), **given)[term]

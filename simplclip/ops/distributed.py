@@ -93,7 +93,7 @@ def gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _Gather.apply(rows, group)
 
 
-def _group(name: str) -> dist.ProcessGroup:
+def _group(name: Any) -> dist.ProcessGroup:
     """Returns the process group of a name, which is its form in an op's schema."""
     return dist.distributed_c10d._resolve_process_group(name)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -179,7 +179,8 @@ def similarity_loss(
         if wants_grad(image, text, scale, of_sweep):
             kept_rows = stored_rows(image, m, matrices, store_bytes, chunk)
         mix = weights if weights is not None and len(softmaxes) > 1 else {}
-        call = TermsCall(
+        of_terms_call: Callable = TermsCall
+        call = of_terms_call(
             image,
             text,
             scale,

@@ -159,7 +159,7 @@ class TermsCall:
             return self.share
         return 0.5 / max(1, self.image.shape[0] * (self.text.shape[0] - 1))
 
-    def of_kernels(self) -> tuple:
+    def of_kernels(self) -> tuple[Any, ...]:
         """Returns the fields of a SimilarityCall, features in the dtype of products."""
         image, text = self.image, self.text
         teacher_image, teacher_text = self.teacher_image, self.teacher_text
@@ -264,7 +264,8 @@ def _bwd(function: Callable, call: TermsGradient) -> tuple[Tensor, ...]:
     """Returns the gradients of TermsGradient, by a backend's function from those of statistics."""
     rows, columns = call.row_stats, call.column_stats
     d_stats, minus_d_scale, d_plane = statistics.gradients(call, rows, call.excess, _factors(call))
-    gradient = SimilarityGradient(
+    of_gradient: Callable = SimilarityGradient
+    gradient = of_gradient(
         *call.of_kernels(),
         d_stats[: statistics.SLOTS],
         call.column_gradient(d_stats, columns, call.parts),
@@ -339,7 +340,8 @@ def _gradient(
     spec: str,
 ) -> dict[str, Tensor]:
     """Returns gradients by name: image, text, scale, plane; see register_gradient."""
-    gradient = TermsGradient(*flat(call), *grads, *kept, needed["image"], needed["text"])
+    of_gradient: Callable = TermsGradient
+    gradient = of_gradient(*flat(call), *grads, *kept, needed["image"], needed["text"])
     return dict(zip(("image", "text", "scale", "plane"), registry.call(BACKWARD, gradient, spec)))
 
 
