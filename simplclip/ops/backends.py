@@ -40,6 +40,15 @@ else:
     cuda_extension_error = f"torch {torch.__version__} is a build without CUDA"
 
 
+def computes_in(dtype: torch.dtype, device: str) -> torch.dtype:
+    """Returns the dtype of products of features: theirs, or float32 where a CPU lacks theirs."""
+    if device != "cpu" or dtype not in (torch.float16, torch.bfloat16):
+        return dtype
+    if dtype == torch.bfloat16 and native_bf16:
+        return dtype
+    return torch.float32
+
+
 class Facts(NamedTuple):
     """What the predicates read of a call of attention, besides device and dtype.
 

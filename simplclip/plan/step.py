@@ -19,7 +19,7 @@ from simplclip import data, gradient_cache
 from simplclip.common.errors import InputError, UserError
 from simplclip.models.inherit import frozen_modules
 from simplclip.nn import SimplifiedBlock
-from simplclip.ops.similarity.chunks import SCRATCH_BYTES_ELSEWHERE
+from simplclip.ops.similarity.sweeps import SCRATCH_BYTES_ELSEWHERE
 from simplclip.plan.meter import Meter, Work, fake_device
 from simplclip.train import setup
 from simplclip.train import step as steps

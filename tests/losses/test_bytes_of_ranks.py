@@ -28,15 +28,16 @@ def pretended(ranks):
 
 
 def sent(ranks, n, width, itemsize, terms, teacher_width=0, ids=False, parameters=0):
-    """The bytes that a rank sends in a step, by the table of docs/scaling.md."""
+    """The bytes that a rank sends in a step, by the table of docs/scaling.md.
+
+    Without those of statistics, which an op exchanges where a mode does not see it.
+    """
     others, terms = ranks - 1, set(terms)
     there_and_back = 2 * width if terms - {"interactive", "feature"} else 0
     teacher = ("relational" in terms) + 2 * ("interactive" in terms)  # texts, and texts and images
     features = n * itemsize * (there_and_back + teacher * teacher_width)
-    # sigmoid terms need none
-    statistics = 2 * 3 * n * 4 if terms & {"contrastive", "relational"} else 0
     numbers = 8 * n * ids * ((there_and_back > 0) + ("interactive" in terms))
-    return others * (features + statistics + numbers) + 2 * 4 * parameters * others // ranks
+    return others * (features + numbers) + 2 * 4 * parameters * others // ranks
 
 
 class Wire(TorchDispatchMode):

@@ -30,7 +30,7 @@ from ptx.machine import Code, Launch, Machine, Variant
 from ptx.parse import parse
 from simplclip.kernels import runtime as launching
 from simplclip.ops import backends, registry
-from simplclip.ops.similarity import chunks, route, sweeps
+from simplclip.ops.similarity import op, sweeps
 
 PROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 120: 170}
 # bytes of a program at most
@@ -239,7 +239,7 @@ def card(
         mock.patch.object(backends, "capability", return_value=divmod(sm, 10)),
         mock.patch.object(launching, "_device", return_value=properties),
         mock.patch.object(sweeps, "computes_in", side_effect=lambda dtype, device: dtype),
-        mock.patch.object(route, "sweep_rows", _as_on_cuda(chunks.sweep_rows)),
+        mock.patch.object(op, "sweep_rows", _as_on_cuda(sweeps.sweep_rows)),
         mock.patch.object(torch, "mm", widening(torch.mm)),
         mock.patch.object(torch, "addmm", widening(torch.addmm)),
         mock.patch.dict(registry._selected, clear=True),
