@@ -146,7 +146,7 @@ def _expanded(pattern: str, name: str) -> list[str]:
     """Returns the names that a pattern with {000..003} or {a,b} stands for; other braces stay."""
     try:
         return [*braceexpand.braceexpand(pattern, escape=False)]
-    except braceexpand.UnbalancedBracesError as error:
+    except ValueError as error:
         raise InputError(f"{name}: expected a brace pattern, got {pattern!r}: {error}") from None
 
 
