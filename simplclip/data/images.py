@@ -93,5 +93,5 @@ def is_transparent(image: Image.Image) -> bool:
         return False
     with contextlib.suppress(Exception):  # the type depends on the damage
         image.thumbnail((256, 256))
-        return image.convert("RGBA").getchannel("A").histogram()[255] < image.width * image.height
+        return any(image.convert("RGBA").getchannel("A").histogram()[:255])
     return False

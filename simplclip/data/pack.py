@@ -48,7 +48,7 @@ from simplclip.data.rows import (
     split_of,
 )
 from simplclip.data.samples import MAX_BYTES, captions_of, file_bytes, record_of
-from simplclip.data.shards import meta_of
+from simplclip.data.shards import entries_of, meta_of
 from simplclip.data.workers import from_workers
 
 FORMAT = "simplclip-shards-2"
@@ -82,13 +82,14 @@ class TarFolder:
         # `pack_shards` makes the folder "shards" for this command
         others = [name for name in names if not name.startswith(".") and name != "shards"]
         former = meta_of(self.out)
-        if others and not former:
+        if others and not (entries_of(self.out) or former.get("format") == self.about["format"]):
             raise InputError(
                 f"out: expected a new folder or that of an earlier run, got {self.out}, which "
                 f"holds other files ({others[0]})"
             )
         if former:
-            self.entries = former.pop("splits")["data"]["shards"]
+            former.pop("splits", None)
+            self.entries = entries_of(self.out)
             self.complete = former.pop("complete", False)
             if former != self.about:
                 raise InputError(

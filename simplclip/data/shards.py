@@ -324,21 +324,26 @@ def _check_rest(archive: tarfile.TarFile) -> None:
 
 
 def meta_of(folder: str | os.PathLike) -> dict[str, Any]:
-    """Returns the meta.json of a folder of tars; {} without one that `simplclip` writes."""
+    """Returns the meta.json of a folder of tars; {} without a JSON object."""
     try:
         meta = json_of(Path(os.path.expanduser(folder), "meta.json").read_text("utf-8"))
-        for split in meta["splits"].values():
-            _ = [entry["samples"] + entry["bytes"] for entry in split["shards"].values()]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError):
         return {}
-    return meta
+    return meta if isinstance(meta, dict) else {}
 
 
 def entries_of(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
-    """Returns {file name of a tar: its entry} of a folder's meta.json; {} without one."""
+    """Returns {file name of a tar: its entry} of a folder's meta.json.
+
+    {} without one that `simplclip` writes.
+    """
     entries: dict[str, dict[str, Any]] = {}
-    for split in meta_of(folder).get("splits", {}).values():
-        entries |= split["shards"]
+    try:
+        for split in meta_of(folder)["splits"].values():
+            _ = [entry["samples"] + entry["bytes"] for entry in split["shards"].values()]
+            entries |= split["shards"]
+    except (LookupError, TypeError, AttributeError):
+        return {}
     return entries
 
 
