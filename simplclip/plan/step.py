@@ -1,5 +1,5 @@
-"""A training step on fake tensors: what it keeps and does, from a forward pass of the trainer's own
-functions at two sizes, between which all is a line.
+"""A training step on fake tensors: what it keeps and does, from forward passes of the trainer's own
+functions. The towers run at two sizes, between which all is a line; the loss runs at one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from simplclip.train import setup
 from simplclip.train import step as steps
 from simplclip.train.config import Config, corners_of
 
-FEW, MANY = 128, 512  # pairs of the two passes
+FEW, MANY = 128, 512  # pairs of the towers' two passes
+OF_LOSS = 4096  # pairs of the loss's pass, at which it works in chunks
 
 
 class Pass(NamedTuple):
@@ -167,25 +168,39 @@ class Step:
         self._like = [each.new_empty(0, each.shape[1]) for each in features]
         return features
 
-    @functools.cache  # noqa: B019
     def _loss(self, pairs: int) -> tuple[Pass, int]:
-        """Returns the pass of a loss over features that are given, and their bytes."""
+        """Returns the pass of a loss over features that are given, and their bytes.
+
+        Its multiply-adds grow as the square of the pairs, its bytes as the pairs.
+        """
+        counted, features = self._counted_loss
+        share = pairs / OF_LOSS
+        works = [
+            work._replace(flops=work.flops * share**2, bytes=work.bytes * share)
+            for work in counted.works
+        ]
+        kept = round(counted.kept * share)
+        # backward has a chunk of a matrix of similarities
         captions = self.config.data.captions_per_image
-        batch: dict[str, Tensor] = {"group": torch.arange(pairs)}
+        chunk = min(SCRATCH_BYTES_ELSEWHERE, 2 * pairs * pairs * captions)
+        return Pass(kept, max(round(counted.peak * share), kept + chunk), works), pairs * features
+
+    @functools.cached_property
+    def _counted_loss(self) -> tuple[Pass, int]:
+        """The pass of a loss over the features of OF_LOSS pairs, and the bytes of one pair's."""
+        captions = self.config.data.captions_per_image
+        batch: dict[str, Tensor] = {"group": torch.arange(OF_LOSS)}
         if self._state.teacher:
             width = self._state.teacher["width"]
-            batch["teacher_image"] = torch.empty(pairs, width, dtype=torch.float16)
-            batch["teacher_text"] = torch.empty(pairs, captions, width, dtype=torch.float16)
+            batch["teacher_image"] = torch.empty(OF_LOSS, width, dtype=torch.float16)
+            batch["teacher_text"] = torch.empty(OF_LOSS, captions, width, dtype=torch.float16)
         with self._meter:
             text, image = (
                 like.new_empty(rows, like.shape[1]).requires_grad_()
-                for like, rows in zip(self._like, (pairs * captions, pairs))
+                for like, rows in zip(self._like, (OF_LOSS * captions, OF_LOSS))
             )
-        result = self._measured(lambda: steps.compute_losses(self._state, [batch], image, text))
-        # backward has a chunk of a matrix of similarities
-        chunk = min(SCRATCH_BYTES_ELSEWHERE, 2 * pairs * pairs * captions)
-        result = result._replace(peak=max(result.peak, result.kept + chunk))
-        return result, image.nbytes + text.nbytes
+        counted = self._measured(lambda: steps.compute_losses(self._state, [batch], image, text))
+        return counted, (image.nbytes + text.nbytes) // OF_LOSS
 
     def _measured(self, run: Callable[[], Any]) -> Pass:
         """Counts `run`, and what the beginning of its backward adds."""
