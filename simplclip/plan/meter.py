@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -162,8 +163,8 @@ def _own_kernels(name: str, args: tuple, moved: int) -> list[tuple[str, float, f
 def fake_device(modules: Iterable[nn.Module], device: str) -> Iterator[Meter]:
     """Context of a pass on a device, "cuda" or "cpu"; yields the meter, which is not entered yet.
 
-    New tensors are fake, the modules' tensors become fake ones on the device, and functions of
-    torch are replaced until the end.
+    New tensors are fake, and functions of torch are replaced, until the end; the modules' tensors
+    become fake ones on the device and stay so.
     """
     meter = Meter(device)
     patches: list[tuple[Any, str, Any]] = [(FakeTensor, "tolist", lambda t: [0] * t.numel())]
@@ -176,27 +177,25 @@ def fake_device(modules: Iterable[nn.Module], device: str) -> Iterator[Meter]:
             (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
             (F, "scaled_dot_product_attention", attention_of_card),
         ]
-    fakes: dict[Tensor, Tensor] = {}
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # optimizers compile
         stack.enter_context(FakeTensorMode(allow_fallback_kernels=False))
+
+        @functools.cache  # modules may share a tensor
+        def fake(tensor: Tensor) -> Tensor:
+            like = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
+            )
+            is_parameter = isinstance(tensor, nn.Parameter)
+            return nn.Parameter(like, tensor.requires_grad) if is_parameter else like
+
         for part in {inner for outer in modules for inner in outer.modules()}:
             tables: list[dict[str, Any]] = [part._parameters, part._buffers]
             for table in tables:
-                stack.enter_context(mock.patch.dict(table))
-                for name, tensor in table.items():
-                    if tensor is not None and tensor not in fakes:
-                        fakes[tensor] = _fake(tensor, device)
-                    table[name] = None if tensor is None else fakes[tensor]
+                table.update({name: fake(t) for name, t in table.items() if t is not None})
         yield meter
-
-
-def _fake(tensor: Tensor, device: str) -> Tensor:
-    """Returns a fake tensor on a device with the shape, dtype and strides of a tensor."""
-    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
 def attention_of_card(
@@ -204,24 +203,18 @@ def attention_of_card(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    **_: Any,
+    *_: Any,
+    **__: Any,
 ) -> Tensor:
     """In place of F.scaled_dot_product_attention: FlashAttention, or else the efficient kernel.
 
     Without a device torch would compute plain products, which keep the attention weights.
     """
-    inputs = query, key, value
     if attn_mask is None and query.itemsize == 2 and query.shape[-1] % 8 == 0:
-        flash = aten._scaled_dot_product_flash_attention
-        return flash(*inputs, dropout_p, is_causal, False, scale=scale)[0]
+        return aten._scaled_dot_product_flash_attention(query, key, value)[0]
     if attn_mask is not None:  # as an additive mask, in rows padded to multiples of 16 numbers
         length = attn_mask.shape[-1]
         padded = F.pad(attn_mask.to(query.dtype), (0, -length % 16))[..., :length]
         attn_mask = padded.expand(*query.shape[:3], length)
-    gradient = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     efficient = aten._scaled_dot_product_efficient_attention
-    return efficient(*inputs, attn_mask, gradient, dropout_p, is_causal, scale=scale)[0]
+    return efficient(query, key, value, attn_mask, torch.is_grad_enabled())[0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from simplclip.ops.similarity.chunks import SCRATCH_BYTES_ELSEWHERE
 from simplclip.plan.meter import Meter, Work, fake_device
 from simplclip.train import setup
 from simplclip.train import step as steps
-from simplclip.train.config import Config, corners_of
+from simplclip.train.config import Config
 
 FEW, MANY = 128, 512  # pairs of the towers' two passes
 OF_LOSS = 4096  # pairs of the loss's pass, at which it works in chunks
@@ -57,8 +57,8 @@ class Step:
         prepared, precision, teacher: as of setup.make_state.
         """
         self.config, self.model, self._meter = config, prepared.model, meter
-        # texts are computed at their length
-        self._crops = prepared.crop is not None and config.data.mean_tokens is not None
+        # where texts are computed at their length
+        self._mean_tokens = None if prepared.crop is None else config.data.mean_tokens
         modules = [self.model, *prepared.folded.values()]
         with meter:
             meter.hold([(*module.parameters(), *module.buffers()) for module in modules])
@@ -93,7 +93,8 @@ class Step:
         memory: the device's bytes, of which gradient caching may fill a part with outputs of
         frozen beginnings.
         """
-        encoded, frozen_bytes = self._encode(micro or pairs, cropped=micro is None and self._crops)
+        mean_tokens = self._mean_tokens if micro is None else None
+        encoded, frozen_bytes = self._encode(micro or pairs, mean_tokens)
         loss, features = self._loss(pairs)
         peak, works = max(encoded.peak, encoded.kept + loss.peak), []
         if micro is not None:
@@ -109,9 +110,9 @@ class Step:
         works += [*encoded.works, *loss.works, *self._update.works]
         return Row(pairs, micro, max(self._bytes + peak, self._update.peak), works)
 
-    def _encode(self, pairs: int, cropped: bool) -> tuple[Pass, float]:
+    def _encode(self, pairs: int, mean_tokens: float | None) -> tuple[Pass, float]:
         """Returns the pass of both towers, and the bytes of a pair after frozen beginnings."""
-        few, many = self._passes(cropped)
+        few, many = self._passes(mean_tokens)
         share = (pairs - FEW) / (MANY - FEW)
 
         def between(a: float, b: float) -> float:
@@ -125,17 +126,16 @@ class Step:
         return Pass(kept, peak, works), many[1] / MANY
 
     @functools.cache  # noqa: B019 (a step lives as long as a plan)
-    def _passes(self, cropped: bool) -> list[tuple[Pass, int]]:
+    def _passes(self, mean_tokens: float | None) -> list[tuple[Pass, int]]:
         """Returns the passes of both towers, and bytes of frozen outputs, at FEW and MANY pairs.
 
-        Texts have all tokens or, if `cropped`, as many as on average; rounding and groups of
-        lengths add less than an eighth and 8 tokens for captions like COCO's and CC12M's.
+        Texts have all tokens, or so many on average; rounding and groups of lengths add less than
+        an eighth and 8 tokens for captions like COCO's and CC12M's.
         """
-        data = self.config.data
         model: Any = self.model
         tokens = (model if hasattr(model, "context_length") else model.text).context_length
-        if cropped and data.mean_tokens is not None:
-            tokens = min(tokens, math.ceil(data.mean_tokens * 9 / 8 + 8))
+        if mean_tokens is not None:
+            tokens = min(tokens, math.ceil(mean_tokens * 9 / 8 + 8))
         frozen: dict[bool, int] = {}  # bytes of the end of a tower's frozen beginning
 
         def note(in_image: bool, module: nn.Module, inputs: object, output: Any) -> None:
@@ -149,22 +149,20 @@ class Step:
         ]
         passes = []
         for pairs in (FEW, MANY):
-            side = to_2tuple(model.visual.image_size)
-            images = {"image": torch.empty(pairs, 3, *side, dtype=torch.uint8)}
-            texts = {"text": torch.zeros(pairs, data.captions_per_image, tokens, dtype=torch.int64)}
-
-            encode = partial(self._features, images, texts)
-            passes.append((self._measured(encode), sum(frozen.values())))
+            image = pairs, 3, *to_2tuple(model.visual.image_size)
+            text = pairs, self.config.data.captions_per_image, tokens
+            batch = {
+                "image": torch.empty(image, dtype=torch.uint8),
+                "text": torch.zeros(text, dtype=torch.int64),
+            }
+            passes.append((self._counted(partial(self._features, batch)), sum(frozen.values())))
         for hook in hooks:
             hook.remove()
         return passes
 
-    def _features(self, images: dict[str, Tensor], texts: dict[str, Tensor]) -> list[Tensor]:
+    def _features(self, batch: dict[str, Tensor]) -> list[Tensor]:
         """Returns the features of texts and images, in the trainer's order."""
-        features = [
-            steps.encode_text(self._state, texts),
-            steps.encode_image(self._state, images),
-        ]
+        features = [each(self._state, batch) for each in (steps.encode_text, steps.encode_image)]
         self._like = [each.new_empty(0, each.shape[1]) for each in features]
         return features
 
@@ -199,10 +197,10 @@ class Step:
                 like.new_empty(rows, like.shape[1]).requires_grad_()
                 for like, rows in zip(self._like, (OF_LOSS * captions, OF_LOSS))
             )
-        counted = self._measured(lambda: steps.compute_losses(self._state, [batch], image, text))
+        counted = self._counted(lambda: steps.compute_losses(self._state, [batch], image, text))
         return counted, (image.nbytes + text.nbytes) // OF_LOSS
 
-    def _measured(self, run: Callable[[], Any]) -> Pass:
+    def _counted(self, run: Callable[[], Any]) -> Pass:
         """Counts `run`, and what the beginning of its backward adds."""
         meter = self._meter
         with meter:
@@ -230,7 +228,13 @@ def planned(
     with torch.device("meta"):  # folding frozen parts makes new modules
         shapes = setup.shapes_of(config)
         prepared = setup.prepare_model(*shapes, [], config, torch.device(device))
-    teacher = _teacher(config, teacher_width) if config.loss.needs_teacher else None
+    teacher: Any = None
+    if config.loss.needs_teacher:
+        width = teacher_width or setup.width_of(config)
+        teacher = {"name": "a teacher", "width": width, "logit_scale": 100.0}
+        if teacher_width is None:
+            with contextlib.suppress(UserError, OSError):
+                teacher = data.teacher_stamp(config.data.sidecars)
     with fake_device([prepared.model, *prepared.folded.values()], device) as meter:
         for block in prepared.model.modules():
             if isinstance(block, SimplifiedBlock) and block.recompute:
@@ -239,20 +243,10 @@ def planned(
         yield Step(config, prepared, meter, precision, teacher)
 
 
-def _teacher(config: Config, width: int | None) -> Mapping[str, Any]:
-    """Returns what the loss needs to know of a teacher; `width` comes before the stamp's."""
-    if width is None:
-        with contextlib.suppress(UserError, OSError):
-            return data.teacher_stamp(config.data.sidecars)
-        width = setup.width_of(config)
-    return {"name": "a teacher", "width": width, "logit_scale": 100.0}
-
-
 def busiest_step(config: Config) -> int:
-    """Returns the first step of a run, from 0, with the largest number of active loss terms."""
-    weights, count = config.loss.weights.values(), config.run.steps
+    """Returns the first of a run's steps, from 0, with the most active loss terms of a hundred."""
+    count = config.run.steps
     assert count is not None  # epochs are steps by now
-    corners = corners_of(weights, count)
-    # a weight may begin at 0
-    numbers = sorted(n for n in {*corners, *(n + 1 for n in corners)} if n < count)
+    numbers = [count * share // 100 for share in range(100)]
+    weights = config.loss.weights.values()
     return max(numbers, key=lambda number: sum(each.at(number, count) > 0 for each in weights))
