@@ -15,7 +15,6 @@ from simplclip.train import config
 
 SHOWN = ("rtx-3090", "rtx-4090", "rtx-5090")
 PAIRS = 10 * 12_400_000
-TEACHER_WIDTH = 768
 CC12M_TOKENS = 23.3  # of a caption, with start and end
 FINETUNED: dict[str, dict[str, Any]] = {
     "full, also with layer decay": {},
@@ -55,7 +54,7 @@ def hours() -> None:
     for form, make in FORMS.items():
         values = make()
         cells = [form]
-        with planned(values, "bf16", teacher_width=TEACHER_WIDTH) as step:
+        with planned(values, "bf16") as step:
             for card in SHOWN:
                 memory = CARDS[card].memory * GIB
                 row = largest(step, memory)
@@ -75,7 +74,7 @@ def fine_tuning() -> None:
     for form, changes in FINETUNED.items():
         values = plain("open_clip:ViT-B-32", CC12M_TOKENS).replaced(**changes)
         with planned(values, "bf16") as step:
-            few, many = (step.row(pairs, None, memory) for pairs in (FEW, MANY))
+            few, many = (step.row(pairs, None) for pairs in (FEW, MANY))
             most = largest(step, memory)
             count = sum(p.numel() for p in step.model.parameters() if p.requires_grad)
         sizes = f"{few.peak / GIB:.2f} | {many.peak / GIB:.2f}"

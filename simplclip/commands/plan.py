@@ -55,13 +55,6 @@ def plan(
     ],
     *,
     set_: Overrides = None,
-    teacher_width: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Width of the teacher's stored features, if the shards are not on this machine.",
-        ),
-    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Predict the memory and the time of a training step without the card, and the largest batches
@@ -75,7 +68,7 @@ def plan(
     name, memory = parse_card(card)
     precision = values.run.precision
     if precision == "auto":  # as pick_precision says of the card
-        precision = "bf16" if name is None or CARDS[name].triton else "fp32"
+        precision = "bf16" if name is None or CARDS[name].architecture >= 80 else "fp32"
     import torch
 
     if torch.version.cuda is None:
@@ -85,7 +78,7 @@ def plan(
         )
     from simplclip.plan.step import planned
 
-    with planned(values, precision, teacher_width=teacher_width) as step:
+    with planned(values, precision) as step:
         rows = [values_of(*each, memory, name) for each in rows_of(step, values, memory)]
         best = chosen(step, values, memory)
     if as_json:
@@ -111,29 +104,28 @@ def rows_of(step: Step, config: Config, memory: int) -> Iterator[tuple[str, Row 
     size, micro = config.data.batch_size, config.data.micro_batch
     if micro == "auto":
         micro = fitting(step, size, memory).micro_batch
-    yield "as configured", step.row(size, micro, memory)
+    yield "as configured", step.row(size, micro)
     whole = largest(step, memory)
     yield "largest in one graph", whole
-    if step.cacheable:
-        micro = micro or min(SMALL_MICRO_BATCH, size)
-        if whole and micro >= whole.batch_size:  # which would leave no memory for a larger batch
-            micro = max(1, whole.batch_size // 2)
+    micro = micro or min(SMALL_MICRO_BATCH, size)
+    if whole and micro >= whole.batch_size:  # which would leave no memory for a larger batch
+        micro = max(1, whole.batch_size // 2)
+    with contextlib.suppress(InputError):
         yield "largest by gradient caching", largest(step, memory, micro)
 
 
 def chosen(step: Step, config: Config, memory: int) -> Row | None:
     """Returns the fastest step of the configured batch that fits; else the largest in one graph."""
     from simplclip.plan.search import fitting, largest, usable
-    from simplclip.train.config import ConfigError
 
     size, micro = config.data.batch_size, config.data.micro_batch
     for configured in (None, micro) if isinstance(micro, int) else (None,):
-        row = step.row(size, configured, memory)
+        row = step.row(size, configured)
         if row.peak <= usable(memory):
             return row
     try:
         return fitting(step, size, memory)
-    except ConfigError:
+    except InputError:
         return largest(step, memory)
 
 

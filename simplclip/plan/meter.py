@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 aten = torch.ops.aten
 WIDE_GROUP = 64  # channels
 ROUNDED_TO = 512  # bytes, by torch's allocator
-NO_KERNEL = ("empty", "new_empty", "_unsafe_view", "_reshape_alias", "detach", "lift_fresh")
+NO_KERNEL = ("empty", "new_empty", "_unsafe_view")
 
 
 class Work(NamedTuple):
@@ -126,7 +125,7 @@ def _channels_last(image: Tensor) -> bool:
 
 
 def _kind(func: OpOverload, name: str, args: tuple, runs: int, flops: int) -> str:
-    """Returns the kind of an op of torch. flops: by torch."""
+    """Returns the kind of an op."""
     if func is aten.convolution.default:
         channels = args[1].shape[1]
         # forward of wide groups is about as fast as that of one group
@@ -147,16 +146,13 @@ def _own_kernels(name: str, args: tuple, moved: int) -> list[tuple[str, float, f
     if name.startswith("similarity"):  # images [N, D], texts [M, D], perhaps those of a teacher
         flops = 2 * len(x) * len(args[1]) * sum(t.shape[1] for t in matrices[::2])
         return [("product", flops, moved)]
-    kernels: list[tuple[str, float, float]] = [("norm", 0, moved)]
-    if name in ("simplified_block_fwd", "parallel_mlp_fwd"):  # x [..., C], and weights
-        weights = [t for t in matrices if t is not x]
-        rows = x.numel() // x.shape[-1]
-        hidden = rows * max(len(t) for t in weights) * x.itemsize
-        kernels.append(("product", 2 * rows * sum(t.numel() for t in weights), moved + hidden))
-        kernels.append(("bytes", 0, 2 * hidden))  # the activation
-    if name in ("simplified_block_fwd", "shaped_attention_fwd"):  # x [B, L, C] or [B, L, H, K]
-        kernels.append(("attention", 4 * x.numel() * x.shape[1], 4 * x.nbytes))
-    return kernels
+    if name != "simplified_block_fwd":
+        return [("norm", 0, moved)]
+    rows = x.numel() // x.shape[-1]  # of x [B, L, C]; the matrices are weights
+    hidden = rows * max(len(t) for t in matrices) * x.itemsize
+    flops = 2 * rows * sum(t.numel() for t in matrices) + 4 * x.numel() * x.shape[1]
+    # products and attention; the norm and the activation
+    return [("product", flops, moved + hidden), ("norm", 0, moved + 2 * hidden)]
 
 
 @contextlib.contextmanager
@@ -181,40 +177,25 @@ def fake_device(modules: Iterable[nn.Module], device: str) -> Iterator[Meter]:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # optimizers compile
-        stack.enter_context(FakeTensorMode(allow_fallback_kernels=False))
-
-        @functools.cache  # modules may share a tensor
-        def fake(tensor: Tensor) -> Tensor:
-            like = torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
-            )
-            is_parameter = isinstance(tensor, nn.Parameter)
-            return nn.Parameter(like, tensor.requires_grad) if is_parameter else like
-
+        # of tensors on the meta device too
+        mode = FakeTensorMode(allow_fallback_kernels=False, allow_non_fake_inputs=True)
+        stack.enter_context(mode)
         for part in {inner for outer in modules for inner in outer.modules()}:
-            tables: list[dict[str, Any]] = [part._parameters, part._buffers]
-            for table in tables:
-                table.update({name: fake(t) for name, t in table.items() if t is not None})
+            part.to_empty(device=device, recurse=False)
         yield meter
 
 
 def attention_of_card(
-    query: Tensor,  # [B, H, L, K]
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    *_: Any,
-    **__: Any,
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
 ) -> Tensor:
     """In place of F.scaled_dot_product_attention: FlashAttention, or else the efficient kernel.
 
     Without a device torch would compute plain products, which keep the attention weights.
+    query: [B, H, L, K].
     """
     if attn_mask is None and query.itemsize == 2 and query.shape[-1] % 8 == 0:
         return aten._scaled_dot_product_flash_attention(query, key, value)[0]
-    if attn_mask is not None:  # as an additive mask, in rows padded to multiples of 16 numbers
-        length = attn_mask.shape[-1]
-        padded = F.pad(attn_mask.to(query.dtype), (0, -length % 16))[..., :length]
-        attn_mask = padded.expand(*query.shape[:3], length)
+    if attn_mask is not None:
+        attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:3], -1)
     efficient = aten._scaled_dot_product_efficient_attention
     return efficient(query, key, value, attn_mask, torch.is_grad_enabled())[0]

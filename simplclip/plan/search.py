@@ -26,23 +26,23 @@ def largest(step: Step, memory: int, micro: int | None = None) -> Row | None:
     """
     unit = micro or 1
     sizes = range(unit, MOST_PAIRS + 1, unit)
-    fit = bisect_right(sizes, usable(memory), key=lambda size: step.row(size, micro, memory).peak)
-    return step.row(sizes[fit - 1], micro, memory) if fit else None
+    fit = bisect_right(sizes, usable(memory), key=lambda size: step.row(size, micro).peak)
+    return step.row(sizes[fit - 1], micro) if fit else None
 
 
 def fitting(step: Step, size: int, memory: int) -> Row:
     """Predicts the step of a batch in one graph or, if it does not fit, by gradient caching.
 
-    The micro-batch is the largest divisor of `size` that fits. Raises ConfigError if none fits.
+    The micro-batch is the largest divisor of `size` that fits. Raises ConfigError if none fits,
+    InputError if the model does not allow gradient caching, which the batch needs.
     """
     limit = usable(memory)
     divisors = [n for n in range(size - 1, 0, -1) if size % n == 0]
-    for micro in (None, *divisors) if step.cacheable else (None,):
-        row = step.row(size, micro, memory)
+    for micro in (None, *divisors):
+        row = step.row(size, micro)
         if row.peak <= limit:
             return row
-    whole = step.row(size, None, memory)
     raise ConfigError(
-        f"data.batch_size: expected one that fits {limit / GIB:.2f} GiB, got {size:,}, which "
-        f"takes {whole.peak / GIB:.2f} GiB, and does not fit one pair at a time"
+        f"data.batch_size: expected one that fits {limit / GIB:.2f} GiB one pair at a time, got "
+        f"{size:,}"
     )
