@@ -104,7 +104,7 @@ def rows_of(step: Step, config: Config, memory: int) -> Iterator[tuple[str, Row 
     size, micro = config.data.batch_size, config.data.micro_batch
     if micro == "auto":
         micro = fitting(step, size, memory).micro_batch
-    yield "as configured", step.row(size, micro)
+    yield "as configured", step.row(size, micro, memory)
     whole = largest(step, memory)
     yield "largest in one graph", whole
     micro = micro or min(SMALL_MICRO_BATCH, size)
@@ -120,7 +120,7 @@ def chosen(step: Step, config: Config, memory: int) -> Row | None:
 
     size, micro = config.data.batch_size, config.data.micro_batch
     for configured in (None, micro) if isinstance(micro, int) else (None,):
-        row = step.row(size, configured)
+        row = step.row(size, configured, memory)
         if row.peak <= usable(memory):
             return row
     try:

@@ -110,15 +110,12 @@ def predict_micro_batch(config: Config) -> Config:
         return config
     from simplclip.plan.search import fitting
     from simplclip.plan.step import planned
-    from simplclip.train.step import KEPT_SHARE
 
     size = config.data.batch_size // ranks
     share = config.replaced(data={"batch_size": size, "micro_batch": None})
     precision, _ = hardware.pick_precision(config.run.precision, device)
-    memory = hardware.total_memory(device)
-    memory -= memory // KEPT_SHARE  # which outputs of frozen parts may take
     with planned(share, precision, device.type) as step:
-        micro = fitting(step, size, memory).micro_batch
+        micro = fitting(step, size, hardware.total_memory(device)).micro_batch
     if os.environ.get("RANK", "0") == "0":
         typer.echo(f"memory     data.micro_batch = {micro or 'null'} fits, by simplclip plan")
     return config.replaced(data={"micro_batch": micro})

@@ -26,8 +26,8 @@ def largest(step: Step, memory: int, micro: int | None = None) -> Row | None:
     """
     unit = micro or 1
     sizes = range(unit, MOST_PAIRS + 1, unit)
-    fit = bisect_right(sizes, usable(memory), key=lambda size: step.row(size, micro).peak)
-    return step.row(sizes[fit - 1], micro) if fit else None
+    fit = bisect_right(sizes, usable(memory), key=lambda size: step.row(size, micro, memory).peak)
+    return step.row(sizes[fit - 1], micro, memory) if fit else None
 
 
 def fitting(step: Step, size: int, memory: int) -> Row:
@@ -39,7 +39,7 @@ def fitting(step: Step, size: int, memory: int) -> Row:
     limit = usable(memory)
     divisors = [n for n in range(size - 1, 0, -1) if size % n == 0]
     for micro in (None, *divisors):
-        row = step.row(size, micro)
+        row = step.row(size, micro, memory)
         if row.peak <= limit:
             return row
     raise ConfigError(

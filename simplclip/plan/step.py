@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from open_clip.utils import to_2tuple
-from torch import Tensor
+from torch import Tensor, nn
 
 from simplclip import data, gradient_cache
 from simplclip.common.errors import UserError
 from simplclip.common.terms import BY_NAME
+from simplclip.models.inherit import frozen_modules
 from simplclip.nn import SimplifiedBlock
 from simplclip.ops.similarity.chunks import SCRATCH_BYTES_ELSEWHERE
 from simplclip.plan.meter import Meter, Work, fake_device
@@ -69,28 +70,33 @@ class Step:
         visual = {id(parameter) for parameter in self.model.visual.parameters()}
         self._text_gradients = sum(p.nbytes for p in trained if id(p) not in visual)
 
-    def row(self, pairs: int, micro: int | None) -> Row:
+    def row(self, pairs: int, micro: int | None, memory: int) -> Row:
         """Predicts a step of so many pairs, `micro` at a time.
 
-        Raises InputError if `micro` is given and the model does not allow gradient caching.
+        memory: the device's bytes, of which gradient caching may fill a part with outputs of
+        frozen beginnings. Raises InputError if `micro` is given and the model does not allow it.
         """
-        encoded, loss = self._encode(micro or pairs, micro is not None), self._loss(pairs)
+        encoded, frozen = self._encode(micro or pairs, micro is not None)
+        loss = self._loss(pairs)
         peak, works = max(encoded.peak, encoded.kept + loss.peak), []
         if micro is not None:
             gradient_cache.check(self.model)
-            # all but the last micro-batch are encoded without autograd first
+            kept = (pairs - micro) * frozen
+            kept *= kept <= memory / steps.KEPT_SHARE
+            # all but the last micro-batch are encoded without autograd first; what is frozen, once
             times = pairs // micro - 1
             works = [work._replace(runs=0, times=times) for work in encoded.works]
-            works += [work._replace(times=times) for work in encoded.works]
+            works += [w._replace(times=times) for w in encoded.works if w.runs or not kept]
             # when a micro-batch is encoded again there are gradients of features and of texts
             captions = self.config.data.captions_per_image
             features = 4 * self._width * pairs * (1 + captions)  # in float32
-            peak = features + max(peak, encoded.peak + features + self._text_gradients)
+            again = (encoded.kept if kept else encoded.peak) + features + self._text_gradients
+            peak = kept + features + max(peak, again)
         works += [*encoded.works, *loss.works, *self._update.works]
         return Row(pairs, micro, round(max(self._bytes + peak, self._update.peak)), works)
 
-    def _encode(self, pairs: int, whole_texts: bool) -> Pass:
-        """Returns the pass of both towers.
+    def _encode(self, pairs: int, whole_texts: bool) -> tuple[Pass, float]:
+        """Returns the pass of both towers, and the bytes of a pair after frozen beginnings.
 
         Texts have all tokens, or so many on average; rounding and groups of lengths add less than
         an eighth and 8 tokens for captions like COCO's and CC12M's.
@@ -99,7 +105,7 @@ class Step:
         tokens = (model if hasattr(model, "context_length") else model.text).context_length
         if self._state.prepared.crop is not None and mean is not None and not whole_texts:
             tokens = min(tokens, math.ceil(mean * 9 / 8 + 8))
-        few, many = (self._towers(size, tokens) for size in (FEW, MANY))
+        (few, _), (many, frozen) = (self._towers(size, tokens) for size in (FEW, MANY))
         share = (pairs - FEW) / (MANY - FEW)
 
         def between(a: float, b: float) -> float:
@@ -109,18 +115,33 @@ class Step:
             a._replace(flops=between(a.flops, b.flops), bytes=between(a.bytes, b.bytes))
             for a, b in zip(few.works, many.works, strict=True)
         ]
-        return Pass(between(few.kept, many.kept), between(few.peak, many.peak), works)
+        kept, peak = between(few.kept, many.kept), between(few.peak, many.peak)
+        return Pass(kept, peak, works), frozen / MANY
 
     @functools.cache  # noqa: B019 (a step lives as long as a plan)
-    def _towers(self, pairs: int, tokens: int) -> Pass:
-        """Counts the pass of both towers."""
+    def _towers(self, pairs: int, tokens: int) -> tuple[Pass, int]:
+        """Counts the pass of both towers, and the bytes at the ends of their frozen beginnings."""
+        ends: dict[bool, int] = {}
+
+        def note(in_image: bool, module: nn.Module, inputs: object, output: Any) -> None:
+            if isinstance(output, Tensor) and not output.requires_grad:
+                ends[in_image] = output.nbytes
+
+        hooks = [
+            module.register_forward_hook(partial(note, name.startswith("visual")))
+            for name, module in frozen_modules(self.model)
+            if self.config.run.keep_frozen and not isinstance(module, nn.Embedding)
+        ]
         size = to_2tuple(self.model.visual.image_size)
         batch = {
             "image": torch.empty(pairs, 3, *size, dtype=torch.uint8),
             "text": torch.zeros(pairs, self.config.data.captions_per_image, tokens).long(),
         }
         encoders = steps.encode_text, steps.encode_image  # in the trainer's order
-        return self._counted(lambda: [encode(self._state, batch) for encode in encoders])
+        counted = self._counted(lambda: [encode(self._state, batch) for encode in encoders])
+        for hook in hooks:
+            hook.remove()
+        return counted, sum(ends.values())
 
     def _loss(self, pairs: int) -> Pass:
         """Returns the pass of a loss over features that are given.
