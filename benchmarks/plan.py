@@ -74,7 +74,7 @@ def fine_tuning() -> None:
     for form, changes in FINETUNED.items():
         values = plain("open_clip:ViT-B-32", CC12M_TOKENS).replaced(**changes)
         with planned(values, "bf16") as step:
-            few, many = (step.row(pairs, None) for pairs in (FEW, MANY))
+            few, many = (step.row(pairs, None, memory) for pairs in (FEW, MANY))
             most = largest(step, memory)
             count = sum(p.numel() for p in step.model.parameters() if p.requires_grad)
         sizes = f"{few.peak / GIB:.2f} | {many.peak / GIB:.2f}"

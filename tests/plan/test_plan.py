@@ -23,13 +23,14 @@ from support.train.states import random_batches, random_state
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="torch is a build without CUDA")
 CARD = CARDS["rtx-3090"]
+MEMORY = 24 * GIB
 WIKD = ["loss.feature_weight=1", "loss.relational_weight=1", "loss.interactive_weight=1"]
 
 
 def row(tiny, *changes, pairs=96, micro=None, device="cuda", precision="bf16"):
     values = config.load(tiny, changes)
     with planned(values, precision, device) as step:
-        return step.row(pairs, micro)
+        return step.row(pairs, micro, MEMORY)
 
 
 def ms(row):
@@ -74,7 +75,7 @@ def test_two_passes_give_the_line_through_every_size(tiny):
     changes = [*WIKD, "loss.pm_weight=1", "data.captions_per_image=2", "data.mean_tokens=5"]
     values = config.load(tiny, changes)
     with planned(values, "bf16") as step:
-        rows = {pairs: step.row(pairs, None) for pairs in (128, 300, 512, 2048)}
+        rows = {pairs: step.row(pairs, None, MEMORY) for pairs in (128, 300, 512, 2048)}
     slope = (rows[512].peak - rows[128].peak) / 384
     assert rows[2048].peak == pytest.approx(rows[512].peak + 1536 * slope, rel=0.02)
     assert rows[300].peak == pytest.approx(rows[128].peak + 172 * slope, rel=0.02)
@@ -113,6 +114,20 @@ def test_gradient_caching(tiny):
 
 
 @pytest.mark.slow
+def test_outputs_of_frozen_parts_are_kept(tiny):
+    values = {
+        "model": {"name": "siclip-lite0", "freeze_norms": True},
+        "inherit": {"source": ["efficientnet-lite0", "minilm"]},
+        "data": {"train": "nowhere/*.tar", "batch_size": 40, "micro_batch": 4},
+        "run": {"out": "runs/none", "steps": 10},
+    }
+    with planned(config.from_dict(values), "bf16") as step:
+        kept, not_kept = (step.row(4096, 64, memory) for memory in (MEMORY, 0))
+    assert kept.peak > not_kept.peak
+    assert ms(kept) < ms(not_kept)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["RN50", "MobileCLIP2-S0", "ViT-B-16-SigLIP"])
 def test_plain_models(tiny, name):
     base = ["loss.base=sigmoid"] if "SigLIP" in name else []
@@ -143,10 +158,10 @@ def test_the_largest_batches(tiny):
             assert found.peak <= limit
             more = found.batch_size + max(micro or 1, found.batch_size // 40)
             more = more // (micro or 1) * (micro or 1)
-            assert found.batch_size >= 65000 or step.row(more, micro).peak > limit
+            assert found.batch_size >= 65000 or step.row(more, micro, 2 * GIB).peak > limit
         assert search.largest(step, 1 * GIB, None).batch_size < found.batch_size
         assert search.largest(step, 860 << 20) is None
-        half = step.row(4096, 2048).peak
+        half = step.row(4096, 2048, 0).peak
         memory = int((half + 1000) / (1 - search.FRAGMENTATION)) + search.CONTEXT + search.LIBRARIES
         assert search.fitting(step, 4096, memory).micro_batch == 2048
         assert search.fitting(step, 96, memory).micro_batch is None
