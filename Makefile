@@ -133,7 +133,6 @@ prove: install  ## all proofs at full length, about 75 minutes
 	SIMPLCLIP_CUDA_ARCHS=all PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -e .
 	$(PYTEST) --prove
 	$(MAKE) sanitize aot oldest
-	$(MAKE) aot AOT="--all --arch 86"
 
 sanitize: install  ## random calls of the CPU kernels under ASan, UBSan, TSan; CASES=2000
 	$(BIN)/python tests/support/package/sanitized.py --cases $(or $(CASES),2000)

@@ -127,7 +127,7 @@ def architectures() -> tuple[str, str]:
                 raise SystemExit(
                     f"{name}: expected numbers, as in {ARCHITECTURES}, or all, got {wanted!r}"
                 )
-            return chosen, f"by {name}"
+            return re.sub("[af]", "", chosen), f"by {name}"  # no kernel needs a variant
     if torch.cuda.is_available():
         found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         return ";".join(

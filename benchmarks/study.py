@@ -38,7 +38,7 @@ from typing import Any
 
 import yaml
 
-from simplclip.evaluation import BlendResults, ModelResult, SplitResult
+from simplclip.evaluation import SplitResult, first_right
 
 STUDENT = {2: 12.7062, 3: 4.30265, 4: 3.18245, 5: 2.77645}  # of 95 % in two tails, by seeds
 Recalls = dict[str, float]  # R@1 by split, "all" for the mean
@@ -67,18 +67,18 @@ def go(folder: Path, config: str, settings: list[str], blend: bool) -> None:
 
 
 def recalls_of(splits: dict[str, SplitResult]) -> Recalls:
-    found = {name: 100 * split.first_right.value for name, split in splits.items()}
+    found = {name: 100 * first_right(split)["value"] for name, split in splits.items()}
     return {"all": statistics.fmean(found.values()), **found}
 
 
 def recalls_in(folder: Path) -> dict[str, Recalls]:
     """Returns R@1 of a run, under "", and of its blends."""
-    result = ModelResult.model_validate_json((folder / "evaluation.json").read_text())
-    found = {"": recalls_of(result.splits)}
+    result = json.loads((folder / "evaluation.json").read_text())
+    found = {"": recalls_of(result["splits"])}
     blends = folder / "blend.json"
     if blends.exists():
-        for row in BlendResults.model_validate_json(blends.read_text()).rows:
-            found[f", alpha {row.alpha:g}"] = recalls_of(row.splits)
+        for row in json.loads(blends.read_text())["rows"]:
+            found[f", alpha {row['alpha']:g}"] = recalls_of(row["splits"])
     return found
 
 

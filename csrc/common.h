@@ -12,6 +12,8 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <tuple>
+#include <utility>
 
 namespace simplclip {
 
@@ -72,5 +74,18 @@ inline Tensor slices(const Tensor& t, int64_t dim, int64_t first, int64_t count)
 }
 
 inline Tensor rows(const Tensor& t, int64_t first, int64_t count) { return slices(t, 0, first, count); }
+
+// Adapts `function` to TORCH_BOX, which needs a parameter for each argument: run(fields...) returns function(Call of the fields).
+template <class Call, auto function, class Fields = decltype(std::declval<Call&>().fields())>
+struct Unpacked;
+
+template <class Call, auto function, class... T>
+struct Unpacked<Call, function, std::tuple<T&...>> {
+  static auto run(T... fields) {
+    Call call;
+    call.fields() = std::tie(fields...);
+    return function(call);
+  }
+};
 
 }  // namespace simplclip

@@ -19,7 +19,7 @@ CONFIG = """\
 
 For whoever writes a config, beside [training.md](training.md), which explains the main ones.
 `simplclip train --help-config` prints the same as YAML. Each key can be set on the command line, as
-`--set optim.lr=5e-4`. The keys with "yes" may change on `--resume`.
+`--set optim.lr=5e-4`.
 
 `python docs/make_reference.py` writes this page.
 """
@@ -45,20 +45,16 @@ def escaped(match: re.Match) -> str:
 
 
 def config_page() -> str:
-    """Returns a table of each section: key, default, whether --resume may change it, meaning."""
+    """Returns a table of each section: key, default, meaning."""
     page = CONFIG
-    may_change, meanings = config.resumable(), config.meanings()
     for key, field in config.keys().items():
         if "." not in key:
             about = field.description or ""
             page += f"\n## {key}\n\n{about[:1].upper()}{about[1:]}.\n\n"
-            page += "| key | default | on `--resume` | meaning |\n|---|---|---|---|\n"
+            page += "| key | default | meaning |\n|---|---|---|\n"
             continue
-        assignment, meaning = re.split(r"\s+# ", meanings[key].strip(), maxsplit=1)
-        default = assignment.partition(":")[2].strip()
-        inner = [f"`{name}`" for name in may_change if name.startswith(f"{key}.")]
-        resume = "yes" if key in may_change or key.partition(".")[0] in may_change else ""
-        cells = f"`{key}`", f"`{default}`" if default else "", resume or ", ".join(inner), meaning
+        default = config.default_of(field)
+        cells = f"`{key}`", f"`{default}`" if default else "", config.meaning_of(field)
         page += row(*cells)
     return page
 

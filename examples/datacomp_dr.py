@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from simplclip.data.decode_images import open_image
 from simplclip.data.errors import BrokenSample
+from simplclip.data.images import open_image
 from simplclip.data.samples import (
     TEACHER,
     TEACHER_JSON,
@@ -38,8 +38,8 @@ from simplclip.data.samples import (
     digest_of_features,
     digests_of,
 )
+from simplclip.data.sidecars import write_sidecars
 from simplclip.data.transforms import OPERATIONS
-from simplclip.data.write_sidecars import write_sidecars
 
 TEACHERS = "ViT-L-14 (openai), ViT-L-14 (datacomp_xl_s13b_b90k)"
 LOGIT_SCALE = 100.0  # of both teachers, as in DataCompDR's training

@@ -9,19 +9,21 @@ another search encodes new and changed photos only.
 
 import argparse
 import os
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 import simplclip
 from simplclip.common.errors import UserError, visible
 from simplclip.common.files import replacing
-from simplclip.common.plotting import MARGIN, MUTED, WIDTH, Font, Sheet
-from simplclip.data.decode_images import IMAGE_SUFFIXES
+from simplclip.common.plotting import any_text, shortened, write
+from simplclip.data.images import IMAGE_SUFFIXES
 
 SUFFIXES = {f".{suffix}" for suffix in IMAGE_SUFFIXES}
 WORKERS = min(4, os.cpu_count() or 1)  # processes that decode photos
@@ -111,29 +113,28 @@ def weights_of(encoder: Any) -> str:
 
 
 def draw(picture: str, hits: dict[str, list[tuple[float, str]]]) -> None:
-    """Draws the hits of each query, four beside each other, with scores, folders and names."""
-    sheet = Sheet()
-    columns = 4
-    gap = 0.12
-    side = (WIDTH - 2 * MARGIN - (columns - 1) * gap) / columns
-    for query, photos in hits.items():
-        sheet.draw_line(query, Font(12, "bold"), 2)
-        if os.path.isfile(query):
-            sheet.draw_tile(shown(query), MARGIN, sheet.y + 0.05, side)
-            sheet.y += side + 0.15
-        sheet.y += 0.06
-        for row in range(0, len(photos), columns):
-            heights = [0.0]
-            for column, (score, path) in enumerate(photos[row : row + columns]):
-                x, y = MARGIN + column * (side + gap), sheet.y + side + 0.03
-                sheet.draw_tile(shown(path), x, sheet.y, side)
+    """Draws the hits of each query in a row behind the query, with scores, folders and names."""
+    columns = 1 + max(map(len, hits.values()))
+    with any_text():
+        figure = Figure(figsize=(1.5 * columns, 2 * len(hits)), layout="constrained")
+        for row, (query, photos) in zip(
+            figure.subplots(len(hits), columns, squeeze=False), hits.items()
+        ):
+            for axis in row:
+                axis.axis("off")
+            if os.path.isfile(query):
+                row[0].imshow(shown(query))
+            row[0].set_title(wrapped(query), fontsize=9, weight="bold")
+            for axis, (score, path) in zip(row[1:], photos):
+                axis.imshow(shown(path))
                 name = "/".join(Path(path).parts[-2:])
-                height = sheet.draw_text(x, y, f"{score:.2f}", side, Font(9.5, "bold"))
-                height += sheet.draw_text(x, y + height, name, side, Font(9, color=MUTED), 2)
-                heights.append(height)
-            sheet.y += side + 0.12 + max(heights)
-        sheet.y += 0.12
-    sheet.write(picture)
+                axis.set_title(wrapped(f"{score:.2f} {name}"), fontsize=8)
+        write(figure, Path(picture))
+
+
+def wrapped(text: str) -> str:
+    """Returns text in at most three short lines."""
+    return "\n".join(textwrap.wrap(shortened(text, 60), 20))
 
 
 def shown(path: str) -> Image.Image:
@@ -143,8 +144,7 @@ def shown(path: str) -> Image.Image:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    what = "what simplclip.load takes: a run, an export, open_clip:NAME/TAG"
-    parser.add_argument("--model", required=True, help=what)
+    parser.add_argument("--model", required=True, help="a run, export or open_clip:NAME/TAG")
     parser.add_argument(
         "--find", nargs="+", required=True, metavar="QUERY", help="texts, or paths of photos"
     )

@@ -17,6 +17,7 @@ image processor, and the model card.
 import json
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,15 +26,14 @@ from open_clip.transform import PreprocessCfg
 from open_clip.utils import to_2tuple
 from safetensors.torch import save
 
-import simplclip
 from simplclip import evaluation, models
-from simplclip.common.files import HOUR, identity, remove_leftovers, temporary_folder
+from simplclip.common.files import identity
 from simplclip.model_card import BLENDED, card
 from simplclip.models.naming import CARD, EXPORT, FORMS, Form
 from simplclip.models.registry import configuration
 from simplclip.models.trained import load_model, model_options
 from simplclip.models.weights import about_best, parse_source
-from simplclip.train.start import load_start
+from simplclip.train.setup import load_start
 
 
 def run(
@@ -43,15 +43,15 @@ def run(
     to: Form = "open_clip",
     force: bool = False,
     blend: float | None = None,
+    last: bool = False,
 ) -> dict[str, Any]:
     """Exports a checkpoint to the folder `out`, and returns a summary.
 
-    checkpoint: a file, or the folder of a run (its best.pt, else last.pt). to: what loads the
-    export. `out` is made if it does not exist, and does not change before all files are written.
-    With `force` they replace an earlier export, except README.md, which is kept. Prints the files
-    and the lines that load the export. Leftovers of interrupted exports in or beside `out` that are
-    older than an hour are removed. blend: alpha, from 0 for the weights with which the run began to
-    1 for its own.
+    checkpoint: a file, or the folder of a run (its best.pt, else last.pt; with `last` last.pt). to:
+    what loads the export. `out` is made if it does not exist, and does not change before all files
+    are written. With `force` they replace an earlier export, except README.md, which is kept.
+    Prints the files and the lines that load the export. blend: alpha, from 0 for the weights with
+    which the run began to 1 for its own.
 
     The summary, the content of export.json, has "model" (name), "options", "step", "checkpoint"
     (path), "versions" and "files" (name -> bytes and sha256 of the weights); of a blend also
@@ -63,45 +63,42 @@ def run(
     """
     out = Path(out)
     _check_out(out, force, to)
-    file = parse_source(checkpoint).label
+    file = parse_source(checkpoint, last=last).label
     model, state = load_model(file)
-    if file != str(checkpoint):
+    if file != str(checkpoint) and not last:
         print(about_best(file, state["step"]))
     config = state["config"]
-    blended: dict[str, Any] = {}
-    if blend is not None:
-        source, start = load_start(file, state)
-        model.load_state_dict(evaluation.blend(start, model.state_dict(), blend))
-        blended = {"blend": {"alpha": blend, "start": source}}
-        print(BLENDED.format(**blended["blend"]))
     name = config["model"]["name"]
     options = model_options(config["model"], config["loss"]["base"])
-    about = open_clip_config(model, name, options)
-    tokenizer = models.tokenizer(name, about["model_cfg"]["text_cfg"]["context_length"])
-    if to == "transformers":
-        lines = LOADING.format(folder=_literal(str(out)))
-    else:
-        lines = loading(out, needs_simplclip="simplclip" in about["model_cfg"])
-    weights, last = FORMS[to]
-    summary = {
+    summary: dict[str, Any] = {
         "model": name,
         "options": options,
         "step": state["step"],
         "checkpoint": file,
-        "versions": {"simplclip": simplclip.__version__, "torch": torch.__version__},
-        **blended,
+        "versions": evaluation.VERSIONS,
     }
+    if blend is not None:
+        source, start = load_start(file, state)
+        model.load_state_dict(evaluation.blend(start, model.state_dict(), blend))
+        summary["blend"] = {"alpha": blend, "start": source}
+        print(BLENDED.format(**summary["blend"]))
+    about = open_clip_config(model, name, options)
+    tokenizer = models.tokenizer(name, about["model_cfg"]["text_cfg"]["context_length"])
+    weights, whole = FORMS[to]
 
     # Beside a mounted folder, or a link to one, is another file system, from which none can rename.
-    place = out / "export" if out.is_dir() else out
-    remove_leftovers(place.parent, place.name.__eq__, HOUR)
-    with temporary_folder(place) as work:
+    place = out if out.is_dir() else out.absolute().parent
+    place.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".export-", dir=place) as temporary:
+        work = Path(temporary)
         if to == "transformers":
             # its import takes seconds
             from simplclip.models import to_transformers
 
+            lines = LOADING.format(folder=repr(str(out)))
             to_transformers.write(model, tokenizer, work)
         else:
+            lines = loading(out, needs_simplclip="simplclip" in about["model_cfg"])
             (work / "open_clip_config.json").write_text(json.dumps(about, indent=2) + "\n")
             # The format has neither shared memory nor strides.
             named = model.state_dict().items()
@@ -112,17 +109,18 @@ def run(
         if (out / CARD).exists():
             print(f"kept {out / CARD}, a model card of before")
         else:
-            (work / CARD).write_text(card(model, state, Path(file), lines, to, **blended), "utf-8")
+            text = card(model, state, Path(file), lines, to, summary.get("blend"))
+            (work / CARD).write_text(text, "utf-8")
         summary["files"] = {weights: identity(work / weights)}
         if to == "open_clip":
             (work / EXPORT).write_text(json.dumps(summary, indent=2) + "\n")
         for path in work.iterdir():
             with open(path, "rb+") as written_file:
                 os.fsync(written_file.fileno())
-        out.mkdir(parents=True, exist_ok=True)
-        (out / last).unlink(missing_ok=True)
-        names = {path.name for path in work.iterdir()}
-        written = [weights, *sorted(names - {weights, last}), last]
+        out.mkdir(exist_ok=True)
+        (out / whole).unlink(missing_ok=True)
+        written = [path.name for path in work.iterdir()]
+        written.sort(key=lambda name: (name == whole, name != weights, name))
         for name in written:  # nothing is printed between, since a closed pipe would end it
             os.replace(work / name, out / name)
 
@@ -188,20 +186,15 @@ def loading(out: Path, needs_simplclip: bool) -> str:
             "from simplclip.integrations.open_clip import register_models",
             "register_models()",
         ]
-    folder = _literal(f"local-dir:{out}")
+    folder = repr(f"local-dir:{out}")
     lines.append(f"model, _, preprocess = open_clip.create_model_and_transforms({folder})")
     lines.append(f"tokenizer = open_clip.get_tokenizer({folder})")
     head = "To load it in open_clip:"
     if needs_simplclip:
         head = "To load it in open_clip, with simplclip installed:"
     code = "\n    ".join(lines)
-    here = f"encoder = simplclip.load({_literal(str(out))})"
+    here = f"encoder = simplclip.load({str(out)!r})"
     return f"{head}\n\n    {code}\n\nTo load it here:\n\n    {here}"
-
-
-def _literal(text: str) -> str:
-    """Returns a text as Python's source; a path may have quotes, or bytes that are no UTF-8."""
-    return json.dumps(text, ensure_ascii=False) if text.isprintable() else ascii(text)
 
 
 def open_clip_config(model: Any, name: str, options: dict[str, Any]) -> dict[str, Any]:

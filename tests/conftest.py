@@ -58,6 +58,9 @@ def pytest_configure(config):
     # A shell ignores SIGINT for a background job and what it starts; tests send it.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # The first backward pass starts a thread for each device, and a fork of a process with such
+    # threads has no autograd. Fake tensors pretend that there is a GPU: the pass is not theirs.
+    torch.ones((), requires_grad=True).backward()
     if config.option.prove:
         for name, value in PROOF.items():
             os.environ.setdefault(name, value)

@@ -1,7 +1,7 @@
 // Float types and addresses of tensors, for the CPU kernels.
 #pragma once
 
-#include "../layout.h"
+#include "../common.h"
 #include "elementwise.h"
 
 namespace simplclip {

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "instruction_set.h"
-#include "../layout.h"
 #include "tensors.h"
 
 namespace simplclip {

@@ -18,20 +18,6 @@ struct f16 {
   uint16_t bits;
 };
 
-// Starts a kernel with `shared` bytes of dynamic shared memory in a cudaStream_t. Returns null, or the error.
-template <class... P>
-const char* launch_kernel(
-    void (*kernel)(P...), dim3 grid, int threads, int shared, void* stream, const std::type_identity_t<P>&... p) {
-  constexpr int kWithoutAsking = 48 << 10;
-  cudaError_t error = cudaSuccess;
-  if (shared > kWithoutAsking) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (!error) {
-    kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(p...);
-    error = cudaGetLastError();
-  }
-  return error ? cudaGetErrorString(error) : nullptr;
-}
-
 SIMPLCLIP_DEVICE int thread() { return threadIdx.x; }
 SIMPLCLIP_DEVICE int threads() { return blockDim.x; }
 SIMPLCLIP_DEVICE int block_x() { return blockIdx.x; }

@@ -4,17 +4,7 @@
 #include "attention/plan.h"
 #include "sources.h"  // written by setup.py
 
-namespace simplclip {
-int binary_version(int device);  // device.cu
-}
-
 namespace {
-
-PyObject* binary_version(PyObject*, PyObject* args) {
-  int device = 0;
-  if (!PyArg_ParseTuple(args, "i", &device)) return nullptr;
-  return PyLong_FromLong(simplclip::binary_version(device));
-}
 
 PyObject* shaped_attention_why_not(PyObject*, PyObject* args) {
   int length = 0, width = 0, wide = 0;
@@ -39,7 +29,6 @@ PyObject* shaped_attention_plan(PyObject*, PyObject* args) {
 PyObject* architectures(PyObject*, PyObject*) { return PyUnicode_FromString(SIMPLCLIP_ARCHITECTURES); }
 
 PyMethodDef methods[] = {
-    {"binary_version", binary_version, METH_VARARGS, "binary_version(index) -> architecture of the code for that device, or 0."},
     {"architectures", architectures, METH_NOARGS, "The architectures that this module was compiled for."},
     {"shaped_attention_why_not", shaped_attention_why_not, METH_VARARGS,
      "shaped_attention_why_not(tokens, width, is_float32) -> why its kernels do not support such heads, or None."},

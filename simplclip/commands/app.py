@@ -2,46 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-import re
 import sys
 from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
 
-from simplclip.commands.options import fail, unknown_option
-from simplclip.common.errors import InputError, UserError
+from simplclip.commands.options import fail
+from simplclip.common.errors import UserError
 
 # On few cores, spinning OpenMP threads of two processes slow both processes down several times.
 # OpenMP reads the variable when torch is loaded, which a command does when it runs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# modules whose packages have other names, or come with another package
-PACKAGES = {
-    "PIL": "pillow",
-    "open_clip": "open_clip_torch",
-    "open_clip_train": "open_clip_torch",
-    "pydantic_core": "pydantic",
-    "timm": "open_clip_torch",
-    "torchvision": "open_clip_torch",
-    "yaml": "pyyaml",
+# packages that another extra than `train` installs
+EXTRAS = {
+    "open_clip_train": "openclip",
+    "peft": "lora",
+    "safetensors": "export",
+    "tensorboard": "tensorboard",
+    "transformers": "transformers",
 }
-
-
-def extra_of(module: str) -> str | None:
-    """Returns the first extra that installs a module; None without one, or if not installed."""
-    from importlib import metadata  # takes as long as half of typer
-
-    package = PACKAGES.get(module, module).replace("_", "-").lower()
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        for requirement in metadata.requires("simplclip") or ():
-            match = re.match(r"""([\w.-]+).* extra == ["'](\w+)["']""", requirement)
-            if match and match[1].replace("_", "-").lower() == package:
-                return match[2]
-    return None
 
 
 class Commands(TyperGroup):
@@ -56,15 +39,13 @@ class Commands(TyperGroup):
         With SIMPLCLIP_DEBUG a UserError or OSError keeps its traceback, as other errors do.
         """
         try:
-            return self._invoke(ctx)
+            return super().invoke(ctx)
         except KeyboardInterrupt:
             fail("interrupted", 130)
         except ModuleNotFoundError as error:
-            extra = extra_of((error.name or "").partition(".")[0])
-            if extra is None:
-                raise
+            package = (error.name or "").partition(".")[0]
             # for `simplclip[train]` pip takes the simplclip that is installed
-            install = f"pip install 'simplclip[{extra}]'"
+            install = f"pip install 'simplclip[{EXTRAS.get(package, 'train')}]'"
             fail(f"this command needs the package {error.name}: {install}", 2)
         # the reader of the output, such as `head`, has ended; Python would write again at exit
         except BrokenPipeError:
@@ -74,16 +55,6 @@ class Commands(TyperGroup):
             if os.environ.get("SIMPLCLIP_DEBUG"):
                 raise
             fail(str(error), 2)
-
-    def _invoke(self, ctx):
-        """Runs a command; raises InputError for an option that it does not have."""
-        try:
-            return super().invoke(ctx)
-        except Exception as error:
-            # click's class, of which newer versions of typer have their own
-            if type(error).__name__ != "NoSuchOption":
-                raise
-            raise InputError(unknown_option(error.option_name, error.ctx)) from None
 
 
 app = typer.Typer(

@@ -14,7 +14,6 @@ from simplclip.commands.options import (
     Precision,
     SidecarFolder,
     Sidecars,
-    check_data,
 )
 
 
@@ -47,7 +46,6 @@ def caption(
 
     Repeat the command to continue after a stop.
     """
-    check_data(source, "source")
     from simplclip.common import ranks
     from simplclip.teacher import caption as captioning
 

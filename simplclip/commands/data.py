@@ -8,8 +8,6 @@ from typing import Annotated
 import typer
 
 from simplclip.commands.app import app
-from simplclip.common.errors import InputError
-from simplclip.data.readers import METADATA, files_in_words
 
 data = typer.Typer(
     no_args_is_help=True, short_help="Make shards of pairs.", help="Make shards of pairs."
@@ -27,8 +25,10 @@ def pack(
     source: Annotated[
         str,
         typer.Argument(
-            help=f"One of: {files_in_words()}; a folder of images, with KEY.txt or KEY.json beside "
-            f"KEY.jpg, with {' or '.join(METADATA)}, or with a folder for each class."
+            help="A table of images and captions (.csv, .tsv, .jsonl, .parquet); a JSON file of "
+            "Karpathy's or COCO's kind (FILE.json#SPLIT); or a folder of images, with KEY.txt or "
+            "KEY.json beside KEY.jpg, with metadata.jsonl or metadata.csv, or with a folder for "
+            "each class."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
@@ -42,7 +42,6 @@ def pack(
     images: Annotated[
         str | None, typer.Option(help="Folder of the images. Default: that of the table.")
     ] = None,
-    hold_out: Annotated[str | None, typer.Option(hidden=True)] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Number of processes. Default: one for each core.")
     ] = None,
@@ -51,13 +50,8 @@ def pack(
 
     Repeat it to continue after a stop.
     """
-    if hold_out is not None:
-        raise InputError(
-            f"--hold-out: expected none, got {hold_out}; use eval.hold_out={hold_out} in the config"
-        )
     from simplclip.data import pack as packing
     from simplclip.data.rows import Options
 
     options = Options(image_key=image_key, caption_key=caption_key, images=images)
-    packed = packing.pack(source, out, options, workers=workers)
-    typer.echo(packing.summary(packed))
+    packing.pack(source, out, options, workers=workers)

@@ -35,59 +35,41 @@ def doctor(
 
 def render(machine: dict[str, Any], why: bool = False) -> str:
     """Returns the report of `simplclip.ops.report` as text for a terminal; why: as `--why`."""
-    cpu = machine["cpu"]
-    gpu = machine["gpu"]
-    extension = machine["extension"]
-    ops = machine["ops"]
-    kernels = extension["cpu"]
+    cpu, gpu, ops = machine["cpu"], machine["gpu"], machine["ops"]
+    kernels, cuda = machine["extension"]["cpu"], machine["extension"]["cuda"]
     cpu_kernels = kernels.get("reason")
     if kernels["loaded"]:
-        bf16 = "bfloat16 computed in float32"
-        if kernels["native_bfloat16"]:
-            bf16 = "bfloat16 products in hardware"
-        cpu_kernels = f"{kernels['instruction_set']}, {bf16}; built by {kernels['compiler']}"
-    cuda_kernels = extension["cuda"].get("reason")
-    if not cuda_kernels:
-        cuda_kernels = f"for {extension['cuda']['architectures']}"
+        bf16 = "products in hardware" if kernels["native_bfloat16"] else "computed in float32"
+        cpu_kernels = (
+            f"{kernels['instruction_set']}, bfloat16 {bf16}; built by {kernels['compiler']}"
+        )
+    card = gpu.get("reason")
+    if gpu["available"]:
+        memory = f"{gpu['memory_bytes'] / 2**30:.1f} GiB"
+        card = f"{gpu['name']}, {memory}, compute capability {gpu['capability']}"
+        if "reason" in gpu:
+            card += f"; {gpu['reason']}"
     packages = [
         f"{name} {version or '(not installed)'}" for name, version in machine["packages"].items()
     ]
-    threads = f"{cpu['threads']} threads on {cpu['cores']} cores"
-    card = gpu.get("reason")
-    if gpu["available"]:
-        card = (
-            f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.1f} GiB, compute capability "
-            f"{gpu['capability']}"
-        )
-    rows = [
-        ("simplclip", f"{machine['simplclip']}, Python {machine['python']}, {machine['platform']}"),
-        ("packages", ", ".join(packages)),
-        ("CPU", f"{threads}, torch uses {cpu['torch_instruction_set']}"),
-        ("CPU kernels", cpu_kernels),
-        ("CUDA kernels", cuda_kernels),
-        ("GPU", card),
-    ]
-    if gpu["available"] and "reason" in gpu:
-        rows.append(("", gpu["reason"]))
-    if machine["forced_backend"]:
-        rows.append(
-            ("forced", f"{machine['forced_backend']}, by SIMPLCLIP_BACKEND or simplclip.backend")
-        )
-    rows += [(f"{device.upper()} tensors", _served(ops, device)) for device in ("cpu", "cuda")]
-    lines = [f"{name:<14}{text}" for name, text in rows] + [""]
-    if why:
-        lines += _reasons(ops)
-    return "\n".join([*lines, *FIRST_HOUR])
-
-
-def _reasons(ops: dict[str, Any]) -> list[str]:
-    """Returns a line for each op and device, and one for each backend that does not run it."""
-    lines = []
-    for op, devices in ops.items():
+    rows = {
+        "simplclip": f"{machine['simplclip']}, Python {machine['python']}, {machine['platform']}",
+        "packages": ", ".join(packages),
+        "CPU": f"{cpu['threads']} threads on {cpu['cores']} cores, torch uses "
+        f"{cpu['torch_instruction_set']}",
+        "CPU kernels": cpu_kernels,
+        "CUDA kernels": cuda.get("reason") or f"for {cuda['architectures']}",
+        "GPU": card,
+        "forced": machine["forced_backend"],  # by SIMPLCLIP_BACKEND or simplclip.backend
+        "CPU tensors": _served(ops, "cpu"),
+        "CUDA tensors": _served(ops, "cuda"),
+    }
+    lines = [f"{name:<14}{text}" for name, text in rows.items() if text] + [""]
+    for op, devices in ops.items() if why else ():
         for device, entry in devices.items():
             lines.append(f"{op}, {device}: {entry['backend'] or entry['error']}")
             lines += [f"    not {name}: {reason}" for name, reason in entry["others"].items()]
-    return lines
+    return "\n".join([*lines, *FIRST_HOUR])
 
 
 def _served(ops: dict[str, Any], device: str) -> str:

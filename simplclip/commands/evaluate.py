@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from simplclip.commands.app import app
-from simplclip.commands.options import Device, Last, Precision, Workers, check_data, named_splits
-from simplclip.common.errors import InputError, UserError
-
-if TYPE_CHECKING:
-    from simplclip.train.config import Config
+from simplclip.commands.options import Device, Last, Precision, Workers, named_splits
+from simplclip.common.errors import InputError
 
 
 @app.command(
@@ -83,7 +79,7 @@ def evaluate(
         typer.Option(
             "--blend",
             help="Evaluate weights between those from which the run started and its own (WiSE-FT); "
-            "write blend.json and blend.png.",
+            "write blend.json.",
         ),
     ] = False,
     batch_size: Annotated[
@@ -96,17 +92,9 @@ def evaluate(
     """Evaluate models by zero-shot retrieval and classification; write a table, JSON and pictures
     of the results.
     """
-    from simplclip.models.weights import parse_source
-
-    if last:
-        models = [parse_source(model, last=True).label for model in models]
-    if blend and not (len(models) == 1 and parse_source(models[0]).is_run):
-        raise InputError(f"--blend: expected one run or checkpoint, got {', '.join(models)}")
     splits = named_splits(data or [])
     if blend or not splits:  # a blend is judged by the run's own data too
         splits = splits_of(models[0]) | splits
-    for split in splits.values():
-        check_data(split, "data")
     if images is not None:
         splits = _with_images(splits, images)
     from simplclip import evaluation
@@ -118,27 +106,27 @@ def evaluate(
         captions=captions,
         batch_size=batch_size,
         workers=workers,
+        last=last,
         device=device,
         precision=precision,
     )
     with ranks.join():
-        if not data and ranks.first():
-            for line in trained_on(models):
-                typer.echo(line)
         if not blend:
             evaluation.evaluate(models, splits, settings, out=out)
             return
         from simplclip.models.trained import read_checkpoint
-        from simplclip.train.start import load_start
+        from simplclip.train.setup import load_start
 
-        encoder = evaluation.load(models[0], device=ranks.set_device(device), precision=precision)
+        encoder = settings.load(models[0])
+        if encoder.config is None or models[1:]:
+            raise InputError(f"--blend: expected one run or checkpoint, got {', '.join(models)}")
         start = load_start(encoder.source, read_checkpoint(encoder.source))
         evaluation.evaluate_blend(encoder, start, splits, settings, out=out)
 
 
 def _with_images(splits: dict[str, Any], images: str) -> dict[str, Any]:
     """Returns splits in which tables and JSON files have their images in the folder `images`."""
-    from simplclip.data.readers import is_table
+    from simplclip.data.rows import is_table
 
     tables = {name: split for name, split in splits.items() if is_table(split)}
     if not tables:
@@ -153,68 +141,25 @@ def splits_of(model: str) -> dict[str, Any]:
     model: the folder of a run, or a checkpoint in it. Since it may come from elsewhere, its splits
     may be local files alone: raises InputError for commands and URLs.
     """
-    settings = _config_of(model)
-    if settings is None:
-        return {}
-    splits = settings.eval.splits | settings.held_out
-    for name, split in splits.items():
-        remote = re.search(r'"(pipe:.*?|[^"]*://.*?)"', json.dumps(split))
-        if remote:
-            raise InputError(
-                f"data: expected local files in the eval.splits of {_file_of(model)}, got "
-                f"{remote[1]!r}; name the data by --data {name}=DATA"
-            )
-    return splits
-
-
-def _file_of(model: str) -> Path:
-    """Returns the path that the config.yaml of a run has, whose folder or checkpoint is `model`."""
-    folder = Path(model)
-    if not folder.is_dir():
-        folder = folder.parent
-    return folder / "config.yaml"
-
-
-def _config_of(model: str) -> Config | None:
-    """Returns the config of a run, named as in `splits_of`; None without one."""
-    file = _file_of(model)
+    folder = Path(model) if Path(model).is_dir() else Path(model).parent
+    file = folder / "config.yaml"
     if not (Path(model).exists() and file.is_file()):
-        return None
+        return {}
     from simplclip.train import config
 
     try:
-        return config.relocated(config.load(file), file)
+        settings = config.load(file)
     except config.ConfigError as error:
         raise InputError(
             f"data: expected a config of this version in {file}, got {error}; name the data by "
             "--data"
         ) from None
-
-
-def trained_on(models: list[str]) -> Iterator[str]:
-    """Yields a line for each run that has, or may have, trained on what the first run holds out."""
-    from simplclip.data.overlap import overlap
-
-    first, *others = models
-    held_out = _config_of(first)
-    if held_out is None or not held_out.eval.hold_out:
-        return
-    for model in others:
-        try:
-            settings = _config_of(model)
-            if settings is None:
-                continue
-            found = overlap(held_out.divided, settings.divided)
-        except UserError:  # e.g. its data have moved
-            found = None
-        if found is None:
-            yield (
-                f"warning: {model} may have trained on images that {first} holds out; its training "
-                "data cannot be compared"
+    splits = settings.eval.splits | settings.held_out
+    for name, split in splits.items():
+        remote = re.search(r'"(pipe:.*?|[^"]*://.*?)"', json.dumps(split))
+        if remote:
+            raise InputError(
+                f"data: expected local files in the eval.splits of {file}, got {remote[1]!r}; "
+                f"name the data by --data {name}=DATA"
             )
-        elif found.trained:
-            yield (
-                f"warning: {model} has trained on {found.trained:,} of the {found.held_out:,} "
-                f"images that {first} holds out, by their names: its figures on held_out are too "
-                "high"
-            )
+    return splits

@@ -9,7 +9,6 @@ import typer
 
 from simplclip.commands.app import app
 from simplclip.commands.options import Last
-from simplclip.common.errors import check_share
 from simplclip.models.naming import Form
 
 
@@ -31,6 +30,8 @@ def export(
         float | None,
         typer.Option(
             metavar="ALPHA",
+            min=0,
+            max=1,
             help="Of a run: write weights between those from which it started, 0, and its own, 1.",
         ),
     ] = None,
@@ -39,11 +40,6 @@ def export(
     """Write a checkpoint as a folder with safetensors that open_clip or transformers loads, and
     print the lines that load it.
     """
-    if blend is not None:
-        check_share("--blend", blend)
     from simplclip import export as exporter
-    from simplclip.models.weights import parse_source
 
-    if last:
-        checkpoint = Path(parse_source(checkpoint, last=True).file)
-    exporter.run(checkpoint, out, to=to, force=force, blend=blend)
+    exporter.run(checkpoint, out, to=to, force=force, blend=blend, last=last)

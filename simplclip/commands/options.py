@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from simplclip.common.errors import InputError, visible
-from simplclip.common.nearest import nearest
 
 Pairs = Annotated[
     list[str],
@@ -68,51 +67,13 @@ def fail(message: str, code: int) -> None:
     raise typer.Exit(code)
 
 
-def unknown_option(name: str, context: typer.Context) -> str:
-    """Returns the message about an unknown option, with the nearest one or, for --set, key."""
-    meanings = {}
-    for parameter in context.command.params:
-        for option in parameter.opts:
-            if option.startswith("--"):
-                meanings[option] = getattr(parameter, "help", None) or ""
-    if "--set" in meanings:
-        from simplclip.train import config
-
-        meanings |= {"--set": ""} | config.meanings()
-    near = nearest(name, meanings)
-    if near is None:
-        return f"{name}: unknown option; {context.command_path} --help lists all"
-    if not near.startswith("--"):
-        near = f"--set {near}=VALUE"
-    return f"{name}: unknown option; did you mean {near}?"
-
-
-def check_data(source: Any, name: str) -> None:
-    """Raises InputError for data that are not there; opens no file, and needs no slow imports.
-
-    source: a text as the commands take it, a list of these, or {"shards": one of them, ...}.
-    """
-    from simplclip.data.find_sources import sources_of
-    from simplclip.data.readers import is_source, split_of
-
-    if isinstance(source, list) and source:
-        for part in source:
-            check_data(part, name)
-    elif isinstance(source, dict):
-        check_data(source.get("shards"), name)
-    elif not (isinstance(source, str) and is_source(source)):
-        sources_of(source, name)
-    elif not os.path.exists(split_of(os.path.expanduser(source))[0]):
-        raise InputError(f"{name}: expected a file, got {source!r}, which does not exist")
-
-
 def named_splits(items: list[str]) -> dict[str, Any]:
     r"""Returns split name -> data, of items NAME=DATA, or DATA alone, named after file or folder.
 
     A name has no characters of paths and patterns: / \ * ? [ ] { } # and =; pipe: begins DATA.
     Raises InputError for an empty item, or for a name that comes twice.
     """
-    from simplclip.data.readers import ENDINGS, split_of
+    from simplclip.data.rows import ENDINGS, split_of
 
     splits: dict[str, Any] = {}
     for item in items:

@@ -15,7 +15,6 @@ from simplclip.commands.options import (
     Precision,
     SidecarFolder,
     Sidecars,
-    check_data,
 )
 
 
@@ -59,7 +58,6 @@ def teacher(
     """Write a teacher's features of images and captions into sidecars of the shards, which training
     reads (data.sidecars).
     """
-    check_data(source, "source")
     from simplclip import teacher as teachers
     from simplclip.common import ranks
 

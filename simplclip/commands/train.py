@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
+import json
 import os
 import traceback
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from simplclip.commands.app import app
-from simplclip.commands.options import Overrides, check_data, fail
-from simplclip.common.errors import InputError, UserError
+from simplclip.commands.options import Overrides, fail
+from simplclip.common.errors import UserError
+from simplclip.common.files import differences
 
 if TYPE_CHECKING:
     from simplclip.train.config import Config
@@ -41,7 +40,9 @@ def train(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Continue from run.out/last.pt; start at step 0 if there is none."
+            "--resume",
+            help="Continue from run.out/last.pt, with the config.yaml beside it and then --set; "
+            "start at step 0 if there is none.",
         ),
     ] = False,
     help_config: Annotated[
@@ -64,17 +65,17 @@ def train(
     if "RANK" in os.environ:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        values = configs.load(config, set_ or ())
-        if not any(item.partition("=")[0].strip() in ("run", "run.out") for item in set_ or ()):
-            old, values = values.run.out, configs.relocated(values, Path(config))
-            if values.run.out != old and os.environ.get("RANK", "0") == "0":
-                typer.echo(
-                    f"run        in {values.run.out}, where {config} lies; --set run.out={old} "
-                    "means its former place"
-                )
-        # With several nodes the ranks agree later, since one node alone may lack files.
-        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
-            check(values, resume)
+        values = given = configs.load(config, set_ or ())
+        own = Path(given.run.out, "config.yaml")
+        if resume and own.exists():
+            out = f"run.out={json.dumps(given.run.out)}"
+            values = configs.load(own, [*(set_ or ()), out])
+        changed = differences(given.to_dict(), values.to_dict())
+        if changed and os.environ.get("RANK", "0") == "0":
+            typer.echo(
+                f"resume     {own} is used, not {config}, which differs in {', '.join(changed)}; "
+                "--set changes settings"
+            )
     except (UserError, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
@@ -119,46 +120,3 @@ def predict_micro_batch(config: Config) -> Config:
     if os.environ.get("RANK", "0") == "0":
         typer.echo(f"memory     data.micro_batch = {micro or 'null'} fits, by simplclip plan")
     return config.replaced(data={"micro_batch": micro})
-
-
-def check(config: Config, resume: bool) -> None:
-    """Raises InputError or OSError for a wrong name, folder or file, ModuleNotFoundError for a
-    missing package; changes nothing. Only a run.device of a GPU needs seconds of imports.
-    """
-    from simplclip.models.naming import check_name
-    from simplclip.train.config import check_out
-
-    check_name(config.model.name, "model.name")
-    check_out(Path(config.run.out), resume)
-    check_sources(config)
-    for package, needed in (("tensorboard", config.run.tensorboard), ("peft", config.model.lora)):
-        if needed and find_spec(package) is None:
-            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
-    if config.run.device.startswith("cuda"):
-        if not _has_driver():
-            got = f"got {config.run.device!r}; it has no driver of a GPU"
-            raise InputError(f"run.device: expected a device of this machine, {got}")
-        from simplclip.common.hardware import pick_device  # imports torch, which takes two seconds
-
-        pick_device(config.run.device)
-
-
-def _has_driver() -> bool:
-    """Whether the machine has the driver of CUDA or ROCm."""
-    with contextlib.suppress(OSError):
-        ctypes.CDLL("libcuda.so.1")
-        return True
-    return os.path.exists("/dev/kfd")
-
-
-def check_sources(config: Config) -> None:
-    """Raises InputError for training data, eval.splits (if used) or sidecars that are not there."""
-    check_data(config.data.train, "data.train")
-    if config.eval.every:
-        for name, split in config.eval.splits.items():
-            check_data(split, f"eval.splits.{name}")
-    for folder in config.data.sidecars:
-        if not os.path.isdir(os.path.expanduser(folder)):
-            raise InputError(
-                f"data.sidecars: expected a folder, got {folder!r}, which does not exist"
-            )

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import errno
-import fcntl
 import hashlib
-import io
 import os
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import filelock
 
 from simplclip.common.errors import InputError
 
 HOUR = 3600.0  # seconds
+WAIT = 6.0  # seconds in which the loader processes of a killed run end
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
 
@@ -33,30 +33,6 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
         data = data.encode()
     with replacing(path) as file:
         file.write(data)
-
-
-def write_csv(path: Path, columns: list[str], rows: Iterable[Mapping[str, object]]) -> None:
-    """Replaces `path` by a CSV file, completely or not at all.
-
-    A column that a row lacks is empty; a key that is no column raises ValueError.
-    """
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue())
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """Returns the rows of a CSV file as {column: text}; [] if there is no file.
-
-    Leaves out a last line that a crash cut short, and rows with more or fewer values than columns.
-    """
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.DictReader([line for line in file if line.endswith("\n")])
-        return [row for row in rows if None not in row and None not in row.values()]
 
 
 @contextlib.contextmanager
@@ -134,46 +110,31 @@ def remove_leftovers(
                 path.unlink()
 
 
-_locks: set[int] = set()  # descriptors of this process's locks
-
-
-def _close_inherited_locks() -> None:
-    """Closes the locks in a forked process, which may live seconds longer than its parent."""
-    while _locks:
-        os.close(_locks.pop())
-
-
-os.register_at_fork(after_in_child=_close_inherited_locks)
-
-
 @contextlib.contextmanager
 def locked(folder: Path, name: str) -> Iterator[None]:
     """Context in `folder` that one process at a time can enter; makes the folder and its parents.
 
-    Of these, folders that are empty at the end are removed. The lock ends with the process; a file
-    system without locks locks nothing. Raises FileExistsError while another process is inside,
-    InputError for a file.
+    Of these, folders that are empty at the end are removed. Raises FileExistsError if another
+    process stays inside for WAIT seconds, InputError for a file.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{name}: expected a folder, got the file {folder}")
     made = [part for part in (folder, *folder.parents) if not part.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    _locks.add(descriptor)
+    file = folder / ".lock"
+    lock = filelock.FileLock(file)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock.acquire(timeout=WAIT)
+        except filelock.Timeout:
             raise FileExistsError(
                 f"{name}: expected a folder that no other process writes to, got {folder}"
             ) from None
-        except OSError:  # the file system has no locks
-            pass
         yield
     finally:
-        if descriptor in _locks:  # otherwise a forked process, which has closed it
-            _locks.discard(descriptor)
-            os.close(descriptor)
+        if made and [*folder.iterdir()] == [file]:
+            file.unlink()
+        lock.release()
         for part in made:
             with contextlib.suppress(OSError):  # not empty
                 part.rmdir()

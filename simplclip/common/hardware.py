@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator
-from itertools import accumulate
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from simplclip.common.errors import InputError
 
@@ -133,15 +131,3 @@ def describe_gpu(device: torch.device) -> str:
     with contextlib.suppress(Exception):
         used += f", {torch.cuda.utilization(device)}% busy"
     return used
-
-
-def cpu_peak_bytes(run: Callable[[], object]) -> int:
-    """Calls `run` in torch's profiler; returns the peak bytes of torch's CPU allocator in it.
-
-    Bytes that were live before do not count.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    return max(accumulate(changes, initial=0))

@@ -1,22 +1,18 @@
 """The ranks of a command that torchrun started, which exchange Python objects.
 
 join            a context in which there are ranks; elsewhere there is one
-fail_together   a context that all ranks leave, or in which all end
 on_first        a call on the first rank, whose result all get
 all_gather      the values of all ranks, on each of them
 gather_to_first, map_to_first   items of all ranks, on the first one
+
+An error of one rank ends it, and torchrun then ends the others.
 """
 
 from __future__ import annotations
 
 import os
-import re
-import secrets
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import chain, islice
 from typing import Any, TypeVar, TypeVarTuple
@@ -31,16 +27,12 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
 
+WEEK = 7 * 24 * 60.0  # minutes
 _objects: Any = None  # within `join`: the group that exchanges Python objects, by gloo
-_limit = timedelta(days=7)  # the time that a rank waits for another one
 
 
 class RankError(UserError, RuntimeError):
     """Another rank has ended, or does not answer."""
-
-
-class Stopped(Exception):
-    """Work that gives way to a stop, on all ranks; see `fail_together`."""
 
 
 def count() -> int:
@@ -59,77 +51,40 @@ def first() -> bool:
 
 
 @contextmanager
-def join(minutes: float | None = None) -> Iterator[None]:
+def join(minutes: float = WEEK) -> Iterator[None]:
     """Context in which the processes that torchrun started work together; else it does nothing.
 
     Makes the process group and destroys it at the end; if there is one already, its ranks are used.
-    minutes: how long a rank waits for another one, except for the first one in `on_first`; None: a
-    week. Raises RankError if a rank waits longer, or if another one has ended.
+    minutes: how long a rank waits for another one. Raises RankError if it waits longer, or if
+    another rank has ended.
     """
-    global _objects, _limit
-    before, exists = (_objects, _limit), dist.is_initialized()
+    global _objects
+    before, exists, limit = _objects, dist.is_initialized(), timedelta(minutes=minutes)
     starts = not exists and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
-    _limit = timedelta(days=7) if minutes is None else timedelta(minutes=minutes)
     try:
         if starts:
-            store, rank, size = next(dist.rendezvous("env://", timeout=_limit))
-            store = _attempt_store(store, rank, size)
-            dist.init_process_group(store=store, rank=rank, world_size=size, timeout=_limit)
+            dist.init_process_group(timeout=limit)
         if starts or exists:
-            _objects = dist.new_group(backend="gloo", timeout=_limit)
+            _objects = dist.new_group(backend="gloo", timeout=limit)
         yield
     except RuntimeError as error:
         raise as_rank_error(error) from error.__cause__
     finally:
-        _objects, _limit = before
+        _objects = before
     # after an error the other ranks may be in a collective, and would wait for this one
     if starts:
         dist.destroy_process_group()
 
 
-def _attempt_store(store: dist.Store, rank: int, size: int) -> dist.Store:
-    """Returns the part of torchrun's store that only these processes use.
-
-    The store outlives a restart of the ranks, and nodes count restarts differently. So each rank
-    writes a random word, and the first rank answers each with its own, the attempt's name.
-    """
-    word = secrets.token_hex(8)
-    if rank:
-        store.set(f"word of {rank}", word)
-        attempt = store.get(f"answer to {word}").decode()
-        store.set(f"{attempt}/{rank}", "here")
-        return dist.PrefixStore(attempt, store)
-    end = time.monotonic() + _limit.total_seconds()
-    missing = list(range(1, size))
-    while missing := [other for other in missing if not store.check([f"{word}/{other}"])]:
-        for other in missing:
-            # perhaps the word of an ended rank, whose successor will replace it
-            if store.check([f"word of {other}"]):
-                other_word = store.get(f"word of {other}").decode()
-                store.set(f"answer to {other_word}", word)
-        if time.monotonic() > end:
-            raise dist.DistStoreError(
-                f"timeout: of {size} ranks these have not started: {', '.join(map(str, missing))}"
-            )
-        time.sleep(0.02)
-    return dist.PrefixStore(word, store)
-
-
 def as_rank_error(error: Exception) -> Exception:
     """Returns a RankError for an error of torch.distributed or gloo; other errors as they are."""
-    if isinstance(error, UserError):
-        return error
     text = str(error)
-    if not isinstance(error, dist.DistError) and "gloo" not in text:
+    if isinstance(error, UserError) or not (isinstance(error, dist.DistError) or "gloo" in text):
         return error
-    # without gloo's line of code and advice
-    reason = re.sub(r"^\[.*?\] ", "", first_line(error)).partition(". ")[0]
-    if "imed out" in text or "timeout" in text:
-        minutes = f"{_limit.total_seconds() / 60:g} minutes (run.timeout_minutes)"
-        return RankError(
-            f"no answer from another rank within {minutes}; its node may be gone ({reason})"
-        )
-    return RankError(f"another rank has ended ({reason})")
+    return RankError(
+        "another rank has ended, or does not answer within run.timeout_minutes: "
+        f"{first_line(error)}"
+    )
 
 
 def set_device(name: str) -> torch.device:
@@ -150,87 +105,14 @@ def all_gather(value: Item) -> list[Item]:
     return values
 
 
-@contextmanager
-def fail_together() -> Iterator[None]:
-    """Context that all ranks leave together; if one of them fails inside, all end.
-
-    The first rank that fails raises its error; the others end in silence, but for the first rank of
-    each other node, which repeats it. If ranks raise Stopped and none fails, all raise it. All
-    ranks have to enter it; they must not exchange anything inside.
-    """
-    error = None
-    try:
-        yield
-    except Exception as failure:
-        error = failure
-    node = os.environ.get("GROUP_RANK")
-    stopped = isinstance(error, Stopped)
-    own = None if error is None or stopped else (str(error), node)
-    gathered = all_gather((own, stopped))
-    failures = {rank: failure for rank, (failure, _) in enumerate(gathered) if failure}
-    if not failures:
-        if any(stops for _, stops in gathered):
-            raise Stopped
-        return
-    failed = min(failures)
-    if error is not None and failed == number():
-        raise error
-    message, failed_node = failures[failed]
-    if failed_node != node and os.environ.get("LOCAL_RANK") == "0":
-        raise RankError(f"of rank {failed}: {message}")
-    raise SystemExit(1)
-
-
 def on_first(function: Callable[[*Arguments], Result], *args: *Arguments) -> Result:
     """Calls `function` on the first rank; returns its result on all ranks, which wait for it.
 
-    If it fails, all end, as in `fail_together`. It must not exchange anything with other ranks.
+    It must not exchange anything with other ranks.
     """
     if count() == 1:
         return function(*args)
-    result: Any = None
-    with fail_together():
-        if first():
-            with _telling_others_to_wait():
-                result = function(*args)
-        else:
-            _wait_for_first()
-    return _broadcast_from_first(result)
-
-
-def _wait_for_first() -> None:
-    """Waits on a rank but the first until `_telling_others_to_wait` ends; prints so to stderr."""
-    while _broadcast_from_first(True):
-        if os.environ.get("LOCAL_RANK") == "0":  # a line in the log of each node
-            message = f"rank {number()}: the first rank works alone, e.g. packs"
-            print(message, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _telling_others_to_wait() -> Iterator[None]:
-    """Context of the first rank's work; a thread tells others, in `_wait_for_first`, to wait."""
-    done = threading.Event()
-    thread = threading.Thread(target=_tell_others, args=[done], daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def _tell_others(done: threading.Event) -> None:
-    """Sends True to the other ranks from time to time, and False when `done` is set."""
-    seconds = min(60.0, _limit.total_seconds() / 4)
-    # RuntimeError: of a rank that has ended, which the next exchange notices
-    with suppress(RuntimeError):
-        while _broadcast_from_first(not done.wait(seconds)):
-            pass
-
-
-def _broadcast_from_first(value: Item) -> Item:
-    """Returns the first rank's value on each rank; all ranks have to call it."""
-    values = [value]
+    values: list[Any] = [function(*args) if first() else None]
     dist.broadcast_object_list(values, device=torch.device("cpu"), group=_objects)
     return values[0]
 
@@ -238,16 +120,14 @@ def _broadcast_from_first(value: Item) -> Item:
 def gather_to_first(items: Iterable[Item]) -> Iterator[Item]:
     """Yields the items of all ranks on the first rank, one of each in turn; nothing on others.
 
-    All ranks have to iterate over the result to its end. An error of one rank ends all.
+    All ranks have to iterate over the result to its end.
     """
     if count() == 1:
         yield from items
         return
     iterator = iter(items)
     while True:
-        with fail_together():
-            part = list(islice(iterator, 1))  # empty at the end
-        parts = all_gather(part)
+        parts = all_gather(list(islice(iterator, 1)))  # empty at the end
         if not any(parts):
             return
         if first():

@@ -9,21 +9,11 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A setting of a term beside its weight: one of some words."""
-
-    name: str  # the argument of the losses, and the key in the config's section loss
-    words: tuple[str, ...]  # the default first
-    help: str  # of that key
-
-
-@dataclass(frozen=True)
 class Term:
     """A term of a loss."""
 
     name: str  # in `terms` and `weights` of the op and the losses
     weight: str  # the argument of WIKDLoss, and the key in the config's section loss
-    help: str  # of that key
     open_clip_key: str = ""  # in the result of a loss, if open_clip has a name for it
     # The sweeps of similarity_loss that can compute it, the preferred one first. Without one it is
     # the method of WIKDLoss named after it, on features in the teacher's width.
@@ -32,7 +22,8 @@ class Term:
     needs_teacher: bool = False
     needs_plane: bool = False
     compares_pairs: bool = True  # whether it says nothing about a batch of one pair
-    choice: Choice | None = None
+    # of the argument and key that is named after the term; the default first
+    choices: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -50,14 +41,12 @@ TERMS = (
     Term(
         "contrastive",
         weight="contrastive_weight",
-        help="of the base; each weight is a number, or a schedule {value, to, start, end, until}",
         sweeps=("softmax",),
         is_base=True,
     ),
     Term(
         "sigmoid",
         weight="contrastive_weight",
-        help="as that of contrastive",
         open_clip_key="contrastive_loss",
         sweeps=("sigmoid",),
         is_base=True,
@@ -65,7 +54,6 @@ TERMS = (
     Term(
         "relational",
         weight="relational_weight",
-        help="weight of relational distillation: KL to the teacher's softmax",
         open_clip_key="distill_loss",
         sweeps=("softmax",),
         needs_teacher=True,
@@ -73,21 +61,18 @@ TERMS = (
     Term(
         "interactive",
         weight="interactive_weight",
-        help="weight of interactive distillation: student against teacher across modalities",
         needs_teacher=True,
-        choice=Choice("interactive", ("infonce", "kl"), "form of interactive distillation"),
+        choices=("infonce", "kl"),
     ),
     Term(
         "feature",
         weight="feature_weight",
-        help="weight of feature distillation: distance to the teacher's features",
         needs_teacher=True,
         compares_pairs=False,
     ),
     Term(
         "pair_matching",
         weight="pm_weight",
-        help="weight of the pair matching loss",
         sweeps=("softmax", "sigmoid"),
         needs_plane=True,
     ),
@@ -97,8 +82,3 @@ BASES = tuple(term.name for term in TERMS if term.is_base)
 TEACHER_TERMS = frozenset(term.name for term in TERMS if term.needs_teacher)
 PLANE_TERMS = frozenset(term.name for term in TERMS if term.needs_plane)
 SWEPT = tuple(sorted(term.name for term in TERMS if term.sweeps))  # those of similarity_loss
-
-
-def choices(name: str) -> tuple[str, ...]:
-    """Returns the words of a term's choice, by the choice's name; the default first."""
-    return next(term.choice.words for term in TERMS if term.choice and term.choice.name == name)

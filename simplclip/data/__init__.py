@@ -1,15 +1,12 @@
 """Image-text pairs, from the tars that a user names to batches.
 
-find       find_sources.py: the tars; find_sidecars.py: further files of their samples
-read       read_tars.py: samples of tars; readers.py: rows of other forms, each by its read_*.py;
-           read_meta.py: meta.json beside tars
-parse      samples.py: the image, captions, json and a teacher's features of a sample;
-           captions.py: what some captions are like
-decode     decode_images.py: image files, by Pillow
-transform  transforms.py: the pixels that a model takes; views.py: those of one sample
-batch      loader.py: for training, by divide_samples.py and cut_blocks.py; held_out_loader.py: for
-           evaluation, by stored_order.py; both in the processes of workers.py
-write      pack.py: tars of other forms; write_sidecars.py; both by write_tars.py
+pack.py       a table, JSON file or folder (rows.py) becomes tars
+shards.py     tars by path, pattern, URL or command; their samples; meta.json beside them
+sidecars.py   further files of the samples, joined by key, and what writes them
+samples.py    the image, captions, json and a teacher's features of a sample
+images.py     image files, by Pillow; transforms.py: the pixels that a model takes
+loader.py     batches for training; held_out_loader.py: those of evaluation; both by workers.py
+errors.py     counts of what is damaged
 """
 
 import lazy_loader as _lazy

@@ -3,14 +3,10 @@
 from .errors import EmptyDataError as EmptyDataError
 from .errors import ShardError as ShardError
 from .errors import Skipped as Skipped
-from .errors import WorkerError as WorkerError
-from .find_sources import sources_of as sources_of
-from .held_out_loader import Division as Division
 from .held_out_loader import HeldOut as HeldOut
-from .held_out_loader import count_division as count_division
 from .held_out_loader import held_out as held_out
 from .loader import Loader as Loader
 from .pack import pack_shards as pack_shards
-from .read_meta import dataset_size as dataset_size
-from .read_meta import teacher_stamp as teacher_stamp
-from .read_tars import some_captions as some_captions
+from .shards import dataset_size as dataset_size
+from .shards import sources_of as sources_of
+from .shards import teacher_stamp as teacher_stamp

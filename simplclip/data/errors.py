@@ -7,18 +7,9 @@ from dataclasses import dataclass, field
 
 from simplclip.common.errors import UserError, visible
 
-# A flipped bit hits single samples, a lost block of a disk a few in a row; a sidecar of other data
-# has no sample that fits.
-STALE = 10
-STALE_SHARE = 0.01
-
 
 class ShardError(UserError, RuntimeError):
     """A shard or sidecar cannot be read or used; the message names it."""
-
-
-class WorkerError(UserError, RuntimeError):
-    """A loader process died; the message says how."""
 
 
 class EmptyDataError(UserError, RuntimeError):
@@ -32,31 +23,6 @@ class BrokenSample(Exception):
         """Keeps both arguments as attributes; the reason is a few words, e.g. "missing image"."""
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
-
-
-class StaleFeatures(BrokenSample):
-    """A teacher's features belong to another image or other captions than the sample's."""
-
-
-@dataclass
-class StaleCount:
-    """Counts samples whose teacher's features are stale: rot if they are few, else other data."""
-
-    read: int = 0  # samples, stale ones included
-    stale: int = 0
-
-    def add(self, stale: str | None = None) -> None:
-        """Counts one more sample, and `stale`, its name, if its features are. Raises ShardError."""
-        self.read += 1
-        if stale is None:
-            return
-        self.stale += 1
-        if self.stale >= STALE and self.stale > STALE_SHARE * self.read:
-            raise ShardError(
-                "data.sidecars: expected a teacher's features of these samples, got features of "
-                f"another image or other captions for {self.stale:,} of {self.read:,}, such as "
-                f"{stale}; run `simplclip teacher` on these shards and captions again"
-            )
 
 
 @dataclass

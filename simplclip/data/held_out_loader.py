@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import zlib
-from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,21 +11,22 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 
 from simplclip.common.errors import InputError
 from simplclip.data.errors import BrokenSample, EmptyDataError, Skipped
-from simplclip.data.find_sidecars import Folders
-from simplclip.data.find_sources import Source, in_words, sources_of
 from simplclip.data.pack import files_of
-from simplclip.data.read_folders import label_of_folder
-from simplclip.data.read_tars import read_tar
-from simplclip.data.readers import is_source, open_source
-from simplclip.data.rows import OPTION_NAMES, Options, PairRow
+from simplclip.data.rows import (
+    NO_OPTIONS,
+    OPTION_NAMES,
+    Options,
+    PairRow,
+    is_source,
+    label_of_folder,
+    open_source,
+)
 from simplclip.data.samples import (
-    HoldOutBy,
     Pair,
     Sample,
     captions_of,
@@ -37,8 +37,10 @@ from simplclip.data.samples import (
     label_of,
     record_of,
 )
-from simplclip.data.stored_order import StoredOrder
-from simplclip.data.views import Transform, pixels_of, seeded
+from simplclip.data.shards import Source, in_words, sources_of
+from simplclip.data.sidecars import Folders, read_joined
+from simplclip.data.transforms import Transform, pixels_of, seeded
+from simplclip.data.workers import StoredOrder
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,8 @@ class HeldOut:
     txt_lines: bool = False
     # of training data the share that is held out, see `samples.is_held_out`; 0: all data are
     share: float = 0.0
-    by: HoldOutBy | None = None
     sidecars: Folders = ()  # those that training joins, since their json may have other groups
-    options: Options = Options()  # of a table or JSON file
+    options: Options = NO_OPTIONS  # of a table or JSON file
 
     def __str__(self) -> str:
         return in_words(self.sources)
@@ -138,7 +139,7 @@ class HeldOut:
         workers: loader processes, which end with the iteration; 0 reads in this process.
         rank, world_size: the batches of this rank, of so many ranks that divide them.
 
-        Raises ShardError for a shard that cannot be read, WorkerError if a loader process died.
+        Raises ShardError for a shard that cannot be read.
         """
         order = StoredOrder(
             self.sources,
@@ -174,13 +175,15 @@ class HeldOut:
     def _read(self, source: Source, skipped: Skipped) -> Iterator[Sample]:
         """Yields a source's samples in stored order; of divided training data the held-out ones."""
         if self.share or not is_source(source.url):
-            for sample in read_tar(source, skipped, sidecars=self.sidecars or None):
-                if not self.share or is_held_out(sample, self.share, self.by):
+            for sample in read_joined(source, skipped, self.sidecars):
+                if not self.share or is_held_out(sample, self.share):
                     yield sample
             return
-        for row in open_source(source.url, self.options).rows():
+        rows = open_source(source.url, self.options)
+        for row in rows.rows():
             key = row.name.partition("/")[2]
             yield {"__key__": key, "__url__": source.url, "__shard__": source.name, "__row__": row}
+        skipped.merge(rows.bad)
 
     def _prepare(self, sample: Sample, transform: Transform) -> tuple[torch.Tensor, HeldOutRow]:
         """Returns the pixels [3, S, S] of a sample, and its row; raises BrokenSample."""
@@ -199,9 +202,8 @@ def held_out(source: Any, *, captions: int | None = None, name: str = "data") ->
     source: tars as `sources_of` takes them; a table, JSON file or folder as `pack` takes them; a
     folder in clip-benchmark's layout, whose split `test` is taken (name the folder of another one
     itself); a table or JSON file and fields of its `Options`, {"shards": ..., "images": FOLDER}; or
-    training data that a run divides, {"shards": ..., "hold_out": SHARE, "hold_out_by": ...,
-    "sidecars": [...]}, of which the held-out share is taken. A sample without caption and label is
-    broken.
+    training data that a run divides, {"shards": ..., "hold_out": SHARE, "sidecars": [...]}, of
+    which the held-out share is taken. A sample without caption and label is broken.
 
     captions: number of captions to use of each sample, from the first on; 0 for all. None for all,
     except that of a json's captions only the first counts, since the others may be rephrasings for
@@ -218,10 +220,9 @@ def held_out(source: Any, *, captions: int | None = None, name: str = "data") ->
             Classes(),
             captions,
             share=source["hold_out"],
-            by=source.get("hold_out_by"),
             sidecars=source.get("sidecars", ()),
         )
-    options = Options()
+    options = NO_OPTIONS
     if isinstance(source, Mapping) and not source.keys().isdisjoint(OPTION_NAMES):
         options = Options(**{key: source[key] for key in OPTION_NAMES if key in source})
         source = source.get("shards")
@@ -241,46 +242,6 @@ def held_out(source: Any, *, captions: int | None = None, name: str = "data") ->
     names = [label_of_folder(folder) for folder in rows.classes] or None
     classes = Classes(names, rows.classes)
     return HeldOut([Source(path, name=rows.name)], classes, captions, options=options)
-
-
-class Division(NamedTuple):
-    """Counts of training data of which a share is held out."""
-
-    train: int  # samples of an epoch, each as often as its weight says
-    held_out: int
-    captions: int  # that are held out
-    repeated: int  # of these, how many stand verbatim in training
-
-
-def count_division(
-    shards: Any, share: float, sidecars: Folders = (), by: HoldOutBy | None = None
-) -> Division:
-    """Reads all training data, of which `share` is held out, and returns counts of both parts.
-
-    shards: as `sources_of` takes them. share, by: above 0, below 1, see `samples.is_held_out`.
-    sidecars: folders whose files are joined to the samples. Broken samples are not counted. Memory:
-    8 bytes for each caption.
-    """
-    train = 0.0
-    held_out = 0
-    captions = list[int]()
-    trained = array("q")
-    for source in sources_of(shards):
-        for sample in read_tar(source, Skipped(), sidecars=sidecars or None):
-            try:
-                check_files(sample)
-                texts = [hash(text) for text in captions_of(sample, record_of(sample))]
-                image_of(sample)
-            except BrokenSample:
-                continue
-            if is_held_out(sample, share, by):
-                held_out += 1
-                captions.append(texts[0])
-            else:
-                train += source.weight
-                trained.extend(texts)
-    repeated = np.isin(np.array(captions, np.int64), np.frombuffer(trained, np.int64)).sum()
-    return Division(round(train), held_out, len(captions), int(repeated))
 
 
 def _collate(

@@ -1,60 +1,61 @@
 """Training batches: `Loader`. held_out_loader.py makes those of evaluation.
 
-A worker's stream has no end. In each epoch it shuffles the tars by (seed, epoch), takes its part of
-them, shuffles samples in a buffer, and only then draws captions, decodes, augments and tokenises.
-So a position is two numbers for each worker, the epoch and the samples consumed in it. Another
-process can go on from there without decoding what came before.
+In each epoch the tars are shuffled by (seed, epoch) and divided, samples are shuffled in a buffer,
+and only then captions are drawn, images decoded and augmented, and texts tokenised. There are two
+ways to divide. Where each part has TEN batches or more, a worker has tars of its own, as by
+webdataset's split_by_worker. In smaller data every worker reads all samples of its rank and
+prepares every n-th batch, so that a batch has different samples; a broken sample leaves a batch
+short, and samples of the next one fill it.
 
-In small data the workers of a rank have one stream (divide_samples.py). Each decodes its own blocks
-of it, every `workers`-th, and the position is that of the last sample in a batch. A broken sample
-leaves its block short, and the samples that follow it fill the batch.
+A position is two numbers for each worker, the epoch and the samples consumed in it. Another process
+can go on from there without decoding what came before.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from webdataset import filters
 
 from simplclip.common.errors import InputError, check_count
-from simplclip.data.cut_blocks import Batch, Block, Place, whole_batches
-from simplclip.data.divide_samples import PROCESSES, Streams, choose_division, size_of
-from simplclip.data.errors import (
-    BrokenSample,
-    EmptyDataError,
-    Skipped,
-    StaleCount,
-    StaleFeatures,
-)
-from simplclip.data.find_sidecars import Folders, check_sidecars
-from simplclip.data.find_sources import in_words, sources_of
-from simplclip.data.read_tars import read_tar
-from simplclip.data.samples import (
-    MAX_BYTES,
-    HoldOutBy,
-    Sample,
-    described,
-    digest_of,
-    is_held_out,
-    parse,
-)
-from simplclip.data.transforms import stack_pixels
-from simplclip.data.views import Transform, pixels_of, seeded
+from simplclip.data.errors import BrokenSample, EmptyDataError, Skipped
+from simplclip.data.samples import MAX_BYTES, Sample, described, digest_of, is_held_out, parse
+from simplclip.data.shards import Source, estimated_samples, in_words, sources_of
+from simplclip.data.sidecars import Folders, check_sidecars, read_joined
+from simplclip.data.transforms import Transform, pixels_of, seeded, stack_pixels
 from simplclip.data.workers import from_workers
 
-# attributes of the loader that a state_dict belongs to
-STATE_OWNER = ("rank", "world_size", "workers", "seed")
-# keys of a state_dict, which in version 0.1.0 had neither digest nor division
-STATE = (*STATE_OWNER, "turn", "passes", "consumed")
+TEN = 10
+EMPTY_EPOCHS = 100  # in a row without a usable sample for a worker, after which it is an error
 # arguments that are at least 1
 COUNTS = ("batch_size", "batches_per_step", "captions_per_image", "shuffle_buffer", "max_bytes")
-EMPTY_EPOCHS = 100  # in a row, after which a stream without a usable sample is an error
+# attributes of the loader in which a state must agree
+STATE_OWNER = ("rank", "world_size", "workers", "seed", "shards_digest", "own_tars")
+
+Batch = dict[str, Any]
+
+
+class Place(NamedTuple):
+    """Where a sample stands among those that its worker reads."""
+
+    epoch: int
+    consumed: int  # samples of the epoch up to this one, broken ones included
+
+
+class Block(NamedTuple):
+    """Samples that a worker prepared, as a batch."""
+
+    batch: Batch  # {} without a usable sample
+    places: list[Place]  # of the samples in the batch
+    worker: int
+    skipped: Skipped  # since the worker's last block
 
 
 class Prepared(NamedTuple):
@@ -75,20 +76,19 @@ class Loader:
     Batches are dicts: "image" uint8 [N, 3, S, S] (`transform.finish` normalises it on the device;
     the images of a caller's own transform are float32 and finished), "text" int64 [N, L], "group"
     int64 [N] (hash of the json's "group", else of shard and key), "key" list[str], "meta"
-    list[dict] (the json). With captions_per_image k > 1 "text" is [N, k, L].
+    list[dict] (the json), "captions" list[list[str]] (those drawn). With captions_per_image k > 1
+    "text" is [N, k, L].
 
     With `teacher` there are also "teacher_image" [N, D] and "teacher_text" [N, D] or [N, k, D],
     float16: a teacher's features of the images and of the drawn captions. If the teacher saw views
     of an image, one of them is drawn in place of the transform's own augmentation; otherwise the
     features are those of the image without augmentation.
 
-    Order: in each epoch of all ranks every sample comes once, or as often as its weight says. A
-    step has no sample twice, unless an epoch ends in it; then both have one group. A worker has
-    shards of its own if their samples are enough for steps. Otherwise the workers of a rank share
-    its samples, and the order is that of one worker. The order depends on (seed, workers,
-    world_size) and on the size of a step. The drawn caption and the augmentation of a sample depend
-    on (seed, epoch, shard's name, key): the transform may draw from the global generators of torch
-    (CPU), random and numpy, which are seeded for it and restored.
+    Order: in each epoch of all ranks every sample comes once, or as often as its weight says. It
+    depends on (seed, workers, world_size) and the size of a step; in small data not on the workers.
+    The drawn caption and the augmentation of a sample depend on (seed, epoch, shard's name, key):
+    the transform may draw from the global generators of torch (CPU), random and numpy, which are
+    seeded for it and restored.
 
     Args:
         shards: tars by path, brace expression, glob, URL or pipe:COMMAND; a mapping {"shards": one
@@ -102,14 +102,14 @@ class Loader:
         captions_per_image: k captions drawn for each sample, different ones if there are enough.
         teacher: read the features that `simplclip teacher` wrote.
         sidecars: folders with further files of the samples, in the order in which they are joined;
-            see find_sidecars.py.
+            see sidecars.py.
         shuffle_buffer: number of samples, whose files are held in memory; one that holds all of a
             worker shuffles fully.
         pin_memory: copy batches to page-locked memory, for a GPU.
         on_error: "skip" counts damaged tars, "stop" raises ShardError. Broken samples are counted
             in both cases.
         max_bytes: a sample with a file of more bytes is skipped without being read.
-        hold_out, hold_out_by: share of the samples that is left out, see `samples.is_held_out`;
+        hold_out: share of the samples that is left out, see `samples.is_held_out`;
             `held_out` reads it.
         rank, world_size: this process and their number.
         skipped: counts of what was damaged in the batches so far, by reason, with the first of
@@ -117,10 +117,9 @@ class Loader:
 
     Raises: InputError if an argument is out of range, if shards match no file, or if files have
     fewer samples than a step of all ranks; ShardError if a shard has no sidecar or has changed
-    since its sidecar was made. While iterating: ShardError if a teacher's features are missing, or
-    those of too many samples are stale (see StaleCount), or a stream or disk fails after several
-    tries; WorkerError if a loader process died (never while the caller uses a batch) or cannot send
-    one; EmptyDataError if no sample is usable, or none of a worker's in EMPTY_EPOCHS epochs.
+    since its sidecar was made. While iterating: ShardError if a file cannot be read or a teacher's
+    features are missing; EmptyDataError if no sample is usable, or none of a worker's in
+    EMPTY_EPOCHS epochs; DataLoader's RuntimeError if a loader process died.
     """
 
     shards: Any
@@ -140,11 +139,9 @@ class Loader:
     on_error: str = "skip"
     max_bytes: int = MAX_BYTES
     hold_out: float = 0.0
-    hold_out_by: HoldOutBy | None = None
     rank: int = 0
     world_size: int = 1
     skipped: Skipped = field(default_factory=Skipped, init=False)
-    _stale: StaleCount = field(default_factory=StaleCount, init=False)  # of this process
 
     def __post_init__(self) -> None:
         for name in (*COUNTS, "world_size"):
@@ -157,103 +154,121 @@ class Loader:
         self.sources = sources_of(self.shards)
         check_sidecars(self.sources, self.sidecars)
         tars = [(source.name, source.weight) for source in self.sources]
-        self.former_digest = digest_of(tars)  # that of version 0.1.0
-        self.shards_digest = digest_of([*zip(tars, map(size_of, self.sources))])
-        self.division = PROCESSES  # until the samples are counted
-        step = self.batch_size * self.batches_per_step
-        self.division = choose_division(self._streams(), step)
+        self.shards_digest = digest_of([*zip(tars, (source.size for source in self.sources))])
+        self.own_tars = self._divides_tars()
         self.turn = 0  # the worker that yields the next batch
         self.positions = [Place(0, 0)] * max(1, self.workers)  # of each
 
-    def _streams(self) -> Streams:
-        """Returns the samples that each rank and worker reads."""
-        read = partial(
-            read_tar,
-            sidecars=self.sidecars or None,
-            max_bytes=self.max_bytes,
-            on_error=self.on_error,
-        )
-        return Streams(
-            self.sources,
-            read,
-            hold_out=self.hold_out,
-            hold_out_by=self.hold_out_by,
-            seed=self.seed,
-            shuffle_buffer=self.shuffle_buffer if self.shuffle else 0,
-            rank=self.rank,
-            ranks=self.world_size,
-            workers=max(1, self.workers),
-            division=self.division,
-        )
+    def _divides_tars(self) -> bool:
+        """Whether each worker has tars of its own. Raises InputError for less than a step."""
+        parts = self.world_size * max(1, self.workers)
+        step = self.batch_size * self.batches_per_step
+        samples = estimated_samples(self.sources)
+        enough_tars = sum(int(source.weight) for source in self.sources) >= parts
+        if samples is None:
+            return enough_tars
+        weights = [source.weight for source in self.sources]
+        in_training = sum(map(float.__mul__, samples, weights)) * (1 - self.hold_out)
+        if in_training < 2 * step * self.world_size:
+            self._check_step(step * self.world_size)
+        return parts == 1 or (enough_tars and in_training >= TEN * step * parts)
+
+    def _check_step(self, step: int) -> None:
+        """Raises InputError if the longest epoch has samples that train, but less than `step`."""
+        order = [(source, n) for source in self.sources for n in range(math.ceil(source.weight))]
+        samples = self._samples(order, Skipped())
+        in_training = (sample for sample in samples if not is_held_out(sample, self.hold_out))
+        count = sum(1 for _ in itertools.islice(in_training, step))
+        if 0 < count < step:
+            raise InputError(
+                f"data.batch_size: expected at most {count:,}, the number of samples that train, "
+                f"got {step:,}; lower it or add data"
+            )
+
+    def _samples(self, order: Iterable[tuple[Source, int]], skipped: Skipped) -> Iterator[Sample]:
+        """Yields the samples of tars; the number of a copy above 0 becomes their "__copy__"."""
+        options = {"max_bytes": self.max_bytes, "on_error": self.on_error}
+        for source, copy_number in order:
+            for sample in read_joined(source, skipped, self.sidecars, **options):
+                if copy_number:
+                    sample["__copy__"] = copy_number
+                yield sample
+
+    def _order(self, epoch: int) -> list[tuple[Source, int]]:
+        """Returns the tars of an epoch with the number of each copy; all ranks get the same."""
+        generator = random.Random(f"{self.seed}/{epoch}")
+        order: list[tuple[Source, int]] = []
+        for source in self.sources:
+            copies, fraction = int(source.weight), source.weight % 1
+            if fraction > 0 and generator.random() < fraction:
+                copies += 1
+            order += [(source, copy_number) for copy_number in range(copies)]
+        if self.shuffle:
+            generator.shuffle(order)
+        return order
+
+    def _epoch(self, epoch: int, worker: int, skipped: Skipped) -> Iterator[tuple[int, Sample]]:
+        """Yields an epoch of the samples that a worker reads, shuffled, numbered from 1.
+
+        Damage is added to `skipped` as samples are read; if others read the same tars, by the first
+        worker only.
+        """
+        part, parts = self.rank, self.world_size
+        order: Sequence[tuple[Source, int]] = self._order(epoch)
+        if self.own_tars:
+            workers = len(self.positions)
+            part, parts = self.rank * workers + worker, parts * workers
+            order = order[part::parts]
+        counts_damage = self.own_tars or self.rank == worker == 0
+        samples = self._samples(order, skipped if counts_damage else Skipped())
+        if not self.own_tars:
+            samples = itertools.islice(samples, part, None, parts)
+        if self.shuffle:
+            generator = random.Random(f"{self.seed}/{epoch}/{part}/{parts}")
+            size = self.shuffle_buffer
+            samples = filters.shuffle(size, initial=size, rng=generator)(samples)
+        return enumerate(samples, 1)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields batches without end, from the one after the last that was yielded.
 
         Starts the loader processes, which end with the iterator. Each batch moves the position that
-        `state_dict` returns, and adds to `skipped`. Raises ShardError, EmptyDataError, WorkerError.
+        `state_dict` returns, and adds to `skipped`. Raises ShardError, EmptyDataError.
         """
-        shared = self._streams().shared
-        blocks = self._blocks()
-        if shared:
+        blocks: Iterable[Block] = from_workers(self.items, self.workers, self.pin_memory)
+        if not self.own_tars:
             blocks = whole_batches(blocks, self.batch_size)
         for block in blocks:
-            if shared:
-                self.positions = [block.places[-1]] * self.workers
-            else:
+            self.skipped.merge(block.skipped)
+            if self.own_tars:
                 self.positions[block.worker] = block.places[-1]
                 self.turn = (block.worker + 1) % len(self.positions)
+            else:
+                self.positions = [block.places[-1]] * len(self.positions)
             yield block.batch
-
-    def _blocks(self) -> Iterator[Block]:
-        """Yields the blocks of the workers in turn, and adds their damage to `skipped`."""
-        usable_epoch = self.positions[self.turn].epoch
-        block: Block
-        for block in from_workers(self.items, self.workers, self.pin_memory):
-            if block.skipped is not None:
-                self.skipped.merge(block.skipped)
-            if block.places:
-                usable_epoch = block.epoch
-            elif block.epoch - usable_epoch >= EMPTY_EPOCHS:
-                raise self._nothing_usable(block.worker, self.skipped)
-            yield block
 
     def state_dict(self) -> dict[str, Any]:
         """Returns this rank's position after the last batch yielded, for `load_state_dict`.
 
-        "rank", "world_size", "workers", "seed", "shards_digest" and "division" say whose position
-        it is; "turn" is the worker that makes the next batch; "passes" and "consumed" are lists
-        with each worker's epoch and the samples consumed in it.
+        The values of STATE_OWNER say whose position it is; "turn" is the worker that makes the next
+        batch; "positions" has each worker's epoch and the samples consumed in it.
         """
-        epochs, consumed = map(list, zip(*self.positions))
-        return {
-            **self._state_owner(),
-            "turn": self.turn,
-            "passes": epochs,
-            "consumed": consumed,
-        }
-
-    def _state_owner(self) -> dict[str, Any]:
-        """Returns what a state must agree in: {name: value} of STATE_OWNER, digest, division."""
-        names = (*STATE_OWNER, "shards_digest", "division")
-        return {name: getattr(self, name) for name in names}
+        owner = {name: getattr(self, name) for name in STATE_OWNER}
+        return owner | {"turn": self.turn, "positions": [list(place) for place in self.positions]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Sets the position to `state`: iteration yields exactly the batches that would follow.
 
         state: from `state_dict`, also of another process. The samples before are read, but not
         decoded. Raises InputError for the state of another rank, seed, or number of ranks or
-        workers, of other names, weights or sizes of shards, or of another division of the samples.
+        workers, of other names, weights or sizes of shards, or of another division of them.
         """
-        # as in version 0.1.0, whose digest knows no sizes
-        state = {"shards_digest": self.former_digest, "division": PROCESSES, **state}
-        if state["shards_digest"] == self.former_digest:
-            state["shards_digest"] = self.shards_digest
-        for name, value in self._state_owner().items():
+        for name in STATE_OWNER:
+            value = getattr(self, name)
             if state.get(name) != value:
                 raise InputError(f"state: expected one of {name} {value}, got {state.get(name)}")
         self.turn = state["turn"]
-        places = zip(state["passes"], state["consumed"], strict=True)
-        self.positions = [Place(*place) for place in places]
+        self.positions = [Place(*place) for place in state["positions"]]
 
     def items(self, process: int, workers: int) -> Iterator[Block]:
         """Yields the blocks of one loader process without end; of shared samples some are short.
@@ -261,31 +276,29 @@ class Loader:
         process: its number, 0 to workers - 1; the first one makes the next batch of the loader. The
         loader itself is not changed. Raises ShardError, and EmptyDataError as the class.
         """
-        streams = self._streams()
-        shared = streams.shared
         worker = (process + self.turn) % workers
         first_epoch, consumed_before = self.positions[worker]
         skipped = Skipped()
         rows: list[Prepared] = []  # of the next block
         places: list[Place] = []
-        number = 0  # of the next sample of the stream
+        number = 0  # of the next sample that trains
         empty = 0  # epochs in a row without a usable sample
         for epoch in itertools.count(first_epoch):
-            samples = streams.epoch(epoch, worker, skipped)
+            samples = self._epoch(epoch, worker, skipped)
             resumed = consumed_before > 0
             if resumed:
                 deque(itertools.islice(samples, consumed_before), maxlen=0)
                 # counted before the resume, but for the damage within the shuffle buffer
                 skipped.take()
             consumed_before = 0
-            first_number = number
-            tried = usable = 0
+            read = tried = usable = 0
             for consumed, sample in samples:
-                if self.hold_out and is_held_out(sample, self.hold_out, self.hold_out_by):
+                if is_held_out(sample, self.hold_out):
                     continue
                 turn = number // self.batch_size % workers
                 number += 1
-                if shared and turn != worker:
+                read += 1
+                if not self.own_tars and turn != worker:
                     continue
                 tried += 1
                 row = self._prepared(sample, epoch, skipped)
@@ -293,58 +306,35 @@ class Loader:
                     usable += 1
                     rows.append(row)
                     places.append(Place(epoch, consumed))
-                block_ends = shared and number % self.batch_size == 0
+                block_ends = not self.own_tars and number % self.batch_size == 0
                 if block_ends or len(rows) == self.batch_size:
-                    batch = self._collate(rows) if rows else {}
-                    damage = skipped.take() if skipped.counts else None
-                    yield Block(batch, places, worker, epoch, damage)
+                    yield Block(self._collate(rows), places, worker, skipped.take())
                     rows, places = [], []
-            any_read = number > first_number
-            others_had_all = any_read and not tried
-            if not (usable or others_had_all or resumed):
-                self._check_usable(epoch)
-            if usable or (shared and any_read):  # others may have found usable ones
+            if usable or resumed:
                 empty = 0
-            elif not resumed:
+            elif tried or not read:  # else others had all samples
                 empty += 1
-            if empty == EMPTY_EPOCHS:
-                raise self._nothing_usable(worker, skipped)
+                self._check_usable(epoch, empty)
 
-    def _check_usable(self, epoch: int) -> None:
-        """Raises EmptyDataError if no sample of the sources is usable."""
+    def _check_usable(self, epoch: int, empty: int) -> None:
+        """Raises EmptyDataError if no sample is usable, or after too many `empty` epochs."""
+        got = f"expected usable samples, got none in {in_words(self.sources)}"
+        if empty == EMPTY_EPOCHS:
+            raise EmptyDataError(f"data: {got} in {empty} epochs")
         skipped = Skipped()
-        order = [(source, 0) for source in self.sources]
-        for sample in self._streams().in_training(order, skipped):
-            if self._prepared(sample, epoch, skipped) is not None:
+        for sample in self._samples([(source, 0) for source in self.sources], skipped):
+            trains = not is_held_out(sample, self.hold_out)
+            if trains and self._prepared(sample, epoch, skipped) is not None:
                 return
-        raise EmptyDataError(
-            f"data: expected usable samples, got none in {in_words(self.sources)}; {skipped}"
-        )
-
-    def _nothing_usable(self, worker: int, skipped: Skipped) -> EmptyDataError:
-        """Returns the error for a worker's stream without a usable sample; `skipped` has why."""
-        streams = self._streams()
-        number, count = streams.number(worker)
-        reader = "rank" if streams.shared else "worker"
-        fewer = "ranks" if streams.shared else "data.workers"
-        return EmptyDataError(
-            "data: expected usable samples for every loader process, got none in "
-            f"{in_words(self.sources)} for {reader} {number + 1} of {count} in {EMPTY_EPOCHS} "
-            f"epochs; fewer {fewer} or larger weights may help; {skipped}"
-        )
+        raise EmptyDataError(f"data: {got}; {skipped}")
 
     def _prepared(self, sample: Sample, epoch: int, skipped: Skipped) -> Prepared | None:
         """Returns what `_prepare` returns; None for a broken sample, which `skipped` then has."""
         try:
-            prepared = self._prepare(sample, epoch)
+            return self._prepare(sample, epoch)
         except BrokenSample as broken:
             skipped.add(broken.reason, described(sample), broken.detail)
-            if isinstance(broken, StaleFeatures):
-                self._stale.add(described(sample))
             return None
-        if self.teacher:
-            self._stale.add()
-        return prepared
 
     def _prepare(self, sample: Sample, epoch: int) -> Prepared:
         """Parses a sample and draws its captions and pixels for this epoch."""
@@ -376,7 +366,9 @@ class Loader:
         return numbers
 
     def _collate(self, rows: list[Prepared]) -> Batch:
-        """Tokenises the captions of N samples; returns their batch, a dict as of the class."""
+        """Tokenises the captions of N samples; returns their batch, {} of none."""
+        if not rows:
+            return {}
         images, captions, groups, keys, records, features = zip(*rows)
         stacked = stack_pixels if images[0].dtype == torch.uint8 else torch.stack
         tokens = self.tokenizer(list(itertools.chain.from_iterable(captions)))
@@ -389,9 +381,39 @@ class Loader:
             "group": torch.tensor(groups, dtype=torch.int64),
             "key": list(keys),
             "meta": list(records),
+            "captions": list(captions),
         }
         if self.teacher:
             teacher_rows = torch.stack(features)
             batch["teacher_image"] = teacher_rows[:, 0]
             batch["teacher_text"] = teacher_rows[:, 1:] if several else teacher_rows[:, 1]
         return batch
+
+
+def whole_batches(blocks: Iterable[Block], size: int) -> Iterator[Block]:
+    """Yields the samples of `blocks`, which have at most `size`, in blocks of `size`."""
+    rest = Block({}, [], 0, Skipped())  # less than a batch
+    for block in blocks:
+        skipped = rest.skipped
+        skipped.merge(block.skipped)
+        batch = block.batch or rest.batch
+        if rest.places and block.places:
+            batch = {name: _joined(rest.batch[name], value) for name, value in batch.items()}
+        rest = Block(batch, rest.places + block.places, block.worker, skipped)
+        if len(rest.places) >= size:
+            yield _rows(rest, slice(size))
+            rest = _rows(rest, slice(size, None))._replace(skipped=Skipped())
+
+
+def _rows(block: Block, rows: slice) -> Block:
+    """Returns some of a block's samples, without a copy of the tensors."""
+    batch = {name: value[rows] for name, value in block.batch.items()}
+    return block._replace(batch=batch, places=block.places[rows])
+
+
+def _joined(first: Any, second: Any) -> Any:
+    """Returns a value of two batches as that of one, a tensor (pinned as before) or a list."""
+    if not isinstance(first, torch.Tensor):
+        return first + second
+    joined = torch.cat([first, second])
+    return joined.pin_memory() if first.is_pinned() else joined

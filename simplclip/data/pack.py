@@ -6,53 +6,158 @@
                               out of it
 
 A shard has the samples of SAMPLES rows of the source. It gets its name when it is complete, so the
-same command continues after a stop. The rows are read as a stream, and processes on every core read
-the images and write the shards.
+same command continues after a stop. Processes on every core read the rows as a stream, and each
+writes shards.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
-import multiprocessing
 import os
 import re
-import sys
-import tarfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from webdataset import TarWriter
 
-from simplclip.common.errors import InputError, UserError
-from simplclip.common.processes import cores, end_with_parent
-from simplclip.common.progress import Progress, print_lines
-from simplclip.data.captions import SomeCaptions
-from simplclip.data.decode_images import open_image, remarks_on
-from simplclip.data.errors import BrokenSample, Skipped
-from simplclip.data.readers import is_source, open_source, split_of
-from simplclip.data.rows import NO_OPTIONS, OPTION_NAMES, Options, PairRow, RowSource, is_address
-from simplclip.data.samples import (
-    MAX_BYTES,
-    TEXT_BYTES,
-    captions_of,
-    file_bytes,
-    record_of,
-    text_of,
+from simplclip.common.errors import InputError
+from simplclip.common.files import (
+    FULL_DISK,
+    remove_leftovers,
+    replacing,
+    size_and_time,
+    write_atomically,
 )
-from simplclip.data.write_tars import TarFolder, add, entry_of, new_tar, skipped_in
+from simplclip.common.processes import cores
+from simplclip.common.progress import Progress, print_lines
+from simplclip.data.errors import BrokenSample, Skipped
+from simplclip.data.images import JPEGS, is_transparent, open_image
+from simplclip.data.rows import (
+    NO_OPTIONS,
+    Options,
+    PairRow,
+    RowSource,
+    is_address,
+    is_source,
+    open_source,
+    split_of,
+)
+from simplclip.data.samples import MAX_BYTES, captions_of, file_bytes, record_of
+from simplclip.data.shards import meta_of
+from simplclip.data.workers import from_workers
 
 FORMAT = "simplclip-shards-2"
 SAMPLES = 1024  # rows of a shard
+TRANSPARENT = "with transparency, which the model does not see"
 
 
-class PackError(UserError, RuntimeError):
-    """A process that packs died."""
+class TarFolder:
+    """A folder of tars and its meta.json: `about`, which says how they are made, and `entries`.
+
+    An entry of a tar, by its file name: {"samples", "bytes", "skipped" and "remarks" (each reason
+    -> [count, the first]), ...}; of 0 bytes there is no file.
+    """
+
+    def __init__(self, out: Path, about: Mapping[str, Any]) -> None:
+        """Notes the arguments; nothing is read or written before `open`."""
+        self.out = out
+        self.about = json.loads(json.dumps(dict(about)))
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.complete = False  # whether all tars are finished, where a command knows it
+
+    def open(self) -> None:
+        """Makes the folder, or takes the whole tars that an earlier run made.
+
+        Raises InputError, and changes nothing, if it is a file, holds other files, or tars of
+        something else.
+        """
+        if self.out.exists() and not self.out.is_dir():
+            raise InputError(f"out: expected a folder, got the file {self.out}")
+        names = sorted(os.listdir(self.out)) if self.out.exists() else []
+        # `pack_shards` makes the folder "shards" for this command
+        others = [name for name in names if not name.startswith(".") and name != "shards"]
+        former = meta_of(self.out)
+        if others and not former:
+            raise InputError(
+                f"out: expected a new folder or that of an earlier run, got {self.out}, which "
+                f"holds other files ({others[0]})"
+            )
+        if former:
+            self.entries = former.pop("splits")["data"]["shards"]
+            self.complete = former.pop("complete", False)
+            if former != self.about:
+                raise InputError(
+                    f"out: expected {self.out} to hold what an earlier run made of the same data "
+                    f"with the same settings, got other ones: was {former}, now {self.about}; "
+                    "remove it or choose another folder"
+                )
+            whole = {n: e for n, e in self.entries.items() if e["bytes"] == _size_of(self.out / n)}
+            self.complete = self.complete and whole == self.entries
+            self.entries = whole
+        self.out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.out, lambda name: True)
+        if not self.complete:
+            self.save()
+
+    def save(self) -> None:
+        """Replaces meta.json by `about`, `entries` and `complete` as they are now."""
+        samples = sum(entry["samples"] for entry in self.entries.values())
+        content = self.about | ({"complete": True} if self.complete else {})
+        shards = dict(sorted(self.entries.items()))
+        content["splits"] = {"data": {"samples": samples, "shards": shards}}
+        write_atomically(self.out / "meta.json", json.dumps(content, indent=1) + "\n")
+
+
+def _size_of(tar: Path) -> int:
+    """Returns the bytes of a file, 0 if there is none."""
+    return tar.stat().st_size if tar.is_file() else 0
+
+
+def entry_of(
+    tar: Path, samples: int, skipped: Skipped, remarks: Skipped | None = None
+) -> dict[str, Any]:
+    """Returns the entry of a tar for meta.json, see TarFolder; its bytes are 0 if it is no file."""
+    entry: dict[str, Any] = {"samples": samples, "bytes": _size_of(tar)}
+    for name, counted in (("skipped", skipped), ("remarks", remarks)):
+        if counted is not None and counted.counts:
+            counts = sorted(counted.counts.items())
+            entry[name] = {reason: [n, counted.examples[reason]] for reason, n in counts}
+    return entry
+
+
+def skipped_in(entries: Iterable[Mapping[str, Any]], name: str = "skipped") -> Skipped:
+    """Returns the sum over entries of what was left out of tars, or of their "remarks"."""
+    skipped = Skipped()
+    for entry in entries:
+        for reason, (count, first) in entry.get(name, {}).items():
+            skipped.merge(Skipped(Counter({reason: count}), {reason: first}))
+    return skipped
+
+
+@contextlib.contextmanager
+def new_tar(path: Path) -> Iterator[TarWriter]:
+    """Context with a tar to write; it gets its name when the block ends without an error.
+
+    It replaces a file of this name. Raises InputError if the disk is full.
+    """
+    try:
+        with replacing(path) as file:
+            # without time and user
+            names = {"user": "simplclip", "group": "simplclip"}
+            with TarWriter(file, **names, mtime=0.0, encoder=False) as tar:
+                yield tar
+    except OSError as error:
+        if error.errno not in (*FULL_DISK, errno.ENOSPC):
+            raise
+        raise InputError(
+            f"out: {path} could not be written: {error.strerror}; the same command goes on when "
+            "there is more room"
+        ) from None
 
 
 def pack(
@@ -65,190 +170,98 @@ def pack(
 ) -> list[str]:
     """Writes shards of `source`, and meta.json, to the folder `out`; returns the shards' paths.
 
-    Rows without a usable image and caption are left out, counted and named in meta.json; most
-    images are opened, not decoded. Shards that an earlier run made of the same source are kept.
-    Whether a table or JSON file is the same is told by its size and time, a folder by the names and
-    texts in it.
+    Rows without a usable image and caption are left out, counted and named in meta.json; images are
+    opened, not decoded. Shards that an earlier run made of the same source are kept: of a table or
+    JSON file of the same size and time, of a folder of the same name.
 
     Args:
-        source: a file that one of `readers.READERS` reads, FILE.json#SPLIT, or a folder of images:
-            with captions beside them, with a table that names them, or with a folder for each
-            class.
+        source: a table, a JSON file, FILE.json#SPLIT, or a folder of images: with captions beside
+            them, with a table that names them, or with a folder for each class.
         options: of tables and JSON files.
         workers: processes, by default one for each core; a table that holds the image files is
-            packed by one.
+            packed by this one.
         progress: print lines.
 
     Raises: InputError (the source is none of these, no row is usable, `out` has other shards or
-    files, the disk is full); FileExistsError (another process writes to `out`); PackError (a
-    process died).
+    files, the disk is full); DataLoader's RuntimeError (a process died).
     """
     rows = open_source(source, options)
-    about = {"name": rows.name, **rows.state()}
+    file, _ = split_of(os.path.expanduser(os.fspath(source)))
+    state = size_and_time(file) if os.path.isfile(file) else {}
+    name = os.path.basename(os.path.abspath(source))
+    about = {"name": name, **state, **options.given()}
     folder = TarFolder(Path(os.path.expanduser(out)), {"format": FORMAT, "source": about})
-    with folder.claimed():
-        earlier = folder.complete and all(map(folder.is_whole, folder.entries))
-        if not earlier:
-            _write_missing_shards(rows, folder, workers or cores(), progress)
-        shards = _shards_in(folder)
+    folder.open()
+    kept = folder.complete
+    if not kept:
+        _write_missing_shards(rows, folder, cores() if workers is None else workers, progress)
+    entries = folder.entries.values()
+    shards = [name for name, entry in sorted(folder.entries.items()) if entry["samples"]]
     if progress:
-        _print_result(folder, rows.name, earlier)
-    return shards
-
-
-def _shards_in(folder: TarFolder) -> list[str]:
-    """Returns the paths, in order of names, of tars that have samples by their entries."""
-    names = [name for name, entry in sorted(folder.entries.items()) if entry["samples"]]
-    return [str(folder.out / name) for name in names]
-
-
-def _print_result(folder: TarFolder, source: str, earlier: bool) -> None:
-    """Prints how many samples and shards the folder holds, what was left out, and remarks."""
-    samples = sum(entry["samples"] for entry in folder.entries.values())
-    shards = _shards_in(folder)
-    shard_word = "shard" if len(shards) == 1 else "shards"
-    result = (
-        f"{samples:,} samples of {source} in {len(shards)} {shard_word}, {folder.out / '*.tar'}"
-    )
-    skipped = skipped_in(folder.entries.values())
-    if earlier:
-        print_lines(f"kept {result}, which an earlier run packed")
-    elif skipped.counts:
-        print_lines(f"packed {result}; {skipped}")
-    else:
-        print_lines(f"packed {result}")
-    remarks = skipped_in(folder.entries.values(), "remarks")
-    for remark, count in remarks.counts.items():
-        example = f"such as {remarks.examples[remark]!r}; see Pixels in docs/data.md"
-        print_lines(f"warning: {count:,} {remark}, {example}")
+        samples = sum(entry["samples"] for entry in entries)
+        shard_word = "shard" if len(shards) == 1 else "shards"
+        where = f"{len(shards)} {shard_word}, {folder.out / '*.tar'}"
+        result = f"{samples:,} samples of {rows.name} in {where}"
+        skipped = skipped_in(entries)
+        if kept:
+            print_lines(f"kept {result}, which an earlier run packed; remove it to pack again")
+        else:
+            print_lines(f"packed {result}" + (f"; {skipped}" if skipped.counts else ""))
+        remarks = skipped_in(entries, "remarks")
+        for remark, count in remarks.counts.items():
+            example = f"such as {remarks.examples[remark]!r}; see Pixels in docs/data.md"
+            print_lines(f"warning: {count:,} {remark}, {example}")
+    return [str(folder.out / name) for name in shards]
 
 
 def pack_shards(data: Any, out: str | os.PathLike, *, progress: bool = True) -> Any:
-    """Packs the tables, JSON files and folders in `data`; returns it with their shards in place.
+    """Packs `data`, if it is the path of a table, JSON file or folder, to OUT/NAME; returns the
+    paths of its shards.
 
-    `pack` writes these shards to OUT/NAME, NAME from the source. In a list they are entries of that
-    list; lists in lists become one. `data` itself is not changed.
-
-    data: a path or address, a mapping with "shards", or a list of these, as `Loader` takes them. A
-    mapping may also have the fields of `Options`, which are left out of the result. progress: print
-    lines. Raises the errors of `pack`.
+    Other data are returned as they are, but a list of one path counts as the path. Raises the
+    errors of `pack`.
     """
-
-    def packed_source(source: str | os.PathLike, folder: Path, options: Options) -> list[str]:
-        return pack(source, folder, options, progress=progress)
-
-    return _with_sources_replaced(data, Path(out), packed_source)
-
-
-def _with_sources_replaced(
-    data: Any, out: Path, replacement: Callable[[str | os.PathLike, Path, Options], Any]
-) -> Any:
-    """Returns `data` with `replacement(source, OUT/NAME, options)` in place of each source."""
-    folders: set[str] = set()
-
-    def new_folder(source: str | os.PathLike) -> Path:
-        """Returns a folder OUT/NAME, or OUT/NAME-2 ..., that no other source of this call has."""
-        stem = _stem(os.fspath(source))
-        name = stem
-        for number in itertools.count(2):
-            if name not in folders:
-                break
-            name = f"{stem}-{number}"  # of another source with this name
-        folders.add(name)
-        return out / name
-
-    def replace_sources(value: Any, options: Options = NO_OPTIONS) -> Any:
-        """Returns `value`, a part of `data`, with its sources replaced."""
-        if isinstance(value, Mapping):
-            fields = {key: value[key] for key in OPTION_NAMES if value.get(key) is not None}
-            rest = {key: value[key] for key in value if key not in OPTION_NAMES}
-            return rest | {"shards": replace_sources(value.get("shards"), Options(**fields))}
-        if isinstance(value, (list, tuple)):
-            entries: list[Any] = []
-            for entry in value:
-                replaced = replace_sources(entry, options)
-                if isinstance(replaced, list):  # shards: a config has no lists in lists
-                    entries += replaced
-                else:
-                    entries.append(replaced)
-            return entries
-        if isinstance(value, (str, os.PathLike)) and is_source(value):
-            return replacement(value, new_folder(value), options)
-        return value
-
-    return replace_sources(data)
+    path = data[0] if isinstance(data, (list, tuple)) and len(data) == 1 else data
+    if not isinstance(path, (str, os.PathLike)) or not is_source(path):
+        return data
+    return pack(path, Path(out, _stem(os.fspath(path))), progress=progress)
 
 
-def summary(shards: list[str], examples: int = 3) -> str:
-    """Returns lines on shards that `pack` made: captions, sizes of images, some samples."""
-    shards = list(dict.fromkeys((shards[0], shards[len(shards) // 2], shards[-1])))
-    records: list[dict[str, Any]] = []
-    sides: list[int] = []
-    for shard in shards:
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                content = tar.extractfile(member).read()  # type: ignore[union-attr]
-                if member.name.endswith(".json"):
-                    records.append(json.loads(content))
-                else:
-                    sides.append(min(open_image(content).size))
-    some = SomeCaptions()
-    for record in records:
-        some.add(record["source"], record["captions"], text_of(record, "group"))
-    words = [len(caption.split()) for caption in some.all]
-    kilobytes = sum(map(os.path.getsize, shards)) / len(records) / 1000
-    lines = [
-        f"captions  {len(words) / len(records):.1f} an image; words: {_spread(words)}",
-        f"          {some.counts()}",
-        f"images    pixels of the short side: {_spread(sides)}; {kilobytes:,.1f} kB a sample",
-    ]
-    lines += [f"  {example}" for example in some.examples(examples)]
-    if warning := some.warning():
-        lines.append(f"warning   {warning}")
-    return "\n".join(lines)
-
-
-def _spread(numbers: list[int]) -> str:
-    """Returns some numbers in words: "median 9, 95 % up to 20, at most 51"."""
-    median, most, largest = np.quantile(numbers, (0.5, 0.95, 1), method="higher")
-    return f"median {median}, 95 % up to {most}, at most {largest}"
+def _stem(path: str) -> str:
+    """Returns the name for shards of a source: its file name with _ for other characters."""
+    name = os.path.basename(os.path.abspath(split_of(path)[0]))
+    return re.sub(r"[^\w-]+", "_", os.path.splitext(name)[0]) or "data"
 
 
 def _write_missing_shards(
     source: RowSource, folder: TarFolder, workers: int, progress: bool
 ) -> None:
     """Writes the shards that the folder lacks. Raises InputError if no row is usable."""
-    folder.complete = False
-    folder.entries = {
-        name: entry for name, entry in folder.entries.items() if folder.is_whole(name)
-    }
-    done = sum(entry.get("rows", 0) for entry in folder.entries.values())
     stem = _stem(source.path)
 
-    def tasks() -> Iterator[tuple[Path, int, Iterable[PairRow]]]:
-        """Yields the arguments of `_write_shard` for each SAMPLES rows whose tar is missing."""
+    def entries(worker: int, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields (name, entry) of each shard that process `worker` of `count` writes."""
         rows = source.rows()
-        for first in itertools.count(step=SAMPLES):
+        for number in itertools.count():
             first_row = next(rows, None)
             if first_row is None:
-                return
-            shard_rows: Iterable[PairRow] = itertools.chain(
-                [first_row], itertools.islice(rows, SAMPLES - 1)
-            )
-            if not source.embedded:
-                shard_rows = list(shard_rows)
-            name = f"{stem}-{first // SAMPLES:06d}.tar"
-            if name not in folder.entries:
-                yield folder.out / name, first, shard_rows
+                break
+            shard_rows = itertools.chain([first_row], itertools.islice(rows, SAMPLES - 1))
+            name = f"{stem}-{number:06d}.tar"
+            if number % count == worker and name not in folder.entries:
+                yield name, _write_shard(folder.out / name, number * SAMPLES, shard_rows)
             deque(shard_rows, maxlen=0)  # those that were not written
+        if worker == 0 and source.bad.counts:
+            yield source.name, entry_of(folder.out / "", 0, source.bad)
 
-    if source.embedded:  # other processes would get the images by way of memory
-        workers = 1
+    # other processes would read all images of a table that holds them
+    workers = 0 if source.embedded or workers == 1 else workers
+    done = sum(entry.get("rows", 0) for entry in folder.entries.values())
     with Progress("pack", source.total, done, unit="rows", shown=progress) as bar:
-        for (path, *_), entry in _mapped(_write_shard, tasks(), workers):
-            folder.entries[path.name] = entry
+        for name, entry in from_workers(entries, workers):
+            folder.entries[name] = entry
             folder.save()
-            bar.update(entry["rows"])
+            bar.update(entry.get("rows", 0))
         if not any(entry["samples"] for entry in folder.entries.values()):
             (folder.out / "meta.json").unlink()
             with contextlib.suppress(OSError):  # it holds something else, such as .gitkeep
@@ -264,8 +277,7 @@ def _write_missing_shards(
 
 def _write_shard(path: Path, first: int, rows: Iterable[PairRow]) -> dict[str, Any]:
     """Writes the tar of some rows, at least one, of the number `first` on; returns its entry."""
-    skipped = Skipped()
-    remarks = Skipped()
+    skipped, remarks = Skipped(), Skipped()
     samples = 0
     with new_tar(path) as tar:
         for number, row in enumerate(rows, first):
@@ -274,7 +286,7 @@ def _write_shard(path: Path, first: int, rows: Iterable[PairRow]) -> dict[str, A
             except BrokenSample as broken:
                 skipped.add(broken.reason, row.name, broken.detail)
                 continue
-            add(tar, f"{number:09d}", files)
+            tar.write({"__key__": f"{number:09d}", **files})
             samples += 1
     if not samples:
         path.unlink()
@@ -285,23 +297,22 @@ def files_of(row: PairRow, remarks: Skipped | None = None) -> dict[str, bytes]:
     """Reads the image and texts of a row; returns {suffix: bytes}: the image as it is, and a json.
 
     The json has "captions", "source" (the row's name), and "label" and "group" if the row has them;
-    a label is also the group. What is odd about the image is added to `remarks`, if not None.
-    Raises BrokenSample.
+    a label is also the group. A transparent image is added to `remarks`, if not None. Raises
+    BrokenSample.
     """
     if row.problem:
         raise BrokenSample(*row.problem)
-    texts = {suffix: _read(path, TEXT_BYTES) for suffix, path in (row.texts or {}).items()}
+    texts = {suffix: _read(path) for suffix, path in row.texts.items()}
     record = record_of(texts)
     captions = captions_of(texts, record if row.texts else {"captions": row.captions})
-    image = _read(row.image, MAX_BYTES) if row.encoded is None else row.encoded
+    image = _read(row.image) if row.encoded is None else row.encoded
     if len(image) > MAX_BYTES:
-        detail = f"{len(image):,} bytes, expected at most {MAX_BYTES:,}"
-        raise BrokenSample("file too large", detail)
+        raise BrokenSample("file too large", f"expected at most {MAX_BYTES:,} bytes")
     opened = open_image(image)
-    suffix = str(opened.format).lower().replace("jpeg", "jpg")
-    if remarks is not None:
-        for remark in remarks_on(opened, len(image)):
-            remarks.add(remark, row.image or row.name)
+    form = str(opened.format)
+    suffix = "jpg" if form in JPEGS else form.lower()
+    if remarks is not None and is_transparent(opened):
+        remarks.add(TRANSPARENT, row.image or row.name)
     record |= {"captions": [" ".join(caption.split()) for caption in captions], "source": row.name}
     if row.group is not None:
         record["group"] = row.group
@@ -310,39 +321,15 @@ def files_of(row: PairRow, remarks: Skipped | None = None) -> dict[str, bytes]:
     return {suffix: image, "json": json.dumps(record).encode()}
 
 
-def _read(path: str, limit: int) -> bytes:
-    """Returns the bytes of a file, at most `limit`."""
+def _read(path: str) -> bytes:
+    """Returns the bytes of a file, at most MAX_BYTES."""
     if not os.path.exists(path) and is_address(path):
         detail = f"{path!r}, which is not a path; of URLs img2dataset makes shards"
         raise BrokenSample("not a local file", detail)
     try:
-        return file_bytes(path, limit)
+        return file_bytes(path)
     except FileNotFoundError:
-        detail = f"{path!r} does not exist; try --images (in a config `images`)"
+        detail = f"{path!r} does not exist; try --images"
         raise BrokenSample("cannot be read", detail) from None
     except (OSError, ValueError) as error:  # ValueError: a name with NUL
         raise BrokenSample("cannot be read", error) from None
-
-
-def _mapped(write: Callable, tasks: Iterator[tuple], workers: int) -> Iterator[tuple[tuple, Any]]:
-    """Yields (task, write(*task)) in order; raises PackError if one of the processes died."""
-    if workers == 1:
-        for task in tasks:
-            yield task, write(*task)
-        return
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    try:
-        with ProcessPoolExecutor(workers, context, end_with_parent) as pool:
-            while started := list(itertools.islice(tasks, 4 * workers)):
-                yield from zip(started, pool.map(write, *zip(*started)))
-    except BrokenProcessPool:
-        raise PackError(
-            "workers: a process died before its work was done (out of memory, the system kills "
-            "processes); the same command goes on where it was"
-        ) from None
-
-
-def _stem(path: str) -> str:
-    """Returns the name for shards of a source: its file name with _ for other characters."""
-    name = os.path.basename(os.path.abspath(split_of(path)[0]))
-    return re.sub(r"[^\w-]+", "_", os.path.splitext(name)[0]) or "data"

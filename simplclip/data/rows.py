@@ -1,28 +1,37 @@
-"""A row, an image with its captions, as the readers of tables, JSON and folders yield it; and what
-these readers share.
+"""What `simplclip data pack` takes, as rows of an image with its captions: tables, JSON files and
+folders. Text is UTF-8, with or without byte order mark.
+
+Neighbouring rows of a table that have one image are one row.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from decimal import Decimal
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from simplclip.common.errors import InputError
-from simplclip.common.files import size_and_time
+from simplclip.data.errors import Skipped
+from simplclip.data.images import CONVERT, IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES
+from simplclip.data.samples import clean, json_of
 
 # Columns of tables, in order of preference: the first of these names that a table has.
 # fmt: off
-IMAGE_NAMES: tuple[str, ...] = (
+IMAGE_NAMES = (
     "filepath", "image_path", "path", "image", "file_name", "filename", "file", "image_name",
 )
 # fmt: on
-CAPTION_NAMES: tuple[str, ...] = ("captions", "caption", "title", "text", "comment")
-
-LINE_BYTES = 1 << 24  # most bytes of a line
+CAPTION_NAMES = ("captions", "caption", "title", "text", "comment")
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")  # endings
+ENDINGS = (*TABLES, ".json")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # tables of a folder's images
+SEPARATORS = "\t,|;"
+_BATCH, _EMBEDDED_BATCH = 4096, 16  # rows that are read at a time; of image files
 
 
 class PairRow(NamedTuple):
@@ -31,8 +40,7 @@ class PairRow(NamedTuple):
     name: str  # in messages, and "source" in the sample's json
     image: str = ""  # path of the image
     captions: Sequence[object] = ()
-    # suffix (txt, json) -> path of a file beside the image
-    texts: Mapping[str, str] | None = None
+    texts: Mapping[str, str] = {}  # suffix (txt, json) -> path of a file beside the image
     label: str | None = None
     # of a row without image or captions: the reason that is counted, and a detail
     problem: tuple[str, str] | None = None
@@ -47,10 +55,10 @@ class RowSource:
 
     path: str
     total: int  # number of rows
-    state: Callable[[], dict[str, Any]]  # JSON that tells whether the source has changed
     rows: Callable[[], Iterator[PairRow]]  # starts to read them
     classes: tuple[str, ...] = ()  # of a folder with a folder for each class: their names, in order
     embedded: bool = False  # whether the rows hold the image files, and so are large
+    bad: Skipped = field(default_factory=Skipped)  # lines of a table that are no rows
 
     @property
     def name(self) -> str:
@@ -65,34 +73,16 @@ class Options:
     image_key: str | None = None  # columns of a table, by default the first of IMAGE_NAMES
     caption_key: str | None = None  # and of CAPTION_NAMES
     images: str | None = None  # folder of the images, by default the file's own
-    split: str | None = None  # name of a split in a JSON file
 
     def image(self, file: str, path: str) -> str:
         """Returns where an image is that the file `file` names `path`; an address stays."""
         if is_address(path):
             return path
-        if self.images is None:
-            return os.path.join(os.path.dirname(file), path)
-        return os.path.join(os.path.expanduser(self.images), path)
+        return os.path.join(os.path.expanduser(self.images or os.path.dirname(file)), path)
 
     def given(self) -> dict[str, str]:
         """Returns the options that are not None, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
-
-
-class Reader:
-    """A kind of file that has rows; a subclass in a file of its own stands in `readers.READERS`."""
-
-    endings: ClassVar[tuple[str, ...]]  # of its files' names, in lower case
-    about: ClassVar[str]  # what such a file is, for the help
-    options: ClassVar[tuple[str, ...]] = ("images", "image_key", "caption_key")  # that it takes
-    # name of a file that names the images of a folder, as in Hugging Face's imagefolder
-    metadata: ClassVar[str | None] = None
-
-    @classmethod
-    def read(cls, path: str, options: Options) -> RowSource:
-        """Returns the rows of a file. Raises InputError for other content and missing columns."""
-        raise NotImplementedError
 
 
 NO_OPTIONS = Options()
@@ -104,79 +94,331 @@ def is_address(text: str) -> bool:
     return text.startswith("pipe:") or "://" in text
 
 
-def file_source(
-    path: str,
-    options: Options,
-    total: int,
-    rows: Callable[[], Iterator[PairRow]],
-    *,
-    embedded: bool = False,
-) -> RowSource:
-    """Returns the source of a file's rows, whose state is its size and time, and the options."""
+def is_source(path: str | os.PathLike) -> bool:
+    """Whether a path is a table or JSON file, or a folder: `pack` makes shards of it.
 
-    def state() -> dict[str, Any]:
-        return {**size_and_time(path), **options.given()}
-
-    return RowSource(path, total, state, rows, embedded=embedded)
+    A file is told by its ending and need not exist; a folder must. False for a URL or pipe:COMMAND.
+    """
+    text = os.path.expanduser(os.fspath(path))
+    if not os.path.exists(text) and is_address(text):
+        return False
+    return is_table(text) or os.path.isdir(text)
 
 
-def line_count(file: BinaryIO) -> int:
-    """Returns the number of line ends from the position of an open file on, which moves."""
-    return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+def is_table(path: object) -> bool:
+    """Whether `path` is the name of a table or JSON file, also FILE.json#SPLIT."""
+    if not isinstance(path, (str, os.PathLike)):
+        return False
+    file, _ = split_of(os.path.expanduser(os.fspath(path)))
+    return file.lower().endswith(ENDINGS) and not os.path.isdir(file)
 
 
-def columns_of(titles: list[str], path: str, options: Options) -> list[str]:
-    """Returns the names of the columns of images and of captions, from `titles`."""
-    columns = []
-    usual_names = {"image_key": IMAGE_NAMES, "caption_key": CAPTION_NAMES}
-    for option, names in usual_names.items():
-        key = getattr(options, option)
-        if key:
-            names = (key,)
-        column = next((name for name in names if name in titles), None)
-        if column is None:
-            got = f"{path!r} with the columns {', '.join(map(repr, titles))[:300]}"
-            expected = f"a table with a column {' or '.join(names)} ({option})"
-            raise InputError(f"source: expected {expected}, got {got}")
-        columns.append(column)
-    return columns
+def split_of(path: str) -> tuple[str, str]:
+    """Returns (FILE.json, SPLIT) of FILE.json#SPLIT, (path, "") of any other, or existing, path."""
+    file, sharp, split = path.rpartition("#")
+    if sharp and file.lower().endswith(".json") and not os.path.exists(path):
+        return file, split
+    return path, ""
 
 
-def texts_of(captions: object) -> list[str]:
-    """Returns the captions of a row, a list or one, as texts; dates and structs are none."""
-    texts = []
-    for value in captions if isinstance(captions, list) else [captions]:
-        caption = value.decode() if isinstance(value, bytes) else value
-        if isinstance(caption, (str, int, float, Decimal)) and not isinstance(caption, bool):
-            texts.append(str(caption))
-    return texts
+def open_source(path: str | os.PathLike, options: Options = NO_OPTIONS) -> RowSource:
+    """Returns the rows of a table, a JSON file (also FILE.json#SPLIT) or a folder.
+
+    Raises InputError if it is none or damaged, lacks a column, or has no part that an option names.
+    """
+    file, split = split_of(os.path.expanduser(os.fspath(path)))
+    expected = f"a folder of images, or a file that ends in {', '.join(ENDINGS)}"
+    if not os.path.exists(file):
+        raise InputError(f"source: expected {expected}, got {file!r}, which does not exist")
+    if os.path.isdir(file):
+        for name in METADATA:
+            table = os.path.join(file, name)
+            if os.path.isfile(table) and "file_name" in _opened_table(table).schema.names:
+                return replace(_table(table, options), path=file)
+    elif file.lower().endswith(TABLES):
+        return _table(file, options)
+    for name, value in options.given().items():
+        if os.path.isdir(file) or name != "images":
+            raise InputError(f"{name}: expected none, as {file!r} has no such part, got {value!r}")
+    if os.path.isdir(file):
+        return _folder(file)
+    if file.lower().endswith(".json"):
+        return _json(file, split, options)
+    hint = "; training reads tars as they are" if ".tar" in file.lower() else ""
+    raise InputError(f"source: expected {expected}, got {file!r}{hint}")
 
 
-def table_row(name: str, image: object, texts: list[str], path: str, options: Options) -> PairRow:
-    """Returns the row of an image, a path or a file's bytes, of the table `path`."""
-    if isinstance(image, bytes) and image:
-        digest = hashlib.blake2b(image, digest_size=16).hexdigest()
-        return PairRow(name, captions=texts, group=digest, encoded=image)
-    if isinstance(image, str) and image:
-        return PairRow(name, options.image(path, image), texts, group=image)
+def _opened_table(path: str, columns: Sequence[str] = (), bad: Skipped | None = None) -> Any:
+    """Returns pyarrow's dataset of a table. columns: of a csv, read as bytes. bad: counts bad rows.
+
+    Raises InputError for a file that is no such table.
+    """
+    import pyarrow
+    from pyarrow import csv, dataset
+
+    kind: Any = {".jsonl": "json", ".parquet": "parquet"}.get(os.path.splitext(path)[1].lower())
+    if kind is None:
+
+        def count(row: csv.InvalidRow) -> str:
+            if bad is not None:
+                got = f"expected {row.expected_columns} columns, got {row.actual_columns}"
+                bad.add("bad row", os.path.basename(path), f"{got}: {row.text}")
+            return "skip"
+
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            header = file.readline(1 << 20)
+        separator = "\t" if path.lower().endswith(".tsv") else max(SEPARATORS, key=header.count)
+        kind = dataset.CsvFileFormat(
+            csv.ParseOptions(
+                delimiter=separator, newlines_in_values=True, invalid_row_handler=count
+            ),
+            convert_options=csv.ConvertOptions(
+                column_types=dict.fromkeys(columns, pyarrow.binary()), strings_can_be_null=False
+            ),
+        )
+    with _named(path):
+        return dataset.dataset(path, format=kind)
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Context in which pyarrow's errors become InputErrors that name the file."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"source: expected a table, got {path!r}: {reason}") from None
+
+
+def _table(path: str, options: Options) -> RowSource:
+    """Returns the rows of a csv, tsv, jsonl or parquet file; a column of image files is preferred.
+
+    A row's image is a path, or in parquet the file itself: bytes, or Hugging Face's struct of bytes
+    and path. Its captions are a text, a number, or a list of these.
+    """
+    with _named(path):
+        schema = _opened_table(path).schema
+        titles = schema.names
+    with_files = [column.name for column in schema if _holds_files(column.type)]
+    image_key = options.image_key
+    if image_key is None:
+        image_key = next((name for name in IMAGE_NAMES if name in with_files), None)
+    image = _column(titles, "image_key", image_key, IMAGE_NAMES, path)
+    caption = _column(titles, "caption_key", options.caption_key, CAPTION_NAMES, path)
+    embedded = image in with_files
+    bad = Skipped()
+    with _named(path):
+        total = _opened_table(path, (image, caption)).count_rows()
+
+    def pairs() -> Iterator[tuple[Any, Any]]:
+        """Yields (image, captions) of each row as pyarrow scalars."""
+        with _named(path):
+            table = _opened_table(path, (image, caption), bad)
+            bad.take()  # of the lines that told the schema
+            for batch in table.to_batches(
+                columns=[image, caption],
+                batch_size=_EMBEDDED_BATCH if embedded else _BATCH,
+                batch_readahead=1,
+                fragment_readahead=1,
+                use_threads=False,
+            ):
+                yield from zip(batch.column(0), batch.column(1))
+
+    def rows() -> Iterator[PairRow]:
+        for number, (picture, captions) in enumerate(pairs()):
+            name = f"{os.path.basename(path)}/{number:09d}"
+            yield _table_row(name, picture, captions, path, options)
+
+    return RowSource(path, total, lambda: _merged(rows()), embedded=embedded, bad=bad)
+
+
+def _column(
+    titles: Sequence[str], option: str, key: str | None, names: Sequence[str], path: str
+) -> str:
+    """Returns the title that a table has of `key`, or of the first of `names` without one."""
+    names = names if key is None else (key,)
+    # white space around a title is no part of its name
+    by_name = {title.strip(): title for title in reversed(titles)}
+    column = next((by_name[name] for name in names if name in by_name), None)
+    if column is None:
+        got = f"{path!r} with the columns {', '.join(map(repr, titles))[:300]}"
+        expected = f"a table with a column {' or '.join(names)} ({option})"
+        raise InputError(f"source: expected {expected}, got {got}")
+    return column
+
+
+def _holds_files(kind: Any) -> bool:
+    """Whether a column may hold image files: binary, or a struct as Hugging Face's image."""
+    import pyarrow.types
+
+    if pyarrow.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+
+
+def _table_row(name: str, image: Any, captions: Any, path: str, options: Options) -> PairRow:
+    """Returns the row of a table's scalars; its problem says if a text is not UTF-8."""
+    try:
+        values = captions.as_py()
+        texts = [_text(value) for value in (values if isinstance(values, list) else [values])]
+    except UnicodeDecodeError:
+        return PairRow(name, problem=("caption not UTF-8", ""))
+    value = image.as_py()
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    # no path has NUL, and no image of a format that is read is without and in UTF-8
+    if isinstance(value, bytes) and b"\0" not in value:
+        with contextlib.suppress(UnicodeDecodeError):
+            value = value.decode().strip()
+    if isinstance(value, bytes) and value:
+        digest = hashlib.blake2b(value, digest_size=16).hexdigest()
+        return PairRow(name, captions=texts, group=digest, encoded=value)
+    if isinstance(value, str) and value:
+        return PairRow(name, options.image(path, value), texts, group=value)
     return PairRow(name, problem=("missing image", ""))
 
 
-def merged_by_image(rows: Iterator[PairRow]) -> Iterator[PairRow]:
+def _text(value: object) -> object:
+    """Returns bytes and numbers as text, anything else as it is."""
+    if isinstance(value, bytes):
+        return value.decode()
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return str(value) if is_number else value
+
+
+def _merged(rows: Iterator[PairRow]) -> Iterator[PairRow]:
     """Yields neighbouring rows of one image as one row, with the first's name."""
     joined: PairRow | None = None
-    joined_image: str | None = None
-    captions: list[object] = []  # of the joined row
     for row in rows:
-        # the path in full; a table that holds the files has none
-        image = None if row.problem else row.image or row.group
-        if joined is not None and image is not None and image == joined_image:
-            captions += row.captions
+        image = None if row.problem else row.image or row.group  # a path in full, or a digest
+        if joined and image is not None and image == (joined.image or joined.group):
+            joined = joined._replace(captions=[*joined.captions, *row.captions])
             continue
-        if joined is not None:
+        if joined:
             yield joined
-        captions = [*row.captions]
-        joined = row._replace(captions=captions)
-        joined_image = image
-    if joined is not None:
+        joined = row
+    if joined:
         yield joined
+
+
+def _json(path: str, split: str, options: Options) -> RowSource:
+    """Returns a row for each image of a JSON file in Karpathy's or COCO's format."""
+    expected = "images with captions, as in Karpathy's or COCO's JSON"
+    captions: dict[str, list[object]] = {}
+    try:
+        content = json_of(Path(path).read_text("utf-8-sig"))
+        if isinstance(content, list):
+            raise ValueError(f"a list; make a table of it: jq -c '.[]' {path} > {path}l")
+        for image, texts in _entries(content, split):
+            captions.setdefault(image, []).extend(texts)
+    except InputError:
+        raise
+    except KeyError as error:
+        raise InputError(f"source: expected {expected}, got {path!r} without {error}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"source: expected {expected}, got {path!r}: {error}") from None
+    if not captions:
+        part = f" of the split {split!r}" if split else ""
+        raise InputError(f"source: expected images with captions, got none{part} in {path!r}")
+    name = os.path.basename(path)
+    rows = [
+        PairRow(f"{name}/{image}", options.image(path, image), texts)
+        for image, texts in captions.items()
+    ]
+    return RowSource(path, len(rows), lambda: iter(rows))
+
+
+def _entries(content: dict[str, Any], split: str) -> Iterator[tuple[str, list[object]]]:
+    """Yields (path or file name of an image, captions); an image may come again."""
+    images = content["images"]
+    if "annotations" in content:  # COCO's captions_val2017.json
+        files = {image["id"]: image["file_name"] for image in images}
+        for entry in content["annotations"]:
+            number = entry["image_id"]
+            yield str(files.get(number, f"image_id {number}")), [entry["caption"]]
+        return
+    splits = list(dict.fromkeys(image["split"] for image in images if "split" in image))
+    if not split and len(splits) > 1:
+        several = ", ".join(map(str, splits))
+        raise InputError(
+            f"source: expected one of the splits {several}, as FILE.json#{splits[0]}, got none"
+        )
+    for image in images:
+        if not split or image.get("split", split) == split:
+            captions = [text["raw"] for text in image.get("sentences", [])]
+            yield os.path.join(image.get("filepath", ""), image["filename"]), captions
+
+
+def _folder(path: str) -> RowSource:
+    """Returns the rows of a folder: its images and those of its subfolders, in order of names.
+
+    A row has the texts (.txt, .json) beside its image. If no image has one, the folders in `path`
+    are classes: the label of an image, and its caption. An image of a format that is not read is a
+    row with `problem`, unless it was converted beside.
+    """
+    path = path.rstrip(os.sep) or path
+    texts_of_images = [bool(texts) for _, texts in _images(path)]
+    if not texts_of_images:
+        hint = " (try its *.tar)" if [*Path(path).glob("*.tar")] else ""
+        expected = "a folder of images with captions"
+        raise InputError(f"source: expected {expected}, got {path!r}, which has no image{hint}")
+    any_text = any(texts_of_images)
+
+    def rows() -> Iterator[PairRow]:
+        for image, texts in _images(path):
+            name = os.path.join(os.path.basename(path), os.path.splitext(image)[0])
+            folder = image.partition(os.sep)[0]
+            suffix = _suffix(image)
+            if suffix in OTHER_IMAGE_SUFFIXES:
+                yield PairRow(name, problem=(f"{suffix} image", f"not read; {CONVERT}"))
+                continue
+            row = PairRow(name, os.path.join(path, image), texts=texts)
+            if not any_text and folder != image:
+                label = label_of_folder(folder)
+                row = row._replace(captions=[label] if label else [], label=label)
+            yield row
+
+    classes: tuple[str, ...] = ()
+    if not any_text:
+        classes = tuple(sorted(entry.name for entry in os.scandir(path) if entry.is_dir()))
+    return RowSource(path, len(texts_of_images), rows, classes)
+
+
+def label_of_folder(name: str) -> str:
+    """Returns the label of a class by its folder's name: _ becomes a space, then as by `clean`."""
+    return clean(name.replace("_", " "))
+
+
+def _suffix(file: str) -> str:
+    return os.path.splitext(file)[1][1:].lower()
+
+
+def _refuse(error: OSError) -> None:
+    """Raises InputError for a folder that cannot be read; `os.walk` would pass over it."""
+    raise InputError(
+        f"source: expected folders that can be read, got {error.filename!r}: {error.strerror}"
+    ) from error
+
+
+def _images(path: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields (image, {"txt" or "json": path of the text beside it}) in order of names; the image is
+    relative to `path`.
+    """
+    for folder, subfolders, files in os.walk(path, onerror=_refuse):
+        subfolders.sort()
+        inside = os.path.relpath(folder, path) if folder != path else ""
+        by_key: defaultdict[str, dict[str, str]] = defaultdict(dict)  # file name -> suffix
+        for file in sorted(files):
+            by_key[os.path.splitext(file)[0]][file] = _suffix(file)
+        for _, suffixes in sorted(by_key.items()):
+            texts = {
+                suffix: os.path.join(folder, file)
+                for file, suffix in suffixes.items()
+                if suffix in ("txt", "json")
+            }
+            images = [file for file, suffix in suffixes.items() if suffix in IMAGE_SUFFIXES]
+            others = [file for file, suffix in suffixes.items() if suffix in OTHER_IMAGE_SUFFIXES]
+            for file in images or others:
+                yield os.path.join(inside, file), texts

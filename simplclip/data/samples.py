@@ -14,41 +14,25 @@ import io
 import json
 import math
 import os
-import re
-import stat
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from simplclip.data.decode_images import IMAGE_SUFFIXES, decode_pil, opaque
-from simplclip.data.errors import BrokenSample, ShardError, StaleFeatures
+from simplclip.data.errors import BrokenSample, ShardError
+from simplclip.data.images import IMAGE_SUFFIXES, decode_pil, opaque
 
 # a teacher's features [V + C, D]: of the image or its V views, then of its C captions in order
 TEACHER = "teacher.npy"
 # what the features belong to: "captions" and "image", digests of these, and "views" if it saw
 # views; "features", a digest of the features and the views
 TEACHER_JSON = "teacher.json"
-MAX_BYTES = 256 << 20  # most bytes of an image, if no other limit is given
-# most bytes of a text file of a sample; parsed JSON takes up to 30 times as many
-TEXT_BYTES = 16 << 20
-# characters of a caption that are used: more than any tokenizer takes, and tokenizers may be
-# quadratic
-LONGEST = 8192
-# characters of a word that are used: open_clip's tokenizer is quadratic in them, and its 77 tokens
-# have at most 24 each
-LONGEST_WORD = 2048
-# lists and objects within each other in a json; at about 500 Python can read but not pickle it
-DEEPEST = 100
-# what a hold-out goes by for samples without a group, see `is_held_out`
-HoldOutBy = Literal["picture", "shard"]
+MAX_BYTES = 256 << 20  # most bytes of a file, if no other limit is given
+LONGEST = 4096  # characters of a caption that are used; open_clip's tokenizer may be quadratic
 _CONSTANTS = {"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}  # of a JSON text
-_NO_CHARACTER = re.compile("[\ud800-\udfff\0]")
-# without white space that ftfy, which open_clip's tokenizer uses, removes from within words
-_LONG_WORD = re.compile(rf"([\S\x1c-\x1f\x85]{{{LONGEST_WORD}}})[\S\x1c-\x1f\x85]+")
 
 # "__key__", "__url__", "__shard__" (the source's name), and bytes or a BrokenSample by suffix;
 # "__record__" is the parsed json, once `record_of` has parsed it
@@ -74,10 +58,6 @@ class Pair:
     def image(self) -> Image.Image:
         """The image, decoded anew each time: RGB, black where it is wholly transparent."""
         return opaque(decode_pil(self.encoded))
-
-    def check_image(self) -> None:
-        """Raises BrokenSample if the image cannot be decoded."""
-        _ = self.image
 
     @property
     def name(self) -> str:
@@ -111,10 +91,10 @@ def _group_id(group: str | None, name: str) -> int:
     return stable_hash(text) >> 1
 
 
-def is_held_out(sample: Sample, share: float, by: HoldOutBy | None = None) -> bool:
+def is_held_out(sample: Sample, share: float) -> bool:
     """Whether a sample is in the share, 0 to 1, that evaluation reads and training skips.
 
-    It is told by the hash of its group, else, with `by` "picture", of its picture, else of its
+    It is told by the hash of its group, else of the path in its json's "source", else of its
     shard's name and key. A sample whose json is broken is not held out; its reader counts it.
     """
     if not share or isinstance(sample.get("json"), BrokenSample):
@@ -123,17 +103,15 @@ def is_held_out(sample: Sample, share: float, by: HoldOutBy | None = None) -> bo
         record = record_of(sample)
     except BrokenSample:
         return False
-    group, picture = text_of(record, "group"), None
-    if group is None and by == "picture":
-        picture = picture_of(record)
-    if picture is None:
-        hashed = _group_id(group, sample_name(sample))
+    group, path = text_of(record, "group"), _path_of(record)
+    if group is None and path is not None:
+        hashed = stable_hash(f"picture/{path}") >> 1
     else:
-        hashed = stable_hash(f"picture/{picture}") >> 1
+        hashed = _group_id(group, sample_name(sample))
     return hashed < share * 2**63
 
 
-def picture_of(record: dict[str, Any]) -> str | None:
+def _path_of(record: dict[str, Any]) -> str | None:
     """Returns the path of a sample's image in its collection, without the image's ending.
 
     Copies of the collection have the same paths. None without a "source", or if it is a URL.
@@ -170,20 +148,14 @@ def source_of(record: dict[str, Any]) -> str | None:
 def parse(sample: Sample, teacher: bool = False) -> Pair:
     """Returns the parsed files of a sample, with `teacher` also its features.
 
-    Raises BrokenSample, StaleFeatures if the features belong to another image or other captions,
-    and ShardError if they are missing.
+    Raises BrokenSample, also for features of another image or other captions, and ShardError if
+    they are missing.
     """
     check_files(sample)
     record = record_of(sample)
     captions = captions_of(sample, record)
-    pair = Pair(
-        image_of(sample),
-        captions,
-        record,
-        sample["__key__"],
-        sample["__url__"],
-        sample["__shard__"],
-    )
+    key, url, shard = sample["__key__"], sample["__url__"], sample["__shard__"]
+    pair = Pair(image_of(sample), captions, record, key, url, shard)
     if teacher:
         pair.features, pair.views = _features(sample, pair)
     return pair
@@ -247,12 +219,8 @@ def captions_of(sample: Sample, record: dict[str, Any], *, txt_lines: bool = Fal
 
 def _captions_in(values: Iterable[object]) -> list[str]:
     """Returns those of some values that are texts and not empty, as `clean` returns them."""
-    captions = []
-    for value in values:
-        caption = clean(value) if isinstance(value, str) else ""
-        if caption:
-            captions.append(caption)
-    return captions
+    captions = [clean(value) for value in values if isinstance(value, str)]
+    return [caption for caption in captions if caption]
 
 
 def label_of(sample: Sample, record: dict[str, Any]) -> str | int | None:
@@ -270,7 +238,7 @@ def label_of(sample: Sample, record: dict[str, Any]) -> str | int | None:
 def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
     """Returns a teacher's features of a sample, and the views it saw, None for the plain image."""
     if TEACHER not in sample:
-        pair.check_image()  # a broken image has no features
+        decode_pil(pair.encoded)  # a broken image has no features
         raise ShardError(
             f"sample {pair.key!r} of shard {pair.url!r} has no teacher features ({TEACHER}); make "
             "them by `simplclip teacher`"
@@ -293,9 +261,9 @@ def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, An
     except Exception as error:  # the type depends on the damage
         raise BrokenSample("bad teacher features", error) from None
     if stale or len(features) != images + len(pair.captions):
-        pair.check_image()  # an image that broke since is no other one
+        decode_pil(pair.encoded)  # an image that broke since is no other one
         changed = "another image" if stale == ["image"] else "other captions"
-        raise StaleFeatures(f"teacher features of {changed}")
+        raise BrokenSample(f"teacher features of {changed}")
     return features, views
 
 
@@ -323,45 +291,31 @@ def stable_hash(text: str) -> int:
 def clean(text: str) -> str:
     """Returns a caption or name without white space at its ends, cut to LONGEST characters.
 
-    Words are cut to LONGEST_WORD characters. NUL at its ends goes too, since a computer that lost
-    power leaves files of zeros. Other NUL and lone surrogates become U+FFFD.
+    NUL at its ends goes too, since a computer that lost power leaves files of zeros; a lone
+    surrogate becomes "?".
     """
     text = text.removeprefix("\ufeff").strip("\0").strip()[:LONGEST].rstrip()
-    if len(text) > LONGEST_WORD:
-        text = _LONG_WORD.sub(r"\1", text)
-    return _NO_CHARACTER.sub("\ufffd", text)
+    return text.encode("utf-8", "replace").decode()
 
 
 def json_of(data: str | bytes) -> Any:
     """Returns the value that a JSON text stands for; NaN, as pandas has missing values, is None.
 
-    Raises ValueError for any error in it, also for more than DEEPEST levels of lists and objects.
+    Raises ValueError for any error in it.
     """
     try:
-        content = json.loads(data, parse_constant=_CONSTANTS.__getitem__)
-        _check_depth([content], DEEPEST)
+        return json.loads(data, parse_constant=_CONSTANTS.__getitem__)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    return content
-
-
-def _check_depth(content: dict | list, levels: int) -> None:
-    """Raises RecursionError for more than `levels` levels of lists and objects in `content`."""
-    if levels < 0:
-        raise RecursionError
-    values = content.values() if isinstance(content, dict) else content
-    for value in values:
-        if isinstance(value, (dict, list)):
-            _check_depth(value, levels - 1)
 
 
 def file_bytes(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:
-    """Returns a regular file's bytes. Raises OSError, and BrokenSample above `limit`."""
-    about = os.stat(path)
-    if not stat.S_ISREG(about.st_mode):  # reading a named pipe or a device may take for ever
+    """Returns a file's bytes. Raises OSError, and BrokenSample above `limit`."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a named pipe may never end
         raise OSError(f"expected a file, got {os.fspath(path)!r}")
-    if about.st_size > limit:
-        detail = f"{os.fspath(path)!r} of {about.st_size:,} bytes, expected at most {limit:,}"
+    size = os.path.getsize(path)
+    if size > limit:
+        detail = f"{os.fspath(path)!r} of {size:,} bytes, expected at most {limit:,}"
         raise BrokenSample("file too large", detail)
     with open(path, "rb") as file:
-        return file.read(limit)
+        return file.read()

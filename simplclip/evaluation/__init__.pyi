@@ -2,7 +2,6 @@
 
 from .blending import blend as blend
 from .blending import evaluate_blend as evaluate_blend
-from .classification import class_names as class_names
 from .classification import named as named
 from .classification import phrases as phrases
 from .classification import zero_shot as zero_shot
@@ -11,20 +10,16 @@ from .encoder import load as load
 from .index import BATCH_SIZE as BATCH_SIZE
 from .index import Index as Index
 from .index import encode as encode
-from .results import BlendResults as BlendResults
+from .index import nearest as nearest
+from .index import recall as recall
+from .results import KS as KS
 from .results import Classification as Classification
 from .results import Figure as Figure
-from .results import ModelResult as ModelResult
 from .results import Results as Results
-from .results import Retrieval as Retrieval
 from .results import SplitResult as SplitResult
-from .retrieval import KS as KS
-from .retrieval import nearest as nearest
-from .retrieval import recall as recall
+from .results import first_right as first_right
+from .run import VERSIONS as VERSIONS
 from .run import Settings as Settings
 from .run import evaluate as evaluate
+from .run import load_splits as load_splits
 from .sheets import contact_sheet as contact_sheet
-from .split import LEAST_SAMPLES as LEAST_SAMPLES
-from .split import Split as Split
-from .split import Towers as Towers
-from .split import load_splits as load_splits

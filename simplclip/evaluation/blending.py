@@ -7,12 +7,11 @@ Training on own data forgets some of what a model knew; a blend with the start m
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -21,20 +20,19 @@ from torch import Tensor
 
 from simplclip.common import ranks
 from simplclip.common.errors import InputError, check_share
-from simplclip.common.plotting import Panel, write_panels
 from simplclip.common.progress import print_lines
 from simplclip.evaluation.encoder import Encoder
-from simplclip.evaluation.figures import percent
-from simplclip.evaluation.results import BLEND, BlendResults, BlendRow
+from simplclip.evaluation.results import first_right, percent, write_json
 from simplclip.evaluation.run import (
     VERSIONS,
     Settings,
+    about,
     evaluate_split,
-    make_folder,
     open_splits,
-    write_json,
+    results_folder,
 )
 
+BLEND = "blend.json"
 ALPHAS = tuple(tenths / 10 for tenths in range(11))
 ABOUT = "share of queries whose first answer is right"
 
@@ -71,66 +69,58 @@ def evaluate_blend(
     *,
     out: str | os.PathLike | None = None,
     console: Console | None = None,
-) -> BlendResults:
+) -> dict[str, Any]:
     """Evaluates the weights between a run's start and the run, for each of ALPHAS, on splits.
 
-    Writes OUT/blend.json and blend.png and prints a table; returns the content of the JSON. The
-    data are read for each alpha. Ranks divide the work as in `evaluate`, which has the errors.
+    Writes OUT/blend.json and prints a table; returns the content of the JSON: its "rows" have
+    "alpha", "mean" (of the splits' `first_right`) and "splits", and "best" is the alpha of the
+    highest mean, of equal ones the lowest. The data are read for each alpha. Ranks divide the work
+    as in `evaluate`, which has the errors.
 
     encoder: of the run; its weights change, and are the run's again at the end. start: what names
-    the weights with which the run began, and their state dict, by `simplclip.train.start`. Other
+    the weights with which the run began, and their state dict, by `simplclip.train.setup`. Other
     arguments are those of `evaluate`; device and precision are the encoder's.
     """
-    console = (console or Console()) if ranks.first() else Console(quiet=True)
+    console = console or Console(quiet=not ranks.first())
     say, settings = partial(print_lines, console=console), settings or Settings()
-    data, folder = open_splits(splits, settings), make_folder(out, encoder.source)
+    data, folder = open_splits(splits, settings), results_folder(out, encoder.source)
     say(f"start: {start[0]}; run: {encoder.source}, step {encoder.step}")
     end = {name: tensor.to("cpu", copy=True) for name, tensor in encoder.model.state_dict().items()}
-    rows: list[BlendRow] = []
+    rows: list[dict[str, Any]] = []
+    told: Callable[[str], object] = say  # what is read and left out, once
     for alpha in ALPHAS:
         encoder.model.load_state_dict(blend(start[1], end, alpha))
         found = {}
         for name, held in data.items():
-            label, told = f"{name}, alpha {alpha}", None if rows else say
-            found[name] = evaluate_split(encoder, name, held, settings, encoder.config, label, told)
-        shares = [result.first_right.value for result in found.values()]
-        rows.append(BlendRow(alpha=alpha, mean=sum(shares) / len(shares), splits=found))
-    best = max(rows, key=lambda row: row.mean)
-    results = BlendResults(
-        checkpoint=encoder.source,
-        model=encoder.name,
-        step=encoder.step,
-        precision=encoder.precision,
-        versions=VERSIONS,
-        start=start[0],
-        best=best.alpha,
-        rows=rows,
-    )
-    ranks.on_first(partial(write_json, folder / BLEND, results))
-    table = ranks.on_first(partial(_draw, results, folder / "blend.png"))
-    console.print(table)
-    say(f"best for the mean: alpha {best.alpha}, {percent(best.mean)}")
-    say(f"wrote {folder / BLEND}\nwrote {folder / 'blend.png'}")
+            label = f"{name}, alpha {alpha}"
+            found[name] = evaluate_split(encoder, held, settings, encoder.config, label, told)
+        mean = fmean(first_right(result)["value"] for result in found.values())
+        rows.append({"alpha": alpha, "mean": mean, "splits": found})
+        told = str
+    best = max(rows, key=lambda row: row["mean"])
+    results = {
+        **about(encoder),
+        "versions": VERSIONS,
+        "start": start[0],  # what named the weights with which the run began
+        "best": best["alpha"],
+        "rows": rows,
+    }
+    ranks.on_first(write_json, folder / BLEND, results)
+    console.print(_table(results))
+    say(f"best for the mean: alpha {best['alpha']}, {percent(best['mean'])}")
+    say(f"wrote {folder / BLEND}")
     return results
 
 
-def _draw(results: BlendResults, picture: Path) -> Table:
-    """Returns the shares by alpha and split as a table, and draws them as lines."""
-    rows, names = results.rows, [*results.rows[0].splits, "mean"]
-    figures = [[split.first_right for split in row.splits.values()] for row in rows]
-    shares = [[*(f.value for f in found), row.mean] for found, row in zip(figures, rows)]
-    table = Table("alpha", title=results.model, caption=ABOUT, box=SIMPLE_HEAD, pad_edge=False)
-    for name in names:
+def _table(results: dict[str, Any]) -> Table:
+    """Returns the shares by alpha and split as a table."""
+    table = Table("alpha", title=results["model"], caption=ABOUT, box=SIMPLE_HEAD, pad_edge=False)
+    for name in (*results["rows"][0]["splits"], "mean"):
         table.add_column(escape(name), justify="right", overflow="fold")
-    for row, values in zip(rows, shares):
-        style = "bold" if row.alpha == results.best else ""
-        table.add_row(str(row.alpha), *map(percent, values), style=style)
-    table.add_row("chance", *(percent(figure.chance) for figure in figures[0]), style="dim")
-
-    lines = {name: (np.array(ALPHAS), np.array(line)) for name, *line in zip(names, *shares)}
-    told = ALPHAS.index(results.best)
-    title = f"{ABOUT.capitalize()}; labels: at alpha {results.best}"
-    panel = Panel(title, lines, percent=True, told=told)
-    words = ("alpha, from the start (0) to the run (1)", "the best mean")
-    write_panels(picture, [panel], results.best, words)
+    for row in results["rows"]:
+        figures = [first_right(split) for split in row["splits"].values()]
+        shares = [*(figure["value"] for figure in figures), row["mean"]]
+        style = "bold" if row["alpha"] == results["best"] else ""
+        table.add_row(str(row["alpha"]), *map(percent, shares), style=style)
+    table.add_row("chance", *(percent(figure["chance"]) for figure in figures), style="dim")
     return table

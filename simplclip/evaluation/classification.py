@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from simplclip.common.errors import InputError
 from simplclip.data import HeldOut
 from simplclip.data.samples import clean
-from simplclip.evaluation.index import Index
+from simplclip.evaluation.encoder import Encoder
+from simplclip.evaluation.index import Index, nearest
 from simplclip.evaluation.results import Classification, Figure
-from simplclip.evaluation.retrieval import nearest
-from simplclip.evaluation.split import Tokenizer, Towers
 
 CLASSES_AT_A_TIME = 10  # whose texts are encoded together, as by open_clip
 TEMPLATES = {
@@ -31,40 +30,30 @@ class NamelessError(InputError):
     """The error for labels that are numbers without class names."""
 
 
-def class_names(classnames: str | os.PathLike | None) -> tuple[list[str] | None, list[str] | None]:
-    """Returns the names of classes and, for ImageNet's classes, their synsets in the same order.
+def named(data: HeldOut, classnames: str | os.PathLike | None) -> HeldOut:
+    """Returns the data with other names of classes, in the order of class numbers.
 
-    A synset (n01440764, ...) is the name of a class's folder in ImageNet.
-    classnames: "imagenet" for open_clip's list; a file with a name a line, for which the synsets
-    are None; or None, for which both are None.
-    Raises InputError for fewer than two names or a file that is not UTF-8, FileNotFoundError.
+    `data` itself stays as it is. If it has a folder for each class there must be a name for each.
+    classnames: "imagenet" for open_clip's list; a file with a name a line; None: those of the data.
+    If all folders are named by synsets of ImageNet (n01440764, ...), each gets its name in the
+    list.
+    Raises InputError for fewer than two names, another number than that of the folders, or a file
+    that is not UTF-8; FileNotFoundError.
     """
     if classnames is None:
-        return None, None
+        return data
+    folders = data.classes.folders
     if str(classnames) == "imagenet":
-        return list(open_clip.IMAGENET_CLASSNAMES), ImageNetInfo("imagenet1k").label_names()
-    names = _lines(classnames, "classnames: expected imagenet or a file of names")
+        names = list(open_clip.IMAGENET_CLASSNAMES)
+        by_synset = dict(zip(ImageNetInfo("imagenet1k").label_names(), names))
+        if folders and by_synset.keys() >= set(folders):
+            names = [by_synset[folder] for folder in folders]
+    else:
+        names = _lines(classnames, "classnames: expected imagenet or a file of names")
     if len(names) < 2:
         raise InputError(
             f"classnames: expected at least two names, got {len(names)} in {classnames}"
         )
-    return names, None
-
-
-def named(data: HeldOut, names: list[str] | None, synsets: list[str] | None) -> HeldOut:
-    """Returns the data with `names` in place of its class names, in the order of class numbers.
-
-    `data` itself stays as it is, and is returned if `names` is None. If the data has a folder for
-    each class there must be a name for each folder, else InputError is raised.
-    synsets: the synsets of ImageNet's `names`, in order, or None. If all folders are named by them,
-    each gets the name of its synset, and names of other synsets are left out.
-    """
-    if names is None:
-        return data
-    folders = data.classes.folders
-    if folders and synsets and set(folders) <= set(synsets):
-        by_synset = dict(zip(synsets, names))
-        names = [by_synset[folder] for folder in folders]
     if folders and len(names) != len(folders):
         raise InputError(
             f"classnames: expected a name for each of the {len(folders)} folders of {data}, got "
@@ -113,14 +102,14 @@ def _lines(path: str | os.PathLike, expected: str) -> list[str]:
 
 
 @torch.no_grad()
-def zero_shot(towers: Towers, index: Index, templates: Sequence[str]) -> Classification | None:
+def zero_shot(encoder: Encoder, index: Index, templates: Sequence[str]) -> Classification | None:
     """Returns zero-shot accuracies of encoded images, by their labels.
 
     None with fewer than two classes or no label. Images without a label are skipped.
     Each class's weight is the mean of its features over `templates`, see `phrases` (open_clip's
     build_zero_shot_classifier). mean_per_class is the mean over the classes of the share of their
     images that are right.
-    towers: those that encoded the images; here they encode the names of the classes.
+    encoder: the one of the images; here it encodes the names of the classes.
 
     Raises: NamelessError for labels that are numbers if there are no names; InputError for a label
     that is not a known class, and if a feature of a name is not finite.
@@ -133,8 +122,8 @@ def zero_shot(towers: Towers, index: Index, templates: Sequence[str]) -> Classif
         return None
     features = index.image_features[labelled]
     labels = labels[labelled]
-    weights = _weights(towers, index.split.tokenizer, classes, templates)
-    parts = nearest(features, weights.T, 5, towers.device)
+    weights = class_weights(encoder, classes, templates)
+    parts = nearest(features, weights.T, 5, encoder.device)
     hits = torch.cat([rows.cpu() for _, _, rows in parts]) == labels[:, None]
     counts = labels.bincount(minlength=len(classes))
     right_counts = labels[hits[:, 0]].bincount(minlength=len(classes))
@@ -142,27 +131,25 @@ def zero_shot(towers: Towers, index: Index, templates: Sequence[str]) -> Classif
 
     def top(k: int) -> Figure:
         right = int(hits[:, :k].any(1).sum())
-        return Figure(value=right / len(labels), chance=min(1.0, k / len(classes)))
+        return {"value": right / len(labels), "chance": min(1.0, k / len(classes))}
 
-    return Classification(
-        classes=classes,
-        images=len(labels),
-        templates=templates,
-        top1=top(1),
-        top5=top(5),
-        mean_per_class=Figure(value=per_class, chance=1 / len(classes)),
-    )
+    return {
+        "classes": classes,
+        "images": len(labels),
+        "templates": templates,
+        "top1": top(1),
+        "top5": top(5),
+        "mean_per_class": {"value": per_class, "chance": 1 / len(classes)},
+    }
 
 
-def _weights(
-    towers: Towers, tokenizer: Tokenizer, classes: list[str], templates: list[str]
-) -> Tensor:
+def class_weights(encoder: Encoder, classes: list[str], templates: list[str]) -> Tensor:
     """Returns a feature [D] of each class, float32 [D, classes], the mean over `templates`."""
     weights = []
     for start in range(0, len(classes), CLASSES_AT_A_TIME):
         names = classes[start : start + CLASSES_AT_A_TIME]
         texts = [template.format(name) for name in names for template in templates]
-        features = towers.features("text", tokenizer(texts))
+        features = encoder.features("text", encoder.tokenizer(texts))
         weights.append(features.unflatten(0, (len(names), len(templates))).mean(1))
     return nn.functional.normalize(torch.cat(weights), dim=-1).T
 
@@ -172,35 +159,26 @@ def _classes(index: Index) -> tuple[list[str], list[int]]:
 
     Where a label is a name, equal names are one class, else each number keeps a class of its own.
     """
-    data = index.split.data
-    names = data.classes.names
     labels = [row.label for row in index.rows]
+    words = {label for label in labels if isinstance(label, str)}
+    names = index.data.classes.names
     if names is None:
-        names = sorted({label for label in labels if isinstance(label, str)})
+        names = sorted(words)
     by_name = {name: number for number, name in enumerate(names)}
     numbers = []
     for label in labels:
-        number = _class_number(label, by_name)
+        if isinstance(label, str):
+            # the name of a class, or its number as text
+            number = by_name.get(label, int(label) if label.isdecimal() else -1)
+        else:
+            number = -1 if label is None else label
         if label is not None and not 0 <= number < len(names):
-            expected = f"classnames: expected a name for each label of {data}"
+            expected = f"classnames: expected a name for each label of {index.data}"
             if not names:
                 raise NamelessError(f"{expected}, got the number {label}, and no names")
             raise InputError(f"{expected}, got {label} of {len(names)} classes")
         numbers.append(number)
-    if by_name.keys().isdisjoint(labels):
+    if by_name.keys().isdisjoint(words):
         return names, numbers
     merged = {name: number for number, name in enumerate(by_name)}
     return list(merged), [-1 if number < 0 else merged[names[number]] for number in numbers]
-
-
-def _class_number(label: str | int | None, by_name: dict[str, int]) -> int:
-    """Returns the number of a label's class, unchecked if it is a number; -1 if there is none."""
-    if label is None:
-        return -1
-    if not isinstance(label, str):
-        return label
-    if label in by_name:
-        return by_name[label]
-    if label.isdecimal() and len(label) < 10:
-        return int(label)
-    return -1

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,10 +18,9 @@ from torchvision.transforms.functional import to_pil_image
 
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
-from simplclip.data.decode_images import decode_pil
 from simplclip.data.errors import BrokenSample
+from simplclip.data.images import decode_pil
 from simplclip.data.samples import file_bytes
-from simplclip.evaluation.split import Towers
 from simplclip.models.crop import crop_texts
 from simplclip.models.trained import load_source
 from simplclip.models.weights import parse_source
@@ -31,7 +31,7 @@ Picture = str | os.PathLike | Image.Image | Tensor
 
 @dataclass
 class Encoder:
-    """A frozen model with its image transform and tokenizer.
+    """A model with its image transform and tokenizer; `load` makes it of trained weights.
 
     Features are float32 [N, width], L2-normalised, on `device`.
     """
@@ -41,18 +41,11 @@ class Encoder:
     model: nn.Module
     preprocess: Callable[[Image.Image], Tensor]  # -> float32 [3, S, S]
     tokenizer: Callable[[list[str]], Tensor]  # texts -> int64 [N, L]
-    device: torch.device
+    device: torch.device  # of the model
     precision: str  # "fp32", "bf16" or "fp16"
     source: str = ""  # the argument of `load`
     config: dict[str, Any] | None = None  # of the run, if the source is a checkpoint
     step: int | None = None  # of the run
-
-    def __post_init__(self) -> None:
-        self.model.to(self.device).eval().requires_grad_(False)
-        # texts that cannot be cropped are computed with their padding
-        with contextlib.suppress(InputError):
-            crop_texts(self.model)
-        self.width = self.encode_text(["a"]).shape[1]
 
     def __repr__(self) -> str:
         return (
@@ -60,10 +53,10 @@ class Encoder:
             f"{self.precision} on {self.device}"
         )
 
-    @property
-    def towers(self) -> Towers:
-        """The model as `evaluation.encode` takes it, without its transform and tokenizer."""
-        return Towers(self.model, self.device, self.precision, self.source or self.name)
+    @cached_property
+    def width(self) -> int:
+        """The number of features, D."""
+        return self.encode_text(["a"]).shape[1]
 
     @property
     def logit_scale(self) -> float:
@@ -85,7 +78,7 @@ class Encoder:
         return digest.hexdigest()[:16]
 
     def stamp(self) -> dict[str, Any]:
-        """Returns the description of this encoder that files of its features contain.
+        """Returns what files of this encoder's features say of it.
 
         A dict of "name", "width", "logit_scale" (the factor), "weights" (the fingerprint) and
         "precision".
@@ -136,13 +129,22 @@ class Encoder:
         rows = {text: row for row, text in enumerate(different)}
         return self._joined(features)[[rows[text] for text in texts]]
 
+    @torch.no_grad()
     def features(self, tower: str, inputs: Tensor) -> Tensor:
         """Returns features float32 [N, width], L2-normalised, of inputs of one tower.
 
-        tower: "image", for preprocessed images [N, 3, S, S], or "text", for token ids [N, L].
-        Raises InputError if a feature is not finite.
+        tower: "image", for preprocessed images [N, 3, S, S], or "text", for token ids [N, L]; they
+        are moved to the device. Raises InputError if a feature is not finite.
         """
-        return self.towers.features(tower, inputs)
+        encode: Any = self.model.encode_image if tower == "image" else self.model.encode_text
+        with hardware.autocast(self.precision, self.device):
+            features = encode(inputs.to(self.device, non_blocking=True), normalize=True).float()
+        if not features.isfinite().all():
+            raise InputError(
+                f"{self.source or self.name}: expected finite features, got {tower} features that "
+                f"are not finite in {self.precision}"
+            )
+        return nn.functional.normalize(features, dim=-1)
 
     def _joined(self, features: list[Tensor]) -> Tensor:
         """Returns the features of batches as one tensor [N, width]; [0, width] of none."""
@@ -178,14 +180,15 @@ def load(
     source: str | os.PathLike,
     checkpoint: str | os.PathLike | None = None,
     *,
+    last: bool = False,
     device: str | torch.device = "auto",
     precision: str = "fp32",
 ) -> Encoder:
-    """Loads the encoder that `source` names, and moves it to the device.
+    """Loads the encoder that `source` names, frozen and in eval mode, and moves it to the device.
 
     source, checkpoint: a run, a checkpoint, an export, or a model's name with weights, see
-    `models.trained.load_source`. Of a run's folder best.pt is taken, if there is one. open_clip may
-    download its weights.
+    `models.trained.load_source`. open_clip may download its weights.
+    last: of a run's folder take last.pt; else best.pt, if there is one.
     device: cpu, cuda, cuda:1 ..., or auto: a GPU if there is one.
     precision: fp32, bf16, fp16, or auto: bf16 if the device has it, else fp32. Features are float32
     in each of them.
@@ -195,9 +198,12 @@ def load(
     """
     device = hardware.pick_device(str(device))
     precision, _ = hardware.pick_precision(precision, device)
-    return Encoder(
-        **load_source(source, checkpoint),
-        device=device,
-        precision=precision,
-        source=parse_source(source, checkpoint).label,
+    parsed = parse_source(source, checkpoint, last=last)
+    encoder = Encoder(
+        **load_source(parsed), device=device, precision=precision, source=parsed.label
     )
+    encoder.model.to(device).eval().requires_grad_(False)
+    # texts that cannot be cropped are computed with their padding
+    with contextlib.suppress(InputError):
+        crop_texts(encoder.model)
+    return encoder

@@ -1,10 +1,10 @@
-"""Encoded held-out data, and what they answer: R@k, the loss, the pictures of a row."""
+"""Encoded held-out data, and what they answer: the nearest candidates, R@k, the loss."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,27 +13,82 @@ from torch import Tensor
 from simplclip import losses
 from simplclip.common import ranks
 from simplclip.common.progress import Progress
+from simplclip.data import HeldOut
 from simplclip.data.errors import Skipped
-from simplclip.data.held_out_loader import HeldOutRow
+from simplclip.data.held_out_loader import HeldOutBatch, HeldOutRow
 from simplclip.data.samples import digest_of
 from simplclip.data.transforms import finish_on_device
-from simplclip.evaluation.results import Retrieval
-from simplclip.evaluation.retrieval import recall
-from simplclip.evaluation.split import Split, Towers
+from simplclip.evaluation.encoder import Encoder
+from simplclip.evaluation.results import KS, Recall
 
 BATCH_SIZE = 64  # images or captions that are encoded at a time
+_TILE_BYTES = 64 * 2**20  # of a tile of similarities
+_TILE_COLUMNS = 16384
+_PICTURE = (160, 160)  # the largest of a sheet
 
 
-class Candidates(NamedTuple):
-    """The captions that are searched, and the groups of these and of the images."""
+def nearest(
+    queries: Tensor, candidates: Tensor, k: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yields the k most similar candidates of each query, for a part of the queries at a time.
 
-    captions: list[str]  # m
-    caption_groups: Tensor  # int64 [m]
-    groups: Tensor  # int64 [n]
+    queries: [n, D], candidates: [m, D], compared by their dot products.
+    A part of q queries is the number of its first query, the similarities [q, k] and the rows [q,
+    k] of the candidates, the most similar first (min(k, m) of them), both on `device`. The
+    similarities are computed there in tiles of at most 64 MiB.
+    """
+    width = min(len(candidates), _TILE_COLUMNS)
+    height = max(1, _TILE_BYTES // (4 * width))
+    for start in range(0, len(queries), height):
+        part = queries[start : start + height].to(device)
+        for first in range(0, len(candidates), width):
+            tile = part @ candidates[first : first + width].to(device).T
+            values, columns = tile.topk(min(k, tile.shape[1]))
+            if first == 0:
+                similarities, rows = values, columns
+                continue
+            values = torch.cat([similarities, values], 1)
+            columns = torch.cat([rows, columns + first], 1)
+            similarities, order = values.topk(min(k, values.shape[1]))
+            rows = columns.gather(1, order)
+        yield start, similarities, rows
 
 
-def candidates_of(rows: Sequence[HeldOutRow]) -> Candidates:
-    """Returns the captions of n images, and groups by number.
+def recall(
+    queries: Tensor,
+    candidates: Tensor,
+    query_groups: Tensor,
+    candidate_groups: Tensor,
+    device: torch.device | str = "cpu",
+) -> Recall:
+    """Returns, for each k of KS, the share of queries with a right answer among the k nearest.
+
+    A candidate is right if it is of the query's group.
+    queries: [n, D], candidates: [m, D], groups: int64 [n] and [m] on the CPU. device: where
+    similarities are computed.
+    With as many groups as pairs this is the usual R@k. Its chance is the share if candidates are
+    ranked at random: 1 - C(m-r, k)/C(m, k), with binomial coefficients C, for r right candidates of
+    m, averaged over the queries. Extra memory: a tile of similarities, 64 MiB; never [n, m].
+    """
+    m = len(candidates)
+    hits = torch.zeros(len(KS), dtype=torch.int64)
+    for start, _, rows in nearest(queries, candidates, max(KS), device):
+        right = candidate_groups[rows.cpu()] == query_groups[start : start + len(rows), None]
+        hits += torch.stack([right[:, :k].any(1).sum() for k in KS])
+    groups, sizes = candidate_groups.unique(return_counts=True)
+    index = torch.searchsorted(groups, query_groups).clamp(max=len(groups) - 1)
+    right_answers = torch.where(groups[index] == query_groups, sizes[index], 0).double()
+    figures: Recall = {}
+    for k, count in zip(KS, hits.tolist()):
+        tries = torch.arange(min(k, m))
+        miss = ((m - right_answers[:, None] - tries).clamp(min=0) / (m - tries)).prod(1)
+        chance = (1 - miss).mean().item()
+        figures[f"R@{k}"] = {"value": count / len(queries), "chance": chance}
+    return figures
+
+
+def candidates_of(rows: Sequence[HeldOutRow]) -> tuple[list[str], Tensor, Tensor]:
+    """Returns the m captions of n images, and the numbers of their groups, int64 [m] and [n].
 
     All images of a group (a concept drawn by several vendors) are right answers for all captions of
     the group, and identical captions of a group are one candidate. An image without a group is one
@@ -54,14 +109,14 @@ def candidates_of(rows: Sequence[HeldOutRow]) -> Candidates:
         groups.append(number)
         caption_groups += [number] * len(texts)
         captions += texts
-    return Candidates(captions, torch.tensor(caption_groups).long(), torch.tensor(groups).long())
+    return captions, torch.tensor(caption_groups).long(), torch.tensor(groups).long()
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """The encoded n images and m captions of a split, as `evaluation.encode` makes it."""
+    """The encoded n images and m captions of held-out data, as `evaluation.encode` makes it."""
 
-    split: Split
+    data: HeldOut
     rows: Sequence[HeldOutRow]  # n
     captions: list[str]  # m
     caption_groups: Tensor  # int64 [m]
@@ -81,22 +136,22 @@ class Index:
         """Returns whether each image's group has a caption, boolean [n]."""
         return torch.isin(self.groups, self.caption_groups)
 
-    def retrieval(self, device: torch.device | str = "cpu") -> Retrieval | None:
-        """Returns R@k in both directions; None without captions.
+    def retrieval(self, device: torch.device | str = "cpu") -> dict[str, Recall]:
+        """Returns R@k by direction, "image_to_text" and "text_to_image"; {} without captions.
 
         R@k is defined as for COCO and Flickr30k: an image is right if any of its captions is among
         the first k; each caption is a query. An image without a caption is a candidate, but no
         query. device: where similarities are computed; the features stay where they are.
         """
         if not self.captions:
-            return None
+            return {}
         x, y = self.image_features, self.text_features
         groups, caption_groups = self.groups, self.caption_groups
         captioned = self.captioned()
-        return Retrieval(
-            image_to_text=recall(x[captioned], y, groups[captioned], caption_groups, device),
-            text_to_image=recall(y, x, caption_groups, groups, device),
-        )
+        return {
+            "image_to_text": recall(x[captioned], y, groups[captioned], caption_groups, device),
+            "text_to_image": recall(y, x, caption_groups, groups, device),
+        }
 
     def loss(
         self, batch_size: int, logit_scale: Tensor, logit_bias: Tensor | None = None
@@ -134,10 +189,14 @@ class Index:
         return torch.stack(values).mean().item()
 
     def pictures(self, rows: Sequence[int]) -> dict[int, Image.Image]:
-        """Returns the RGB images of these rows, by row, as `Split.pictures`."""
-        positions = {row: self.rows[row].position for row in rows}
-        images = self.split.pictures(positions.values())
-        return {row: images[position] for row, position in positions.items()}
+        """Returns the RGB images of these rows, by row, scaled down to be looked at.
+
+        The data are read again, up to the last of them.
+        """
+        images = self.data.pictures(self.rows[row].position for row in rows)
+        for image in images.values():
+            image.thumbnail(_PICTURE)
+        return {row: images[self.rows[row].position] for row in rows}
 
     def report(self) -> str:
         """Returns one line: the number of samples read, and the number skipped by reason."""
@@ -145,14 +204,14 @@ class Index:
 
 
 def encode(
-    towers: Towers,
-    split: Split,
+    encoder: Encoder,
+    data: HeldOut,
     batch_size: int = BATCH_SIZE,
     *,
     workers: int = 0,
     progress: str | None = None,
 ) -> Index:
-    """Returns the index of a split; its features are on the CPU.
+    """Returns the index of held-out data; its features are on the CPU.
 
     They take 4 D bytes for each image and caption; images are not kept. All ranks have to call it:
     they divide the images and captions. The first rank gets the index, others an empty one.
@@ -164,42 +223,34 @@ def encode(
     of `data.HeldOut.batches`.
     """
 
-    def encoded_batches() -> Iterator[tuple[Tensor, list[HeldOutRow], Skipped]]:
-        for batch in split.data.batches(
-            split.transform, batch_size, workers, rank=ranks.number(), world_size=ranks.count()
-        ):
-            features = torch.empty(0)
-            if batch.rows:
-                pixels = finish_on_device(split.transform, batch.images, towers.device)
-                features = towers.features("image", pixels).cpu()
-            yield features, batch.rows, batch.skipped
+    def image_features(batch: HeldOutBatch) -> HeldOutBatch:
+        if not batch.rows:
+            return batch
+        pixels = finish_on_device(encoder.preprocess, batch.images, encoder.device)
+        features = encoder.features("image", pixels).cpu()
+        return HeldOutBatch(features, batch.rows, batch.skipped)
 
     def text_features(start: int) -> Tensor:
-        tokens = split.tokenizer(candidates.captions[start : start + batch_size])
-        return towers.features("text", tokens).cpu()
+        tokens = encoder.tokenizer(captions[start : start + batch_size])
+        return encoder.features("text", tokens).cpu()
 
+    part = {"rank": ranks.number(), "world_size": ranks.count()}
+    batches = data.batches(encoder.preprocess, batch_size, workers, **part)
     rows: list[HeldOutRow] = []
     images: list[Tensor] = []
     skipped = Skipped()
     with Progress(progress or "", unit="images", shown=progress is not None) as bar:
-        for features, new_rows, new_skipped in ranks.gather_to_first(encoded_batches()):
-            skipped.merge(new_skipped)
-            rows += new_rows
-            if new_rows:
-                images.append(features)
-            bar.update(len(new_rows))
-
-    def candidates_of_all() -> Candidates:
-        if not rows:
-            raise split.data.nothing_usable(skipped)
-        return candidates_of(rows)
-
-    candidates = ranks.on_first(candidates_of_all)
-    starts = range(0, len(candidates.captions), batch_size)
+        for batch in ranks.gather_to_first(map(image_features, batches)):
+            skipped.merge(batch.skipped)
+            if batch.rows:
+                rows += batch.rows
+                images.append(batch.images)
+            bar.update(len(batch.rows))
+    if ranks.first() and not rows:
+        raise data.nothing_usable(skipped)
+    captions, caption_groups, groups = ranks.on_first(candidates_of, rows)
+    starts = range(0, len(captions), batch_size)
     texts = list(ranks.map_to_first(text_features, starts))
-    return Index(split, rows, *candidates, _joined(images), _joined(texts), skipped)
-
-
-def _joined(features: list[Tensor]) -> Tensor:
-    """Returns the features of several batches as one tensor [N, D]; [0, 0] of none."""
-    return torch.cat(features) if features else torch.empty(0, 0)
+    # ranks but the first have none
+    x, y = (torch.cat(parts) if parts else torch.empty(0, 0) for parts in (images, texts))
+    return Index(data, rows, captions, caption_groups, groups, x, y, skipped)

@@ -1,26 +1,25 @@
-"""The results of evaluations; `model_dump` gives the content of evaluation.json or blend.json."""
+"""The results of evaluations, which are the content of evaluation.json, and their table.
+
+They are plain dicts, whose keys these types name.
+"""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict
 
-from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
 
-BLEND = "blend.json"
+from simplclip.common.files import write_atomically
 
-
-class _Result(BaseModel, frozen=True):
-    """What evaluation.json has of a result; other keys there are ignored."""
-
-    missing: ClassVar[tuple[str, ...]] = ()  # fields that the file lacks if they are empty
-
-    @model_serializer(mode="wrap")
-    def _without_missing(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values = fields(self)
-        return {name: value for name, value in values.items() if value or name not in self.missing}
+KS = (1, 5, 10)
 
 
-class Figure(_Result):
+class Figure(TypedDict):
     """A share, and what the share would be by chance."""
 
     value: float
@@ -30,19 +29,7 @@ class Figure(_Result):
 Recall = dict[str, Figure]  # by "R@1", "R@5" and "R@10"
 
 
-class Retrieval(_Result):
-    """R@k of the images of a split, which look for a text, and of its texts."""
-
-    image_to_text: Recall
-    text_to_image: Recall
-
-    @property
-    def directions(self) -> dict[str, Recall]:
-        """R@k by the name of the direction, "image_to_text" and "text_to_image"."""
-        return dict(self)
-
-
-class Classification(_Result):
+class Classification(TypedDict):
     """Zero-shot accuracies over the labels of a split."""
 
     classes: list[str]
@@ -53,83 +40,109 @@ class Classification(_Result):
     mean_per_class: Figure
 
 
-class SplitResult(_Result):
+class SplitResult(TypedDict):
     """The figures of a model on a split."""
-
-    missing = ("image_to_text", "text_to_image")
 
     images: int
     texts: int
-    image_to_text: Recall | None = None  # None: no image has a caption
-    text_to_image: Recall | None = None
-    zero_shot: Classification | None = None  # None: no image has a label
-    left_out: list[str] = []  # what has no figures, and why
-    contact_sheet: str | None = None  # path of the picture
-
-    @property
-    def retrieval(self) -> Retrieval | None:
-        """R@k in both directions; None if no image has a caption."""
-        if self.image_to_text is None or self.text_to_image is None:
-            return None
-        return Retrieval(image_to_text=self.image_to_text, text_to_image=self.text_to_image)
-
-    @property
-    def first_right(self) -> Figure:
-        """The share of queries whose first answer is right: the mean R@1 of both directions, or
-        top 1 without captions.
-        """
-        if self.retrieval is None:
-            assert self.zero_shot is not None  # an evaluation has one of them
-            return self.zero_shot.top1
-        both = [figures["R@1"] for figures in self.retrieval.directions.values()]
-        value, chance = (sum(pair) / 2 for pair in zip(*((f.value, f.chance) for f in both)))
-        return Figure(value=value, chance=chance)
+    image_to_text: NotRequired[Recall]  # both: only if an image has a caption
+    text_to_image: NotRequired[Recall]
+    zero_shot: Classification | None  # None: no image has a label
+    left_out: list[str]  # what has no figures, and why
+    contact_sheet: str | None  # path of the picture
 
 
-class _Evaluated(_Result):
-    """Which model was evaluated."""
+class Results(TypedDict):
+    """The figures of a model by split, and those of others by the sources that were given."""
 
     checkpoint: str
     model: str
     step: int | None  # None: not of a run
     precision: str
-
-
-class ModelResult(_Evaluated):
-    """The figures of a model by split."""
-
-    splits: dict[str, SplitResult] = {}
-
-
-class Results(_Evaluated):
-    """The figures of the first model, and those of the other models by the sources that were
-    given.
-    """
-
-    missing = ("baselines",)
-
-    versions: dict[str, str]  # of this library and of torch
-    splits: dict[str, SplitResult] = {}
-    baselines: dict[str, ModelResult] = {}
-
-    @property
-    def models(self) -> list[ModelResult | Results]:
-        """The results of all models, the first model's at the beginning."""
-        return [self, *self.baselines.values()]
-
-
-class BlendRow(BaseModel, frozen=True):
-    """The figures of one blend."""
-
-    alpha: float
-    mean: float  # of the splits' `first_right`
+    versions: NotRequired[dict[str, str]]  # of this library and of torch; only of the first model
     splits: dict[str, SplitResult]
+    baselines: NotRequired[dict[str, Results]]
 
 
-class BlendResults(_Evaluated):
-    """The figures of blends between a run and its start, the content of blend.json."""
+def first_right(result: SplitResult) -> Figure:
+    """Returns the share of queries whose first answer is right.
 
-    versions: dict[str, str]
-    start: str  # what named the weights with which the run began
-    best: float  # the alpha of the highest mean; of equal ones the lowest
-    rows: list[BlendRow]
+    It is the mean R@1 of both directions, or top 1 without captions.
+    """
+    if "image_to_text" not in result:
+        assert result["zero_shot"] is not None  # an evaluation has one of them
+        return result["zero_shot"]["top1"]
+    a, b = result["image_to_text"]["R@1"], result["text_to_image"]["R@1"]
+    return {"value": (a["value"] + b["value"]) / 2, "chance": (a["chance"] + b["chance"]) / 2}
+
+
+def write_json(file: Path, results: Mapping[str, Any]) -> None:
+    """Replaces `file` by the results as UTF-8 JSON, completely or not at all."""
+    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(file, text.encode("utf-8", "backslashreplace"))
+
+
+def table(results: Results) -> Table:
+    """Returns a table of all figures in per cent, which fits a terminal of 80 columns.
+
+    Each column is a k of KS. Figures of several models stand above their common chance.
+    """
+    models = [results, *results.get("baselines", {}).values()]
+    several = len(models) > 1
+    title = results["model"]
+    if results["step"] is not None:
+        title += f", step {results['step']}"
+    if several:
+        title = f"{len(models)} models"
+    caption = "share found among the first k"
+    shown = Table(title=title, caption=caption, box=SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("split", overflow="fold", max_width=14)
+    shown.add_column("among", no_wrap=True)
+    shown.add_column("model" if several else "", overflow="fold")
+    for k in KS:
+        shown.add_column(f"@{k}", justify="right", no_wrap=True)
+    for split in results["splits"]:
+        heading = escape(split)
+        rows = [_rows(model["splits"][split]) for model in models]
+        # by their places, since another model may have skipped another number of images
+        for place, (among, figures) in enumerate(rows[0]):
+            first, second = heading, among
+            for model, others in zip(models, rows):
+                name = escape(model["checkpoint"]) if several else ""
+                shown.add_row(first, second, name, *_column(others[place][1], "value"))
+                first = second = heading = ""
+            shown.add_row("", "  chance", "", *_column(figures, "chance"), style="dim")
+        shown.add_section()
+    return shown
+
+
+def _rows(result: SplitResult) -> list[tuple[str, list[Figure]]]:
+    """Returns what is searched in each of the table's rows for one split, and its figures."""
+    rows = []
+    if "image_to_text" in result:
+        rows.append((f"{result['texts']} texts", list(result["image_to_text"].values())))
+        rows.append((f"{result['images']} images", list(result["text_to_image"].values())))
+    if found := result["zero_shot"]:
+        rows.append((f"{len(found['classes'])} classes", [found["top1"], found["top5"]]))
+        rows.append(("mean per class", [found["mean_per_class"]]))
+    return rows
+
+
+def _column(figures: list[Figure], key: Literal["value", "chance"]) -> list[str]:
+    """Returns the values or the chances of figures in per cent."""
+    return [percent(figure[key]) for figure in figures]
+
+
+def percent(share: float) -> str:
+    """Returns a share as "12.3%"; below 0.0005 with one significant digit, as "0.002%"."""
+    if share >= 5e-4 or not share:
+        return f"{share:.1%}"
+    digit = float(f"{100 * share:.1g}")
+    return f"{digit:.7f}".rstrip("0") + "%"
+
+
+def in_words(figures: Recall, among: int) -> str:
+    """Returns R@k of one direction as a line, e.g. "R@1 12.3%, ... of 1000 (chance 0.1, ...%)"."""
+    values = ", ".join(f"{name} {percent(figure['value'])}" for name, figure in figures.items())
+    chance = ", ".join(percent(figure["chance"]).rstrip("%") for figure in figures.values())
+    return f"{values} of {among} (chance {chance}%)"

@@ -4,44 +4,37 @@ pictures.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
 from rich.console import Console
 
 from simplclip.common import ranks
-from simplclip.common.errors import InputError
-from simplclip.common.files import check_writable, write_atomically
+from simplclip.common.errors import InputError, UserError
+from simplclip.common.files import check_writable
 from simplclip.common.progress import print_lines
 from simplclip.data import HeldOut, held_out
-from simplclip.evaluation.classification import (
-    NamelessError,
-    class_names,
-    named,
-    phrases,
-    zero_shot,
-)
+from simplclip.data.errors import Skipped
+from simplclip.data.transforms import Transform
+from simplclip.evaluation.classification import NamelessError, named, phrases, zero_shot
 from simplclip.evaluation.encoder import Encoder, load
-from simplclip.evaluation.figures import in_words, table
 from simplclip.evaluation.index import BATCH_SIZE, Index, encode
 from simplclip.evaluation.results import (
     Classification,
-    ModelResult,
     Results,
-    Retrieval,
     SplitResult,
+    in_words,
+    table,
+    write_json,
 )
-from simplclip.evaluation.sheets import contact_sheet
-from simplclip.evaluation.split import Split
+from simplclip.evaluation.sheets import write_sheet
 from simplclip.models.registry import cut_in_words
 from simplclip.models.weights import about_best
 from simplclip.version import __version__
@@ -49,6 +42,7 @@ from simplclip.version import __version__
 Models = str | os.PathLike | Sequence[str | os.PathLike]
 TEMPLATES = ("a photo of {}",)
 VERSIONS = {"simplclip": __version__, "torch": torch.__version__}
+LEAST_SAMPLES = 2  # of a run's held-out data: of one, R@1 is 100 % with any weights
 
 
 @dataclass(frozen=True)
@@ -58,11 +52,11 @@ class Settings:
     Args:
         templates: see `evaluation.phrases`; by default those in the split's folder, in the config,
             or "a photo of {}".
-        classnames: see `evaluation.class_names`; by default the names in the data.
+        classnames: see `evaluation.named`; by default the names in the data.
         captions: see `data.held_out`.
         batch_size: images or captions encoded at a time.
         workers: processes that decode images; by default one for each core, at most 8.
-        device, precision: see `evaluation.load`.
+        last, device, precision: see `evaluation.load`.
     """
 
     templates: Sequence[str] | None = None
@@ -70,8 +64,14 @@ class Settings:
     captions: int | None = None
     batch_size: int = BATCH_SIZE
     workers: int | None = None
+    last: bool = False
     device: str = "auto"
     precision: str = "fp32"
+
+    def load(self, source: str) -> Encoder:
+        """Returns the encoder of a source, on this rank's device."""
+        device = ranks.set_device(self.device)
+        return load(source, last=self.last, device=device, precision=self.precision)
 
 
 def evaluate(
@@ -86,10 +86,9 @@ def evaluate(
 
     Retrieval is evaluated where there are captions, classification where there are labels. Writes
     OUT/evaluation.json, and for each split with captions OUT/evaluation-SPLIT.png; returns the
-    results, whose `model_dump` is the content of the JSON. There the figures of the first model are
-    under "splits", those of other models under "baselines" by model. The JSON replaces an earlier
-    one, and is written after each split. Ranks divide the images and captions; the first rank
-    compares, writes and prints.
+    content of the JSON. There the figures of the first model are under "splits", those of other
+    models under "baselines" by model. The JSON replaces an earlier one, and is written after each
+    split. Ranks divide the images and captions; the first rank compares, writes and prints.
 
     Args:
         models: one or several sources of `evaluation.load`. Names of pictures end with the model's
@@ -102,108 +101,95 @@ def evaluate(
     Raises: FileNotFoundError, CheckpointError (not a checkpoint, or of another architecture),
     InputError.
     """
-    if not ranks.first():
-        console = Console(quiet=True)
-    console = console or Console()
-    say = partial(print_lines, console=console)
-    settings = settings or Settings()
-    sources = _sources(models)
+    console = console or Console(quiet=not ranks.first())
+    say, settings = partial(print_lines, console=console), settings or Settings()
+    listed = [models] if isinstance(models, (str, os.PathLike)) else models
+    sources = [os.fspath(model) for model in listed]
+    if not sources or len({*sources}) < len(sources):
+        got = ", ".join(sources) or "none"
+        raise InputError(f"model: expected one or several different models, got {got}")
     data = open_splits(splits, settings)
-    results: Results
-
+    results: Any = {}
     for source in sources:
-        encoder = load(
-            source, device=ranks.set_device(settings.device), precision=settings.precision
-        )
-        if encoder.source != source and encoder.step is not None:
+        encoder = settings.load(source)
+        if encoder.source != source and encoder.step is not None and not settings.last:
             say(about_best(encoder.source, encoder.step))
-        about = {
-            "checkpoint": encoder.source,
-            "model": encoder.name,
-            "step": encoder.step,
-            "precision": encoder.precision,
-        }
-        ending = ""
-        model: Results | ModelResult
-        if source == sources[0]:
-            folder = make_folder(out, source)
-            config = encoder.config
-            model = results = Results(**about, versions=VERSIONS)
+        model, ending = about(encoder), ""
+        if not results:
+            folder, config = results_folder(out, source), encoder.config
+            results = model
+            results["versions"] = VERSIONS
         else:
             ending = f"-{file_name(source)}"
-            model = results.baselines[source] = ModelResult(**about)
+            results.setdefault("baselines", {})[source] = model
+        model["splits"] = {}
         for name, held in data.items():
             label = f"{name}, {source}" if sources[1:] else name
             picture = folder / f"evaluation-{file_name(name)}{ending}.png"
-            model.splits[name] = evaluate_split(
-                encoder, name, held, settings, config, label, say, picture
+            model["splits"][name] = evaluate_split(
+                encoder, held, settings, config, label, say, picture
             )
-            ranks.on_first(partial(write_json, folder / "evaluation.json", results))
+            ranks.on_first(write_json, folder / "evaluation.json", results)
 
     console.print(table(results))
     say(f"wrote {folder / 'evaluation.json'}")
-    for model in results.models:
-        for result in model.splits.values():
-            if result.contact_sheet:
-                say(f"wrote {result.contact_sheet}")
+    for model in (results, *results.get("baselines", {}).values()):
+        for result in model["splits"].values():
+            if result["contact_sheet"]:
+                say(f"wrote {result['contact_sheet']}")
     return results
+
+
+def about(encoder: Encoder) -> dict[str, Any]:
+    """Returns what the files of results say of a model."""
+    return {
+        "checkpoint": encoder.source,
+        "model": encoder.name,
+        "step": encoder.step,
+        "precision": encoder.precision,
+    }
 
 
 def open_splits(splits: Mapping[str, Any], settings: Settings) -> dict[str, HeldOut]:
     """Opens the data of splits, with names of classes; raises what `evaluate` does of arguments."""
     if not splits:
         raise InputError("data: expected at least one split (--data NAME=DATA), got none")
-    names, synsets = class_names(settings.classnames)
     phrases(settings.templates or ())
     return {
-        name: named(held_out(source, captions=settings.captions), names, synsets)
+        name: named(held_out(source, captions=settings.captions), settings.classnames)
         for name, source in splits.items()
     }
 
 
-def evaluate_split(
-    encoder: Encoder,
-    name: str,
-    held: HeldOut,
-    settings: Settings,
-    config: Mapping[str, Any] | None,
-    label: str,
-    say: Callable[[str], object] | None,
-    picture: Path | None = None,
-) -> SplitResult:
-    """Returns the figures of a model on a split; all ranks have to call it.
+def load_splits(splits: Mapping[str, Any], transform: Transform) -> dict[str, HeldOut]:
+    """Returns the held-out data of a run's model with this image transform.
 
-    config: of the run that has eval.templates. label: of lines and of the progress. say: prints
-    what was read and left out. picture: where the contact sheet is written.
+    splits: name -> data as `data.held_out` takes them. The first samples of each are read as a
+    check.
+    Raises InputError, which names the split's key, for data that `data.held_out` rejects or that
+    have less than LEAST_SAMPLES usable samples.
     """
-    workers = settings.workers
-    if workers is None:
-        workers = min(8, os.cpu_count() or 1)
-    split = Split(held, encoder.tokenizer, encoder.preprocess)
-    index = encode(encoder.towers, split, settings.batch_size, workers=workers, progress=label)
-    if say:
-        say(f"{label}: {index.report()}")
-    texts = phrases(settings.templates or held.classes.templates or _templates_of(config))
-    result = ranks.on_first(partial(_figures, encoder, index, name, texts, picture))
-    for line in result.left_out:
-        if say:
-            say(f"warning: {label}: {line}")
-    return result
+    loaded = {}
+    for name, source in splits.items():
+        loaded[name] = data = held_out(source, name=f"eval.splits.{name}")
+        samples, skipped = 0, Skipped()
+        try:
+            for batch in data.batches(transform, 1):
+                skipped.merge(batch.skipped)
+                samples += len(batch.rows)
+                if samples == LEAST_SAMPLES:
+                    break
+        except UserError as error:
+            raise InputError(f"eval.splits.{name}: {error}") from None
+        if samples < LEAST_SAMPLES:
+            raise InputError(
+                f"eval.splits.{name}: expected at least {LEAST_SAMPLES} usable samples, got "
+                f"{samples}; {skipped}"
+            )
+    return loaded
 
 
-def _sources(models: Models) -> list[str]:
-    """Returns one or several models as a list of texts; InputError for none, or one twice."""
-    if isinstance(models, (str, os.PathLike)):
-        models = [models]
-    sources = [os.fspath(model) for model in models]
-    if not sources or len({*sources}) < len(sources):
-        raise InputError(
-            f"model: expected one or several different models, got {', '.join(sources) or 'none'}"
-        )
-    return sources
-
-
-def make_folder(out: str | os.PathLike | None, model: str) -> Path:
+def results_folder(out: str | os.PathLike | None, model: str) -> Path:
     """Makes and returns the folder of the results: `out`, by default that of the model."""
     if not out and not Path(model).exists():
         raise InputError(
@@ -216,98 +202,94 @@ def make_folder(out: str | os.PathLike | None, model: str) -> Path:
     return folder
 
 
-def _templates_of(config: Mapping[str, Any] | None) -> Sequence[str]:
-    """Returns eval.templates of a checkpoint's config, phrases with {}."""
-    section = (config or {}).get("eval")
-    templates = section.get("templates") if isinstance(section, Mapping) else None
-    if not isinstance(templates, list) or not templates:
-        return TEMPLATES
-    if not all(isinstance(text, str) and "{" in text for text in templates):
-        return TEMPLATES
-    return templates
-
-
 def file_name(name: str) -> str:
     """Returns `name` with "_" for characters that file names may not have; "_" if none is left."""
     return re.sub(r'[\x00-\x1f<>:"/\\|?*]+', "_", name).strip(" ._") or "_"
 
 
+def evaluate_split(
+    encoder: Encoder,
+    held: HeldOut,
+    settings: Settings,
+    config: Mapping[str, Any] | None,
+    label: str,
+    say: Callable[[str], object],
+    picture: Path | None = None,
+) -> SplitResult:
+    """Returns the figures of a model on a split; all ranks have to call it.
+
+    config: of the run that has eval.templates. label: of lines and of the progress. say: prints
+    what was read and left out. picture: where the contact sheet is written.
+    """
+    workers = settings.workers
+    if workers is None:
+        workers = min(8, os.cpu_count() or 1)
+    index = encode(encoder, held, settings.batch_size, workers=workers, progress=label)
+    say(f"{label}: {index.report()}")
+    own = (config or {}).get("eval", {}).get("templates")
+    templates = settings.templates or held.classes.templates or own or TEMPLATES
+    result = ranks.on_first(partial(_figures, encoder, index, label, templates, picture))
+    for line in result["left_out"]:
+        say(f"warning: {label}: {line}")
+    return result
+
+
 def _figures(
-    encoder: Encoder, index: Index, name: str, templates: list[str], picture: Path | None
+    encoder: Encoder, index: Index, label: str, templates: Sequence[str], picture: Path | None
 ) -> SplitResult:
     """Returns the figures of a split, and writes a `picture` if it has captions.
 
     Raises InputError if it has neither captions nor labels of at least two classes, or a label of
     an unknown class; NamelessError if it has no captions, and numbers without names as labels.
     """
-    retrieval = index.retrieval(encoder.device)
-    classification = None
-    left_out = []
-    if not retrieval:
-        left_out.append("no retrieval: no image has a caption")
-    elif not_captioned := len(index) - int(index.captioned().sum()):
-        left_out.append(
-            "no image-to-text retrieval of images without a caption: "
-            f"{not_captioned:,} of {len(index):,}"
-        )
-    if cut := cut_in_words(encoder.tokenizer, index.captions):
-        left_out.append(cut)
+    retrieval: Any = index.retrieval(encoder.device)
+    classes, nameless = None, ""
     try:
-        classification = zero_shot(encoder.towers, index, templates)
+        classes = zero_shot(encoder, index, templates)
     except NamelessError as error:
         if not retrieval:
             raise
-        left_out.append(f"no classification: {error}")
-    else:
-        if not retrieval and not classification:
-            raise InputError(
-                f"data: expected captions or labels of at least two classes in {name}, got neither"
-            )
-        if classification:
-            left_out += _left_out_of_classes(classification, len(index))
-    sheet = None
-    if retrieval and picture:
-        sheet = str(picture)
-        _draw(encoder, index, name, retrieval, picture)
-    return SplitResult(
-        images=len(index),
-        texts=len(index.captions),
-        **(retrieval.directions if retrieval else {}),
-        zero_shot=classification,
-        left_out=left_out,
-        contact_sheet=sheet,
-    )
-
-
-def _left_out_of_classes(classification: Classification, images: int) -> list[str]:
-    """Returns lines about images without a label, and about classes with equal names."""
-    lines = []
-    missing = images - classification.images
-    if missing:
-        lines.append(f"no classification of images without a label: {missing:,} of {images:,}")
-    counts = Counter(classification.classes)
-    repeated = [name for name in classification.classes if counts[name] > 1]
-    if repeated:
-        lines.append(
-            "no distinction of classes with equal names, which count as different: "
-            f"{len(repeated):,} of {len(classification.classes):,}, such as {repeated[0]!r}"
+        nameless = f"no classification: {error}"
+    if not retrieval and not classes:
+        raise InputError(
+            f"data: expected captions or labels of at least two classes in {label}, got neither"
         )
-    return lines
+    if retrieval and picture:
+        subtitles = [
+            in_words(retrieval["text_to_image"], len(index)),
+            in_words(retrieval["image_to_text"], len(index.captions)),
+        ]
+        step = "" if encoder.step is None else f", step {encoder.step}"
+        write_sheet(picture, index, f"{encoder.name}{step}: {label}", subtitles)
+    return {
+        "images": len(index),
+        "texts": len(index.captions),
+        **retrieval,
+        "zero_shot": classes,
+        "left_out": [*_left_out(encoder, index, classes), *filter(None, [nameless])],
+        "contact_sheet": str(picture) if retrieval and picture else None,
+    }
 
 
-def _draw(encoder: Encoder, index: Index, name: str, retrieval: Retrieval, picture: Path) -> None:
-    """Writes the contact sheet of a split to the file `picture`, which is replaced."""
-    title = encoder.name
-    if encoder.step is not None:
-        title += f", step {encoder.step}"
-    subtitles = [
-        in_words(retrieval.text_to_image, len(index)),
-        in_words(retrieval.image_to_text, len(index.captions)),
-    ]
-    contact_sheet(picture, index, f"{title}: {name}", subtitles)
-
-
-def write_json(file: Path, results: BaseModel) -> None:
-    """Replaces `file` by the results as UTF-8 JSON, completely or not at all."""
-    text = json.dumps(results.model_dump(), indent=2, ensure_ascii=False) + "\n"
-    write_atomically(file, text.encode("utf-8", "backslashreplace"))
+def _left_out(encoder: Encoder, index: Index, classes: Classification | None) -> Iterator[str]:
+    """Yields lines about what has no figures, and about texts and names that cannot count."""
+    images, captioned = len(index), int(index.captioned().sum())
+    if not captioned:
+        yield "no retrieval: no image has a caption"
+    elif captioned < images:
+        yield (
+            "no image-to-text retrieval of images without a caption: "
+            f"{images - captioned:,} of {images:,}"
+        )
+    if cut := cut_in_words(encoder.tokenizer, index.captions):
+        yield cut
+    if classes is None:
+        return
+    if missing := images - classes["images"]:
+        yield f"no classification of images without a label: {missing:,} of {images:,}"
+    counts = Counter(classes["classes"])
+    if repeated := [name for name in classes["classes"] if counts[name] > 1]:
+        yield (
+            "no distinction of classes with equal names, which count as different: "
+            f"{len(repeated):,} of {len(classes['classes']):,}, such as {repeated[0]!r}"
+        )

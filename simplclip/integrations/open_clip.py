@@ -191,7 +191,7 @@ def _builder(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         options = {**config.pop(OURS, {}), **config}
         # A simplified model of open_clip has no name in this library, but all of its configuration.
         unnamed = Spec(build=functools.partial(kind, cast_dtype=cast_dtype))
-        return models.create(options.pop("model", unnamed), **options)
+        return models.create(options.pop("model", unnamed), checkpoint=None, **options)
 
     return build
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Never
 
 import torch
@@ -11,12 +10,11 @@ from torch import Tensor, nn
 
 from simplclip.common.errors import check_count
 from simplclip.ops import checks, distributed
-from simplclip.ops.similarity.inputs import Names
-from simplclip.ops.similarity.pairs import Pairs
+from simplclip.ops.similarity import inputs
 
 STUDENT = ("image_features", "text_features")
 TEACHER = ("dist_image_features", "dist_text_features", "dist_logit_scale")
-NAMES = Names(*STUDENT, *TEACHER)
+NAMES = dict(zip(inputs.NAMES, (*STUDENT, *TEACHER)))
 
 
 def checked_weight(name: str, value: float) -> float:
@@ -119,37 +117,29 @@ class DistributedLoss(nn.Module):
             raise RuntimeError(f"rank: expected this process's rank, {rank}, got {self.rank}")
         return torch.distributed.group.WORLD
 
-    def _check_and_scale_with_all_ranks(self, pairs: Pairs) -> Pairs:
-        """Returns pairs, gradients scaled as in the mode; a collective that checks shapes."""
-        teacher = pairs.teacher
-        tensors = dict.fromkeys((*STUDENT, *TEACHER[:2], "ids"))
-        tensors |= zip(STUDENT, (pairs.image, pairs.text))
-        if teacher is not None:
-            tensors |= zip(TEACHER, (teacher.image, teacher.text))
-        tensors["ids"] = pairs.ids
+    def _scaled_for_ranks(self, image: Tensor, text: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        """Returns image and text, gradients scaled as in the mode; a collective that checks shapes.
+
+        others: the teacher's image and text features, and ids, as far as there are any.
+        """
+        tensors = dict(zip((*STUDENT, *TEACHER[:2], "ids"), (image, text, *others)))
         self._shapes.check(tensors, self._group())
         if self.local_loss or self.gather_with_grad:
-            return pairs
+            return image, text
         share = 1 / self.world_size
-        image = distributed.scale_gradient(pairs.image, share)
-        return replace(pairs, image=image, text=distributed.scale_gradient(pairs.text, share))
+        return distributed.scale_gradient(image, share), distributed.scale_gradient(text, share)
 
-    def _gathered(self, pairs: Pairs, constant: bool = True) -> Pairs:
-        """Returns the pairs of all ranks in their order, by collective calls."""
+    def _gathered(self, *rows: Tensor | None, constant: bool = True) -> list[Any]:
+        """Returns the rows of all ranks in their order, by collective calls; None for None."""
         if self.world_size <= 1:
-            return pairs
+            return list(rows)
         group = self._group()
-
-        def gather(rows: Tensor) -> Tensor:
-            return distributed.gather(rows.detach() if constant else rows, group)
-
-        teacher = pairs.teacher
-        if teacher is not None:
-            image = gather(teacher.image)
-            teacher = replace(teacher, image=image, text=gather(teacher.text))
-        ids = None if pairs.ids is None else gather(pairs.ids)
-        image = gather(pairs.image)
-        return replace(pairs, image=image, text=gather(pairs.text), ids=ids, teacher=teacher)
+        gathered = []
+        for t in rows:
+            if t is not None:
+                t = distributed.gather(t.detach() if constant else t, group)
+            gathered.append(t)
+        return gathered
 
     def _synchronised_parameters(self, *parameters: Tensor) -> tuple[Tensor, ...]:
         """Returns parameters of the loss; backward averages their gradients over the ranks.

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Never, overload
 
 import torch
 from torch import Tensor, nn
 
-from simplclip.common.terms import BY_NAME, SWEPT
+from simplclip import ops
+from simplclip.common.terms import BY_NAME, PLANE_TERMS, SWEPT, TEACHER_TERMS
 from simplclip.losses.base import NAMES, TEACHER, DistributedLoss, checked_weight
 from simplclip.ops import checks
 from simplclip.ops.modes import autocast
 from simplclip.ops.similarity import inputs
-from simplclip.ops.similarity.pairs import Pairs, Settings, Teacher, Values
-from simplclip.ops.similarity.route import compute
-
-
-def _teacher(values: Any, terms: tuple[str, ...]) -> Teacher | None:
-    """Returns the Teacher of (image, text, scale), not checked; None if no term needs it."""
-    if not inputs.needs_teacher(terms):
-        return None
-    if not isinstance(values, (tuple, list)) or len(values) != 3:
-        why = inputs.why_teacher(terms)
-        raise ValueError(
-            f"teacher: expected ({', '.join(TEACHER)}), since {why}, got {type(values).__name__}"
-        )
-    return Teacher(*values)
 
 
 class SimilarityLoss(DistributedLoss):
@@ -95,86 +81,110 @@ class SimilarityLoss(DistributedLoss):
             raise ValueError("weights: expected a weight of at least one term, got none")
         names = inputs.checked_terms(tuple(weights), self.NAMES)
         weights = inputs.check_weights(weights, names)
-        record = _teacher(teacher, names)
-        pairs = Pairs(image_features, text_features, logit_scale, logit_bias, ids, record)
-        total, values = self._values(pairs, names, weights)
-        assert total is not None
+        if TEACHER_TERMS.isdisjoint(names):
+            teacher = None
+        elif not isinstance(teacher, (tuple, list)) or len(teacher) != 3:
+            raise ValueError(
+                f"teacher: expected ({', '.join(TEACHER)}), since {inputs.why_teacher(names)}, "
+                f"got {type(teacher).__name__}"
+            )
+        pairs = image_features, text_features, logit_scale
+        values = self._values(
+            pairs, names, weights, logit_bias=logit_bias, ids=ids, teacher=teacher
+        )
+        total = values.pop("loss")
         return total, {name: weights[name] * value for name, value in values.items()}
 
     def _values(
-        self, pairs: Pairs, terms: tuple[str, ...], weights: Mapping[str, float] | None = None
-    ) -> Values:
-        """Returns terms of pairs as the loss got them, which it checks. Collective with ranks."""
-        checks.check_features("image_features", pairs.image, "[N, D]")
-        checks.check_features("text_features", pairs.text, "[N, D]")
+        self,
+        pairs: tuple[Tensor, Tensor, Tensor],  # features of images and texts, and the scale
+        terms: tuple[str, ...],
+        weights: Mapping[str, float] | None = None,
+        *,
+        ids: Tensor | None = None,
+        teacher: Any = None,  # None, or the teacher's pairs
+        logit_bias: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Returns what similarity_loss does, of pairs as the loss got them. Collective with ranks.
+
+        Also the terms that only the loss has, and these in the sum with weights.
+        """
+        image, text, scale = pairs
+        checks.check_features("image_features", image, "[N, D]")
+        checks.check_features("text_features", text, "[N, D]")
         if self.world_size > 1:
-            pairs = self._check_and_scale_with_all_ranks(pairs)
-        pairs = inputs.checked(pairs, NAMES, terms, equal_rows=True)
-        total, values = self._computed(pairs, terms, weights)
+            of_teacher = (None, None) if teacher is None else teacher[:2]
+            image, text = self._scaled_for_ranks(image, text, *of_teacher, ids)
+        if text.shape[0] != image.shape[0]:
+            inputs.check_features(NAMES, image, text, equal_rows=True)
+        options = {"weights": weights, "ids": ids, "logit_bias": logit_bias}
+        values = self._computed((image, text, scale), terms, teacher, options)
         if self.world_size > 1:
             values = {name: self._averaged_over_ranks(value) for name, value in values.items()}
-            total = None if total is None else self._averaged_over_ranks(total)
-        return Values(total, values)
+        return values
 
     def _computed(
-        self, pairs: Pairs, terms: tuple[str, ...], weights: Mapping[str, float] | None
-    ) -> Values:
-        """Returns the terms of this rank's rows, of checked pairs, against all ranks' columns."""
-        is_apart = self.world_size > 1 and self.local_loss and not self.gather_with_grad
-        plane = None
-        if "pair_matching" in terms:
-            plane = self._plane(pairs.image)
-        if not is_apart:
-            group = self._group() if self.world_size > 1 else None
-            return compute(pairs, self._settings(terms, weights, plane, group=group))
+        self,
+        pairs: tuple[Tensor, Tensor, Tensor],
+        terms: tuple[str, ...],
+        teacher: Any,
+        options: dict[str, Any],
+    ) -> dict[str, Tensor]:
+        """Returns the terms of this rank's rows against all ranks' columns.
+
+        options: `weights`, `ids` and `logit_bias` of similarity_loss.
+        """
+        image, text, scale = pairs
+        if not PLANE_TERMS.isdisjoint(terms):
+            options["plane"] = self._plane()
+        if self.world_size <= 1 or not self.local_loss or self.gather_with_grad:
+            if self.world_size > 1:
+                options["group"] = self._group()
+            return self._swept(image, text, scale, teacher, terms=terms, **options)
 
         # The directions are computed apart, each with this rank's rows and the columns of all
         # ranks, which are constants.
-        image, text = autocast(pairs.image, pairs.text)  # before they travel
-        pairs = replace(pairs, image=image, text=text)
-        columns = self._gathered(pairs)
-        rows = replace(pairs, text_ids=columns.ids, label_offset=self.rank * len(image))
-        settings = self._settings(terms, weights, plane, symmetric=False)
-        by_image = compute(rows.against(columns), settings)
-        by_text = compute(rows.swapped().against(columns.swapped()), settings)
-        terms_of_both = {
-            name: 0.5 * (value + by_text.terms[name]) for name, value in by_image.terms.items()
-        }
-        if by_image.total is None or by_text.total is None:
-            return Values(None, terms_of_both)
-        return Values(0.5 * (by_image.total + by_text.total), terms_of_both)
+        image, text = autocast(image, text)  # before they travel
+        inputs.check_features(NAMES, image, text)
+        ids = options["ids"]
+        if ids is not None:
+            ids = inputs.check_ids("ids", ids, len(image), "N", image.device)
+        by_image = by_text = None
+        all_images, all_texts, all_ids = self._gathered(image, text, ids)
+        if teacher is not None:
+            why = inputs.why_teacher(terms)
+            of_image, of_text, of_scale = inputs.checked_teacher(NAMES, image, text, teacher, why)
+            all_of_images, all_of_texts = self._gathered(of_image, of_text)
+            by_image = of_image, all_of_texts, of_scale
+            by_text = of_text, all_of_images, of_scale
+        offset = self.rank * len(image)
+        options |= {"terms": terms, "text_ids": all_ids, "label_offset": offset}
+        of_rows = self._swept(image, all_texts, scale, by_image, symmetric=False, **options)
+        of_columns = self._swept(text, all_images, scale, by_text, symmetric=False, **options)
+        return {name: 0.5 * (value + of_columns[name]) for name, value in of_rows.items()}
 
-    def _settings(
-        self,
-        terms: tuple[str, ...],
-        weights: Mapping[str, float] | None = None,
-        plane: tuple[Tensor, Tensor] | None = None,
-        *,
-        symmetric: bool = True,
-        group: Any = None,
-    ) -> Settings:
-        """Returns checked settings of a call, with the attributes of this loss."""
-        settings = Settings(
-            terms,
-            weights,
-            plane,
-            self.divergence,
-            symmetric,
-            group,
-            self.scratch_bytes,
-            self.store_bytes,
+    def _swept(
+        self, image: Tensor, text: Tensor, scale: Tensor, teacher: Any, **options: Any
+    ) -> dict[str, Tensor]:
+        """Returns what similarity_loss does, with the attributes of this loss."""
+        if teacher is not None:
+            options |= zip(("teacher_image", "teacher_text", "teacher_scale"), teacher)
+        return ops.similarity_loss(
+            image,
+            text,
+            scale,
+            divergence=self.divergence,
+            scratch_bytes=self.scratch_bytes,
+            store_bytes=self.store_bytes,
+            names=NAMES,
+            **options,
         )
-        inputs.check_budgets(settings)
-        return settings
 
-    def _plane(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns weight and bias of the plane, checked."""
-        plane: Any = None
-        if self.plane_weight is not None:
-            plane = self.plane_weight, self.plane_bias
-            if self.world_size > 1:
-                plane = self._synchronised_parameters(*plane)
-        return inputs.checked_plane(plane, image)
+    def _plane(self) -> tuple[Tensor, ...] | None:
+        """Returns weight and bias of the plane; None if the loss has none."""
+        if self.plane_weight is None or self.plane_bias is None:
+            return None
+        return self._synchronised_parameters(self.plane_weight, self.plane_bias)
 
 
 class PairLoss(SimilarityLoss):
@@ -232,17 +242,16 @@ class PairLoss(SimilarityLoss):
         ids: pairs with equal ids (several captions of an image, duplicates) are not each other's
         negatives.
         """
-        pairs = Pairs(image_features, text_features, logit_scale, logit_bias, ids)
+        pairs = image_features, text_features, logit_scale
+        given: dict[str, Any] = {"logit_bias": logit_bias, "ids": ids}
         term = self.TERM
         if not self.pm_weight:
-            value = self._values(pairs, (term,)).terms[term]
+            value = self._values(pairs, (term,), **given)[term]
             return {BY_NAME[term].key: value} if output_dict else value
         weights = self._weights()
         if not output_dict:  # with weights, sigmoid and pair matching share a sweep
-            total = self._values(pairs, tuple(weights), weights).total
-            assert total is not None
-            return total
-        values = self._values(pairs, tuple(weights)).terms
+            return self._values(pairs, tuple(weights), weights, **given)["loss"]
+        values = self._values(pairs, tuple(weights), **given)
         losses = {BY_NAME[name].key: weights[name] * value for name, value in values.items()}
         return losses | {BY_NAME[term].key: values[term]}  # of weight 1
 

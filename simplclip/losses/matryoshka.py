@@ -70,7 +70,8 @@ class MatryoshkaLoss(nn.Module):
         """Returns what the wrapped loss returns, each term the weighted sum over the widths.
 
         args, kwargs: its other arguments. Each width with a weight above 0 calls the wrapped loss
-        once. Raises ValueError if the features are narrower than the largest width.
+        once. Raises ValueError if the features are narrower than the largest width, TypeError if
+        the loss returns anything but tensors and numbers.
         """
         checks.check_features("image_features", image_features, "[N, D]")
         checks.check_features("text_features", text_features, "[N, D]")
@@ -86,9 +87,17 @@ class MatryoshkaLoss(nn.Module):
             image = _unit_prefix(image_features, width)
             text = _unit_prefix(text_features, width)
             terms = self.loss(image, text, *args, **kwargs)
-            terms = tree_map(partial(operator.mul, weight), terms)
-            total = terms if total is None else tree_map(torch.add, total, terms)
+            terms = tree_map(partial(_weighted, weight), terms)
+            total = terms if total is None else tree_map(operator.add, total, terms)
         return total
+
+
+def _weighted(weight: float, term: Any) -> Any:
+    """Returns a term times its weight; raises TypeError for what is no tensor and no number."""
+    if not isinstance(term, (Tensor, float, int)):
+        got = type(term).__name__
+        raise TypeError(f"loss: expected a module that returns tensors and numbers, got {got}")
+    return weight * term
 
 
 def _check_widths(widths: tuple[int, ...]) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,6 @@ from simplclip.losses.base import NAMES, DistributedLoss
 from simplclip.ops import checks
 from simplclip.ops.modes import autocast, no_autocast
 from simplclip.ops.similarity import inputs
-from simplclip.ops.similarity.pairs import Pairs, Teacher
 
 _LEAST_ROWS = 64  # of a chunk but the last: fewer make products slow
 
@@ -117,12 +115,9 @@ class RowwiseLoss(DistributedLoss):
         checks.check_features("image_features", image_features, "[N, D]")
         checks.check_features("text_features", text_features, "[M, D]")
         image, text = autocast(image_features, text_features)
-        values = (dist_image_features, dist_text_features, dist_logit_scale)
-        given: Any = Teacher(*values) if any(value is not None for value in values) else None  # type: ignore[arg-type]
-        pairs = Pairs(image, text, logit_scale, logit_bias, teacher=given)  # type: ignore[arg-type]
+        given = [dist_image_features, dist_text_features, dist_logit_scale]
         if self.world_size > 1:
-            pairs = self._check_and_scale_with_all_ranks(pairs)
-        image, text = pairs.image, pairs.text
+            image, text = self._scaled_for_ranks(image, text, *given[:2])
         inputs.check_features(NAMES, image, text, equal_rows=self.world_size > 1)
         n = len(image)
         if len(text) < n:
@@ -130,31 +125,30 @@ class RowwiseLoss(DistributedLoss):
             raise ValueError(
                 f"text_features: expected at least {n} rows, a positive for each image, got {got}"
             )
-        teacher = None
-        if pairs.teacher is not None:
+        teacher: list[Any] = []
+        if any(value is not None for value in given):
             why = "a teacher has features and a scale"
-            teacher = inputs.checked_teacher(pairs, NAMES, why)
-            product_dtype = _product_dtype(image.dtype)
-            teacher = replace(
-                teacher, image=teacher.image.to(product_dtype), text=teacher.text.to(product_dtype)
-            )
+            teacher = inputs.checked_teacher(NAMES, image, text, given, why)
+            teacher[:2] = [t.to(_product_dtype(image.dtype)) for t in teacher[:2]]
         dtype = accumulate_dtype(image.dtype)
         scale = checks.scalar("logit_scale", logit_scale, image.device, dtype)
         bias = None
         if logit_bias is not None:
             bias = checks.scalar("logit_bias", logit_bias, image.device, dtype)
-        pairs = Pairs(image, text, scale, bias, teacher=teacher)
-        columns = self._gathered(pairs, constant=self.local_loss and not self.gather_with_grad)
+        constant = self.local_loss and not self.gather_with_grad
+        images, texts = [image, *teacher[:1]], [text, *teacher[1:2]]
         fn = self._with_learned_parameters() if self.world_size > 1 else self.fn
-        directions = [pairs.against(columns)]
+        directions = [(images, self._gathered(*texts, constant=constant))]
         if self.symmetric:
-            rows = _with_texts(pairs, n).swapped()
-            directions.append(rows.against(columns.swapped()))
+            rows = [t[:n] for t in texts]
+            directions.append((rows, self._gathered(*images, constant=constant)))
+        scalars = scale, bias, *teacher[2:]
         with no_autocast(image.device):
-            means = [self._mean(fn, direction) for direction in directions]
+            means = [self._mean(fn, *direction, scalars) for direction in directions]
             value = sum(means) / len(means)
         if value.requires_grad:
-            value = _Unchanged.apply(value, *_tensors_of(pairs))
+            tensors = [image, text, scale, bias, *teacher]
+            value = _Unchanged.apply(value, *[t.detach() for t in tensors if t is not None])
         if self.world_size > 1:
             value = self._averaged_over_ranks(value)
         return {"rowwise_loss": value} if output_dict else value
@@ -175,40 +169,44 @@ class RowwiseLoss(DistributedLoss):
         module: Any = self.fn
         return partial(_call, module, dict(zip(names, learned)))
 
-    def _mean(self, fn: Callable[..., Tensor], direction: Pairs) -> Any:
-        """Returns the mean [] of fn over images as rows, with texts of all ranks as columns."""
-        rows = direction.image
-        n = len(rows)
-        dtype = accumulate_dtype(rows.dtype)
-        product_dtype = _product_dtype(rows.dtype)
+    def _mean(
+        self,
+        fn: Callable[..., Tensor],
+        rows: Sequence[Tensor],  # [N, D], and [N, D̂] with a teacher
+        columns: Sequence[Tensor],  # [M, D], and [M, D̂]
+        scalars: Sequence[Any],  # scale, bias or None, and the teacher's scale
+    ) -> Any:
+        """Returns the mean [] of fn over the rows, with columns of all ranks."""
+        n = len(rows[0])
+        dtype = accumulate_dtype(rows[0].dtype)
+        product_dtype = _product_dtype(rows[0].dtype)
+        scale, bias, *teacher_scale = scalars
 
         def chunk_sum(
-            chunk: Tensor, columns: Tensor, teacher_chunk: Tensor | None, index: Tensor
+            chunk: Tensor, texts: Tensor, teacher_chunk: Tensor | None, index: Tensor
         ) -> Tensor:
             """Returns the sum [] of fn over rows: chunk [R, D], teacher_chunk [R, D̂], index [R]."""
-            logits = direction.scale * _product(chunk.to(product_dtype), columns, dtype)
-            if direction.bias is not None:
-                logits = logits + direction.bias
+            logits = scale * _product(chunk.to(product_dtype), texts, dtype)
+            if bias is not None:
+                logits = logits + bias
             arguments = [logits, index]
             if teacher_chunk is not None:
-                teacher: Any = direction.teacher
-                arguments.append(teacher.scale * _product(teacher_chunk, teacher.text, dtype))
+                arguments.append(teacher_scale[0] * _product(teacher_chunk, columns[1], dtype))
             result = fn(*arguments)
             _check_result(result, len(index))
             return result.sum(dtype=dtype)
 
-        columns = direction.text.to(dtype)  # the gradients of chunks are added in this dtype
-        sizes = _chunk_sizes(n, self.scratch_bytes // (len(columns) * dtype.itemsize))
+        texts = columns[0].to(dtype)  # the gradients of chunks are added in this dtype
+        sizes = _chunk_sizes(n, self.scratch_bytes // (len(texts) * dtype.itemsize))
         first = self.rank * n
-        indices = torch.arange(first, first + n, device=rows.device).split(sizes)
-        teacher_chunks: Any = [None] * len(sizes)
-        if direction.teacher is not None:
-            teacher_chunks = direction.teacher.image.split(sizes)
-        chunks = zip(rows.to(dtype).split(sizes), teacher_chunks, indices)
+        indices = torch.arange(first, first + n, device=texts.device).split(sizes)
+        teacher_chunks: Any = rows[1].split(sizes) if teacher_scale else [None] * len(sizes)
         total: Any = 0
-        for chunk, teacher_chunk, index in chunks:
+        for chunk, teacher_chunk, index in zip(
+            rows[0].to(dtype).split(sizes), teacher_chunks, indices
+        ):
             total = total + checkpoint(
-                chunk_sum, chunk, columns, teacher_chunk, index, use_reentrant=False
+                chunk_sum, chunk, texts, teacher_chunk, index, use_reentrant=False
             )
         return total / n
 
@@ -236,14 +234,6 @@ class _Unchanged(torch.autograd.Function):
         return grad, *[None for _ in ctx.saved_tensors]
 
 
-def _tensors_of(pairs: Pairs) -> list[Tensor]:
-    """Returns the features and scalars of pairs and of their teacher, detached."""
-    values = [pairs.image, pairs.text, pairs.scale, pairs.bias]
-    if pairs.teacher is not None:
-        values += [pairs.teacher.image, pairs.teacher.text, pairs.teacher.scale]
-    return [value.detach() for value in values if value is not None]
-
-
 def _chunk_sizes(n: int, most: int) -> list[int]:
     """Returns the rows of each chunk of n rows: at most `most`, or 2 _LEAST_ROWS if that is more.
 
@@ -265,14 +255,6 @@ def _product(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype of products: float16 would lose small gradients, and a teacher's digits."""
     return dtype if dtype == torch.bfloat16 else accumulate_dtype(dtype)
-
-
-def _with_texts(pairs: Pairs, n: int) -> Pairs:
-    """Returns new pairs with only the first n texts, those of the teacher too; all images stay."""
-    teacher = pairs.teacher
-    if teacher is not None:
-        teacher = replace(teacher, text=teacher.text[:n])
-    return replace(pairs, text=pairs.text[:n], teacher=teacher)
 
 
 def _call(module: nn.Module, parameters: dict[str, Tensor], *args: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Never
 
 import torch
@@ -12,15 +10,13 @@ from torch import Tensor, nn
 
 from simplclip import ops
 from simplclip.calls.similarity import DIVERGENCES
-from simplclip.common.terms import BY_NAME, TERMS, choices
-from simplclip.losses.base import checked_weight, checked_width
+from simplclip.common.terms import BY_NAME, TEACHER_TERMS, TERMS
+from simplclip.losses.base import NAMES, checked_weight, checked_width
 from simplclip.losses.clip import SimilarityLoss
 from simplclip.losses.widen import widen
 from simplclip.ops import checks
 from simplclip.ops.modes import no_autocast
 from simplclip.ops.similarity import inputs
-from simplclip.ops.similarity.pairs import Pairs, Teacher, Values
-from simplclip.ops.similarity.route import compute
 
 _TERMS = tuple(term for term in TERMS if term.name != "sigmoid")
 
@@ -101,7 +97,7 @@ class WIKDLoss(SimilarityLoss):
         self.relational_weight = checked_weight("relational_weight", relational_weight)
         self.interactive_weight = checked_weight("interactive_weight", interactive_weight)
         self.feature_weight = checked_weight("feature_weight", feature_weight)
-        checks.check_choice("interactive", interactive, choices("interactive"))
+        checks.check_choice("interactive", interactive, BY_NAME["interactive"].choices)
         checks.check_choice("divergence", divergence, DIVERGENCES)
         self.interactive, self.divergence = interactive, divergence
         self.teacher_dim = checked_width("teacher_dim", teacher_dim)
@@ -151,40 +147,52 @@ class WIKDLoss(SimilarityLoss):
         dist_...: the teacher's features and scale, constants. ids: pairs with equal ids are not
         each other's negatives. A collective call if world_size > 1.
         """
-        teacher = Teacher(dist_image_features, dist_text_features, dist_logit_scale)
         weights = self._weights()
-        pairs = Pairs(image_features, text_features, logit_scale, None, ids, teacher)
-        values = self._values(pairs, tuple(weights)).terms
+        teacher = dist_image_features, dist_text_features, dist_logit_scale
+        pairs = image_features, text_features, logit_scale
+        values = self._values(pairs, tuple(weights), ids=ids, teacher=teacher)
         losses = {BY_NAME[name].key: weight * values[name] for name, weight in weights.items()}
         return losses if output_dict else tuple(losses.values())
 
     def _computed(
-        self, pairs: Pairs, terms: tuple[str, ...], weights: Mapping[str, float] | None
-    ) -> Values:
+        self,
+        pairs: tuple[Tensor, Tensor, Tensor],
+        terms: tuple[str, ...],
+        teacher: Any,
+        options: dict[str, Any],
+    ) -> dict[str, Tensor]:
         """Returns the terms of this rank's rows: those of similarity_loss, and those by methods."""
-        self._check_width(pairs.image)
+        image, text, scale = pairs
+        self._check_width(image)
+        weights = options["weights"]
+        ids = options["ids"]
         swept = tuple(name for name in terms if BY_NAME[name].sweeps)
-        total, values = Values(None, {})
+        values: dict[str, Tensor] = {}
         if swept:
-            swept_weights = weights and {name: weights[name] for name in swept}
-            swept_pairs = pairs
-            if not inputs.needs_teacher(swept):
-                swept_pairs = replace(pairs, teacher=None)
-            total, values = super()._computed(swept_pairs, swept, swept_weights)
+            of_swept = dict(options)
+            if weights is not None:
+                of_swept["weights"] = {name: weights[name] for name in swept}
+            of_teacher = None if TEACHER_TERMS.isdisjoint(swept) else teacher
+            values = super()._computed(pairs, swept, of_teacher, of_swept)
         others = [term.name for term in TERMS if term.name in terms and not term.sweeps]
         if not others:
-            return Values(total, values)
-        projected = self._in_teachers_width(pairs)
+            return values
+        why = inputs.why_teacher(others)
+        teacher = inputs.checked_teacher(NAMES, image, text, teacher, why, needs_scale=False)
+        student = self._in_teachers_width(image, text, teacher)
         # The terms share it, so that their gradients are summed in float32, and then clamped.
-        wide = replace(projected, image=widen(projected.image), text=widen(projected.text))
+        wide = [widen(features) for features in student]
         for name in others:
-            value = getattr(self, f"_{name}")(projected, wide)
+            if name == "feature":
+                value = self._feature(wide, teacher)
+            else:
+                value = self._interactive(student, scale, teacher, ids)
             if weights is not None:
                 weighted = weights[name] * value
-                total = weighted if total is None else total + weighted
+                values["loss"] = values["loss"] + weighted if "loss" in values else weighted
                 value = value.detach()
             values[name] = value
-        return Values(total, values)
+        return values
 
     def _check_width(self, image: Tensor) -> None:
         """Raises ValueError unless image has embed_dim columns, or with `prefixes` at most so."""
@@ -195,49 +203,48 @@ class WIKDLoss(SimilarityLoss):
         got = checks.shape_of(image)
         raise ValueError(f"image_features: expected the width embed_dim = {most}, got shape {got}")
 
-    def _interactive(self, pairs: Pairs, wide: Pairs) -> Tensor:
+    def _interactive(
+        self, student: list[Tensor], scale: Tensor, teacher: list[Any], ids: Tensor | None
+    ) -> Tensor:
         """Returns the interactive term []: own rows against the teacher's columns, gathered."""
-        teacher: Any = pairs.teacher
-        if self.interactive == "kl" and teacher.scale is None:
+        image, text = student
+        dtype = image.dtype
+        if self.image_projection is not None:
+            image, text = (F.normalize(t, dim=-1).to(dtype) for t in student)
+        of_image, of_text = (t.to(dtype) for t in teacher[:2])
+        of_scale = teacher[2]
+        if self.interactive == "kl" and of_scale is None:
             raise ValueError(
                 "dist_logit_scale: expected a value, since interactive='kl' needs it, got None"
             )
-        dtype = pairs.image.dtype
-        own = Pairs(teacher.image.to(dtype), teacher.text.to(dtype), pairs.scale, ids=pairs.ids)
-        columns = self._gathered(own)
-        rows = replace(
-            pairs,
-            bias=None,
-            teacher=None,
-            text_ids=columns.ids,
-            label_offset=self.rank * len(pairs.image),
-        )
-        if self.image_projection is not None:
-            image = F.normalize(pairs.image, dim=-1).to(dtype)
-            rows = replace(rows, image=image, text=F.normalize(pairs.text, dim=-1).to(dtype))
+        if ids is not None:
+            ids = inputs.check_ids("ids", ids, len(image), "N", image.device)
+        all_of_images, all_of_texts, all_ids = self._gathered(of_image, of_text, ids)
+        by_image = by_text = None
         term = "contrastive"
         if self.interactive == "kl":
             term = "relational"
-            rows = replace(rows, teacher=Teacher(own.image, own.text, teacher.scale))
-            columns = replace(columns, teacher=Teacher(columns.image, columns.text))
-        settings = self._settings((term,), symmetric=False)
-        by_image = compute(rows.against(columns), settings).terms[term]
-        by_text = compute(rows.swapped().against(columns.swapped()), settings).terms[term]
-        return 0.5 * by_image + 0.5 * by_text
+            by_image = of_image, all_of_texts, of_scale
+            by_text = of_text, all_of_images, of_scale
+        offset = self.rank * len(image)
+        options = {"terms": (term,), "ids": ids, "text_ids": all_ids, "label_offset": offset}
+        options["symmetric"] = False
+        of_rows = self._swept(image, all_of_texts, scale, by_image, **options)[term]
+        of_columns = self._swept(text, all_of_images, scale, by_text, **options)[term]
+        return 0.5 * of_rows + 0.5 * of_columns
 
-    def _feature(self, pairs: Pairs, wide: Pairs) -> Tensor:
+    def _feature(self, student: list[Tensor], teacher: list[Any]) -> Tensor:
         """Returns the feature term [], the mean of image and text."""
-        teacher: Any = wide.teacher
-        with no_autocast(wide.image.device):
-            image_distance = ops.feature_loss(wide.image, teacher.image)
-            text_distance = ops.feature_loss(wide.text, teacher.text)
+        image, text = student
+        with no_autocast(image.device):
+            image_distance = ops.feature_loss(image, teacher[0])
+            text_distance = ops.feature_loss(text, teacher[1])
         return 0.5 * (image_distance + text_distance)
 
-    def _in_teachers_width(self, pairs: Pairs) -> Pairs:
-        """Returns the pairs in the teacher's width, by the projections if there are any."""
-        teacher: Any = pairs.teacher
+    def _in_teachers_width(self, image: Tensor, text: Tensor, teacher: list[Any]) -> list[Tensor]:
+        """Returns image and text in the teacher's width, by the projections if there are any."""
         if self.image_projection is None:
-            width: Any = pairs.image.shape[1]
+            width: Any = image.shape[1]
             features = "a prefix of image_features" if self.prefixes else "image_features"
             weights = " or ".join(term.weight for term in _TERMS if not term.sweeps)
             expected = (
@@ -247,18 +254,17 @@ class WIKDLoss(SimilarityLoss):
         else:
             width = self.teacher_dim
             expected = f"teacher_dim = {width}"
-        if teacher.image.shape[1] != width:
+        if teacher[0].shape[1] != width:
             raise ValueError(
                 f"dist_image_features: expected the width {expected}, got shape "
-                f"{checks.shape_of(teacher.image)}"
+                f"{checks.shape_of(teacher[0])}"
             )
         if self.image_projection is None or self.text_projection is None:
-            return pairs
+            return [image, text]
         image_weight, text_weight = self._synchronised_parameters(
             self.image_projection, self.text_projection
         )
-        image = _projected(pairs.image, image_weight)
-        return replace(pairs, image=image, text=_projected(pairs.text, text_weight))
+        return [_projected(image, image_weight), _projected(text, text_weight)]
 
 
 def _projected(features: Tensor, weight: Tensor) -> Tensor:

@@ -10,13 +10,11 @@ from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 
 from simplclip.common.errors import InputError, check_count
-from simplclip.models.simplify import is_causal_mask
+from simplclip.models.simplify import is_causal_mask, text_tower
 from simplclip.ops import checks
 from simplclip.ops.modes import has_values
 
 GROUP_TOKENS = 512  # cost of one more call of the tower, in tokens: launches, and small products
-# ways of pooling by which padding counts
-_POOLED = {"last": "the last token, which is padding behind a short text", "none": "no token"}
 
 
 def crop_texts(model: nn.Module, *, multiple: int = 8, groups: int = 4) -> TextCrop:
@@ -43,11 +41,9 @@ def crop_texts(model: nn.Module, *, multiple: int = 8, groups: int = 4) -> TextC
     """
     check_count("multiple", multiple, 1)
     check_count("groups", groups, 1)
-    reason = _why_not(model)
-    if reason:
-        raise InputError(
-            f"model: expected an open_clip model whose texts can be cropped, got {reason}"
-        )
+    if reason := _why_not(model):
+        expected = "an open_clip model whose texts can be cropped"
+        raise InputError(f"model: expected {expected}, got {reason}")
     return TextCrop(model, multiple, groups)
 
 
@@ -57,7 +53,7 @@ class TextCrop:
     A copy of the model has a TextCrop of its own.
     """
 
-    def __init__(self, model: nn.Module, multiple: int = 8, groups: int = 4) -> None:
+    def __init__(self, model: nn.Module, multiple: int, groups: int) -> None:
         """Replaces the model's `encode_text`, until `undo`; see `crop_texts`, which checks."""
         # Since open_clip 4 forward() and encode_text() call _encode_text().
         self.name = "_encode_text" if hasattr(type(model), "_encode_text") else "encode_text"
@@ -80,7 +76,7 @@ class TextCrop:
     @torch.compiler.disable(recursive=False)
     def _cropped(self, text: Tensor, args: tuple, options: dict[str, Any]) -> Tensor:
         """Returns features [N, D] of texts [N, L], cropped and grouped by length."""
-        device = next(_tower(self.model).parameters()).device
+        device = next(text_tower(self.model).parameters()).device
         # fake and traced texts have no values
         if not has_values(text) or torch.jit.is_tracing() or text.ndim != 2 or not len(text):
             return self._encode(text.to(device), args, options)
@@ -121,7 +117,7 @@ class TextCrop:
         They include the first padding token. Padding is the run at the end of the token that the
         tower masks; in causal towers, of any equal tokens.
         """
-        tower = _tower(self.model)
+        tower = text_tower(self.model)
         if isinstance(tower, HFTextEncoder):
             pad = tower.config.pad_token_id
         elif getattr(tower, "use_pad_mask", False) or _is_modern(tower):
@@ -136,7 +132,7 @@ class TextCrop:
     def _encode(self, text: Tensor, args: tuple, options: dict[str, Any]) -> Tensor:
         """Returns the result of the model's own function; not for several threads at once."""
         encode = getattr(type(self.model), self.name)
-        tower = _tower(self.model)
+        tower = text_tower(self.model)
         position = tower._parameters.get("positional_embedding")
         mask = tower._buffers.get("attn_mask")
         length = text.shape[1]
@@ -158,15 +154,13 @@ def _why_not(model: Any) -> str:
     """Returns why a model's texts cannot be cropped, the end of an error, or an empty string."""
     if not hasattr(model, "encode_text"):
         return f"{type(model).__name__}, which has no encode_text"
-    if not hasattr(model, "visual") and not hasattr(model, "audio"):
-        return f"{type(model).__name__}, which has no tower visual or audio"
     if hasattr(model, "_orig_mod"):
         return "one that torch.compile made: crop the texts of the model, then compile it"
     if hasattr(model, "text_decoder"):
         return f"{type(model).__name__}, whose decoder reads the features of all tokens"
     if any(isinstance(vars(model).get(name), TextCrop) for name in ("encode_text", "_encode_text")):
         return "one whose texts are cropped already"
-    tower = _tower(model)
+    tower = text_tower(model)
     if isinstance(tower, HFTextEncoder):  # it always masks padding
         return ""
     if _is_modern(tower):  # it masks padding, or is causal, in the blocks and in the pooling
@@ -175,11 +169,11 @@ def _why_not(model: Any) -> str:
         return "a text tower with a class token, whose position depends on the length"
     pool = getattr(tower, "pool_type", getattr(tower, "text_pool_type", "argmax"))
     if pool not in ("argmax", "eos", "first"):
-        return f"a text tower that pools {_POOLED.get(pool, pool)}"
+        return f"a text tower that pools by {pool!r}, not at the start or the end of a text"
     if getattr(tower, "masks_padding", False) or getattr(tower, "use_pad_mask", False):
         return ""
     mask: Any = getattr(tower, "attn_mask", None)
-    if mask is not None and (not has_values(mask) or is_causal_mask(mask)):
+    if mask is not None and is_causal_mask(mask):
         return ""
     return (
         "a text tower in which every token sees every token (simplify's mask_padding masks padding)"
@@ -189,11 +183,6 @@ def _why_not(model: Any) -> str:
 def _is_modern(tower: Any) -> bool:
     """Whether this is the ModernTextTransformer of open_clip 4."""
     return type(tower).__name__ == "ModernTextTransformer"
-
-
-def _tower(model: Any) -> Any:
-    """Returns the text tower of an open_clip model; open_clip's CLIP is its own."""
-    return getattr(model, "text", model)
 
 
 def _cuts(lengths: Tensor, groups: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Folding for inference: branches and batch norms become part of their convolution.
 
-    model = simplclip.fold(model.eval())
+    model = simplclip.fold(model)
 
 timm's `reparameterize_model` merges the branches of FastViT, MobileOne, RepVGG and the like, and of
 every module with one of its methods (`fuse`, `reparameterize`, `switch_to_deploy`). Then the batch
@@ -17,7 +17,6 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from simplclip.common.errors import InputError
 from simplclip.models.inherit import frozen_modules
 from simplclip.ops import checks
 
@@ -25,23 +24,15 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def fold(model: Model) -> Model:
-    """Returns a copy of a model in eval mode that computes the same with fewer layers.
+    """Returns a copy of a model in eval mode, which computes the same with fewer layers.
 
     It has no branches, and no batch norms in timm's ConvNormAct; other batch norms stay, as those
     of ResNets do. The result is for inference: its weights get no gradient, and its state dict has
-    other names. Raises InputError if a module is in training mode, where a batch norm uses its
-    batch's statistics.
+    other names.
     """
     checks.check_instance("model", model, nn.Module, "an nn.Module")
-    for name, module in model.named_modules():
-        if module.training:
-            kind = type(module).__name__
-            raise InputError(
-                f"model: expected eval mode (call model.eval() first), got {kind} {name!r} in "
-                "training mode"
-            )
     holder = nn.Module()  # timm merges only the children of its argument
-    holder.model = copy.deepcopy(model)
+    holder.model = copy.deepcopy(model).eval()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     # timm's new layers draw initial weights, which must not change the random numbers of a resumed
     # run.

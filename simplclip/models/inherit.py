@@ -3,8 +3,7 @@
     model = simplclip.models.create("open_clip:ViT-B-32", simplify_options={})
     print(simplclip.inherit(model, "ViT-B-32/openai"))
 
-No tensor in a frozen prefix of a tower requires a gradient, so autograd keeps none of its
-activations: arXiv 2411.14789.
+Autograd keeps no activations of a frozen prefix of a tower: arXiv 2411.14789.
 """
 
 from __future__ import annotations
@@ -94,26 +93,18 @@ def inherit(
     open_clip does: over the grid of the image (bicubic, its prefix tokens kept) or along the text
     (linear). Modules in a `SimplifiedBlock` are only copied from a simplified block, since equal
     names may have another meaning (FastViT's ``norm`` is a batch norm). These two are not frozen,
-    and neither are ``logit_scale`` and ``logit_bias``. Frozen modules get no gradient and stay in
-    eval mode even after ``model.train()``, so that norm statistics do not change. deepcopy and
-    pickle keep this, while a state dict has only weights (see `freeze`).
+    and neither are ``logit_scale`` and ``logit_bias``. What is frozen stays so in copies and
+    pickles, while a state dict has only weights (see `freeze`).
 
     Args:
-        source: a module; a state dict; a file of torch.save (a state dict, bare or under
-            "state_dict" or "model", read with weights_only) or of safetensors; the folder of a run
-            or of an export; ``NAME/TAG`` or ``open_clip:NAME/TAG`` for weights that open_clip
-            downloads; or, for a model with the nets of those packages, a name in
-            `packaged.STATES`. If several sources fit a module, the first one is used.
+        source: a module, a state dict, or what names weights, see `simplclip.models.weights`. If
+            several sources fit a module, the first one is used.
         train: patterns (fnmatch, ``*`` matches dots too) of modules or tensors that are copied but
             not frozen. A pattern that matches a module applies to everything in it; one that
             matches a tensor applies to its whole module. With "*" nothing is frozen.
         blocks: None, or how simplified blocks that were not copied start from the source's blocks
             in their places, see `init_blocks`: a matrix that blocks share becomes the "average" of
-            their matrices, or that of the "first" block. The first source with a block in a place
-            is used. These blocks train.
-
-    Returns a table of module, status and parameters, with the names of the frozen modules and
-    parameters.
+            their matrices, or that of the "first" block. These blocks train.
 
     Raises, and leaves the model unchanged:
         CheckpointError: the source has another architecture or cannot be read as weights.
@@ -131,7 +122,12 @@ def inherit(
     expected = "a pattern, or a sequence of patterns"
     patterns = [train] if isinstance(train, str) else checks.sequence("train", train, expected)
     units = units_of(model)
-    trained = [unit for pattern in patterns for unit in _matching(pattern, units)]
+    trained = list[Unit]()
+    for pattern in patterns:
+        found = [unit for unit in units if matches(pattern, unit.path, unit.tensors)]
+        if not found:
+            raise InputError(f"train: expected a pattern that matches a module, got {pattern!r}")
+        trained += found
     loaded = [_labelled(each, model) for each in sources]
     for label, given in loaded:
         _check_enough(units, given, label)
@@ -172,15 +168,14 @@ class Unit:
         # names in a simplified block mean the same in another one only
         if self.block and f"{self.block}.qk.weight" not in state:
             return False
-        present = {name for name in state if f"{name}.".startswith(f"{self.path}.")}
-        others = present.symmetric_difference(self.tensors)
+        names = {name for name in state if f"{name}.".startswith(f"{self.path}.")}
+        common = names & self.tensors.keys()
+        others = names ^ self.tensors.keys()
         whole = all(name.endswith("num_batches_tracked") for name in others)  # old ones lack it
-        return bool(present) and whole and all(map(self._fits, present, map(state.get, present)))
-
-    def _fits(self, name: str, value: Any) -> bool:
-        """Whether a source's tensor has the shape of the unit's; [1] is []."""
-        tensor = self.tensors[name]
-        return tensor.shape == value.shape or tensor.numel() == value.numel() == 1
+        pairs = [(self.tensors[name], state[name]) for name in common]
+        # [1] is []
+        shapes = all(a.shape == b.shape or a.numel() == b.numel() == 1 for a, b in pairs)
+        return bool(common) and whole and shapes
 
 
 def units_of(model: nn.Module) -> list[Unit]:
@@ -198,20 +193,10 @@ def units_of(model: nn.Module) -> list[Unit]:
     return units
 
 
-def _matching(pattern: str, units: Sequence[Unit]) -> list[Unit]:
-    """Returns the units that a pattern matches; raises InputError if it matches none."""
-    found = [unit for unit in units if matches(pattern, unit.path, unit.tensors)]
-    if not found:
-        raise InputError(f"train: expected a pattern that matches a module, got {pattern!r}")
-    return found
-
-
 def _labelled(source: Weights, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
     """Returns the label of a source for messages, and its tensors by their names in `model`."""
-    if isinstance(source, nn.Module):
+    if isinstance(source, nn.Module | Mapping):
         return type(source).__name__, renamed(source, model)
-    if isinstance(source, Mapping):
-        return "the state dict", renamed(source, model)
     parsed = parse_source(source)
     return parsed.label, renamed(parsed.load(), model)
 
@@ -237,14 +222,13 @@ def _resize_timm(state: dict[str, Tensor], model: Any) -> None:
 
 def _check_enough(units: Sequence[Unit], state: Mapping[str, Tensor], label: str) -> None:
     """Raises CheckpointError if too few tensors fit for a model of the same architecture."""
-    fitting = [u for u in units if u.fits(state) and not u.path.endswith(SCALARS)]
-    fit = {name for unit in fitting for name in unit.tensors}
+    weights = [unit for unit in units if not unit.path.endswith(SCALARS)]
+    fit = sum(len(unit.tensors) for unit in weights if unit.fits(state))
     outside = sum(len(unit.tensors) for unit in units if not unit.block)
-    if len(fit) < max(1, _ENOUGH * min(len(state), outside)):
-        examples = ", ".join([name for name in state if name not in fit][:3]) or "it has none"
+    if fit < max(1, _ENOUGH * min(len(state), outside)):
         raise CheckpointError(
             f"source: expected weights of this model's architecture, got {label}, of whose "
-            f"{len(state)} tensors {len(fit)} fit (not: {examples})"
+            f"{len(state)} tensors {fit} fit"
         )
 
 
@@ -256,15 +240,14 @@ def _start_blocks(
     if not simplified or merge not in init_blocks.MERGES:
         expected = f"one of {init_blocks.MERGES}, for a model with simplified blocks"
         raise InputError(f"blocks: expected {expected}, got {merge!r} for {len(simplified)} blocks")
-    new = {unit.block: f"{unit.block}." for unit in units if unit.status == Status.NEW}
-    new.pop("", None)
     starts: dict[str, Any] = {}
-    for path, start in new.items():
-        for state in states:
+    for path in dict.fromkeys(unit.block for unit in units if unit.status == Status.NEW):
+        start = f"{path}."
+        for state in states if path else ():
             tensors = {n.removeprefix(start): t for n, t in state.items() if n.startswith(start)}
             if path not in starts and init_blocks.is_block(tensors):
                 starts[path] = model.get_submodule(path), tensors
-        if path not in starts:
+        if path and path not in starts:
             raise InputError(f"blocks: expected a source with a block {path}, got none")
     init_blocks.start(starts, merge)
     for unit in units:

@@ -1,16 +1,10 @@
 """Simplified blocks that start from pretrained ones: `simplify(init=...)`, `inherit(blocks=...)`.
 
-docs/block.md derives what `convert` computes. A pretrained block computes
-``x + W_o softmax(q k^T / sqrt(K)) W_v n1`` with [q|k] = W_qk n1, and adds its MLP of n2; a
-simplified one has a single norm n, with weight 1 and bias 0:
-
-    [q|k]:  W_qk diag(d1)                    n1 = d1 n + e1
-    MLP:    W_1 diag(d2), b_1 + W_1 e2       n2 = d2 n + e2
-            s W_2, s b_2                     s: the layer scale
+docs/block.md derives what `convert` computes: [q|k] becomes W_qk diag(d1), the MLP W_1 diag(d2),
+b_1 + W_1 e2, s W_2 and s b_2, for norms d n + e and a layer scale s.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,53 +14,27 @@ from simplclip.nn import SimplifiedBlock
 
 MERGES = ("average", "first")
 _EPS = 1e-5  # of batch norms in timm and torch
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """A kind of block, by its tensors' names."""
-
-    name: str
-    norm: str
-    qkv: str  # the matrix [q|k|v]
-    mlp_norm: str
-    fc: tuple[str, str]
-    scale: str = ""  # the MLP's layer scale
-    conv: str = ""  # depthwise, before the MLP's norm
-
-
-_KINDS = (
-    _Kind(
-        "open_clip's residual attention block",
-        norm="ln_1",
-        qkv="attn.in_proj_weight",
-        mlp_norm="ln_2",
-        fc=("mlp.c_fc", "mlp.c_proj"),
-        scale="ls_2.gamma",
-    ),
-    _Kind(
-        "timm's Block",
-        norm="norm1",
-        qkv="attn.qkv.weight",
-        mlp_norm="norm2",
-        fc=("mlp.fc1", "mlp.fc2"),
-        scale="ls2.gamma",
-    ),
-    _Kind(
-        "FastViT's AttentionBlock",
-        norm="norm",
-        qkv="token_mixer.qkv.weight",
-        mlp_norm="mlp.conv.bn",
-        fc=("mlp.fc1", "mlp.fc2"),
-        scale="layer_scale_2.gamma",
-        conv="mlp.conv.conv.weight",
-    ),
-)
+# The matrices [q|k|v] of open_clip's residual attention block, timm's Block and FastViT's
+# AttentionBlock; the first names of what else `convert` reads are timm's.
+_QKV = ("attn.in_proj_weight", "attn.qkv.weight", "token_mixer.qkv.weight")
+_RENAMED = {
+    # open_clip's
+    "ln_1.": "norm1.",
+    "ln_2.": "norm2.",
+    "mlp.c_fc.": "mlp.fc1.",
+    "mlp.c_proj.": "mlp.fc2.",
+    "ls_2.": "ls2.",
+    # FastViT's, whose MLP begins with a depthwise convolution and a batch norm
+    "norm.": "norm1.",
+    "mlp.conv.bn.": "norm2.",
+    "mlp.conv.conv.": "conv.",
+    "layer_scale_2.": "ls2.",
+}
 
 
 def is_block(tensors: Collection[str]) -> bool:
     """Whether `tensors`, names relative to a block, are those of a block that `convert` knows."""
-    return "qk.weight" in tensors or any(kind.qkv in tensors for kind in _KINDS)
+    return "qk.weight" in tensors or any(name in tensors for name in _QKV)
 
 
 def start(
@@ -109,35 +77,35 @@ def start(
 def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns float32 tensors by name with which a `SimplifiedBlock` starts as a pretrained block.
 
-    tensors: those of a block of _KINDS by names relative to the block, whose further parts are left
-    out; of a simplified block they are returned as they are. Raises KeyError for a part that is
-    missing.
+    tensors: those of a block by names relative to it, of which further parts are left out; those of
+    a simplified block are returned as they are. Raises KeyError for a part that is missing.
     """
     if "qk.weight" in tensors:
         return dict(tensors)
-    kind = next((kind for kind in _KINDS if kind.qkv in tensors), None)
-    if kind is None:
-        kinds = ", ".join(kind.name for kind in _KINDS)
-        names = ", ".join(sorted(tensors)[:4])
-        raise InputError(f"expected a block of a known kind ({kinds}), got one of {names}...")
-    t = {name: value.float() for name, value in tensors.items() if value.is_floating_point()}
-    q, k, _ = t[kind.qkv].chunk(3)
-    width = q.shape[1]
-    factor1, _ = _affine(t, kind.norm, width)
-    factor2, shift2 = _affine(t, kind.mlp_norm, width)
+    qkv = next((tensors[name] for name in _QKV if name in tensors), None)
+    if qkv is None:
+        expected = f"a block with one of {', '.join(_QKV)}"
+        raise InputError(f"expected {expected}, got one of {', '.join(sorted(tensors)[:4])}...")
+    t = {}
+    for name, value in tensors.items():
+        start = next((old for old in _RENAMED if name.startswith(old)), "")
+        t[_RENAMED.get(start, "") + name.removeprefix(start)] = value.float()
+    q, k, _ = qkv.float().chunk(3)
+    factor1, _ = _affine(t, "norm1", q)
+    factor2, shift2 = _affine(t, "norm2", q)
     spread, level = q.new_ones(()), q.new_zeros(())  # S and M
-    if kind.conv:
-        mean, variance = t[f"{kind.norm}.running_mean"], t[f"{kind.norm}.running_var"]
+    if "conv.weight" in t:
+        mean, variance = t["norm1.running_mean"], t["norm1.running_var"]
         level = mean.mean()
         spread = (variance + (mean - level).square()).mean().sqrt()
-        tap = t[kind.conv].flatten(1)
+        tap = t["conv.weight"].flatten(1)
         tap = tap[:, tap.shape[1] // 2]
-        shift2 = shift2 + factor2 * t[f"{kind.mlp_norm}.running_mean"]
+        shift2 = shift2 + factor2 * t["norm2.running_mean"]
         shift2 = shift2 + factor2 * tap * (level - mean)
         factor1, factor2 = factor1 * spread, factor2 * tap * spread
-    fc1, bias1 = _linear(t, kind.fc[0])
-    fc2, bias2 = _linear(t, kind.fc[1])
-    scale = t[kind.scale].flatten() if kind.scale in t else fc2.new_ones(len(fc2))
+    fc1, bias1 = _linear(t, "mlp.fc1")
+    fc2, bias2 = _linear(t, "mlp.fc2")
+    scale = t.get("ls2.gamma", fc2.new_ones(len(fc2))).flatten()
     return {
         "qk.weight": torch.cat([q, k]) * factor1,
         "fc1.weight": fc1 * factor2,
@@ -155,11 +123,10 @@ def _linear(t: Mapping[str, Tensor], layer: str) -> tuple[Tensor, Tensor]:
     return weight, t.get(f"{layer}.bias", weight.new_zeros(len(weight)))
 
 
-def _affine(t: Mapping[str, Tensor], norm: str, width: int) -> tuple[Tensor, Tensor]:
+def _affine(t: Mapping[str, Tensor], norm: str, q: Tensor) -> tuple[Tensor, Tensor]:
     """Returns factor and shift [C] of a norm: of a batch norm for its raw input."""
-    like = next(iter(t.values()))
-    factor = t.get(f"{norm}.weight", like.new_ones(width))
-    shift = t.get(f"{norm}.bias", like.new_zeros(width))
+    factor = t.get(f"{norm}.weight", q.new_ones(q.shape[1]))
+    shift = t.get(f"{norm}.bias", q.new_zeros(q.shape[1]))
     if f"{norm}.running_var" in t:
         factor = factor / (t[f"{norm}.running_var"] + _EPS).sqrt()
         shift = shift - factor * t[f"{norm}.running_mean"]

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from open_clip.utils import to_2tuple
 from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
@@ -30,25 +29,22 @@ class LinearAttention(nn.Module):
         super().__init__()
         width, bias = attention.embed_dim, attention.in_proj_bias
         self.heads, self.dropout = attention.num_heads, attention.dropout
-        self.batch_first = attention.batch_first
         self.in_proj = nn.Linear(width, 3 * width, bias=bias is not None, device="meta")
         self.in_proj.weight, self.in_proj.bias = attention.in_proj_weight, bias
-        self.out_proj = attention.out_proj
+        # torch's own layer is of another class, since its attention reads it without a call
+        self.out_proj = nn.Linear(width, width, bias=bias is not None, device="meta")
+        self.out_proj.weight = attention.out_proj.weight
+        self.out_proj.bias = attention.out_proj.bias
 
     def forward(
         self, *inputs: Tensor, need_weights: bool = True, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        """Returns (output, None) for query, key and value, as torch's without weights."""
+        """Returns (output, None) for batches of query, key and value; never the weights."""
         query, key, value = inputs
-        if need_weights or query.dim() != 3:
-            expected = "attention of batches that returns no weights"
-            raise InputError(f"model.lora: expected {expected}, got other options")
         q = self.in_proj(query)
         k = q if key is query else self.in_proj(key)
         v = k if value is key else self.in_proj(value)
         parts = [projected.chunk(3, -1)[i] for i, projected in enumerate((q, k, v))]
-        if not self.batch_first:
-            parts = [part.transpose(0, 1) for part in parts]
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = ~attn_mask  # True is what is not seen
@@ -56,8 +52,7 @@ class LinearAttention(nn.Module):
             attn_mask = attn_mask.unflatten(0, (-1, self.heads))
         dropout = self.dropout if self.training else 0.0
         output = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask, dropout)
-        output = output.transpose(1, 2).flatten(2)
-        return self.out_proj(output if self.batch_first else output.transpose(0, 1)), None
+        return self.out_proj(output.transpose(1, 2).flatten(2)), None
 
 
 def add_lora(
@@ -66,12 +61,11 @@ def add_lora(
     """Adds adapters to towers of an open_clip model in place, and freezes all else of them.
 
     lora: "rank", "alpha", "dropout", "towers" ("image", "text") and "modules", patterns of linear
-    layers; None changes nothing. Layers whose weight is read without a call, and those that share
-    it, get none. frozen: names of what `inherit` froze. train: its patterns, of what trains fully.
-    Returns the names of all that is frozen, and lines for the log.
-    Raises InputError for a tower with simplified blocks or without a matching layer, for a pattern
-    that matches none, for a rank above a layer's smaller side, and for `train` of a layer with an
-    adapter; ModuleNotFoundError without peft.
+    layers; None changes nothing. Layers that share their weight get no adapter. frozen: names of
+    what `inherit` froze. train: its patterns, of what trains fully, beside its adapter if it has
+    one. Returns the names of all that is frozen, and lines for the log.
+    Raises InputError for a tower with simplified blocks or without a matching layer, and for a
+    pattern that matches none; ModuleNotFoundError without peft.
     """
     if lora is None:
         return frozen, []
@@ -79,11 +73,10 @@ def add_lora(
 
     towers = [tower for tower in ("image", "text") if tower in lora["towers"]]
     trained = {
-        tensor: pattern
+        tensor
         for unit in units_of(model)
-        for pattern in train
+        if any(matches(pattern, unit.path, unit.tensors) for pattern in train)
         for tensor in unit.tensors.values()
-        if matches(pattern, unit.path, unit.tensors) and tensor.requires_grad
     }
     for name, module in [*model.named_modules()]:
         if tower_of(name) not in towers:
@@ -96,23 +89,12 @@ def add_lora(
         release(module)
         if (
             type(module) is nn.MultiheadAttention
+            and module.batch_first
             and module.in_proj_weight is not None
             and module.bias_k is None
-            and not module.add_zero_attn
         ):
             model.set_submodule(name, LinearAttention(module))
     layers = _chosen_layers(model, towers, lora["modules"])
-    for name, layer in layers.items():
-        if lora["rank"] > min(layer.weight.shape):
-            raise InputError(
-                "model.lora.rank: expected at most the smaller side of each layer, got "
-                f"{lora['rank']} for {name} {[*layer.weight.shape]}"
-            )
-        if layer.weight in trained:
-            raise InputError(
-                "inherit.train: expected no layer that gets an adapter by model.lora, got "
-                f"{trained[layer.weight]!r}, which matches {name}"
-            )
     before = [(name, weight, weight.requires_grad) for name, weight in model.named_parameters()]
     adapters = LoraConfig(
         r=lora["rank"],
@@ -139,7 +121,12 @@ def _chosen_layers(
     model: Any, towers: Sequence[str], patterns: Sequence[str]
 ) -> dict[str, nn.Linear]:
     """Returns the linear layers of towers that get an adapter, by name."""
-    layers = {name: m for name, m in _called_layers(model).items() if tower_of(name) in towers}
+    owners = Counter(model.state_dict(keep_vars=True).values())
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and owners[module.weight] == 1 and tower_of(name) in towers
+    }
     chosen: dict[str, nn.Linear] = {}
     for pattern in patterns:
         found = {name: layer for name, layer in layers.items() if matches(pattern, name)}
@@ -151,33 +138,3 @@ def _chosen_layers(
         expected = f"towers with a linear layer that matches {[*patterns]}"
         raise InputError(f"model.lora: expected {expected}, got the {tower} tower without one")
     return chosen
-
-
-@torch.no_grad()
-def _called_layers(model: Any) -> dict[str, nn.Linear]:
-    """Returns the linear layers that encoding calls and that share no weight, by name.
-
-    On the meta device, where some models cannot run, layers that are not called count too.
-    """
-    owners = Counter(model.state_dict(keep_vars=True).values())
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and owners[module.weight] == 1
-    }
-    called: set[nn.Module] = set()
-    hooks = [m.register_forward_hook(lambda m, *_: called.add(m)) for m in layers.values()]
-    device = model.logit_scale.device
-    length = getattr(model, "context_length", None) or model.text.context_length
-    model.eval()
-    try:
-        model.encode_image(torch.zeros(1, 3, *to_2tuple(model.visual.image_size), device=device))
-        model.encode_text(torch.arange(length, device=device).unsqueeze(0) % 2)
-    except (RuntimeError, NotImplementedError):
-        if device.type != "meta":
-            raise
-        return layers
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: layer for name, layer in layers.items() if layer in called}

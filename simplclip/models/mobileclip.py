@@ -3,9 +3,8 @@
     model = simplclip.models.create("mobileclip-s0", checkpoint="mobileclip_s0.pt")
 
 `from_published` renames the tensors of the published checkpoint (arXiv 2311.17049) to the names
-here: the image tower's by timm's checkpoint_filter_fn, the text tower's by `_RENAMED`. Each of the
-checkpoint's 893 tensors becomes one of the 893 here. timm's image projection would have a bias; the
-published image projection has none.
+here: open_clip does so for MobileCLIP-S1, whose text tower has no RepMixer blocks. Each of the 893
+tensors becomes one of the 893 here. The published image projection has no bias.
 """
 
 import re
@@ -13,35 +12,24 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from open_clip.convert import convert_mobile_clip_state_dict
 from open_clip.model import CustomTextCLIP
 from open_clip.transformer import TextTransformer
 from timm.layers import ConvNormAct, Mlp
-from timm.models.fastvit import checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-IMAGE, TEXT = "image_encoder.model.", "text_encoder."
-# replaced in this order: a longer name stands before one that it begins with
+# a tensor that published checkpoints of MobileCLIP have
+_PUBLISHED = "image_encoder.model.patch_embed.0.rbr_conv.0.conv.weight"
+# parts of the two RepMixer blocks; open_clip renames the rest
 _RENAMED = {
-    TEXT: "text.",
-    "embedding_layer": "token_embedding",
-    "positional_embedding.pos_embed.pos_embed": "positional_embedding",
-    "final_layer_norm": "ln_final",
-    "projection_layer": "text_projection",
     "token_mixer.layer_scale": "mixer.layer_scale",
     "token_mixer.norm.rbr_skip": "mixer.norm",
     "token_mixer.mixer.rbr_skip": "mixer.skip",
     "token_mixer.mixer.rbr_conv.0": "mixer.conv",
     "convffn.conv": "conv",
     "convffn.fc": "mlp.fc",
-    "pre_norm_mha.0": "ln_1",
-    "pre_norm_mha.1.qkv_proj.": "attn.in_proj_",
-    "pre_norm_mha.1": "attn",
-    "pre_norm_ffn.0": "ln_2",
-    "pre_norm_ffn.1": "mlp.c_fc",
-    "pre_norm_ffn.4": "mlp.c_proj",
 }
-_SQUEEZED = ("pos_embed.pos_embed", "convffn.fc1.weight", "convffn.fc2.weight", "layer_scale")
 
 
 def _conv_norm(width: int) -> ConvNormAct:
@@ -96,8 +84,7 @@ class RepMixerBlock(nn.Module):
         self.mixer = RepMixer(width)
         self.conv = _conv_norm(width)
         self.mlp = Mlp(width, 4 * width)
-        # None: folded into the MLP
-        self.layer_scale: Tensor | None = nn.Parameter(torch.full((width,), 1e-5))
+        self.layer_scale = nn.Parameter(torch.full((width,), 1e-5))
 
     def forward(self, x: Tensor, token: Tensor | None = None) -> Tensor:
         """Returns [B, L, C] for tokens x [B, L, C], or [B, C] of one token of each text.
@@ -111,35 +98,21 @@ class RepMixerBlock(nn.Module):
             # len(x) would fix the batch size in an export
             rows = torch.arange(x.shape[0], device=x.device)
             x, hidden = x[rows, token], hidden[rows, token]
-        hidden = self.mlp(hidden)
-        if self.layer_scale is not None:
-            hidden = self.layer_scale * hidden
-        return x + hidden
+        return x + self.layer_scale * self.mlp(hidden)
 
 
 class TextTower(TextTransformer):
     """The text tower of MobileCLIP-S0: open_clip's transformer layers between two RepMixer blocks.
 
-    The layers have no mask. Each RepMixer block sees its neighbours, also those in the padding.
-    Gradient checkpointing leaves these two blocks out: computed twice, a batch would count twice in
-    the statistics of their norms.
+    No token is masked, also none of the padding. Gradient checkpointing leaves the RepMixer blocks
+    out: computed twice, a batch would count twice in the statistics of their norms.
 
     forward(text int64 [B, L]) -> [B, output_dim]; L is at most ``context_length``.
     """
 
-    def __init__(
-        self,
-        context_length: int,
-        vocab_size: int,
-        width: int,
-        heads: int,
-        layers: int,
-        *,
-        output_dim: int,
-    ) -> None:
-        """layers: transformer layers, without the two RepMixer blocks."""
-        sizes = context_length, vocab_size, width, heads, layers
-        super().__init__(*sizes, output_dim=output_dim, no_causal_mask=True)
+    def __init__(self, *, width: int, **options: Any) -> None:
+        """options: of open_clip's TextTransformer. Its layers do not count the RepMixer blocks."""
+        super().__init__(width=width, no_causal_mask=True, **options)
         self.first, self.last = RepMixerBlock(width), RepMixerBlock(width)
 
     def forward(self, text: Tensor) -> Tensor:
@@ -162,10 +135,7 @@ class TextTower(TextTransformer):
 def create(
     embed_dim: int, vision_cfg: Mapping[str, Any], text_cfg: Mapping[str, Any], **options: Any
 ) -> CustomTextCLIP:
-    """Makes an open_clip model with a `TextTower` and random weights.
-
-    vision_cfg: of a timm model. text_cfg: arguments of `TextTower`. options: of CustomTextCLIP.
-    """
+    """Makes open_clip's CustomTextCLIP of a timm model and a `TextTower`, with random weights."""
     # open_clip's tower, which ours replaces
     placeholder = {"layers": 1, "width": 8, "heads": 1, "vocab_size": 1}
     model = CustomTextCLIP(embed_dim, dict(vision_cfg), placeholder, **options)
@@ -180,36 +150,20 @@ def from_published(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]
 
     One of another layout keeps its names, and so does any if the model has no `TextTower`.
     """
-    published = any(name.startswith((IMAGE, TEXT)) for name in state)
-    if not published or not isinstance(getattr(model, "text", None), TextTower):
+    tower = getattr(model, "text", None)
+    if _PUBLISHED not in state or not isinstance(tower, TextTower):
         return dict(state)
-    count = len(model.get_submodule("text.transformer.resblocks"))  # type: ignore[arg-type]
-    image = {}
+    places = {0: "first", len(tower.transformer.resblocks) + 1: "last"}
     renamed = {}
-    for name, value in state.items():
-        if name.startswith(IMAGE):
-            image[name.removeprefix(IMAGE)] = value
-            continue
-        if name.startswith(TEXT):
-            if name.endswith(_SQUEEZED) and not name.endswith("token_mixer.layer_scale"):
+    for name, value in convert_mobile_clip_state_dict(model, state).items():
+        if match := re.match(r"text\.transformer\.resblocks\.(\d+)\.(.*)", name):
+            number, rest = int(match[1]), match[2]
+            for old, new in _RENAMED.items():
+                rest = rest.replace(old, new)
+            if rest in ("mlp.fc1.weight", "mlp.fc2.weight", "layer_scale"):
                 value = value.squeeze()
-            name = _text_name(name, count)
+            place = places.get(number, f"transformer.resblocks.{number - 1}")
+            name = f"text.{place}.{rest}"
         renamed[name] = value
-    image = checkpoint_filter_fn(image, model.get_submodule("visual.trunk"))
-    image.pop("head.fc.bias", None)  # zeros, which checkpoint_filter_fn adds
-    return {f"visual.trunk.{name}": value for name, value in image.items()} | renamed
-
-
-def _text_name(name: str, count: int) -> str:
-    """Returns the name here of a published text tensor. count: the number of transformer layers."""
-    for old, new in _RENAMED.items():
-        name = name.replace(old, new)
-    match = re.match(r"text\.transformer\.(\d+)(.*)", name)
-    if match is None:
-        return name
-    number, rest = int(match[1]), match[2]
-    if number == 0:
-        return f"text.first{rest}"
-    if number == count + 1:
-        return f"text.last{rest}"
-    return f"text.transformer.resblocks.{number - 1}{rest}" if number <= count else name
+    del renamed["visual.trunk.head.fc.bias"]  # zeros, which timm adds
+    return renamed

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
@@ -48,14 +46,11 @@ def tower_of(name: str) -> str:
 
 
 def open_clip_names() -> list[str]:
-    """Returns the names of open_clip's models, of its configuration files until it is imported."""
-    if "open_clip" in sys.modules:  # perhaps with names that this process has added
-        return sys.modules["open_clip"].list_models()
-    package = importlib.util.find_spec("open_clip")
-    if package is None or package.origin is None:
-        raise ModuleNotFoundError("No module named 'open_clip'", name="open_clip")
-    folder = Path(package.origin).with_name("model_configs")
-    return sorted(file.stem for file in folder.glob("*.json"))
+    """Returns the names of open_clip's models."""
+    import open_clip
+
+    names: list[str] = open_clip.list_models()
+    return names
 
 
 def check_name(name: str, argument: str = "name") -> None:

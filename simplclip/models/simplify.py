@@ -5,6 +5,7 @@ The blocks here have the signatures of open_clip's and timm's, in whose places t
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from open_clip.transformer import (
     CustomResidualAttentionBlock,
     ResidualAttentionBlock,
     TextTransformer,
-    Transformer,
 )
 from timm.layers import DropPath
 from timm.models.fastvit import AttentionBlock
@@ -22,25 +22,25 @@ from torch import Tensor, nn
 from simplclip.common.errors import InputError
 from simplclip.models import init_blocks
 from simplclip.models.naming import tower_of
-from simplclip.nn import ACTIVATIONS, SHARED_PARTS, SimplifiedBlock, share_weights
+from simplclip.nn import ACTIVATIONS, SimplifiedBlock, share_weights
 from simplclip.ops import checks
 from simplclip.ops.modes import has_values
 
 TOWERS = ("text", "image")
 Groups = Sequence[Sequence[int]]  # indices of blocks
-# Class of an activation -> its name in `nn.ACTIVATIONS`; nn.GELU may also be "gelu_tanh".
-_ACT_NAMES = {
-    "GELU": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "QuickGELU": "quickgelu",
-    "ReLU": "relu",
-    "SiLU": "silu",
-}
+
+
+def text_tower(model: nn.Module) -> Any:
+    """Returns the text tower of an open_clip model; open_clip's CLIP is its own."""
+    return getattr(model, "text", model)
 
 
 def is_causal_mask(mask: Tensor) -> bool:
-    """Whether an additive mask [L, L], of 0 and -inf, lets token i see exactly the tokens 0..i."""
-    return torch.equal(mask, torch.full_like(mask, float("-inf")).triu(1))
+    """Whether an additive mask [L, L], of 0 and -inf, lets token i see exactly the tokens 0..i.
+
+    On fake tensors, which have no values, every mask is taken to be causal.
+    """
+    return not has_values(mask) or torch.equal(mask, torch.full_like(mask, -torch.inf).triu(1))
 
 
 class TransformerBlock(SimplifiedBlock):
@@ -61,11 +61,10 @@ class TransformerBlock(SimplifiedBlock):
     ) -> Tensor:
         """Returns the block's output [B, L, C] for x [B, L, C].
 
-        k_x, v_x: None. attn_mask: the tower's causal mask [L, L], whose values `simplify` checked,
-        for a causal block; the lengths [B] of the texts for one that masks padding; else None.
+        k_x, v_x: not used. attn_mask: the tower's causal mask [L, L], whose values `simplify`
+        checked, for a causal block; the lengths [B] of the texts for one that masks padding; else
+        None.
         """
-        if k_x is not None or v_x is not None:
-            raise InputError("k_x, v_x: expected None, got a tensor")
         shape: tuple | None = None
         if self.masks_padding:
             shape = (x.shape[0],)
@@ -112,93 +111,67 @@ class MaskedTextTransformer(TextTransformer):
         return super()._embeds(text)[0], ends.argmax(1) + 1
 
 
-@dataclass(frozen=True)
-class Site:
-    """A block that can be replaced, at `path`, and the class of its replacement."""
-
-    path: str
-    block: Any
-    cls: type[SimplifiedBlock]
-    causal: bool = False
-
-
-def _sites(model: nn.Module, tower: str) -> list[Site]:
-    """Returns the blocks of a tower, "text" or "image", that `simplify` can replace, by index."""
-    return _text_sites(model) if tower == "text" else _image_sites(model)
+# Subclasses may change the signature or the attention, so only the exact classes are known to fit.
+REPLACEMENTS: dict[type, type[SimplifiedBlock]] = {
+    ResidualAttentionBlock: TransformerBlock,
+    CustomResidualAttentionBlock: TransformerBlock,
+    Block: TimmBlock,
+    AttentionBlock: MapBlock,
+}
 
 
-def _text_sites(model: nn.Module) -> list[Site]:
-    """Returns the sites of the text tower; InputError for one that does not fit."""
-    # open_clip's CLIP is its own text tower
-    tower: Any = getattr(model, "text", model)
-    transformer = getattr(tower, "transformer", None)
-    if not isinstance(transformer, Transformer):
-        got = type(transformer or tower).__name__
-        raise InputError(f"text: expected open_clip's text transformer, got {got}")
-    mask = tower.attn_mask
-    other_mask = mask is not None and has_values(mask) and not is_causal_mask(mask)
+def _replaceable(model: nn.Module, tower: str) -> dict[str, Any]:
+    """Returns the blocks of a tower that `simplify` can replace, by path; InputError without any.
+
+    tower: "text" or "image".
+    """
+    blocks = {
+        path: module
+        for path, module in model.named_modules()
+        if type(module) in REPLACEMENTS and tower_of(path) == tower
+    }
+    if not blocks:
+        part = text_tower(model) if tower == "text" else getattr(model, "visual", nn.Identity())
+        got = type(getattr(part, "trunk", getattr(part, "transformer", part))).__name__
+        raise InputError(
+            f"{tower}: expected a tower with blocks of open_clip's transformers, timm's "
+            f"VisionTransformer or FastViT, got {got} without any"
+        )
+    return blocks
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """Whether the text tower is causal; InputError for a mask of another kind."""
+    tower = text_tower(model)
+    mask = getattr(tower, "attn_mask", None)
+    other_mask = mask is not None and not is_causal_mask(mask)
     has_class_token = getattr(tower, "cls_emb", None) is not None
     if other_mask or has_class_token or getattr(tower, "use_pad_mask", False):
         raise InputError(
             "text: expected no mask or a causal one, got a tower with another mask or a class token"
         )
-    prefix = "transformer" if tower is model else "text.transformer"
-    return _transformer_sites(transformer, prefix, mask is not None)
+    return mask is not None
 
 
-def _image_sites(model: nn.Module) -> list[Site]:
-    """Returns the sites of the image tower; InputError without any."""
-    visual: Any = getattr(model, "visual", nn.Identity())
-    transformer = getattr(visual, "transformer", None)
-    if isinstance(transformer, Transformer):
-        return _transformer_sites(transformer, "visual.transformer")
-    # Subclasses may change the signature or the attention, so only the exact classes are known to
-    # fit.
-    classes: dict[type, type[SimplifiedBlock]] = {Block: TimmBlock, AttentionBlock: MapBlock}
-    sites = [
-        Site(path, module, classes[type(module)])
-        for path, module in visual.named_modules(prefix="visual")
-        if type(module) in classes
-    ]
-    if not sites:
-        got = type(getattr(visual, "trunk", visual)).__name__
-        raise InputError(
-            "image: expected a tower visual with blocks of open_clip's VisionTransformer, timm's "
-            f"VisionTransformer or FastViT, got {got} without any"
-        )
-    return sites
-
-
-def _transformer_sites(transformer: Transformer, path: str, causal: bool = False) -> list[Site]:
-    """Returns the sites of open_clip's Transformer, which is at `path`."""
-    for block in transformer.resblocks:
-        if not isinstance(block, ResidualAttentionBlock | CustomResidualAttentionBlock):
-            got = type(block).__name__
-            raise InputError(f"{tower_of(path)}: expected residual attention blocks, got {got}")
-    return [
-        Site(f"{path}.resblocks.{index}", block, TransformerBlock, causal)
-        for index, block in enumerate(transformer.resblocks)
-    ]
-
-
-def _build(site: Site, mlp_ratio: float | None = None, gamma: float = 1.0) -> SimplifiedBlock:
-    """Returns a new block with random weights for the place of a site; replaces nothing.
+def _build(
+    path: str, block: Any, causal: bool, mlp_ratio: float | None, gamma: float
+) -> SimplifiedBlock:
+    """Returns a new block with random weights for the place of an old one, at `path`.
 
     mlp_ratio: F / C, None for that of the old block. gamma: the initial value of its gamma.
     """
-    block = site.block
     weight = _first_dense(block.mlp).weight
     hidden, width = weight.shape[:2]
     if mlp_ratio is None:
         mlp_ratio = hidden / width
     attention = block.token_mixer if isinstance(block, AttentionBlock) else block.attn
     drops = (m.drop_prob for m in block.modules() if isinstance(m, DropPath))
-    new = site.cls(
+    new = REPLACEMENTS[type(block)](
         width,
         attention.num_heads,
         mlp_ratio,
-        causal=site.causal,
-        act=_act_of(block.mlp, site.path),
+        causal=causal,
+        act=_act_of(block.mlp, path),
         gamma=gamma,
         drop_path=next(drops, 0.0),
     )
@@ -219,15 +192,15 @@ def _first_dense(mlp: nn.Module) -> nn.Linear | nn.Conv2d:
 def _act_of(mlp: Any, path: str) -> str:
     """Returns an activation's name in `nn.ACTIVATIONS`; InputError for another one."""
     act = mlp.gelu if hasattr(mlp, "gelu") else mlp.act  # of open_clip and of timm
-    known = _ACT_NAMES.get(type(act).__name__)
-    if known is None:
+    name = type(act).__name__.lower()
+    if name == "gelutanh" or getattr(act, "approximate", "none") == "tanh":
+        name = "gelu_tanh"
+    if name not in ACTIVATIONS:
         raise InputError(
             f"{tower_of(path)}: expected blocks with an activation out of {tuple(ACTIVATIONS)}, "
             f"got {type(act).__name__} in {path}; towers or blocks of `simplify` can leave it out"
         )
-    if known == "gelu" and getattr(act, "approximate", "none") == "tanh":
-        return "gelu_tanh"
-    return known
+    return name
 
 
 @dataclass(frozen=True)
@@ -273,45 +246,37 @@ def simplify(
 ) -> tuple[nn.Module, SimplifyReport]:
     """Replaces blocks of an open_clip model by simplified ones (SAS-P), in place.
 
-    This works on the text transformer of CLIP and CustomTextCLIP, MobileCLIP-S0's, open_clip's
-    VisionTransformer, and the attention blocks of timm's VisionTransformer and FastViT. New blocks
-    have the old blocks' activation, eps of the norm, drop path, dtype, device and mode. A causal
-    mask is recognised and kept. Gains replace layer scale.
+    This works on the blocks of open_clip's transformers and on the attention blocks of timm's
+    VisionTransformer and FastViT. New blocks have the old blocks' activation, eps of the norm, drop
+    path, dtype, device and mode. A causal mask is kept. Gains replace layer scale.
 
     Args:
         towers: "text", "image" or both.
-        blocks: for each tower the indices of the attention blocks to replace, by default all.
+        blocks: for each tower the indices of the blocks to replace, by default all, among its
+            attention blocks that are not simplified.
         share: for each tower groups of such indices that share all weight matrices, or a mapping
             that names what is shared: ``{"attention": groups, "mlp": groups}`` or ``{"all":
-            groups}``, see `nn.share_weights`. The groups of one part are disjoint ("all" counts for
-            both parts); those of attention and MLP may differ.
+            groups}``, see `nn.share_weights`.
         mlp_ratio: for both towers, or by tower; as in the old block when None.
-        gamma: initial gamma, for both towers or by tower. At 1 a new tower does not mix tokens, so
-            that a text's feature depends only on its length until training changes W_q or gamma.
-            The two text blocks of siclip-tiny learned faster from 0.3; in a deep tower the means
-            would add up and outweigh the tokens.
+        gamma: initial gamma, for both towers or by tower. At 1 a new tower does not mix tokens
+            until training changes W_q or gamma. The two text blocks of siclip-tiny learned faster
+            from 0.3; in a deep tower the means would add up and outweigh the tokens.
         mask_padding: let no token see the padding behind its text, so that `crop_texts` can leave
             it out. The text tower must be open_clip's separate one (custom_text), and pool the end
-            of the text; all its blocks must be replaced. A causal tower stays as it is: its tokens
-            do not see padding.
+            of the text; all its blocks must be replaced. In a causal tower nothing changes.
         init: "random", or what a matrix starts from that blocks share: the old matrix of the
             "first" block in the tower, or the "average" of all, see `init_blocks`.
 
     Returns the same model, and a report. Raises ValueError (TypeError for another type), and leaves
-    the model unchanged, if an argument is unknown, or a tower has no replaceable blocks (a ResNet,
-    a Hugging Face encoder in open_clip, window or rotary attention, simplified blocks), a mask that
-    is not causal (CoCa's text tower) or an activation that is not in `nn.ACTIVATIONS`, or padding
-    cannot be masked, or `init_blocks` does not know a block.
+    the model unchanged, if an argument is unknown, a tower has no replaceable blocks (a ResNet, a
+    Hugging Face encoder, window or rotary attention), a mask that is not causal (CoCa's text tower)
+    or an activation that is not in `nn.ACTIVATIONS`, or padding cannot be masked.
     """
     checks.check_instance("model", model, nn.Module, "an nn.Module")
     towers = checks.sequence("towers", towers, 'a sequence, e.g. ("text", "image")')
-    if not towers:
-        raise InputError("towers: expected at least one, got none")
-    checks.check_boolean("mask_padding", mask_padding)
-    checks.check_instance("blocks", blocks, Mapping | None, "a mapping of towers to indices")
-    checks.check_instance("share", share, Mapping | None, "a mapping of towers to groups")
-    blocks = dict(blocks or {})
-    share = dict(share or {})
+    blocks, share = blocks or {}, share or {}
+    checks.check_instance("blocks", blocks, Mapping, "a mapping of towers to indices")
+    checks.check_instance("share", share, Mapping, "a mapping of towers to groups")
     _check_names("towers", towers, TOWERS)
     _check_names("blocks", blocks, towers)
     _check_names("share", share, towers)
@@ -322,35 +287,39 @@ def simplify(
     if init not in ("random", *init_blocks.MERGES):
         raise InputError(f"init: expected random, average or first, got {init!r}")
     before = count_parameters(model)
-    planned: list[tuple[Site, SimplifiedBlock]] = []
-    text_blocks: list[Any] = []
+    old: dict[str, Any] = {}
+    new: dict[str, Any] = {}
     for tower in dict.fromkeys(towers):
-        sites = _sites(model, tower)
-        chosen = _chosen(blocks.get(tower), len(sites), tower)
+        causal = tower == "text" and _is_causal(model)
+        found = _replaceable(model, tower)
+        chosen = _chosen(blocks.get(tower), len(found), tower)
         start = gamma.get(tower, 1.0) if isinstance(gamma, Mapping) else gamma
         ratio = mlp_ratio.get(tower) if isinstance(mlp_ratio, Mapping) else mlp_ratio
-        new: list[Any] = [_build(sites[index], ratio, start) for index in chosen]
-        planned += zip([sites[index] for index in chosen], new)
-        if tower == "text":
-            text_blocks = new
-        for part, groups in _groups(share.get(tower, ()), chosen).items():
-            share_weights(new, [list(map(chosen.index, group)) for group in groups], part)
-
-    causal = bool(text_blocks) and all(block.causal for block in text_blocks)
-    mask_padding = mask_padding and not causal
-    if mask_padding:
-        _check_maskable(model, len(text_blocks))
+        replaced = {path: found[path] for index, path in enumerate(found) if index in chosen}
+        made = [_build(path, block, causal, ratio, start) for path, block in replaced.items()]
+        shared = share.get(tower, ())
+        parts = shared if isinstance(shared, Mapping) else {"all": shared}
+        for part, given in parts.items():
+            groups = checks.groups("share", given)
+            if not {*chain(*groups)} <= {*chosen}:
+                expected = f"groups of the replaced blocks, {chosen}"
+                raise InputError(f"share: expected {expected}, got {groups}")
+            share_weights(made, [list(map(chosen.index, group)) for group in groups], part)
+        old |= replaced
+        new |= dict(zip(replaced, made))
     if init != "random":
-        starts = {site.path: (block, site.block.state_dict()) for site, block in planned}
-        init_blocks.start(starts, init)
-    for site, block in planned:
-        model.set_submodule(site.path, block)
-    if mask_padding:
+        init_blocks.start({path: (new[path], old[path].state_dict()) for path in old}, init)
+    text_blocks = [block for path, block in new.items() if tower_of(path) == "text"]
+    # causal tokens do not see padding
+    if mask_padding and not any(block.causal for block in text_blocks):
+        _check_maskable(model, len(text_blocks))
         model.get_submodule("text").__class__ = MaskedTextTransformer
         for block in text_blocks:
             block.masks_padding = True
-    replaced = {site.path: type(site.block).__name__ for site, _ in planned}
-    return model, SimplifyReport(replaced, before, count_parameters(model))
+    for path, block in new.items():
+        model.set_submodule(path, block)
+    kinds = {path: type(block).__name__ for path, block in old.items()}
+    return model, SimplifyReport(kinds, before, count_parameters(model))
 
 
 def _check_names(argument: str, names: Iterable[str], allowed: Iterable[str]) -> None:
@@ -383,21 +352,3 @@ def _check_maskable(model: nn.Module, replaced: int) -> None:
         "or eos, and all its blocks replaced, got "
         f"{type(tower or model).__name__} that pools by {pool} and {replaced} blocks"
     )
-
-
-def _groups(share: Groups | Mapping[str, Groups], chosen: list[int]) -> dict[str, list[list[int]]]:
-    """Returns a tower's groups of block indices by what they share: "attention", "mlp" or "all".
-
-    share: groups (of "all"), or such a mapping. chosen: the indices of the replaced blocks.
-    """
-    parts: Mapping[str, Groups] = share if isinstance(share, Mapping) else {"all": share}
-    _check_names("share", parts, SHARED_PARTS)
-    shared = {part: checks.groups("share", groups) for part, groups in parts.items() if groups}
-    for part in ("attention", "mlp"):
-        groups = shared.get(part, []) + shared.get("all", [])
-        indices = [index for group in groups for index in group]
-        if len(set(indices)) < len(indices) or not {*indices} <= {*chosen}:
-            raise InputError(
-                f"share: expected disjoint groups of the replaced blocks, {chosen}, got {shared}"
-            )
-    return shared

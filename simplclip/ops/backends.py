@@ -40,6 +40,15 @@ else:
     cuda_extension_error = f"torch {torch.__version__} is a build without CUDA"
 
 
+def computes_in(dtype: torch.dtype, device: str) -> torch.dtype:
+    """Returns the dtype of products of features: theirs, or float32 where a CPU lacks theirs."""
+    if device != "cpu" or dtype not in (torch.float16, torch.bfloat16):
+        return dtype
+    if dtype == torch.bfloat16 and native_bf16:
+        return dtype
+    return torch.float32
+
+
 class Facts(NamedTuple):
     """What the predicates read of a call of attention, besides device and dtype.
 
@@ -93,10 +102,17 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
-@functools.cache
-def _has_binary(index: int) -> bool:
-    """Whether the CUDA extension, which must be loaded, has kernels for GPU `index`."""
-    return bool(cuda_extension.binary_version(index))
+def has_code(architectures: str, card: tuple[int, int]) -> bool:
+    """Whether a build for architectures, e.g. "8.6;9.0+PTX", runs on a compute capability.
+
+    Machine code runs on its major version from its minor version on, PTX on every later card.
+    """
+    for name in architectures.split(";"):
+        number, _, ptx = name.partition("+")
+        major, minor = map(int, number.split("."))
+        if (major, minor) <= card and (ptx or major == card[0]):
+            return True
+    return False
 
 
 def extension_on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -106,14 +122,12 @@ def extension_on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
     if reason := why_not_kernels("cuda", device, dtype):
         return reason
     card = capability(device)
-    if card is None:
-        return None
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if _has_binary(index):
+    built = cuda_extension.architectures()
+    if card is None or has_code(built, card):
         return None
     number = ".".join(map(str, card))
     return (
-        f"was built for {cuda_extension.architectures()}, the device has compute capability "
+        f"was built for {built}, the device has compute capability "
         f"{number}: rebuild with TORCH_CUDA_ARCH_LIST={number}"
     )
 

@@ -93,26 +93,25 @@ def gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _Gather.apply(rows, group)
 
 
-def exchange_column_statistics(columns: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _group(name: Any) -> dist.ProcessGroup:
+    """Returns the process group of a name, which is its form in an op's schema."""
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
+def exchange_columns(columns: Tensor, group: str) -> Tensor:
     """Exchanges column statistics, S a column, among W ranks: [S, W N] -> [W, S, N].
 
     columns: of all columns over this rank's rows. The result: of its columns over each rank's rows.
+    group: a name.
     """
-    world = dist.get_world_size(group)
-    return _Exchange.apply(columns.unflatten(1, (world, -1)).transpose(0, 1), group)
+    named = _group(group)
+    parts = columns.unflatten(1, (dist.get_world_size(named), -1)).transpose(0, 1)
+    return _all_to_all(parts, named)
 
 
-class _Exchange(torch.autograd.Function):
-    """All-to-all, whose gradient is an all-to-all."""
-
-    @staticmethod
-    def forward(ctx: Any, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _all_to_all(parts, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _all_to_all(gradient, ctx.group), None
+def exchange_parts(parts: Tensor, group: str) -> Tensor:
+    """Does the reverse of `exchange_columns`, and so passes gradients: [W, S, N] -> [S, W N]."""
+    return _all_to_all(parts, _group(group)).transpose(0, 1).flatten(1).contiguous()
 
 
 class SameShapes:

@@ -7,7 +7,7 @@ which has the same forward and backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from operator import attrgetter
@@ -68,6 +68,13 @@ def _warn_without_cuda() -> None:
         warn_without_cuda(backends.cuda_extension_error)
 
 
+def _getter(names: Sequence[str]) -> Callable[[Any], tuple]:
+    """Returns a function of an object that returns its attributes of these names."""
+    if len(names) > 1:
+        return attrgetter(*names)
+    return lambda value: tuple([getattr(value, name) for name in names])
+
+
 class Op:
     """An op of the library; see `define`."""
 
@@ -91,7 +98,12 @@ class Op:
         self.values = attrgetter(*self.names)
         # a tensor in every call: its device and dtype are the call's
         self.first = self.names[0]
-        self.tensors = len(tensors_of(call_type))
+        self.tensors = tensors_of(call_type)
+        self.tensor_values = _getter(self.tensors)
+        self.others = [name for name in self.names if name not in self.tensors]
+        self.other_values = _getter(self.others)
+        order = [*self.tensors, *self.others]
+        self.order = [order.index(name) for name in self.names]
         # position of a tensor among the fields, and whether only its rows are contiguous
         self.layouts: list[tuple[int, bool]] = []
         for position, field in enumerate(fields(call_type)):
@@ -99,7 +111,7 @@ class Op:
             if kind.startswith(("Tensor", "Strided")):
                 self.layouts.append((position, kind.startswith("Strided")))
         # set by `register_gradient`, before which the op has none
-        self.save: Callable = lambda tensors, results: ()
+        self.keeps_call = False
         self.backward: Callable | None = None
 
     @property
@@ -110,10 +122,12 @@ class Op:
     def dispatch(self, call: Any, spec: str) -> Any:
         """Runs a laid out call on its backend, without autocast and autograd."""
         first = getattr(call, self.first)
-        pick = partial(_select, first=first, spec=spec, part=self.composed)
-        function: Callable = pick
-        if not self.composed:
-            function = pick(self.name, self.facts(call) if self.facts else backends.NO_FACTS)
+        function: Callable
+        if self.composed:
+            function = partial(_select, first=first, spec=spec, part=True)
+        else:
+            facts = self.facts(call) if self.facts else backends.NO_FACTS
+            function = _select(self.name, facts, first=first, spec=spec, part=False)
         if not autocasts(first.device):
             return self.run(function, call)
         with no_autocast(first.device):
@@ -135,31 +149,44 @@ class Op:
         """Runs a call from the dispatcher's arguments: its fields in their order, and `spec`."""
         return self.dispatch(self.laid_out(args[:-1]), args[-1])
 
-    def keep(self, ctx: Any, values: Sequence, spec: str, results: Sequence[Tensor]) -> None:
+    def keep(self, ctx: Any, call: Any, spec: str, results: Sequence[Tensor]) -> None:
         """Keeps in ctx what `gradients` reads; the first `differentiable` results have some."""
-        ctx.mark_non_differentiable(*results[self.differentiable :])
+        others = results[self.differentiable :]
+        ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*self.save(values[: self.tensors], results))
-        ctx.options = values[self.tensors :]
+        if self.keeps_call:
+            ctx.save_for_backward(*self.tensor_values(call), *others)
+            ctx.options = self.other_values(call)
+        else:
+            ctx.save_for_backward(*results)
         ctx.spec = spec
 
     def gradients(
-        self, ctx: Any, grads: Sequence[Tensor | None], needed: Sequence[bool]
-    ) -> tuple[Tensor | None, ...]:
-        """Returns the gradients of the call's tensors, once differentiable, None if not needed."""
+        self, ctx: Any, grads: Sequence[Tensor | None], needed: Mapping[str, bool]
+    ) -> dict[str, Tensor | None]:
+        """Returns the gradients of the call's tensors by name, once differentiable.
+
+        needed: whether a gradient is needed, by the names of tensors. Those not needed may be
+        missing.
+        """
         grads = grads[: self.differentiable]
         if self.backward is None or (grads[0] is None and grads[-1] is None):
-            return (None,) * self.tensors
+            return {}
         # read only once: under torch.utils.checkpoint, every access runs the forward again
         saved = ctx.saved_tensors
+        call, kept = None, saved
+        if self.keeps_call:
+            count = len(self.tensors)
+            kept = saved[count:]
+            values = (*saved[:count], *ctx.options)
+            call = self.call_type(*[values[i] for i in self.order])
         with torch.no_grad():
-            by_name = self.backward(saved, ctx.options, grads, needed, ctx.spec)
-        gradients = []
-        for name, need in zip(self.names, needed):
-            gradients.append(by_name.get(name) if need else None)
+            by_name = self.backward(call, kept, grads, needed, ctx.spec)
         if not torch.is_grad_enabled():
-            return tuple(gradients)
-        return first_order_only(self.name, gradients, *saved, *grads)  # with create_graph=True
+            return by_name
+        names = [name for name, need in needed.items() if need and name in by_name]
+        gradients = [by_name[name] for name in names]  # with create_graph=True
+        return dict(zip(names, first_order_only(self.name, gradients, *saved, *grads)))
 
 
 class _Eager(torch.autograd.Function):
@@ -169,12 +196,15 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, op: Op, spec: str, call: Any, *tensors: Tensor | None) -> Any:
         results = op.dispatch(call, spec)
         ctx.op = op
-        op.keep(ctx, op.values(call), spec, results)
+        op.keep(ctx, call, spec, results)
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return None, None, None, *ctx.op.gradients(ctx, grads, ctx.needs_input_grad[3:])
+        names = ctx.op.tensors
+        needed = dict(zip(names, ctx.needs_input_grad[3:]))
+        by_name = ctx.op.gradients(ctx, grads, needed)
+        return None, None, None, *[by_name.get(name) if needed[name] else None for name in names]
 
 
 def call(op: Op, arguments: Any, spec: str | None = None) -> Any:
@@ -189,26 +219,26 @@ def call(op: Op, arguments: Any, spec: str | None = None) -> Any:
         spec = backends.forced()
     if torch.compiler.is_compiling():
         return op.overload(*flat(arguments), spec)
-    values = op.values(arguments)
+    tensors = op.tensor_values(arguments)
     if is_transformed():
-        check_reverse_mode(op.name, values)
-        return op.overload(*values, spec)
+        check_reverse_mode(op.name, tensors)
+        return op.overload(*flat(arguments), spec)
     plain = not (
-        torch._C._len_torch_dispatch_stack() or values[0].is_meta or torch.jit.is_tracing()
+        torch._C._len_torch_dispatch_stack() or tensors[0].is_meta or torch.jit.is_tracing()
     )
     requires_grad, contiguous = False, True
-    for tensor in values[: op.tensors] if op.backward else values:
-        if isinstance(tensor, Tensor):
-            plain = plain and type(tensor) in _PLAIN and not tensor.is_neg()
-            requires_grad = requires_grad or tensor.requires_grad
-            contiguous = contiguous and tensor.is_contiguous()
+    for t in tensors:
+        if t is not None:
+            plain = plain and type(t) in _PLAIN and not t.is_neg()
+            requires_grad = requires_grad or t.requires_grad
+            contiguous = contiguous and t.is_contiguous()
     if not plain:
-        return op.overload(*values, spec)
+        return op.overload(*flat(arguments), spec)
     if not contiguous:
-        arguments = op.laid_out(values)
+        arguments = op.laid_out(flat(arguments))
     if op.backward is None or not requires_grad or not torch.is_grad_enabled():
         return op.dispatch(arguments, spec)
-    return _Eager.apply(op, spec, arguments, *values[: op.tensors])
+    return _Eager.apply(op, spec, arguments, *op.tensor_values(arguments))
 
 
 def define(
@@ -253,35 +283,29 @@ def define(
     return op
 
 
-def _tensors_and_later_results(tensors: Sequence, results: Sequence) -> tuple:
-    return *tensors, *results[1:]
-
-
-def register_gradient(
-    op: Op, backward: Callable, *, save: Callable = _tensors_and_later_results
-) -> None:
+def register_gradient(op: Op, backward: Callable, *, keeps_call: bool = True) -> None:
     """Registers gradients of the op's differentiable results with torch and in `op`.
 
-    save(tensors, results): returns the tensors that backward needs, of the call's and the results.
-    Those that are differentiable, or a differentiable result, must be among them, see
-    first_order_only.
+    backward(call, kept, grads, needed, spec) returns gradients of the call's tensors by the names
+    of its fields. kept: the results that are not differentiable. grads: of the differentiable
+    results, None for one that was not used. needed: by the names of tensors whether a gradient is
+    needed; others may be returned too. spec: the backends that were forced in forward, see
+    backends.forced.
 
-    backward(saved, options, grads, needed, spec) returns gradients of the call's tensors by the
-    names of its fields. saved: what `save` returned. options: the fields of the call that are no
-    tensors. grads: of the differentiable results, None for one that was not used. needed: for each
-    tensor whether its gradient is needed; others may be returned too. spec: the backends that were
-    forced in forward, see backends.forced.
+    keeps_call: whether backward needs the call; else `call` is None and `kept` are all results.
     """
-    op.save = save
+    op.keeps_call = keeps_call
     op.backward = backward
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        op.keep(ctx, inputs[:-1], inputs[-1], output)
+        op.keep(ctx, op.call_type(*inputs[:-1]), inputs[-1], output)
 
     def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        of_tensors = op.gradients(ctx, grads, ctx.needs_input_grad[: op.tensors])
-        options = len(op.names) - op.tensors
-        return *of_tensors, *[None] * (options + 1)  # and of the backends that are forced
+        of_fields = dict(zip(op.names, ctx.needs_input_grad))
+        needed = {name: of_fields[name] for name in op.tensors}
+        by_name = op.gradients(ctx, grads, needed)
+        results = [by_name.get(name) if of_fields[name] else None for name in op.names]
+        return *results, None  # of the backends that are forced
 
     torch.library.register_autograd(
         f"simplclip::{op.name}", gradients, setup_context=setup_context, lib=backends.library

@@ -74,12 +74,10 @@ def _gpu() -> dict[str, Any]:
         "memory_bytes": properties.total_memory,
     }
     gpu["capability"] = f"{properties.major}.{properties.minor}"
-    extension = backends.cuda_extension
-    if extension is not None and not extension.binary_version(0):
-        built = extension.architectures()
-        gpu["reason"] = (
-            f"this build's kernels ({built}) do not run on it: rebuild with TORCH_CUDA_ARCH_LIST"
-        )
+    if backends.cuda_extension is not None:
+        reason = backends.extension_on_cuda(torch.device("cuda", 0), torch.float32)
+        if reason:
+            gpu["reason"] = f"the CUDA extension {reason}"
     return gpu
 
 

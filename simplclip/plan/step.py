@@ -20,7 +20,7 @@ from simplclip.common.errors import UserError
 from simplclip.common.terms import BY_NAME
 from simplclip.models.inherit import frozen_modules
 from simplclip.nn import SimplifiedBlock
-from simplclip.ops.similarity.chunks import SCRATCH_BYTES_ELSEWHERE
+from simplclip.ops.similarity.sweeps import SCRATCH_BYTES_ELSEWHERE
 from simplclip.plan.meter import Meter, Work, fake_device
 from simplclip.train import setup
 from simplclip.train import step as steps
@@ -217,6 +217,6 @@ def planned(config: Config, precision: str, device: str = "cuda") -> Iterator[St
                 vars(block)["forward"] = partial(meter.checkpoint, block.forward)
         with meter:
             meter.hold([(*module.parameters(), *module.buffers()) for module in modules])
-            place = torch.device(device, 0 if device == "cuda" else None)
+            place = torch.device("cuda:0" if device == "cuda" else "cpu")
             state = setup.make_state(config, place, precision, prepared=prepared, teacher=teacher)
         yield Step(state, meter)

@@ -21,7 +21,7 @@ from simplclip.common.errors import InputError
 from simplclip.common.files import sha256
 from simplclip.data.pack import pack_shards
 from simplclip.data.samples import Pair, stable_hash
-from simplclip.data.write_sidecars import write_sidecars
+from simplclip.data.sidecars import write_sidecars
 
 QUESTION = "Describe the image in one short sentence."
 
@@ -49,7 +49,7 @@ def run(
     that AutoModelForImageTextToText loads; its generation_config.json says how tokens are drawn.
     n: captions of an image, of at most max_tokens tokens. prompt: the question to a model that
     chats, the start of the captions of others. options: arguments of
-    `data.write_sidecars.write_sidecars`, whose result is returned and whose errors are raised.
+    `data.sidecars.write_sidecars`, whose result is returned and whose errors are raised.
     Raises InputError for another model.
     """
     torch_device = ranks.set_device(device)

@@ -26,8 +26,7 @@ from torch import Tensor
 
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, check_count
-from simplclip.data.decode_images import open_image
-from simplclip.data.find_sidecars import Folders
+from simplclip.data.images import open_image
 from simplclip.data.pack import pack_shards
 from simplclip.data.samples import (
     TEACHER,
@@ -36,15 +35,15 @@ from simplclip.data.samples import (
     digest_of_features,
     digests_of,
 )
+from simplclip.data.sidecars import Folders, write_sidecars
 from simplclip.data.transforms import (
     ImageTransform,
     View,
     augmentation,
     finish_on_device,
+    seeded,
     stack_pixels,
 )
-from simplclip.data.views import seeded
-from simplclip.data.write_sidecars import write_sidecars
 from simplclip.evaluation import Encoder, load
 from simplclip.models.trained import image_transform
 from simplclip.train import config as configs

@@ -3,21 +3,15 @@
 sections.py     the sections of a config, with every key
 config.py       a config: read, changed by --set, described
 resolve.py      what a config leaves open: shards, steps, a micro-batch that fits
-setup.py        model and weights: the state of a run
-start.py        the weights with which a run began
-optimizer.py    AdamW, the learning rate, averages of the weights
-objective.py    the loss, with weights by step
+setup.py        model and weights: the state of a run, and that with which it began
+optimizer.py    AdamW, the learning rates, averages of the weights
+objective.py    the loss, with weights by step, and averages of gradients over ranks
 step.py         one step: forward, loss, backward, update
 beginning.py    the frozen beginning of a tower, which runs once in a step
-compilation.py  compiled towers, after the first steps
 loop.py         the steps of a run
-evaluate.py     the evaluations of a run
-signals.py      signals that end a run after a whole step
+evaluate.py     the evaluations of a run, and signals that end it after a whole step
 checkpoint.py   last.pt, what --resume accepts
-distributed.py  several ranks
-nodes.py        what all nodes must have alike
-log.py          lines, metrics.csv, evaluation.csv
-curves.py       curves.png, and held-out losses that rise
+log.py          lines, metrics.csv, evaluation.csv, curves.png
 """
 
 import lazy_loader as _lazy

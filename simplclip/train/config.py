@@ -5,24 +5,19 @@ sections.py has its keys; `describe()` prints them as a YAML file with comments.
 
 from __future__ import annotations
 
-import difflib
-import json
-import re
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
 from simplclip.common.errors import InputError
-from simplclip.common.nearest import nearest
 from simplclip.models.naming import BASE, BEST, LAST, NAMES, configs
 from simplclip.train.sections import (
-    DEVICES,
     DataConfig,
     EvalConfig,
     InheritConfig,
@@ -30,10 +25,9 @@ from simplclip.train.sections import (
     ModelConfig,
     OptimConfig,
     RunConfig,
-    Schedule,
     Section,
+    corners_of,
     setting,
-    shown,
 )
 
 
@@ -44,13 +38,13 @@ class ConfigError(InputError):
 class Config(Section):
     model: ModelConfig = setting(ModelConfig(), "the model to train")
     inherit: InheritConfig = setting(InheritConfig(), "weights that are copied and frozen")
-    data: DataConfig = setting(..., "the training data")
+    data: DataConfig = setting({}, "the training data")
     loss: LossConfig = setting(
         LossConfig(), "the base, pair matching, and terms that need a teacher's features"
     )
     optim: OptimConfig = setting(OptimConfig(), "the optimizer, linear warm-up, a cosine down to 0")
     eval: EvalConfig = setting(EvalConfig(), "held-out data")
-    run: RunConfig = setting(..., "the run itself")
+    run: RunConfig = setting({}, "the run itself")
 
     @model_validator(mode="after")
     def _check_micro_batch(self) -> Config:
@@ -80,17 +74,14 @@ class Config(Section):
     @property
     def held_out(self) -> dict[str, Any]:
         """The split of eval.hold_out by its name, as `data.held_out` takes it; {} without one."""
-        return {"held_out": self.divided} if self.eval.hold_out else {}
-
-    @property
-    def divided(self) -> dict[str, Any]:
-        """The training data with the share that eval.hold_out holds out, as in `held_out`."""
-        return {
+        if not self.eval.hold_out:
+            return {}
+        divided = {
             "shards": self.data.train,
             "hold_out": self.eval.hold_out,
-            "hold_out_by": self.eval.hold_out_by,
             "sidecars": self.data.sidecars,
         }
+        return {"held_out": divided}
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the values of all sections, with all defaults, as plain JSON values."""
@@ -98,7 +89,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """Returns the text of a YAML file with all values, defaults included."""
-        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def replaced(self, **sections: Mapping[str, Any]) -> Config:
         """Returns a new config, checked as a whole, with some values of sections replaced."""
@@ -108,58 +99,11 @@ class Config(Section):
         return from_dict(values)
 
 
-def corners_of(schedules: Iterable[Schedule], steps: int) -> list[int]:
-    """Returns the steps, in order, between which the weights of all schedules are linear."""
-    corners = {0, steps}
-    for schedule in schedules:
-        corners |= {schedule.start, schedule.end or 0, schedule.until or 0}
-    corners |= {corner - 1 for corner in corners}  # where a weight may end at 0
-    return sorted(corner for corner in corners if 0 <= corner < steps)
-
-
-class _Loader(yaml.SafeLoader):
-    """A YAML loader that reads `1e-3` as a number, and refuses aliases and repeated keys."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Builds the next node as SafeLoader does, but raises YAMLError for an alias."""
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("expected no aliases (*name)")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Makes a dict as SafeLoader does, but raises YAMLError for a key that comes twice."""
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                raise yaml.YAMLError(
-                    f"expected each key once, got {key.value!r} in line {lines[key.value]} and in "
-                    f"line {line}"
-                )
-            lines[key.value] = line
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """A YAML dumper that quotes a text such as `1e-3`, which `_Loader` would read as a number."""
-
-
-for yaml_class in (_Loader, _Dumper):
-    yaml_class.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
-        list("-+0123456789"),
-    )
-
-
 def parse_yaml(text: str | bytes, source: str) -> Any:
     """Returns the value of a YAML text; `source` names it in a ConfigError."""
     try:
-        return yaml.load(text, _Loader)
-    # e.g. of !!bool, or a date
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # e.g. of a date
         reason = " ".join(str(error).split())
         raise ConfigError(f"{source}: not valid YAML: {reason}") from None
 
@@ -180,7 +124,7 @@ def read(source: str | Path) -> dict[str, Any]:
         raise _no_config(str(source))
     values = parse_yaml(text, str(source)) or {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{source}: expected a mapping of sections, got {shown(values)}")
+        raise ConfigError(f"{source}: expected a mapping of sections, got {values!r:.60}")
     return values
 
 
@@ -191,7 +135,7 @@ def _no_config(source: str) -> ConfigError:
     advice = ""
     if source in NAMES:
         advice = f", a model; a file with model: {{name: {source}}} and its data can train it"
-    elif near := difflib.get_close_matches(source, [*names, *files], 1):
+    elif near := get_close_matches(source, [*names, *files], 1):
         advice = f"; did you mean {near[0]}?"
     return ConfigError(
         f"config: expected a YAML file or one of the built-in {', '.join(names)}, got "
@@ -218,7 +162,7 @@ def _set_value(values: dict[str, Any], override: str) -> None:
         mapping[section] = mapping.get(section) or {}
         mapping = mapping[section]
         if not isinstance(mapping, dict):
-            raise ConfigError(f"--set {key}: expected a section {section}, got {shown(mapping)}")
+            raise ConfigError(f"--set {key}: expected a section {section}, got {mapping!r:.60}")
     value = mapping[name] = parse_yaml(text, f"--set {key}")
     # one of run.steps and run.epochs replaces the other
     if sections == ["run"] and value is not None:
@@ -233,26 +177,49 @@ def from_dict(values: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = dict.fromkeys(line for detail in error.errors() for line in _lines(detail, values))
-        raise ConfigError("\n".join(lines)) from None
+        raise ConfigError("\n".join(_lines(error, values))) from None
 
 
-def relocated(config: Config, file: Path) -> Config:
-    """Returns the config of a run that was moved, with its new folder in run.out and data.train.
+def _lines(error: ValidationError, values: dict[str, Any]) -> Iterator[str]:
+    """Yields a line "section.key: WHAT IS EXPECTED, got VALUE" for each wrong key of `values`."""
+    reasons: dict[str, dict[str, None]] = {}  # several for a value of which no form fits
+    for detail in error.errors():
+        key = _key(detail["loc"], values)
+        if detail["type"] == "value_error":  # raised by a validator of a section
+            reason = str(detail["ctx"]["error"])
+        elif detail["type"] == "missing":
+            key = ".".join(map(str, detail["loc"]))
+            field = keys().get(key)
+            reason = f"missing; expected {field.description}" if field else "missing"
+        elif detail["type"] == "extra_forbidden":
+            reason = f"unknown key; {_nearest_key(key)}"
+        else:
+            reason = f"{detail['msg']}, got {detail['input']!r:.60}"
+        reasons.setdefault(key, {})[reason] = None
+    for key, found in reasons.items():
+        yield f"{key}: {'; or: '.join(found)}".removeprefix(": ")
 
-    config: read from `file`, which is a config.yaml beside a last.pt; else it is returned as it is.
-    """
-    old, new = Path(config.run.out), file.parent
-    if file.name != "config.yaml" or not (new / "last.pt").exists():
-        return config
-    if old.resolve() == new.resolve():
-        return config
-    # beginnings of the paths of shards that it packed, as JSON writes them
-    old_shards = json.dumps(f"{old}/shards/")[:-1]
-    new_shards = json.dumps(f"{new}/shards/")[:-1]
-    data = json.dumps(config.to_dict()["data"]["train"])
-    train = json.loads(data.replace(old_shards, new_shards))
-    return config.replaced(data={"train": train}, run={"out": str(new)})
+
+def _key(location: tuple[int | str, ...], values: Any) -> str:
+    """Returns the dotted key of an error, without pydantic's names of the forms of a value."""
+    parts = []
+    for part in location:
+        if isinstance(values, list):
+            values = dict(enumerate(values))
+        if isinstance(values, dict) and part in values:
+            parts.append(str(part))
+            values = values[part]
+    return ".".join(parts)
+
+
+def _nearest_key(key: str) -> str:
+    """Returns the end of an error about an unknown key: the nearest key, or what lists all."""
+    section, _, asked = key.rpartition(".")
+    for among in (section, ""):
+        names = {known.rpartition(".")[2]: known for known in keys() if known.startswith(among)}
+        if near := get_close_matches(asked, names, 1):
+            return f"did you mean {names[near[0]]}?"
+    return "simplclip train --help-config lists all"
 
 
 def check_out(out: Path, resume: bool) -> None:
@@ -299,18 +266,6 @@ def keys() -> dict[str, FieldInfo]:
     return fields
 
 
-def resumable() -> list[str]:
-    """Returns the dotted keys, or beginnings of keys, whose values --resume may change."""
-    marked = []
-    for key, field in keys().items():
-        assert isinstance(field.json_schema_extra, dict)  # by `setting`
-        which = field.json_schema_extra["resumable"]
-        if which:
-            marked.append(f"{key}.{which}" if isinstance(which, str) else key)
-    return marked
-
-
-END_OF_DOCUMENT = "...\n"  # which yaml writes after a scalar
 TERMINAL = textwrap.TextWrapper(  # the comment goes on below its beginning
     80, subsequent_indent=f"{'':<31}# ", break_long_words=False, break_on_hyphens=False
 )
@@ -325,96 +280,26 @@ def describe() -> str:
     for key, field in keys().items():
         section, _, name = key.rpartition(".")
         if section:
-            lines.append(TERMINAL.fill(_described(name, field)))
+            assignment = f"{name}: {default_of(field)}".strip()
+            lines.append(TERMINAL.fill(f"  {assignment:<28} # {meaning_of(field)}"))
         else:
             lines += ["", TERMINAL.fill(f"{key}:  # {field.description}")]
     return "\n".join(lines).lstrip() + "\n"
 
 
-def _described(name: str, field: FieldInfo) -> str:
-    """Returns the line of a key within its section, with its default and description."""
+def default_of(field: FieldInfo) -> str:
+    """Returns the YAML of a key's default, "" for one that is required."""
     if field.is_required():
-        assignment = f"{name}:"
-        meaning = f"required: {field.description}"
-    else:
-        default = yaml.dump(field.default, Dumper=_Dumper, default_flow_style=True)
-        assignment = f"{name}: {default.removesuffix(END_OF_DOCUMENT).strip()}"
-        meaning = field.description or ""
-    if get_origin(field.annotation) is Literal:
-        meaning = f"{', '.join(get_args(field.annotation))}: {meaning}"
-    return f"  {assignment:<28} # {meaning}"
+        return ""
+    text = yaml.safe_dump(field.default, default_flow_style=True)
+    return text.removesuffix("...\n").strip()  # which yaml writes after a scalar
 
 
-WORDS = {  # of pydantic -> of our errors
-    "Input should be ": "expected ",
-    f"String should match pattern '{DEVICES}'": "expected auto, cpu, cuda or cuda:N",
-    "a valid dictionary": "a mapping, as {NAME: VALUE}",
-    "a valid list": "a list, as [VALUE]",
-}
-
-
-def _key(error: ErrorDetails, values: dict[str, Any]) -> str:
-    """Returns the dotted key of an error in `values`."""
-    parts = []
-    inside: Any = values
-    for part in error["loc"]:
-        if isinstance(inside, list):
-            inside = dict(enumerate(inside))
-        # others are pydantic's names of the forms that a value may have
-        if isinstance(inside, dict) and part in inside:
-            parts.append(part)
-            inside = inside[part]
-    if error["type"] == "missing":
-        parts.append(error["loc"][-1])
-    return ".".join(map(str, parts))
-
-
-def _lines(error: ErrorDetails, values: dict[str, Any]) -> list[str]:
-    """Returns an error as lines "section.key: expected ..., got ...", several for a section.
-
-    values: of the config, where the error is.
-    """
-    key = _key(error, values)
-    if error["type"] == "value_error":  # raised by a validator of a section
-        return [f"{key}: {error['ctx']['error']}".removeprefix(": ")]
-    if error["type"] == "extra_forbidden":
-        unknown = [key]
-        if "." not in key and isinstance(error["input"], dict):
-            unknown = [f"{key}.{name}" for name in error["input"]] or unknown
-        return [f"{name}: unknown key{_suggestion(name)}" for name in unknown]
-    if error["type"] == "missing":
-        section = Config.model_fields.get(key)
-        if section is None:
-            description = f"; expected {keys()[key].description}" if key in keys() else ""
-            return [f"{key}: missing{description}"]
-        fields = section.annotation.model_fields  # type: ignore[union-attr]
-        return [
-            f"{key}.{name}: missing; expected {field.description}"
-            for name, field in fields.items()
-            if field.is_required()
-        ]
-    expected = error["msg"]
-    for words, replacement in WORDS.items():
-        expected = expected.replace(words, replacement)
-    return [f"{key}: {expected}, got {shown(error['input'])}"]
-
-
-def meanings() -> dict[str, str]:
-    """Returns every dotted key, without sections, with its line of `describe`; "" for options."""
-    lines = {}
-    for key, field in keys().items():
-        _, dot, name = key.partition(".")
-        if dot:
-            lines[key] = _described(name, field)
-            inner = getattr(field.annotation, "__annotations__", ())
-            lines |= dict.fromkeys((f"{key}.{option}" for option in inner), "")
-    return lines
-
-
-def _suggestion(key: str) -> str:
-    """Returns the end of an error about an unknown key: the nearest key, or what lists all."""
-    known = meanings()
-    if key.count(".") > 1:  # within a value, where other words are meant
-        known = dict.fromkeys(known, "")
-    near = nearest(key, known)
-    return f"; did you mean {near}?" if near else "; simplclip train --help-config lists all"
+def meaning_of(field: FieldInfo) -> str:
+    """Returns a key's description, after the words that it may have."""
+    if field.is_required():
+        return f"required: {field.description}"
+    words = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    if words and all(isinstance(word, str) for word in words):
+        return f"{', '.join(words)}: {field.description}"
+    return field.description or ""

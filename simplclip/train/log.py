@@ -1,36 +1,38 @@
-"""What a run shows and writes of itself: lines, metrics.csv and evaluation.csv."""
+"""What a run shows and writes of itself: lines, metrics.csv, evaluation.csv and curves.png."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import io
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from simplclip.common import hardware, ranks
-from simplclip.common.errors import InputError
-from simplclip.common.files import write_csv
-from simplclip.common.plotting import png
+from simplclip.common.plotting import GREY, any_text, shortened, write
 from simplclip.common.progress import Pace, duration, print_lines
-from simplclip.data import Division
 from simplclip.evaluation.index import Index
 from simplclip.evaluation.results import Recall
-from simplclip.evaluation.sheets import sheet_of
+from simplclip.evaluation.sheets import contact_sheet
+from simplclip.models.presets import Tokenizer
+from simplclip.models.registry import cut_in_words
 from simplclip.ops import registry
 from simplclip.train.config import Config
-from simplclip.train.curves import NAMES, read_figures, rise, write_curves
 from simplclip.train.objective import terms_of
-from simplclip.train.rates import describe
+from simplclip.train.optimizer import describe
 from simplclip.train.resolve import Resolved
 from simplclip.train.setup import State
+
+Points = tuple[list[int], list[float]]  # steps and values of a line
+NAMES = ("split", "direction")  # columns of evaluation.csv without figures
+RISE = 0.1  # share by which a held-out loss is above its lowest, in two evaluations, for a warning
+COLUMNS = ("lr", "logit_scale", "logit_bias", "grad_norm")  # with a panel of their own
 
 
 class Log:
@@ -39,13 +41,12 @@ class Log:
     In a terminal, within `status`, one line changes with the steps; elsewhere a line is printed
     from time to time.
 
-    A run that continues removes the CSV rows of steps after the step at which it continues, so that
-    it ends with the same rows as an uninterrupted run. It removes the rows of that step too if it
-    makes up an evaluation that had failed.
+    Rows are appended to the CSV files. A run that continues may write a step again, whose last row
+    counts, see `read_figures`.
     """
 
     def __init__(self, state: State, console: Console) -> None:
-        """Opens TensorBoard's files, if set; InputError if the CSV files cannot be continued."""
+        """Opens TensorBoard's files, if set."""
         self.state = state
         self.console = console
         self.live = console.is_terminal
@@ -56,8 +57,6 @@ class Log:
         self.seconds = self.waiting = 0.0
         self._columns: dict[str, list[str]] = {}
         self._reports: set[str] = set()  # lines that are printed once
-        for name in ("metrics", "evaluation"):
-            ranks.on_first(read_figures, self.out / f"{name}.csv")
         self.board: Any = None
         if state.config.run.tensorboard and ranks.first():
             from torch.utils.tensorboard import SummaryWriter
@@ -142,12 +141,12 @@ class Log:
             "split": split,
             "direction": direction,
         }
-        row |= {name: figure.value for name, figure in recall.items()}
+        row |= {name: figure["value"] for name, figure in recall.items()}
         row["loss"] = loss
-        row |= {f"chance {name}": figure.chance for name, figure in recall.items()}
+        row |= {f"chance {name}": figure["chance"] for name, figure in recall.items()}
         self.write("evaluation", row)
         figures = "  ".join(
-            f"{name} {figure.value:.1%} (chance {figure.chance:.1%})"
+            f"{name} {figure['value']:.1%} (chance {figure['chance']:.1%})"
             for name, figure in recall.items()
         )
         self.print(f"evaluation {split} {direction.replace('_', ' ')}: {figures}")
@@ -162,9 +161,11 @@ class Log:
             return
         path = self.out / f"{name}.csv"
         if name not in self._columns:
-            self._columns[name] = self._begin_csv(path, row)
+            self._columns[name] = _columns_of(path) or [*row]
         with path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self._columns[name], "", "ignore", lineterminator="\n")
+            if not file.tell():
+                writer.writeheader()
             writer.writerow(row)
         if self.board:
             labels = [str(row[label]) for label in NAMES if label in row]
@@ -173,26 +174,17 @@ class Log:
                 self.board.add_scalar(tag, row[key], int(row["step"]))
             self.board.flush()  # before a checkpoint of this step is written
 
-    def _begin_csv(self, path: Path, row: Mapping[str, float | str]) -> list[str]:
-        """Removes rows of later steps from a CSV file, or begins one; returns its columns."""
-        former = read_figures(path)
-        first = min(self.start + 1, int(row["step"]))  # step that this run writes
-        rows = [old for old in former if int(old["step"]) < first]
-        columns = list(rows[0] if rows else row)
-        write_csv(path, columns, rows)
-        return columns
-
     def write_curves(self) -> None:
         """Draws curves.png; files that something else has changed cost the picture alone."""
         try:
             write_curves(self.out)
-        except InputError as error:
-            self._warn(f"no curves.png: {error}")
+        except (ValueError, KeyError) as error:
+            self._warn(f"no curves.png: expected figures by step in CSV files, got others: {error}")
 
     def end_evaluation(self) -> None:
         """Draws the curves after an evaluation, and warns once in a run of a loss that rises."""
         self.write_curves()
-        with contextlib.suppress(InputError):  # of which the line above warns
+        with contextlib.suppress(ValueError, KeyError):  # of which the line above warns
             if risen := rise(read_figures(self.out / "evaluation.csv"), self.state.step):
                 self._warn(risen)
 
@@ -205,9 +197,9 @@ class Log:
     def write_sheet(self, name: str, index: Index) -> None:
         """Adds the sheet of a split with captions to TensorBoard, if run.tensorboard is set."""
         if self.board and index.captions:
-            figure = sheet_of(index, f"step {self.state.step}: {name}").figure
-            pixels = np.asarray(Image.open(io.BytesIO(png(figure))).convert("RGB"))
-            self.board.add_image(f"evaluation/{name}", pixels, self.state.step, dataformats="HWC")
+            with any_text():
+                sheet = contact_sheet(index, f"step {self.state.step}: {name}")
+                self.board.add_figure(f"evaluation/{name}", sheet, self.state.step)
             self.board.flush()
 
 
@@ -218,8 +210,7 @@ def first_lines(state: State, why_precision: str, resolved: Resolved) -> Iterato
     total = sum(p.numel() for p in state.model.parameters())
     yield f"model      {config.model.name}: {total:,} parameters, of which {trained:,} train"
     yield from state.lines
-    yield from _data_lines(config, resolved.samples, resolved.division)
-    yield from resolved.lines
+    yield from _data_lines(config, resolved.samples)
     yield f"loss       {_loss(state)}"
     yield from describe(state.optimizer, state.model, config)
     processes = f"CPU threads: {torch.get_num_threads()}; loader processes: {config.data.workers}"
@@ -233,7 +224,7 @@ def first_lines(state: State, why_precision: str, resolved: Resolved) -> Iterato
         )
 
 
-def _data_lines(config: Config, samples: int | None, division: Division | None) -> Iterator[str]:
+def _data_lines(config: Config, samples: int | None) -> Iterator[str]:
     """Yields the lines about the data: its size, and what is held out."""
     size = config.data.batch_size
     steps = config.run.steps or 0
@@ -247,12 +238,16 @@ def _data_lines(config: Config, samples: int | None, division: Division | None) 
     else:
         epochs = f"{samples / size:,.1f} steps an epoch, {steps * size / samples:,.1f} epochs"
         yield f"data       {samples:,} images, {drawn}; {epochs}"
-    if division:
-        yield (
-            f"held out   {division.held_out:,} images, eval.hold_out={config.eval.hold_out:g} of "
-            f"all; {division.repeated:,} of their {division.captions:,} captions stand verbatim in "
-            "training"
-        )
+    if config.eval.hold_out:
+        yield f"held out   eval.hold_out={config.eval.hold_out:g} of all images"
+
+
+def lines_on_captions(batch: Mapping[str, Any], tokenize: Tokenizer) -> Iterator[str]:
+    """Yields lines about a batch's captions: three examples, and how many are cut."""
+    for key, record, captions in list(zip(batch["key"], batch["meta"], batch["captions"]))[:3]:
+        yield f"caption    {record.get('source', key)}: {' | '.join(captions)[:90]}"
+    if cut := cut_in_words(tokenize, [caption for drawn in batch["captions"] for caption in drawn]):
+        yield f"warning    {cut}"
 
 
 def _loss(state: State) -> str:
@@ -264,3 +259,117 @@ def _loss(state: State) -> str:
     if state.logit_bias is not None:
         scale += f", bias {state.logit_bias.item():.4g}"
     return f"{type(state.objective.loss).__name__}: {terms}; scale {scale}"
+
+
+def _columns_of(path: Path) -> list[str]:
+    """Returns the columns of a CSV file, [] if there is none; ends a line that is cut short."""
+    if not path.exists():
+        return []
+    text = path.read_text("utf-8", "replace")
+    if text and not text.endswith("\n"):
+        with path.open("a") as file:
+            file.write("\n")
+    return next(csv.reader(text.splitlines()), [])
+
+
+def read_figures(path: Path) -> list[dict[str, str]]:
+    """Returns the rows of a run's CSV file by column, in the order of steps; [] without a file.
+
+    Of several rows of one step the last one counts; lines with more or fewer values than columns,
+    which a crash has left, do not. Raises ValueError or KeyError without a step.
+    """
+    if not path.exists():
+        return []
+    rows = csv.DictReader(path.read_text("utf-8", "replace").splitlines())
+    whole = [row for row in rows if None not in row and None not in row.values()]
+    last = {(int(row["step"]), *map(row.get, NAMES)): row for row in whole}
+    return sorted(last.values(), key=lambda row: int(row["step"]))
+
+
+def rise(evaluated: list[dict[str, str]], step: int) -> str | None:
+    """Returns a text if a held-out loss is above its lowest by RISE, for the first time in a run.
+
+    It is so in the last two evaluations, of which the second is that of `step`. evaluated: rows of
+    evaluation.csv.
+    """
+    losses: dict[str, dict[int, float]] = {}  # by split and step
+    for row in evaluated:
+        losses.setdefault(row["split"], {})[int(row["step"])] = float(row.get("loss") or "nan")
+    risen: dict[int, str] = {}
+    for split, by_step in losses.items():
+        steps = [*by_step]
+        for before, (second, last) in enumerate(zip(steps[1:], steps[2:]), 1):
+            lowest = min(steps[:before], key=by_step.__getitem__)
+            if min(by_step[second], by_step[last]) > (1 + RISE) * by_step[lowest]:
+                risen.setdefault(
+                    last,
+                    f"{split} loss {by_step[last]:.3f}: in two evaluations more than {RISE:.0%} "
+                    f"above {by_step[lowest]:.3f}, its lowest, of step {lowest}; the model may "
+                    "overfit, best.pt keeps the highest R@1",
+                )
+    return risen.get(step) if min(risen, default=None) == step else None
+
+
+def write_curves(run: Path) -> None:
+    """Draws RUN/curves.png from metrics.csv, unless it is empty, and evaluation.csv, if any."""
+    rows, evaluated = read_figures(run / "metrics.csv"), read_figures(run / "evaluation.csv")
+    if not rows:
+        return
+    # by panel and label: steps and values
+    panels: dict[str, dict[str, Points]] = {"loss": {}}
+    terms = terms_of(rows[0])
+    for row in rows:
+        _add(panels["loss"], "training", row, "loss")
+        for column, term in terms.items() if len(terms) > 1 else ():
+            _add(panels["loss"], term.replace("_", " "), row, column)
+        for column in COLUMNS:
+            _add(panels.setdefault(column, {}), column, row, column)
+    for row in evaluated:
+        _add(panels["loss"], row["split"], row, "loss")
+        recalls = panels.setdefault(f"{row['split']} (dotted: chance)", {})
+        for column in row:
+            if column.startswith(("R@", "chance R@")):
+                label = f"{row['direction']} {column}".replace("_", " ")
+                _add(recalls, label, row, column)
+    panels = {title: lines for title, lines in panels.items() if lines}
+    with any_text():
+        figure = Figure(figsize=(8, 2 * len(panels)), dpi=100, layout="constrained")
+        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for axis, (title, lines) in zip(axes, panels.items()):
+            _draw(axis, title, lines, _best_step(evaluated))
+        axes[-1].set_xlabel("step; dashed: the best evaluation")
+        write(figure, run / "curves.png")
+
+
+def _add(lines: dict[str, Points], label: str, row: dict[str, str], column: str) -> None:
+    """Adds the value that a row has in a column, if any, to the line of a label."""
+    if row.get(column):
+        steps, values = lines.setdefault(label, ([], []))
+        steps.append(int(row["step"]))
+        values.append(float(row[column]))
+
+
+def _draw(axis: Axes, title: str, lines: dict[str, Points], best: int | None) -> None:
+    """Draws the lines of a panel; those of chance are dotted, in the colours of the others."""
+    colours: dict[str, Any] = {}
+    for label, (steps, values) in lines.items():
+        name = label.replace("chance ", "")
+        is_chance = name != label
+        (line,) = axis.plot(steps, values, ":" if is_chance else ".-", color=colours.get(name))
+        colours[name] = line.get_color()
+        if not is_chance:
+            line.set_label(f"{shortened(label, 40)}: {values[-1]:.3g}")
+    if best is not None:
+        axis.axvline(best, color=GREY, linestyle="--", linewidth=1)
+    axis.set_title(shortened(title, 90), fontsize=10, loc="left")
+    axis.legend(fontsize=8, loc="upper left", ncols=2)
+    axis.grid(alpha=0.3)
+
+
+def _best_step(evaluated: list[dict[str, str]]) -> int | None:
+    """Returns the first step of the highest R@1, averaged over the rows of a step."""
+    recalls: dict[int, list[float]] = {}
+    for row in evaluated:
+        recalls.setdefault(int(row["step"]), []).append(float(row["R@1"]))
+    means = {step: sum(values) / len(values) for step, values in recalls.items()}
+    return max(means, key=lambda step: (means[step], -step), default=None)

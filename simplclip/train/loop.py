@@ -4,36 +4,38 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
-from functools import partial
 from pathlib import Path
-from typing import Any, Never
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from simplclip import data, evaluation
+from simplclip import data
 from simplclip.common import generators, hardware, ranks
 from simplclip.common.errors import InputError, UserError
 from simplclip.common.files import check_writable, locked
 from simplclip.common.progress import duration
+from simplclip.data.samples import digest_of
+from simplclip.data.shards import Source
+from simplclip.data.sidecars import sidecars_of
 from simplclip.models.trained import tokenizer
+from simplclip.models.weights import checksums
 from simplclip.train import checkpoint
 from simplclip.train.checkpoint import Snapshot
-from simplclip.train.compilation import Compilation
 from simplclip.train.config import Config, ConfigError
-from simplclip.train.distributed import wrap
-from simplclip.train.evaluate import evaluate, is_due, load_splits
-from simplclip.train.log import Log, first_lines
-from simplclip.train.nodes import check_configs, check_data, check_frozen
-from simplclip.train.resolve import (
-    Resolved,
-    resolve,
-    resolve_micro_batch,
+from simplclip.train.evaluate import (
+    Interrupted,
+    StopSignals,
+    evaluate,
+    is_due,
+    load_splits,
 )
-from simplclip.train.setup import State, make_state
-from simplclip.train.signals import Interrupted, StopSignals
+from simplclip.train.log import Log, first_lines, lines_on_captions
+from simplclip.train.objective import wrap
+from simplclip.train.resolve import Resolved, resolve
+from simplclip.train.setup import State, load_model, make_state
 from simplclip.train.step import Batch, TrainingError, keep_frozen, train_step
 
 SAVE_MINUTES = 10.0  # the longest time between two writes of last.pt
@@ -53,49 +55,43 @@ def run(
     stop. Without a last.pt the run prints a note and starts at step 0 (as open_clip's `--resume
     latest`), so that one command starts and resumes.
 
+    Settings that differ from the checkpoint's are named in the log.
+
     Raises:
-        ConfigError: the folder already holds a run, or the checkpoint has other settings.
+        ConfigError: the folder already holds a run, or the checkpoint cannot take a setting.
         FileExistsError: another process trains in the folder. A start that fails leaves the folder
             unchanged; after packing it leaves the shards.
         TrainingError: any error once a step is done; that error is the __cause__. The last whole
             step is saved first; if it cannot be saved, the message says why, and which checkpoint
             is intact. Also a loss or gradient that is not finite.
-        Interrupted: SIGINT, SIGTERM, SIGHUP, or a closed pipe; the running step is finished and the
-            state saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; the running step is finished and the state saved.
         InputError: a rank has another config, or other data or frozen weights, than the first one.
         RankError: before a step is done, another rank has ended or does not answer.
     """
     out, began = Path(config.run.out), time.monotonic()
     console = console or Console()
-    config = resolve_micro_batch(config, console)
     with ranks.join(config.run.timeout_minutes), ExitStack() as stack:
-        is_first = ranks.first()
-        if not is_first:
+        if not ranks.first():
             console = Console(quiet=True)
-        check_configs(config)
-        ranks.on_first(check_writable, out, "run.out")
-        ranks.on_first(stack.enter_context, locked(out, "run.out"))
+        if ranks.first():
+            check_writable(out, "run.out")
+            stack.enter_context(locked(out, "run.out"))
         former = ranks.on_first(checkpoint.read_last, out, resume)
-        with ranks.fail_together():
-            device = ranks.set_device(config.run.device)
+        device = ranks.set_device(config.run.device)
         precision, why_precision = hardware.pick_precision(config.run.precision, device)
         timed = config.run.cudnn_benchmark and device.type == "cuda"
         stack.enter_context(hardware.timed_algorithms(timed))
         torch.manual_seed(config.run.seed)
-        state, splits, resolved = _start(config, former, device, precision)
-        config = state.config
+        state, splits, resolved = _start(config, former, device, precision, console)
         if former:
             generators.restore(former["rng"])
         elif resume:
             state.lines.append(f"resume     {out} has no checkpoint yet: starting at step 0")
-        with ranks.fail_together():
-            loader = make_loader(state)
-        check_data(loader, splits)
-        if former:
-            state.lines += ranks.on_first(checkpoint.set_aside, out, former)
+        loader = make_loader(state)
+        _check_alike(state, loader, splits)
 
         snapshot, log = Snapshot(state, former, resolved.samples), Log(state, console)
-        stop = stack.enter_context(StopSignals(console))
+        stop = stack.enter_context(StopSignals())
         try:
             with log.status:
                 for line in first_lines(state, why_precision, resolved):
@@ -103,48 +99,80 @@ def run(
                 _train(state, loader, splits, snapshot, stop, log)
             ranks.on_first(log.write_curves)
         except Exception as error:
-            _save_and_raise(ranks.as_rank_error(error), snapshot)
-            raise
-        finished = state.step == config.run.steps and not is_due(state, snapshot)
-        # inside of StopSignals, where a closed pipe raises nothing
+            error = ranks.as_rank_error(error)
+            _raise_saved(error, snapshot)
+            raise error from None
+        finished = state.step == state.config.run.steps and not is_due(state, snapshot)
         if finished:
             _print_end(snapshot, log, time.monotonic() - began)
     if not finished:
-        if not is_first:
-            raise SystemExit(130)
-        saved = f"saved step {state.step} of {config.run.steps} to {out / 'last.pt'}"
+        steps = state.config.run.steps
+        saved = f"saved step {state.step} of {steps} to {out / 'last.pt'}"
         raise Interrupted(f"{stop.reason}: {saved}. {snapshot.go_on}")
     return out / "last.pt"
 
 
 def _start(
-    config: Config, former: dict[str, Any] | None, device: torch.device, precision: str
-) -> tuple[State, dict[str, evaluation.Split], Resolved]:
+    config: Config,
+    former: dict[str, Any] | None,
+    device: torch.device,
+    precision: str,
+    console: Console,
+) -> tuple[State, dict[str, data.HeldOut], Resolved]:
     """Makes a run's state, its resolved config, and its held-out data by name."""
-    state: Any = None
-    with ranks.fail_together():
-        _micro_batch_size_and_count(config)
-        if not former:  # before packing, which may take an hour
-            state = make_state(config, device, precision)
-        splits = load_splits(config, config.eval.splits)
-    resolved: Resolved = ranks.on_first(resolve, config, former)
+    # before packing, which may take an hour
+    loaded = load_model(config, former)
+    splits = load_splits(config, config.eval.splits)
+    resolved: Resolved = ranks.on_first(resolve, config, former, console)
     config = resolved.config
-    with ranks.fail_together():
-        data.sources_of(config.data.train, "data.train")  # which a node may lack
-        splits |= load_splits(config, config.held_out)
-        if former:
-            state = make_state(config, device, precision, former)
-    state.config, state.objective.steps = config, config.run.steps
+    splits |= load_splits(config, config.held_out)
+    changes = [*checkpoint.changed_settings(former, config)] if former else []
+    state = make_state(config, device, precision, former, loaded=loaded)
+    state.lines += changes
+    if former and former["config"]["eval"]["hold_out"] != config.eval.hold_out:
+        state.data = None
     keep_frozen(state)
-    check_frozen(state.model)
     state.wrappers = wrap(state.model)
     return state, splits, resolved
+
+
+def _check_alike(state: State, loader: data.Loader, splits: dict[str, data.HeldOut]) -> None:
+    """Raises InputError on all ranks if one has another config, data or frozen weights.
+
+    Nodes have files of their own. Data are compared by names and sizes of their files, configs but
+    for run.out, where only the first rank writes.
+    """
+    if ranks.count() == 1:
+        return
+    settings = state.config.to_dict()
+    del settings["run"]["out"]
+    frozen = {name: p for name, p in state.model.named_parameters() if not p.requires_grad}
+    sidecars = [sidecars_of(source.url, loader.sidecars) for source in loader.sources]
+    parts = {
+        "config": settings,
+        "data.train": _sizes(loader.sources),
+        "data.sidecars": [[os.path.getsize(path) for path in paths] for paths in sidecars],
+        "eval.splits": {name: _sizes(split.sources) for name, split in splits.items()},
+        "inherit.source, model.checkpoint": checksums(frozen),
+    }
+    gathered = ranks.all_gather({name: digest_of([part]) for name, part in parts.items()})
+    for name, digest in gathered[0].items():
+        if any(other[name] != digest for other in gathered):
+            raise InputError(f"{name}: expected that of the first rank on all, got several")
+
+
+def _sizes(sources: Iterable[Source]) -> list[tuple[str, int | None]]:
+    """Returns the name of each source, and its bytes if it is a file."""
+    return [
+        (source.name, os.path.getsize(source.url) if os.path.isfile(source.url) else None)
+        for source in sources
+    ]
 
 
 def _train(
     state: State,
     loader: data.Loader,
-    splits: dict[str, evaluation.Split],
+    splits: dict[str, data.HeldOut],
     snapshot: Snapshot,
     stop: StopSignals,
     log: Log,
@@ -156,12 +184,11 @@ def _train(
         return
     if state.step == config.run.steps:
         return
-    compilation = Compilation(state, snapshot, log)
     log.print("data       loading the first batch")
     for batches in load_micro_batches(state, loader, log):
         log.end_loading()
         ranks.seed_apart(config.run.seed + state.step)
-        row = compilation.step(partial(train_step, state, batches))
+        row = train_step(state, batches)
         snapshot.take()
         log.write_step(row)
         stopped, last = stop.agree_to_stop(), state.step == config.run.steps
@@ -184,7 +211,7 @@ def _print_end(snapshot: Snapshot, log: Log, seconds: float) -> None:
         f"done       step {snapshot.saved} in {took}: {out / 'last.pt'}, {out / 'curves.png'}"
     )
     best = snapshot.best
-    if best and (out / "best.pt").exists():  # the file may be lost, see `checkpoint.set_aside`
+    if best:
         recall, step = best["recall"], best["step"]
         log.print(f"best       mean R@1 {recall:.1%}, of step {step}: {out / 'best.pt'}")
 
@@ -194,7 +221,10 @@ def load_micro_batches(state: State, loader: data.Loader, log: Log) -> Iterator[
     _, count = _micro_batch_size_and_count(state.config)
     batches: list[Batch] = []
     reported = 0  # reasons for which samples are left out
-    for batch in loader:
+    for number, batch in enumerate(loader):
+        if not number:
+            for line in lines_on_captions(batch, loader.tokenizer):
+                log.print(line)
         batches.append(_copied(batch) if count > 1 else batch)
         if len(batches) < count:
             continue
@@ -229,7 +259,8 @@ def _micro_batch_size_and_count(config: Config) -> tuple[int, int]:
 def make_loader(state: State) -> data.Loader:
     """Makes this rank's loader of micro-batches, which continues as `state.data` says.
 
-    If ranks, workers or shards were others, it starts a new pass; `state.lines` says so.
+    If ranks, workers, shards or eval.hold_out were others, it starts a new pass; `state.lines` says
+    so.
     """
     config, section = state.config, state.config.data
     size, count = _micro_batch_size_and_count(config)
@@ -244,7 +275,6 @@ def make_loader(state: State) -> data.Loader:
         teacher=config.loss.needs_teacher,
         sidecars=section.sidecars,
         hold_out=config.eval.hold_out,
-        hold_out_by=config.eval.hold_out_by,
         pin_memory=state.device.type == "cuda",
         seed=config.run.seed,
         rank=ranks.number(),
@@ -260,16 +290,14 @@ def make_loader(state: State) -> data.Loader:
     if state.step:
         loader.seed += state.step
         state.lines.append(
-            "resume     ranks, workers or shards were others: the epoch starts again"
+            "resume     ranks, workers, shards or eval.hold_out were others: the epoch starts again"
         )
     return loader
 
 
-def _save_and_raise(error: Exception, snapshot: Snapshot) -> None:
+def _raise_saved(error: Exception, snapshot: Snapshot) -> None:
     """Saves the last whole step, and raises a TrainingError that says so, unless there is none."""
     step = snapshot.progress["step"]
-    if not ranks.first():
-        _end_rank(error, step)
     saved = snapshot.save_after_error()
     go_on = f" {snapshot.go_on}" if snapshot.saved else ""
     # not finite: continuing from there would give the same error
@@ -280,20 +308,10 @@ def _save_and_raise(error: Exception, snapshot: Snapshot) -> None:
         raise TrainingError(
             f"step {step + 1}: out of memory. {saved or 'Nothing is saved.'} {advice}{go_on}"
         ) from error
-    if saved is not None:
+    if saved:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         reason = str(error).strip().rstrip(".") or "no message"
         raise TrainingError(f"after step {step}: {kind}{reason}. {saved}{go_on}") from error
-
-
-def _end_rank(error: Exception, step: int) -> Never:
-    """Ends a rank that is not the first one, which reports a TrainingError itself."""
-    # one rank of each node reports
-    if isinstance(error, ranks.RankError) and os.environ.get("LOCAL_RANK") != "0":
-        raise SystemExit(1)
-    if isinstance(error, TrainingError):
-        raise SystemExit(1)
-    raise TrainingError(f"step {step + 1}: {error}") from error
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -1,116 +1,164 @@
-"""What a config leaves open, resolved before the first step of its run.
+"""What a config leaves open, resolved once, before the first step of its run.
 
-data.micro_batch    auto: the largest that fits a GPU, as two small steps measure it
+data.micro_batch    auto: the largest that fits a GPU, as small steps of random pairs show
 data.train          tables and folders: the shards that the run packs
-eval.hold_out_by    null: what the checkpoint has, else "picture"
 run.epochs          becomes run.steps, by the number of samples
-run.compile         auto: what the checkpoint has. Else the time of the first steps decides, see
-                    compilation.py
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from open_clip.utils import to_2tuple
 from rich.console import Console
 
-from simplclip import data, evaluation
+from simplclip import data, gradient_cache
+from simplclip.common import hardware, ranks
+from simplclip.common.errors import InputError
 from simplclip.common.files import remove_leftovers
-from simplclip.common.hardware import pick_device
 from simplclip.common.progress import print_lines
-from simplclip.models.registry import cut_in_words
 from simplclip.models.trained import tokenizer
-from simplclip.train import checkpoint, micro_batch
+from simplclip.train import checkpoint
+from simplclip.train import step as steps
 from simplclip.train.config import Config, ConfigError, check_new_run
+from simplclip.train.setup import State, make_state, width_of
+
+# of the GPU's free memory; the rest is for fragmentation and outputs of frozen beginnings
+SHARE = 0.85
 
 
 class Resolved(NamedTuple):
-    """A config in which only run.compile may be open, and what was counted of its data."""
+    """A config in which nothing is open, and the number of its images."""
 
     config: Config
-    samples: int | None  # images of an epoch; None if they are not counted
-    division: data.Division | None  # what eval.hold_out makes of the data; None if it is 0
-    lines: list[str]  # for the log: examples of captions, and what is wrong with them
+    samples: int | None  # images that train in an epoch; None if no meta.json has their number
 
 
-def resolve_micro_batch(config: Config, console: Console) -> Config:
-    """Returns `config` with a number or null as data.micro_batch, and prints it; auto is measured.
-
-    Raises ConfigError for auto without a GPU, or with several ranks.
-    """
-    if config.data.micro_batch != "auto":
-        return config
-    device = pick_device(config.run.device)
-    if device.type != "cuda" or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "data.micro_batch: expected a number, got auto, which is measured on one GPU; "
-            "elsewhere `simplclip train` predicts it"
-        )
-    size = micro_batch.measured(config, device)
-    print_lines(f"memory     data.micro_batch = {size or 'null'} fits, as measured", console)
-    return config.replaced(data={"micro_batch": size})
-
-
-def resolve(config: Config, former: dict[str, Any] | None) -> Resolved:
-    """Packs tables and folders, counts the data, looks at captions, and resolves the rest.
+def resolve(config: Config, former: dict[str, Any] | None, console: Console) -> Resolved:
+    """Measures a micro-batch, packs tables and folders, and counts the steps.
 
     Leftovers of killed processes are removed. Raises ConfigError if the samples are not counted, or
-    if the config cannot continue the run of the checkpoint `former`.
+    if the config cannot begin a run; `former`: the checkpoint of one that goes on.
     """
     out = Path(config.run.out)
     if not former:
         check_new_run(config)
     remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
-    config = config.replaced(data={"train": data.pack_shards(config.data.train, out / "shards")})
-    if former and config.run.compile == "auto":  # what the run had
-        config = config.replaced(run={"compile": former["config"]["run"]["compile"]})
-    if config.eval.hold_out and config.eval.hold_out_by is None:
-        # a run keeps what it began with: the other would evaluate images that it has trained on
-        by = former["config"].get("eval", {}).get("hold_out_by") if former else "picture"
-        config = config.replaced(eval={"hold_out_by": by})
-    division = _count_division(config) if config.eval.hold_out else None
+    micro_batch = config.data.micro_batch
+    if micro_batch == "auto":
+        micro_batch = measured(config)
+        line = f"memory     data.micro_batch = {micro_batch or 'null'} fits, as measured"
+        print_lines(line, console)
+    shards = data.pack_shards(config.data.train, out / "shards")
     samples = config.data.samples
     if samples is None:
-        samples = division.train if division else data.dataset_size(config.data.train)
+        samples = data.dataset_size(shards)
+        if samples is not None:
+            samples = max(1, round(samples * (1 - config.eval.hold_out)))
+    count = config.run.steps
     if config.run.epochs is not None:
         if samples is None:
             raise ConfigError(
                 "data.samples: expected the number of samples N, for run.epochs, by --set "
                 "data.samples=N, got null and no meta.json"
             )
-        number = max(1, round(samples * config.run.epochs / config.data.batch_size))
-        config = config.replaced(run={"steps": number, "epochs": None})
-    if former:
-        checkpoint.check_settings(former, config)
-    return Resolved(config, samples, division, list(_lines_on_captions(config)))
-
-
-def _lines_on_captions(config: Config) -> Iterator[str]:
-    """Yields lines for the log about some captions of packed data; none if none can be read."""
-    some = data.some_captions(config.data.train, config.data.sidecars)
-    if not some.names:
-        return
-    for example in some.examples():
-        yield f"caption    {example}"
-    yield f"captions   {some.counts()}"
-    cut = cut_in_words(tokenizer(config.model.model_dump()), some.all)
-    for problem in filter(None, (some.warning(), cut)):
-        yield f"warning    {problem}"
-
-
-def _count_division(config: Config) -> data.Division:
-    """Counts what eval.hold_out makes of the data; raises ConfigError if too little is left."""
-    share = config.eval.hold_out
-    division = data.count_division(
-        config.data.train, share, config.data.sidecars, config.eval.hold_out_by
+        count = max(1, round(samples * config.run.epochs / config.data.batch_size))
+    config = config.replaced(
+        data={"train": shards, "micro_batch": micro_batch}, run={"steps": count, "epochs": None}
     )
-    if not division.train or division.held_out < evaluation.LEAST_SAMPLES:
+    return Resolved(config, samples)
+
+
+def measured(config: Config) -> int | None:
+    """Returns the largest micro-batch whose steps fit on a GPU, None if the whole batch fits.
+
+    Runs steps of the config's model on random images; all that they allocate is freed. Raises
+    ConfigError without a GPU, with several ranks, and if not even one pair at a time fits.
+    """
+    device, size = hardware.pick_device(config.run.device), config.data.batch_size
+    if device.type != "cuda" or ranks.count() > 1:
         raise ConfigError(
-            "eval.hold_out: expected a share that leaves samples to train on, and at least "
-            f"{evaluation.LEAST_SAMPLES} held out, got {share:g}: {division.train} that train and "
-            f"{division.held_out} that are held out"
+            "data.micro_batch: expected a number, got auto, which is measured on one GPU; "
+            "elsewhere `simplclip train` predicts it"
         )
-    return division
+    precision, _ = hardware.pick_precision(config.run.precision, device)
+    trial = config.replaced(
+        data={"micro_batch": None}, run={"compile": False, "steps": 1, "epochs": None}
+    )
+    with torch.random.fork_rng():
+        state = make_state(trial, device, precision)
+        sizes = [size]
+        with contextlib.suppress(InputError):
+            gradient_cache.check(state.model)
+            sizes = [pairs for pairs in range(1, size + 1) if size % pairs == 0]
+        rows = size * (1 + config.data.captions_per_image)
+        features = 3 * 4 * rows * width_of(config)  # float32, gathered, and their gradients
+        limit = int(SHARE * torch.cuda.mem_get_info(device)[0]) - features
+        try:
+            pairs = largest_that_fits(sizes, limit, partial(peak_of_step, state, size))
+        finally:
+            del state
+            torch.cuda.empty_cache()
+    return None if pairs == size else pairs
+
+
+def largest_that_fits(sizes: Sequence[int], limit: int, peak: Callable[[int], int]) -> int:
+    """Returns the last one of the growing sizes before the first that does not fit in `limit`.
+
+    peak(pairs): runs a step with so many pairs at a time and returns its bytes, or raises
+    torch.cuda.OutOfMemoryError. Raises ConfigError if none fits.
+    """
+    fitting = 0
+    for pairs in sizes:
+        try:
+            if peak(pairs) > limit:
+                break
+        except torch.cuda.OutOfMemoryError:
+            break
+        fitting = pairs
+    if not fitting:
+        raise ConfigError(
+            f"data.micro_batch: expected one that fits the GPU, got auto; a batch of "
+            f"{sizes[-1]:,} does not fit, even with {sizes[0]:,} pairs at a time"
+        )
+    return fitting
+
+
+def peak_of_step(state: State, size: int, pairs: int) -> int:
+    """Runs a step of so many pairs at a time on a GPU; returns torch's peak bytes."""
+    torch.cuda.reset_peak_memory_stats(state.device)
+    run_step(state, size, pairs)
+    torch.cuda.synchronize(state.device)
+    return torch.cuda.max_memory_allocated(state.device)
+
+
+def run_step(state: State, size: int, pairs: int) -> dict[str, float]:
+    """Runs a step over two micro-batches or, of a whole batch of `size`, in one graph.
+
+    It changes the weights, and `state.config`.
+    """
+    captions = state.config.data.captions_per_image
+    side = to_2tuple(state.model.visual.image_size)
+    words = " ".join(["a"] * 512)  # as many tokens as there may be
+    text = tokenizer(state.config.model.model_dump())([words])
+    batch = {
+        "image": torch.randint(256, (pairs, 3, *side), dtype=torch.uint8),
+        "text": text.expand(pairs, captions, -1).contiguous(),
+        "group": torch.arange(pairs),
+    }
+    if state.teacher:
+        width = state.teacher["width"]
+        batch["teacher_image"] = torch.randn(pairs, width).half()
+        batch["teacher_text"] = torch.randn(pairs, captions, width).half()
+    batches = [batch]
+    sizes: dict[str, int | None] = {"batch_size": size, "micro_batch": None}
+    if pairs < size:
+        batches.append({**batch, "group": batch["group"] + pairs})
+        sizes = {"batch_size": 2 * pairs, "micro_batch": pairs}
+    state.config = state.config.replaced(data=sizes)
+    return steps.train_step(state, batches)

@@ -6,49 +6,42 @@ config.py reads them. Nothing here needs torch, so that a wrong key is answered 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
-    Discriminator,
     Field,
-    Tag,
+    StrictBool,
+    StrictInt,
     ValidationInfo,
-    create_model,
+    model_serializer,
     model_validator,
 )
 from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
 
-from simplclip.common.terms import BASES, BY_NAME, TEACHER_TERMS, TERMS
-from simplclip.data.samples import HoldOutBy
+from simplclip.common.terms import BY_NAME, TEACHER_TERMS, TERMS
 
 DEVICES = r"^(auto|cpu|cuda(:\d+)?)$"
+Count = Annotated[int, Field(ge=1)]
+# a value of free options; YAML reads 1e-3 as text, which is a number here
+Option = Annotated[StrictBool | StrictInt | float | Any, Field(union_mode="left_to_right")]
 
 
 class Section(BaseModel):
     """Base class of sections: unknown keys and values of other types are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-def setting(default: Any, description: str, *, resumable: bool | str = False, **limits: Any) -> Any:
+def setting(default: Any, description: str, **limits: Any) -> Any:
     """Returns a field of a section; description: for --help-config, limits: of pydantic's Field.
 
-    default: `...` if the key is required. resumable: whether --resume takes another value than the
-    checkpoint's, or the one option of the value of which it does, since results stay.
+    default: `...` if the key is required.
     """
-    extra: dict[str, Any] = {"resumable": resumable}
-    return Field(default, description=description, json_schema_extra=extra, **limits)
-
-
-def shown(value: Any) -> str:
-    """Returns a value, cut to 60 letters, and its type as errors show them: "VALUE (TYPE)"."""
-    text = repr(value)
-    if len(text) > 60:
-        text = f"{text[:57]}..."
-    return f"{text} ({type(value).__name__})"
+    return Field(default, description=description, validate_default=True, **limits)
 
 
 class LoraConfig(Section):
@@ -63,13 +56,12 @@ class LoraConfig(Section):
 
 class ModelConfig(Section):
     name: str = setting("siclip-tiny", "name of the model, see `simplclip.models.create`")
-    options: dict[str, Any] = setting({}, "keyword arguments for `simplclip.models.create`")
+    options: dict[str, Option] = setting({}, "keyword arguments for `simplclip.models.create`")
     checkpoint: str | None = setting(
         None,
         "trained weights to start from: a run, a checkpoint, an export, open_clip's NAME/TAG or a "
         "file; all that fit are loaded, positional embeddings interpolated, and all train. Read at "
         "the start of a run alone",
-        resumable=True,
     )
     image_size: int | None = setting(None, "pixels of a side; null: the model's own", ge=1)
     context_length: int | None = setting(None, "tokens of a text; null: the model's own", ge=2)
@@ -79,7 +71,6 @@ class ModelConfig(Section):
     recompute: bool = setting(
         False,
         "blocks keep only their input and are computed again in backward: a quarter more time",
-        resumable=True,
     )
     lora: LoraConfig | None = setting(
         None,
@@ -91,17 +82,13 @@ class ModelConfig(Section):
     def _check_shape(self) -> ModelConfig:
         """Raises ValueError if image_size or context_length has another value in `options`."""
         for section, name in (("vision_cfg", "image_size"), ("text_cfg", "context_length")):
-            options = self.options.get(section) or {}
-            if not isinstance(options, dict):
-                raise ValueError(f"options.{section}: expected a mapping, got {shown(options)}")
-            size = getattr(self, name)
-            size_in_options = options.get(name)
-            if size is None or size_in_options is None:
+            size, options = getattr(self, name), self.options.get(section)
+            if size is None or not isinstance(options, dict):
                 continue
-            if size != size_in_options:
+            other = options.get(name, size)
+            if other != size:
                 raise ValueError(
-                    f"{name}: expected one value, got {size} and options.{section}.{name} = "
-                    f"{size_in_options}"
+                    f"{name}: expected one value, got {size} and options.{section}.{name} = {other}"
                 )
         return self
 
@@ -111,7 +98,6 @@ class InheritConfig(Section):
         None,
         "weights to inherit: a checkpoint, an open_clip tag NAME/TAG, efficientnet-lite0, minilm, "
         "or a list",
-        resumable=True,
     )
     train: list[str] = setting(
         [], "patterns of inherited tensors that are trained; the others are frozen"
@@ -122,9 +108,6 @@ class InheritConfig(Section):
         "share is the average of theirs, or the first one's. null: simplified blocks start from "
         "random weights",
     )
-
-
-Count = Annotated[int, Field(ge=1)]
 
 
 class LoaderOptions(TypedDict, total=False):
@@ -138,36 +121,27 @@ class DataConfig(Section):
         ...,
         "the pairs: tars by path, glob, brace pattern, URL or pipe:COMMAND; {shards, weight}: each "
         "sample weight times an epoch; a list of these. A table, JSON or folder is packed first",
-        resumable=True,
     )
     samples: int | None = setting(
-        None,
-        "samples of an epoch, for run.epochs; null: as meta.json beside the shards says",
-        ge=1,
-        resumable=True,
+        None, "samples of an epoch, for run.epochs; null: as meta.json beside the shards says", ge=1
     )
     batch_size: int = setting(256, "images per step", ge=1)
     micro_batch: Count | Literal["auto"] | None = setting(
         None,
         "images, with their captions, at a time (gradient caching: the gradient is that of the "
         "whole batch); null: all; auto: as many as fit, measured on a GPU, else predicted",
-        resumable=True,
     )
     mean_tokens: float | None = setting(
         None,
         "tokens of a caption on average, with start and end, for `simplclip plan` and micro_batch "
         "auto, where texts are computed at their length; null: texts of full length",
         ge=2,
-        resumable=True,
     )
     captions_per_image: int = setting(
         1, "captions drawn for each image in each step; each makes a pair", ge=1
     )
     workers: int = setting(
-        4,
-        "loader processes, on which the order depends; 0 reads in the training process",
-        ge=0,
-        resumable=True,
+        4, "loader processes, on which the order depends; 0 reads in the training process", ge=0
     )
     sidecars: list[str] = setting(
         [], "folders of `simplclip teacher` and `caption`, whose files are joined to the samples"
@@ -178,9 +152,7 @@ class DataConfig(Section):
         "the views which the teacher saw, else the model's default",
     )
     options: LoaderOptions = setting(
-        {},
-        "on_error, max_bytes and shuffle_buffer of `simplclip.data.Loader`",
-        resumable="on_error",
+        {}, "on_error, max_bytes and shuffle_buffer of `simplclip.data.Loader`"
     )
 
     @property
@@ -193,7 +165,7 @@ class DataConfig(Section):
 class Schedule(Section):
     """A weight by step: linear from `value` at `start` to `to` at `end`, then constant.
 
-    It is 0 before `start` and from `until` on.
+    It is 0 before `start` and from `until` on. A number is one that is constant.
     """
 
     value: float = Field(ge=0)
@@ -201,6 +173,18 @@ class Schedule(Section):
     start: int = Field(0, ge=0)
     end: int | None = None
     until: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_number(cls, weight: Any) -> Any:
+        """Returns the fields of a schedule that is written as a number."""
+        return weight if isinstance(weight, dict) else {"value": weight}
+
+    @model_serializer
+    def _as_number(self) -> Any:
+        """Returns the number of a constant weight, else the fields."""
+        fields = dict(self)
+        return self.value if fields == dict(Schedule(value=self.value)) else fields
 
     @model_validator(mode="after")
     def _check_order(self) -> Schedule:
@@ -231,45 +215,44 @@ class Schedule(Section):
         return self.value + (self.to - self.value) * done
 
 
-def _form(weight: Any) -> str:
-    """Returns "a section" for a weight written as a schedule, "a number" for another one."""
-    return "a section" if isinstance(weight, dict | Section) else "a number"
+def corners_of(schedules: Iterable[Schedule], steps: int) -> list[int]:
+    """Returns the steps, in order, between which the weights of all schedules are linear."""
+    corners = {0, steps}
+    for schedule in schedules:
+        corners |= {schedule.start, schedule.end or 0, schedule.until or 0}
+    corners |= {corner - 1 for corner in corners}  # where a weight may end at 0
+    return sorted(corner for corner in corners if 0 <= corner < steps)
 
 
-Weight = Annotated[
-    Annotated[float, Field(ge=0), Tag("a number")] | Annotated[Schedule, Tag("a section")],
-    Discriminator(_form),
-]
+class LossConfig(Section):
+    """The base, and each term's weight and choice: the names are those of the table of terms."""
 
-
-def _section_of_terms() -> Any:
-    """Returns a section with the base, and each term's weight and choice."""
-    base = setting(
-        BASES[0],
+    base: Literal["contrastive", "sigmoid"] = setting(
+        "contrastive",
         "contrastive: softmax over the batch (CLIP); sigmoid: logistic loss of every pair "
         "(SigLIP), whose scale starts at 10 and whose bias at -10 unless model.options has "
         "init_logit_scale and init_logit_bias",
     )
-    fields: dict[str, Any] = {"base": (Literal[BASES], base)}
-    # without a teacher first, then of single pairs: the order in the config.yaml of runs
-    for term in sorted(TERMS, key=lambda term: (term.needs_teacher, term.compares_pairs)):
-        default = 1.0 if term.is_base else 0.0
-        fields.setdefault(term.weight, (Weight, setting(default, term.help)))
-        if term.choice:
-            words = term.choice.words
-            fields[term.choice.name] = Literal[words], setting(words[0], term.choice.help)
-    return create_model("_Terms", __base__=Section, **fields)
+    contrastive_weight: Schedule = setting(
+        1.0, "of the base; each weight is a number, or a schedule {value, to, start, end, until}"
+    )
+    pm_weight: Schedule = setting(0.0, "weight of the pair matching loss")
+    feature_weight: Schedule = setting(
+        0.0, "weight of feature distillation: distance to the teacher's features"
+    )
+    relational_weight: Schedule = setting(
+        0.0, "weight of relational distillation: KL to the teacher's softmax"
+    )
+    interactive_weight: Schedule = setting(
+        0.0, "weight of interactive distillation: student against teacher across modalities"
+    )
+    interactive: Literal["infonce", "kl"] = setting("infonce", "form of interactive distillation")
 
-
-_Terms: Any = _section_of_terms()
-
-
-class LossConfig(_Terms):
     @property
     def weights(self) -> dict[str, Schedule]:
         """The schedules by term, without those that are always 0."""
         terms = [term for term in TERMS if not term.is_base or term.name == self.base]
-        schedules = {term.name: _schedule(getattr(self, term.weight)) for term in terms}
+        schedules: dict[str, Schedule] = {term.name: getattr(self, term.weight) for term in terms}
         return {name: schedule for name, schedule in schedules.items() if schedule.largest}
 
     @property
@@ -283,21 +266,21 @@ class LossConfig(_Terms):
         return all(BY_NAME[name].compares_pairs for name in self.weights)
 
 
-def _schedule(weight: float | Schedule) -> Schedule:
-    """Returns the schedule of a weight; a number is one that is constant."""
-    if isinstance(weight, Schedule):
-        return weight
-    return Schedule(value=weight)
+class LayerDecay(Section):
+    """A layer's rate by that of the layer after it, by tower; a number is that of both."""
+
+    image: float = Field(1.0, gt=0, le=1)
+    text: float = Field(1.0, gt=0, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_number(cls, decay: Any) -> Any:
+        """Returns the fields of a decay that is written as a number."""
+        return decay if isinstance(decay, dict) else {"image": decay, "text": decay}
 
 
 # options of adamw, unless optim.options replaces them
 ADAMW = {"betas": [0.9, 0.98], "eps": 1e-6}
-Decay = Annotated[float, Field(gt=0, le=1)]
-Decays = Annotated[
-    Annotated[Decay, Tag("a number")]
-    | Annotated[dict[Literal["image", "text"], Decay], Tag("a section")],
-    Discriminator(_form),
-]
 
 
 def _with_defaults(options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
@@ -309,8 +292,8 @@ class OptimConfig(Section):
     name: str = setting(
         "adamw", "adamw: torch's; or another one of timm.optim.list_optimizers(), as lion or muon"
     )
-    lr: float = setting(1e-3, "learning rate at the end of the warm-up", gt=0, resumable=True)
-    layer_decay: Decays | None = setting(
+    lr: float = setting(1e-3, "learning rate at the end of the warm-up", gt=0)
+    layer_decay: LayerDecay | None = setting(
         None, "a layer's rate by that of the layer after it, e.g. 0.8 or {image: 0.8, text: 0.9}"
     )
     lr_scale: dict[str, Annotated[float, Field(ge=0)]] = setting(
@@ -322,10 +305,9 @@ class OptimConfig(Section):
     weight_decay: float = setting(
         0.1, "weight decay of matrices; norms, biases, gains and scalars have none", ge=0
     )
-    options: Annotated[dict[str, Any], AfterValidator(_with_defaults)] = setting(
+    options: Annotated[dict[str, Option], AfterValidator(_with_defaults)] = setting(
         {},
         "further arguments of the optimizer; of adamw {betas: [0.9, 0.98], eps: 1e-6} and others",
-        validate_default=True,
     )
     ema: float | None = setting(
         None,
@@ -340,7 +322,7 @@ class OptimConfig(Section):
 
 class EvalConfig(Section):
     splits: dict[str, str | list[str]] = setting(
-        {}, "held-out data by name: as in data.train, or as evaluate takes them", resumable=True
+        {}, "held-out data by name: as in data.train, or as evaluate takes them"
     )
     hold_out: float = setting(
         0.0,
@@ -349,17 +331,11 @@ class EvalConfig(Section):
         ge=0,
         lt=1,
     )
-    hold_out_by: HoldOutBy | None = setting(
-        None,
-        "what hold_out goes by without a group: picture, the image's path in its collection, so "
-        "that copies agree, or shard, the shard's name and the key. null: picture if the run "
-        "begins; shard in runs that began before there was this key",
-    )
     every: int = setting(
-        0, "steps between evaluations of the splits during training; 0: never", ge=0, resumable=True
+        0, "steps between evaluations of the splits during training; 0: never", ge=0
     )
     templates: Annotated[list[str], Field(min_length=1)] = setting(
-        ["a photo of {}"], "phrases around a label in zero-shot classification", resumable=True
+        ["a photo of {}"], "phrases around a label in zero-shot classification"
     )
 
     @model_validator(mode="after")
@@ -374,13 +350,11 @@ class EvalConfig(Section):
 
 class RunConfig(Section):
     out: Annotated[str, AfterValidator(os.path.expanduser)] = setting(
-        ...,
-        "folder of the run: config.yaml, metrics.csv, curves.png, last.pt, best.pt",
-        resumable=True,
+        ..., "folder of the run: config.yaml, metrics.csv, curves.png, last.pt, best.pt"
     )
-    steps: int | None = setting(1000, "number of optimizer steps", ge=1, resumable=True)
+    steps: int | None = setting(1000, "number of optimizer steps", ge=1)
     epochs: float | None = setting(
-        None, "epochs of data.train in place of steps, see data.samples", gt=0, resumable=True
+        None, "epochs of data.train in place of steps, see data.samples", gt=0
     )
     seed: int = setting(
         0, "seed of weights, data order, drawn captions and augmentation", ge=0, lt=2**62
@@ -389,46 +363,39 @@ class RunConfig(Section):
         "auto", "of autocast; auto: bf16 if in hardware"
     )
     device: Annotated[str, Field(pattern=DEVICES)] = setting(
-        "auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one", resumable=True
+        "auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one"
     )
-    compile: bool | Literal["auto"] = setting(
-        "auto",
-        "compile the towers by torch.compile: minutes at the start, then faster steps; auto: on a "
-        "GPU, after ten steps, if more than ten minutes are left",
+    compile: bool = setting(
+        False,
+        "compile the towers by torch.compile: minutes at the start, then faster steps on a GPU",
     )
-    channels_last: bool | Literal["auto"] = setting(
+    channels_last: Literal[True, False, "auto"] = setting(
         "auto",
         "layout of the image tower; auto: on a GPU, for convolutions that have no groups or are "
         "depthwise",
-        resumable=True,
     )
     cudnn_benchmark: bool = setting(
-        True, "let cuDNN time its algorithms on a GPU, since sizes are fixed", resumable=True
+        True, "let cuDNN time its algorithms on a GPU, since sizes are fixed"
     )
     keep_frozen: bool = setting(
         True,
         "gradient caching computes the frozen beginning of a tower once in a step and keeps its "
         "output, if all outputs take at most a tenth of the memory",
-        resumable=True,
     )
     tensorboard: bool = setting(
-        False,
-        "also write scalars and pictures of evaluations for TensorBoard, in run.out",
-        resumable=True,
+        False, "also write scalars and pictures of evaluations for TensorBoard, in run.out"
     )
-    log_every: int = setting(10, "steps between rows of metrics.csv", ge=1, resumable=True)
+    log_every: int = setting(10, "steps between rows of metrics.csv", ge=1)
     save_every: int = setting(
         500,
         "steps between writes of last.pt; evaluations, the last step and ten minutes write it too",
         ge=1,
-        resumable=True,
     )
     timeout_minutes: float = setting(
         10.0,
         "of several ranks: the time after which one that does not answer ends all",
         gt=0,
         le=10_080,
-        resumable=True,
     )
 
     @model_validator(mode="before")

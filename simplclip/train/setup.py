@@ -1,13 +1,13 @@
 """The state of a run, made from a config or a checkpoint in three steps.
 
-load_model      a model on the CPU with its weights
+load_model      a model on the CPU with its weights; load_start those with which a run began
 prepare_model   the model as it trains: layout, folded copies, cropped texts
 make_state      all that a step needs: objective, optimizer, averages
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from simplclip import data, models
-from simplclip.common.errors import InputError
+from simplclip.common.errors import InputError, first_line
 from simplclip.data.transforms import augmentation
 from simplclip.models.crop import TextCrop, crop_texts
 from simplclip.models.fold import fold_frozen
-from simplclip.models.inherit import WeightTable, freeze, freeze_norms, inherit
+from simplclip.models.inherit import Status, WeightTable, freeze, freeze_norms, inherit
 from simplclip.models.lora import add_lora
 from simplclip.models.naming import SCALARS
 from simplclip.models.packaged import STATES
@@ -31,14 +31,12 @@ from simplclip.models.trained import (
     model_options,
     other_pixels,
 )
-from simplclip.models.weights import load_error
+from simplclip.models.weights import checksums, load_error, plain_name
 from simplclip.nn import SimplifiedBlock
 from simplclip.train.beginning import Beginning
-from simplclip.train.config import Config, ConfigError
-from simplclip.train.distributed import share_norms
-from simplclip.train.objective import Objective
-from simplclip.train.optimizer import Average, load_optimizer, make_optimizer
-from simplclip.train.rates import freeze_zeros
+from simplclip.train.config import Config, ConfigError, from_dict
+from simplclip.train.objective import Objective, share_norms
+from simplclip.train.optimizer import Average, freeze_zeros, load_optimizer, make_optimizer
 
 
 @dataclass
@@ -57,7 +55,7 @@ class PreparedModel:
 class State:
     """A run and how far it is. Between two steps it is the state after a whole step.
 
-    A step changes tensors, `step` and `updating` alone; resolve.py and compilation.py the config.
+    A step changes tensors, `step` and `updating` alone.
     """
 
     config: Config
@@ -112,18 +110,27 @@ def load_model(
     They are those of `checkpoint`, a last.pt, or else those from which the run starts. Returns the
     model, the names of its frozen modules and parameters, and lines for the log.
     """
-    model: Any = build_model(config.model.model_dump(), config.loss.base)
+    section = config.model.model_dump()
+    model: Any = build_model(section, config.loss.base)
     if checkpoint:
-        add_lora(model, config.model.model_dump()["lora"], [], config.inherit.train)
+        add_lora(model, section["lora"], [], config.inherit.train)
         freeze(model, checkpoint["frozen"])
         _load(model, checkpoint["model"])
         return model, checkpoint["frozen"], []
     tables = take_start(model, config)
     frozen = [name for table in tables for name in table.names]
     lines = [line for table in tables for line in str(table).splitlines()]
-    frozen, more = add_lora(model, config.model.model_dump()["lora"], frozen, config.inherit.train)
+    frozen, more = add_lora(model, section["lora"], frozen, config.inherit.train)
     frozen += freeze_zeros(model, config)
-    return model, frozen, [*lines, *more, *_pixel_warnings(config)]
+    transform = image_transform(section)
+    for source in sources_of(config):
+        if pixels := other_pixels(source, transform):
+            more.append(
+                f"warning    {source} was trained on images normalised by {pixels}; this model's "
+                f"have mean {transform.mean} and std {transform.std}. To train on the former: "
+                f"--set 'model.options.preprocess={pixels}'"
+            )
+    return model, frozen, [*lines, *more]
 
 
 def shapes_of(config: Config) -> tuple[nn.Module, list[str]]:
@@ -133,10 +140,8 @@ def shapes_of(config: Config) -> tuple[nn.Module, list[str]]:
     model stand for it.
     """
     name, source = config.model.name, config.inherit.source
-    lora = config.model.model_dump()["lora"]
-    model = models.create(
-        name, device="meta", **model_options(config.model.model_dump(), config.loss.base)
-    )
+    section = config.model.model_dump()
+    model = models.create(name, device="meta", **model_options(section, config.loss.base))
     frozen = list[str]()
     if source is not None:
         sources: list[Any] = [source] if isinstance(source, str) else list(source)
@@ -145,23 +150,25 @@ def shapes_of(config: Config) -> tuple[nn.Module, list[str]]:
                 sources[index] = models.create(name, device="meta", simplified=False)
         settings = config.inherit
         frozen = inherit(model, sources, train=settings.train, blocks=settings.blocks).names
-    frozen, _ = add_lora(model, lora, frozen, config.inherit.train)
+    frozen, _ = add_lora(model, section["lora"], frozen, config.inherit.train)
     return model, frozen + freeze_zeros(model, config)
 
 
 def take_start(model: Any, config: Config) -> list[WeightTable]:
     """Copies the weights from which a run starts into its model; returns what each source gave."""
+    section = config.inherit
+    starts: list[tuple[str, Any, dict[str, Any]]] = [
+        ("model.checkpoint", config.model.checkpoint, {"train": "*"}),
+        ("inherit.source", section.source, {"train": section.train, "blocks": section.blocks}),
+    ]
     tables = list[WeightTable]()
-    if config.model.checkpoint is not None:
+    for key, source, options in starts:
+        if source is None:
+            continue
         try:
-            tables.append(inherit(model, config.model.checkpoint, train="*"))
-        except (CheckpointError, FileNotFoundError) as error:
-            raise ConfigError(f"model.checkpoint: {str(error).removeprefix('source: ')}") from None
-    if config.inherit.source is not None:
-        table = inherit(
-            model, config.inherit.source, train=config.inherit.train, blocks=config.inherit.blocks
-        )
-        tables.append(table)
+            tables.append(inherit(model, source, **options))
+        except (InputError, FileNotFoundError) as error:
+            raise ConfigError(f"{key}: {str(error).removeprefix('source: ')}") from None
     for name in SCALARS:  # a value of the config replaces that of the weights
         value = config.model.options.get(f"init_{name}")
         if value is not None:
@@ -174,18 +181,6 @@ def sources_of(config: Config) -> list[str]:
     inherited = config.inherit.source or []
     inherited = [inherited] if isinstance(inherited, str) else inherited
     return [*filter(None, [config.model.checkpoint, *inherited])]
-
-
-def _pixel_warnings(config: Config) -> Iterator[str]:
-    """Yields a line for each open_clip tag whose images are normalised otherwise than the run's."""
-    transform = image_transform(config.model.model_dump())
-    for source in sources_of(config):
-        if pixels := other_pixels(source, transform):
-            yield (
-                f"warning    {source} was trained on images normalised by {pixels}; this model's "
-                f"have mean {transform.mean} and std {transform.std}. To train on the former: "
-                f"--set 'model.options.preprocess={pixels}'"
-            )
 
 
 def prepare_model(
@@ -220,7 +215,7 @@ def prepare_model(
     if folded:
         lines.append(f"frozen     folded, in channels_last: {', '.join(folded)}")
     prepared = PreparedModel(model, frozen, folded, crop, lines)
-    if config.run.compile is True:
+    if config.run.compile:
         compile_towers(prepared)
     return prepared
 
@@ -266,21 +261,23 @@ def make_state(
     precision: str,
     checkpoint: Mapping[str, Any] | None = None,
     *,
+    loaded: tuple[Any, list[str], list[str]] | None = None,
     prepared: PreparedModel | None = None,
     teacher: Mapping[str, Any] | None = None,
 ) -> State:
     """Makes the state of a run that begins, or that continues from `checkpoint`.
 
     checkpoint: the content of a last.pt; None for a run that begins.
-    prepared: what `prepare_model` returned, with all tensors on `device`; made here if None. Its
-    model is put into training mode, and its batch norms may become synchronised ones.
+    loaded: what `load_model` returned; prepared: what `prepare_model` returned of it, with all
+    tensors on `device`. They are made here if None. The model is put into training mode, and its
+    batch norms may become synchronised ones.
     teacher: name, width and logit_scale of the teacher, by default read from the data if a term
     needs a teacher.
 
     Raises InputError, FileNotFoundError; CheckpointError if the checkpoint does not fit the model.
     """
     if prepared is None:
-        prepared = prepare_model(*load_model(config, checkpoint), config, device)
+        prepared = prepare_model(*(loaded or load_model(config, checkpoint)), config, device)
         for module in (prepared.model, *prepared.folded.values()):
             module.to(device)
     model = prepared.model
@@ -325,11 +322,7 @@ def _continue_from(checkpoint: Mapping[str, Any], state: State) -> None:
         if name != "model":
             _load(item, checkpoint.get(name))
     state.step, state.data = checkpoint["step"], checkpoint["data"]
-    line = f"resume     continuing from step {state.step}"
-    before, now = checkpoint["config"]["run"]["steps"], state.config.run.steps
-    if before != now:
-        line += f"; the learning rate now ends at {now}, not {before}"
-    state.lines.append(line)
+    state.lines.append(f"resume     continuing from step {state.step}")
 
 
 def _load(item: Any, saved: Any) -> None:
@@ -360,5 +353,50 @@ def _check_views(config: Config, transform: Any, teacher: Mapping[str, Any] | No
 
 def width_of(config: Config) -> int:
     """Returns D, the width of the model's features."""
-    width = config.model.options.get("embed_dim")
+    width: Any = config.model.options.get("embed_dim")
     return width or models.spec_of(config.model.name).config["embed_dim"]
+
+
+def load_start(
+    checkpoint: str | Path, state: Mapping[str, Any]
+) -> tuple[str, Mapping[str, Tensor]]:
+    """Returns the sources of the weights with which a run began, and these as a state dict.
+
+    checkpoint: names the run in errors. state: its content, by `read_checkpoint`. With LoRA it has
+    the start; else model.checkpoint and inherit.source of its config are read again, and compared
+    with its checksums. Positional embeddings are not compared.
+    Raises InputError, in one line, if a source is gone or has other weights, or if tensors of the
+    model are in none of them.
+    """
+    config = from_dict(dict(state["config"]))
+    names = ", ".join(sources_of(config))
+    if config.model.lora:
+        return names, {plain_name(name): weight for name, weight in state["start"].items()}
+    expected = f"blend: expected the weights from which {checkpoint} started, got "
+    try:
+        model = build_model(config.model.model_dump(), config.loss.base)
+        tables = take_start(model, config)
+    except (InputError, OSError) as error:
+        raise InputError(f"{expected}{first_line(error)}") from None
+    start = model.state_dict()
+    new = [name for name in start if name not in SCALARS]
+    for table in tables:
+        new = [name for name in new if table.status(name) == Status.NEW]
+    if new or config.inherit.blocks is not None:
+        why = "whose blocks start by inherit.blocks"
+        if new:
+            why = f"in which {len(new)} tensors, {new[0]} first, are new"
+        raise InputError(
+            "blend: expected a run that starts from trained weights of its own architecture, got "
+            f"{checkpoint}, {why}"
+        )
+    former = state.get("start")
+    if not former:  # of an earlier version
+        return f"{names}, not known to be unchanged", start
+    for name, checksum in checksums(start).items():
+        # they may be interpolated, whose last bits depend on the CPU
+        is_position = name.endswith(("positional_embedding", "pos_embed"))
+        if former[name] != checksum and not is_position:
+            files = ", ".join(source for table in tables for source in table.sources)
+            raise InputError(f"{expected}others in {files}, of {name} first")
+    return names, start

@@ -17,7 +17,7 @@ from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, UserError
 from simplclip.data.transforms import finish_on_device
 from simplclip.train.beginning import find_beginning
-from simplclip.train.distributed import average_gradient
+from simplclip.train.objective import average_gradient
 from simplclip.train.optimizer import learning_rate
 from simplclip.train.setup import State
 
@@ -186,12 +186,8 @@ def keep_frozen(state: State, memory: int | None = None) -> None:
     counts = {"image": images, "text": images * config.data.captions_per_image}
     room = (memory or hardware.total_memory(state.device)) // KEPT_SHARE
     for tower, encode in (("image", encode_image), ("text", encode_text)):
-        found = find_beginning(
-            state.model,
-            partial(encode, state),
-            _trial_batch(state.model, tower),
-            config.run.compile is not False,
-        )
+        trial = _trial_batch(state.model, tower)
+        found = find_beginning(state.model, partial(encode, state), trial)
         if found is None:
             continue
         beginning, size = found

@@ -8,8 +8,8 @@ import pytest
 
 from simplclip import data
 from simplclip.data.errors import BrokenSample, Skipped
-from simplclip.data.read_tars import read_tar
 from simplclip.data.samples import digest_of, parse
+from simplclip.data.sidecars import read_joined
 from support.data.pairs import features_of, keys, loader, npy, one_pass, png, sample, take, write
 
 
@@ -29,7 +29,11 @@ def make(folder, out, files=taught, leave=()):
     for path in sorted(folder.glob("*.tar")):
         numbers = [int(key[1:]) for key in read(path)]
         write(out / path.name, [(f"k{n:03d}", files(n)) for n in numbers if n not in leave])
-        shards[path.name] = {"samples": len(numbers), "source": {"bytes": path.stat().st_size}}
+        shards[path.name] = {
+            "samples": len(numbers),
+            "bytes": 0,
+            "source": {"bytes": path.stat().st_size},
+        }
     (out / "meta.json").write_text(json.dumps({"splits": {"train": {"shards": shards}}}))
     return out
 
@@ -50,7 +54,7 @@ def out(folder, tmp_path):
 
 def read(shard, *folders):
     source = data.sources_of(shard)[0]
-    samples = read_tar(source, Skipped(), sidecars=folders or None)
+    samples = read_joined(source, Skipped(), folders)
     return {sample["__key__"]: sample for sample in samples}
 
 
@@ -111,12 +115,12 @@ def test_a_damaged_shard_with_a_sidecar_is_counted(folder, out, form):
     shard = str(path) if form == "file" else f"pipe:cat {path}"
     skipped = Skipped()
     source = data.sources_of(shard)[0]
-    samples = list(read_tar(source, skipped, sidecars=[out]))
+    samples = list(read_joined(source, skipped, [out]))
     assert 0 < len(samples) < 5
     assert all("teacher.npy" in files for files in samples)
     assert skipped.counts == {"damaged tar": 1}
     with pytest.raises(data.ShardError, match=r"shard '.*in/train-1\.tar' is damaged"):
-        list(read_tar(source, Skipped(), sidecars=[out], on_error="stop"))
+        list(read_joined(source, Skipped(), [out], on_error="stop"))
 
 
 def test_a_sidecar_may_lack_samples(folder, tmp_path):

@@ -9,11 +9,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from braceexpand import braceexpand
 
 from simplclip import data
 from simplclip.common.errors import InputError
-from simplclip.data import read_tars
 from support.data.pairs import one_pass, sample, write
 
 FIRST, SECOND = ([f"k{i:03d}" for i in range(start, start + 12)] for start in (0, 12))
@@ -25,19 +23,13 @@ def shard(folder, first=0, count=12):
     return write(folder / f"train-{first:03d}.tar", map(sample, range(first, first + count)))
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(read_tars, "RETRIES", (0.01, 0.02))
-
-
 class Server(http.server.BaseHTTPRequestHandler):
-    """A server of a folder. faults: name -> faults of its next requests; the last one stays."""
+    """A server of a folder. faults: name -> the fault of its requests."""
 
     def do_GET(self):
         name = self.path.split("?")[0].strip("/")
         self.server.asked[name] += 1
-        waiting = self.server.faults.get(name, ["none"])
-        fault = waiting.pop(0) if len(waiting) > 1 else waiting[0]
+        fault = self.server.faults.get(name)
         path = self.server.folder / name
         if fault == "404" or not path.exists():
             return self.send_error(404)
@@ -45,9 +37,6 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if fault == "slow":  # sends nothing for a while
-            self.server.release.wait(20)
-            return None
         if fault == "cut":
             self.wfile.write(content[: len(content) // 2])
             return self.connection.close()
@@ -74,12 +63,10 @@ def server(tmp_path):
         server.folder = tmp_path / "served"
         server.faults = {}
         server.asked = Counter()
-        server.release = threading.Event()
         server.url = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server
-        server.release.set()
         server.shutdown()
         thread.join()
 
@@ -94,25 +81,16 @@ def test_urls_with_brace_patterns_and_signatures(server):
 
 
 @NEEDS_CURL
-@pytest.mark.parametrize("fault", ["404", "cut", "slow"])
-def test_a_server_that_fails(server, monkeypatch, fault):
-    """A stream goes on where it broke; one that stays broken ends the loader in a line."""
-    monkeypatch.setattr(read_tars, "STALL", 1)
+@pytest.mark.parametrize("fault", ["404", "cut"])
+def test_a_server_that_fails_costs_the_rest_of_a_tar(server, fault):
     urls = [f"{server.url}/{os.path.basename(shard(server.folder, number))}" for number in (0, 12)]
-    server.faults["train-000.tar"] = [fault, "none"]
+    server.faults["train-012.tar"] = fault
     found, skipped = one_pass(urls)
-    assert (found, dict(skipped.counts)) == (FIRST + SECOND, {})
-    server.faults["train-000.tar"] = [fault]
-    message = rf"shard '{urls[0]}' cannot be read: curl: \(\d+\) .+"
-    with pytest.raises(data.ShardError, match=message):
-        one_pass(urls)
-
-
-def test_a_machine_without_curl(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    message = "shard 'https://host/a.tar': expected the program curl, which fetches URLs, got none"
-    with pytest.raises(data.ShardError, match=message):
-        one_pass("https://host/a.tar")
+    assert found[:12] == FIRST
+    assert found[12:] == SECOND[: len(found) - 12]
+    assert (len(found) < 24, dict(skipped.counts)) == (True, {"damaged tar": 1})
+    with pytest.raises(data.ShardError, match=rf"shard '{urls[1]}' is damaged: .+"):
+        one_pass(urls, on_error="stop")
 
 
 @pytest.mark.parametrize(
@@ -123,16 +101,11 @@ def test_the_output_of_a_command(tmp_path, command):
     assert one_pass("pipe:" + command.format(shard(tmp_path)))[0] == FIRST
 
 
-@pytest.mark.parametrize("command", ["head -c 9000 {0}; exit 3", "exit 3", "false"])
-def test_a_command_that_fails(tmp_path, command):
-    message = r"shard 'pipe:.*' cannot be read: the command ended with exit code [13]"
-    with pytest.raises(data.ShardError, match=message):
-        one_pass("pipe:" + command.format(shard(tmp_path)))
-
-
-def test_a_command_that_ends_well_but_early_is_damage(tmp_path):
-    found, skipped = one_pass([f"pipe:head -c 9000 {shard(tmp_path)}", shard(tmp_path / "other")])
-    assert len(found) > 12
+@pytest.mark.parametrize("command", ["head -c 9000 {0}; exit 3", "exit 3", "head -c 9000 {0}"])
+def test_a_command_that_fails_or_ends_early_is_damage(tmp_path, command):
+    tars = [shard(tmp_path / "other"), "pipe:" + command.format(shard(tmp_path))]
+    found, skipped = one_pass(tars)
+    assert 12 <= len(found) < 24
     assert skipped.counts == {"damaged tar": 1}
 
 
@@ -147,10 +120,6 @@ def test_paths_patterns_and_weights(tmp_path, monkeypatch):
         assert urls(what) == ["train-000.tar"]
     assert urls(["*.tar", "more/*.tar"]) == ["train-000.tar", "more/train-012.tar"]
     assert urls("http://host/{1..2}.tar") == ["http://host/1.tar", "http://host/2.tar"]
-    patterns = ("{0..10}", "{10..8}", "{08..11}", "{0..100..50}", "{a,b}-{1..2}", "{x}")
-    for pattern in (*patterns, "{a,{1..3}}", "{,x}"):
-        pattern = f"http://host/{pattern}.tar"
-        assert urls(pattern) == [*braceexpand(pattern)]
     command = "pipe:cat {a,b}.tar | awk '{ print ${x} }'"
     assert urls(command) == [command.replace("{a,b}", name) for name in "ab"]
     weighted = data.sources_of(
@@ -204,9 +173,3 @@ def test_what_names_no_tar(tmp_path, monkeypatch, what, message):
         Path(name).touch()
     with pytest.raises(InputError, match=message):
         data.sources_of(what, "data")
-
-
-def test_no_device_or_named_pipe_is_opened(tmp_path):
-    os.mkfifo(tmp_path / "a.tar")
-    with pytest.raises(data.ShardError, match="a.tar': expected a regular file"):
-        one_pass(str(tmp_path / "a.tar"))

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from simplclip import data
-from simplclip.commands import options
 from simplclip.common.errors import InputError
 from support.data.packs import write_images
 from support.data.pairs import COUNT, SIZE, augment, png, resize, sample, table, write
@@ -76,7 +75,6 @@ def test_classes_have_the_order_of_their_folders(tmp_path):
     assert held.classes.folders == ("aTarget", "a_early", "b c", "b_c", "empty")
     assert held.classes.names == ["aTarget", "a early", "b c", "b c", "empty"]
     assert [row.label for row in rows(read(tmp_path / "set#1")[0])] == [0, 1, 2, 3]
-    options.check_data([str(tmp_path / "set#1")], "data")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

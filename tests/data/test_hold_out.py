@@ -1,6 +1,5 @@
 """A share of the data is held out: the same samples for every reader, groups together."""
 
-import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -9,9 +8,18 @@ import pytest
 
 from simplclip import data
 from simplclip.data import pack, samples
-from simplclip.data.overlap import overlap
 from support.data.packs import write_images
-from support.data.pairs import COUNT, loader, members, png, resize, sample, table, write
+from support.data.pairs import (
+    COUNT,
+    first_passes,
+    loader,
+    members,
+    png,
+    resize,
+    sample,
+    table,
+    write,
+)
 from support.evaluation import batches_of, index_of
 
 SHARE = 0.3
@@ -43,8 +51,8 @@ def one_pass(shards, share, workers=1, ranks=1, **options):
     for rank in range(ranks):
         reader = loader(shards, rank=rank, **options)
         for worker in range(workers):
-            items = itertools.takewhile(lambda item: item.epoch == 0, reader.items(worker, workers))
-            found += [key for item in items if item.batch for key in item.batch["key"]]
+            for block in first_passes(reader, worker, workers):
+                found += block.batch["key"]
     return found
 
 
@@ -66,24 +74,7 @@ def test_training_and_evaluation_divide_the_samples(pattern, workers, ranks):
 
 def test_the_share_is_about_the_share(tmp_path):
     shard = write(tmp_path / "a.tar", [(str(i), {"png": png(), "txt": b"x"}) for i in range(1000)])
-    assert 70 <= data.count_division(shard, 0.1).held_out <= 130
-
-
-def test_counts_and_captions_that_stand_in_training(tmp_path):
-    texts = ["a cat", "a dog", "a cat", "a bus"] * 10
-    shard = write(
-        tmp_path / "a.tar",
-        [(f"{i:02}", {"png": png(), "txt": text.encode()}) for i, text in enumerate(texts)],
-    )
-    held = {int(key) for key in held_of(shard)[0]}
-    train = Counter(text for i, text in enumerate(texts) if i not in held)
-    twice = [shard, {"shards": shard, "weight": 1.5}]
-    division = data.count_division(twice, SHARE)
-    assert division.train == round(2.5 * (40 - len(held)))
-    repeated = sum(texts[i] in train for i in held)
-    once = data.count_division(shard, SHARE)
-    assert once == (40 - len(held), len(held), len(held), repeated)
-    assert len(held_of(twice)[0]) == len(held), "held-out samples come once"
+    assert 70 <= len(held_of(shard, 0.1)[0]) <= 130
 
 
 def test_groups_of_a_sidecar_count(tmp_path):
@@ -112,7 +103,7 @@ def test_copies_of_a_collection_hold_out_the_same_pictures(tmp_path):
     held = {}
     for name in ("photos", "on_white"):
         shards = shards_of(tmp_path / name)
-        keys_held = held_of(shards, hold_out_by="picture")[0]
+        keys_held = held_of(shards)[0]
         records = {
             member.partition(".")[0]: json.loads(content)["source"]
             for shard in shards
@@ -120,11 +111,8 @@ def test_copies_of_a_collection_hold_out_the_same_pictures(tmp_path):
             if member.endswith(".json")
         }
         held[name] = {records[key].partition("/")[2] for key in keys_held} - {"2018/new"}
-        trained = one_pass(shards, SHARE, hold_out_by="picture")
+        trained = one_pass(shards, SHARE)
         assert sorted(keys_held + trained) == [*records]
-        assert held_of(shards)[0] != keys_held
-        counted = data.count_division(shards, SHARE, by="picture")
-        assert (counted.held_out, counted.train) == (len(keys_held), len(records) - len(keys_held))
     assert held["photos"] == held["on_white"]
     assert 5 <= len(held["photos"]) <= 20
 
@@ -143,48 +131,12 @@ def test_copies_of_a_collection_hold_out_the_same_pictures(tmp_path):
     ],
 )
 def test_the_path_of_a_picture_in_its_collection(record, picture):
-    assert samples.picture_of(record) == picture
     content = json.dumps(record).encode()
     sides = [
-        samples.is_held_out({"__shard__": shard, "__key__": "a", "json": content}, 0.5, by)
-        for by in ("picture", "shard", None)
+        samples.is_held_out({"__shard__": shard, "__key__": "a", "json": content}, 0.5)
         for shard in map(str, range(20))
     ]
-    assert sides[20:40] == sides[40:]
-    assert len({*sides[:20]}) == (2 if picture is None else 1)
-    grouped = {"__shard__": "a", "__key__": "a", "json": json.dumps(record | {"group": 3}).encode()}
-    assert len({samples.is_held_out(dict(grouped), 0.5, by) for by in ("picture", "shard")}) == 1
-
-
-def test_what_another_run_has_trained_on_is_counted(tmp_path, monkeypatch):
-    folder_of(tmp_path / "photos", SOURCES)
-    folder_of(tmp_path / "on_white", ["2018/new", *SOURCES])
-
-    def division(shards, share, by=None):
-        return {"shards": shards, "hold_out": share, "hold_out_by": by, "sidecars": []}
-
-    photos, on_white = (shards_of(tmp_path / name) for name in ("photos", "on_white"))
-    first = division(photos, SHARE, "picture")
-    held = data.count_division(photos, SHARE, by="picture").held_out
-    assert overlap(first, division(on_white, SHARE, "picture")) == (held, 0)
-    assert overlap(first, division(on_white, 0.5, "picture")) == (held, 0)
-    assert overlap(first, division(on_white, 0)) == (held, held)
-    count, trained = overlap(first, division(on_white, SHARE))
-    assert (count, 0 < trained < held) == (held, True)
-    smaller = data.count_division(photos, 0.1, by="picture").held_out
-    assert overlap(first, division(on_white, 0.1, "picture")) == (held, held - smaller)
-
-    # not packed: by key and first caption
-    texts = [(f"{i:02}", {"png": png(), "txt": f"{i}".encode()}) for i in range(40)]
-    mine, copy = (write(tmp_path / f"{name}.tar", texts) for name in ("a", "b"))
-    other = write(tmp_path / "c.tar", [(key, files | {"txt": b"x"}) for key, files in texts])
-    held = len(held_of(mine)[0])
-    assert overlap(division(mine, SHARE), division(copy, 0)) == (held, held)
-    assert overlap(division(mine, SHARE), division(other, 0)) == (held, 0)
-    assert overlap(division(mine, SHARE), division(f"pipe:cat {copy}", 0)) is None
-    monkeypatch.setattr("simplclip.data.overlap.MOST_BYTES", 1000)
-    assert overlap(division(mine, SHARE), division(copy, 0)) is None
-    assert overlap(division(mine, SHARE), division(mine, SHARE)) == (0, 0), "nothing is read"
+    assert len({*sides}) == (2 if picture is None else 1)
 
 
 def shards_of(source):

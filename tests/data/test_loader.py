@@ -11,7 +11,19 @@ import pytest
 import torch
 
 from simplclip import data
-from support.data.pairs import COUNT, SIZE, keys, loader, png, resize, sample, take, text_of, write
+from support.data.pairs import (
+    COUNT,
+    SIZE,
+    first_passes,
+    keys,
+    loader,
+    png,
+    resize,
+    sample,
+    take,
+    text_of,
+    write,
+)
 from support.train.runs import bits
 
 ALL = [f"k{i:03d}" for i in range(COUNT)]
@@ -40,10 +52,8 @@ def passes(shards, count, *, workers=1, ranks=1, **options):
         for worker in range(workers):
             for of_pass in keys:
                 of_pass.append([])
-            for item in pairs.items(worker, workers):
-                if item.epoch >= count:
-                    break
-                keys[item.epoch][-1] += item.batch["key"]
+            for block in first_passes(pairs, worker, workers, count):
+                keys[block.places[0].epoch][-1] += block.batch["key"]
     return keys
 
 
@@ -68,8 +78,6 @@ def test_in_a_pass_no_sample_is_lost_doubled_or_shared(pattern, one, shards, wor
     for of_pass in found:
         assert sorted(key for of_worker in of_pass for key in of_worker) == ALL
         assert all(of_pass)
-        if shards == "one":  # samples are dealt out
-            assert all(len({int(key[1:]) % ranks for key in keys}) == 1 for keys in of_pass)
     assert found[0] != found[1]
 
 
@@ -104,7 +112,7 @@ def test_small_data_give_the_same_batches_with_any_number_of_workers(tmp_path):
         batches = take(reader, 7)
         assert [len({*batch["key"]}) for batch in batches[::2]] == [20] * 4
         assert reader.skipped.counts["missing caption"] >= 9
-        found.append((bits(batches), reader.state_dict()["passes"][0]))
+        found.append((bits(batches), reader.state_dict()["positions"][0]))
     assert found[0] == found[1]
 
 
@@ -232,38 +240,54 @@ def broken(number):
 
 
 def test_a_broken_shard_does_not_end_the_data(tmp_path):
-    """In some passes in a row a worker has nothing but the broken one."""
+    """Nor does one that comes in few passes only."""
     write(tmp_path / "bad.tar", [broken(i) for i in range(9)])
     good = write(tmp_path / "good.tar", [sample(i) for i in range(9)])
-    mixed = str(tmp_path / "*.tar")
-    options = {"workers": 2, "batch_size": 4, "transform": resize}
-    longest = Counter()
-    for seed, worker in itertools.product(range(4), (0, 1)):
-        items = take(loader(mixed, seed=seed, **options).items(worker, 2), 40)
-        gaps = [after.epoch - before.epoch for before, after in itertools.pairwise(items)]
-        longest[seed] = max(longest[seed], *gaps)
-    ((seed, passes_in_a_row),) = longest.most_common(1)
-    assert passes_in_a_row > 3
-    assert {*keys(take(loader(mixed, seed=seed, **options), 30))} == {*ALL[:9]}
-    # What comes in few passes only is waited for, too.
-    assert take(loader([{"shards": good, "weight": 0.2}, str(tmp_path / "bad.tar")]), 9)
-    assert take(loader({"shards": good, "weight": 0.2}), 9)
-    seldom = {"shards": good, "weight": 1e-7}
-    message = "for worker 1 of 1 in 100 epochs; .* larger weights may help"
-    for shards in ([seldom], [seldom, str(tmp_path / "bad.tar")]):
-        with pytest.raises(data.EmptyDataError, match=message):
-            take(loader(shards), 1)
+    reader = loader(str(tmp_path / "*.tar"), workers=2, batch_size=1, transform=resize)
+    assert {*keys(take(reader, 30))} == {*ALL[:9]}
+    assert reader.skipped.counts["missing caption"] >= 9
+    seldom = {"shards": good, "weight": 0.2}
+    assert take(loader([seldom, str(tmp_path / "bad.tar")]), 9)
+    with pytest.raises(data.EmptyDataError, match=r"got none in '.*good\.tar'"):
+        take(loader({"shards": good, "weight": 1e-7}), 1)
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_rank_whose_share_is_always_broken_says_so(tmp_path, workers):
+def test_a_rank_whose_share_is_always_broken_says_so(tmp_path):
     path = write(tmp_path / "a.tar", [broken(i) if i % 3 == 2 else sample(i) for i in range(9)])
-    options = {"world_size": 3, "workers": workers, "batch_size": 1}
+    options = {"world_size": 3, "workers": 2, "batch_size": 1}
     assert take(loader(path, rank=1, **options), 9)
-    who, fewer = ("rank", "ranks") if workers else ("worker", "data.workers")
-    name = f"for {who} 3 of 3 in 100 epochs; fewer {fewer}"
-    with pytest.raises(data.EmptyDataError, match=rf"{name} .*: 30\d missing caption"):
+    with pytest.raises(data.EmptyDataError, match=r"in .*a\.tar' in 100 epochs"):
         take(loader(path, rank=2, **options), 9)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "step", "ranks", "workers", "own"),
+    [
+        ([100] * 4, 10, 1, 4, True),
+        ([100] * 4, 11, 1, 4, False),
+        ([100] * 3, 1, 1, 4, False),
+        ([9], 9, 1, 1, True),
+        ([100] * 4, 10, 2, 2, True),
+        ([100] * 4, 11, 2, 2, False),
+        ([1, 200, 200], 10, 1, 3, True),  # a small tar among large ones
+    ],
+)
+@pytest.mark.parametrize("listed", [True, False])
+def test_workers_have_tars_of_their_own_if_parts_have_ten_steps(
+    tmp_path, listed, sizes, step, ranks, workers, own
+):
+    shards = {}
+    for number, size in enumerate(sizes, 1):
+        path = tmp_path / f"{len(sizes) - number}.tar"
+        write(path, [(f"k{i}", {"png": bytes(4096), "txt": b"x"}) for i in range(size)])
+        shards[path.name] = {"samples": size, "bytes": path.stat().st_size}
+    if listed:
+        (tmp_path / "meta.json").write_text(json.dumps({"splits": {"a": {"shards": shards}}}))
+    reader = loader(str(tmp_path / "*.tar"), batch_size=step, world_size=ranks, workers=workers)
+    assert reader.own_tars == own
+    tars = [f"pipe:cat {tmp_path / '0.tar'}"] * len(sizes)
+    streams = loader(tars, batch_size=step, world_size=ranks, workers=workers)
+    assert streams.own_tars == (len(sizes) >= ranks * workers)
 
 
 def test_a_batch_of_more_samples_than_there_are_is_an_error(one):

@@ -20,10 +20,9 @@ from torchvision.transforms import functional as TF
 
 from simplclip import models
 from simplclip.data import transforms
-from simplclip.data.decode_images import decode_pil, open_image
 from simplclip.data.errors import BrokenSample
-from simplclip.data.transforms import ImageTransform, decode_image
-from simplclip.data.views import seeded
+from simplclip.data.images import decode_pil, open_image
+from simplclip.data.transforms import ImageTransform, decode_image, seeded
 from support.data.photos import encode, photo
 from support.programs import load_example
 

@@ -5,15 +5,13 @@ import shutil
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 import simplclip
 from simplclip import evaluation, models
 from simplclip.common.errors import InputError
 from simplclip.models.trained import load_model, read_checkpoint
-from simplclip.train.setup import make_state
-from simplclip.train.start import load_start
+from simplclip.train.setup import load_start, make_state
 from support.data.pairs import write
 from support.programs import call, one_line
 from support.train import tiny
@@ -21,6 +19,7 @@ from support.train.runs import bits, go
 
 pytestmark = pytest.mark.long
 
+LABELLED = [("labels", "zero_shot")]
 LABELS = ("--data", "labels=labels.tar")
 TEXT = tiny.MODEL
 CPU = ("--workers", 0, "--device", "cpu")
@@ -56,7 +55,7 @@ def folder(trained, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch):
     """Draws no contact sheets, which takes longer than the figures."""
-    monkeypatch.setattr("simplclip.evaluation.run._draw", lambda *_: None)
+    monkeypatch.setattr("simplclip.evaluation.run.write_sheet", lambda *_: None)
 
 
 @pytest.fixture
@@ -74,7 +73,7 @@ def evaluated(*words):
     result = call("evaluate", *words, "--blend", *CPU, "--out", "out")
     assert result.exit_code == 0, result.output
     with open("out/blend.json") as file:
-        return evaluation.BlendResults.model_validate_json(file.read()), result.output
+        return json.load(file), result.output
 
 
 def test_the_sum_is_that_of_float64_and_ends_are_exact():
@@ -113,46 +112,33 @@ def test_the_sum_is_that_of_float64_and_ends_are_exact():
 def test_both_ends_have_the_figures_of_evaluate_and_the_best_mean_is_named(inside):
     data = ("--data", "one=one.tar", *LABELS)
     results, text = evaluated("runs/tuned", *LABELS)
-    assert list(results.rows[0].splits) == ["one", "held_out", "labels"]
+    rows = results["rows"]
+    assert list(rows[0]["splits"]) == ["one", "held_out", "labels"]
     assert call("evaluate", "runs/tuned", "base", *data, *CPU, "--out", "out").exit_code == 0
     with open("out/evaluation.json") as file:
-        ends = evaluation.Results.model_validate_json(file.read())
-    assert [row.alpha for row in results.rows] == [
-        0,
-        0.1,
-        0.2,
-        0.3,
-        0.4,
-        0.5,
-        0.6,
-        0.7,
-        0.8,
-        0.9,
-        1,
-    ]
-    for row, end in ((results.rows[-1], ends), (results.rows[0], ends.baselines["base"])):
-        for name in ("one", "labels"):
-            assert row.splits[name].retrieval == end.splits[name].retrieval
-            assert row.splits[name].zero_shot == end.splits[name].zero_shot
-    assert ends.splits["one"].retrieval != ends.baselines["base"].splits["one"].retrieval
-    for row in results.rows:
+        ends = json.load(file)
+    assert [row["alpha"] for row in rows] == [tenths / 10 for tenths in range(11)]
+    start = ends["baselines"]["base"]
+    for row, end in ((rows[-1], ends), (rows[0], start)):
+        for name, key in (("one", "image_to_text"), ("one", "text_to_image"), *LABELLED):
+            assert row["splits"][name][key] == end["splits"][name][key]
+    assert ends["splits"]["one"]["image_to_text"] != start["splits"]["one"]["image_to_text"]
+    for row in rows:
         shares = []
         for name in ("one", "held_out"):
-            to_text, to_image = row.splits[name].retrieval.directions.values()
-            shares.append((to_text["R@1"].value + to_image["R@1"].value) / 2)
-        shares.append(row.splits["labels"].zero_shot.top1.value)
-        assert row.mean == sum(shares) / 3
-        (line,) = [line for line in text.splitlines() if line.split()[:1] == [str(row.alpha)]]
-        assert line.split()[1:] == [f"{value:.1%}" for value in (*shares, row.mean)]
-    highest = max(row.mean for row in results.rows)
-    assert results.best == min(row.alpha for row in results.rows if row.mean == highest)
-    assert f"best for the mean: alpha {results.best}, {highest:.1%}\n" in text
+            ways = (row["splits"][name][way] for way in ("image_to_text", "text_to_image"))
+            shares.append(sum(way["R@1"]["value"] for way in ways) / 2)
+        shares.append(row["splits"]["labels"]["zero_shot"]["top1"]["value"])
+        assert row["mean"] == pytest.approx(sum(shares) / 3)
+        (line,) = [line for line in text.splitlines() if line.split()[:1] == [str(row["alpha"])]]
+        assert line.split()[1:] == [f"{value:.1%}" for value in (*shares, row["mean"])]
+    highest = max(row["mean"] for row in rows)
+    assert results["best"] == min(row["alpha"] for row in rows if row["mean"] == highest)
+    assert f"best for the mean: alpha {results['best']}, {highest:.1%}\n" in text
     assert "start: base; run: runs/tuned/best.pt, step 3\n" in text
     assert text.count("samples read") == 3
-    assert (results.checkpoint, results.start, results.step) == ("runs/tuned/best.pt", "base", 3)
-    picture = Image.open("out/blend.png")
-    assert picture.width == 744
-    assert len(picture.getcolors(1 << 20)) > 50
+    about = [results[key] for key in ("checkpoint", "start", "step")]
+    assert about == ["runs/tuned/best.pt", "base", 3]
 
 
 @pytest.mark.slow
@@ -160,23 +146,21 @@ def test_a_moved_run_evaluates_its_splits_between_the_start_and_its_last_step(in
     monkeypatch.setattr("simplclip.evaluation.blending.ALPHAS", (0.0, 0.3))
     shutil.copytree("runs/tuned", "moved")
     results, _ = evaluated("moved", "--last")
-    assert list(results.rows[0].splits) == ["one", "held_out"]
-    assert (results.checkpoint, results.step) == ("moved/last.pt", 7)
-    assert results.rows == evaluated("runs/tuned", "--last")[0].rows
-    assert results.rows[1] != evaluated("runs/tuned")[0].rows[1]
+    assert list(results["rows"][0]["splits"]) == ["one", "held_out"]
+    assert (results["checkpoint"], results["step"]) == ("moved/last.pt", 7)
+    assert results["rows"] == evaluated("runs/tuned", "--last")[0]["rows"]
+    assert results["rows"][1] != evaluated("runs/tuned")[0]["rows"][1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
-        ["model.checkpoint=base"],
         ["model.checkpoint=runs/tuned", "model.image_size=32", "model.context_length=20"],
         ["inherit.source=[base/last.pt]", "inherit.train=[text.transformer]"],
-        ["inherit.source=base", "model.options.init_logit_scale=2.0"],
         ["model.checkpoint=base", "loss.base=sigmoid"],
     ],
-    ids=["run", "best-and-resized", "inherited", "scale", "bias"],
+    ids=["best-and-resized", "inherited", "bias"],
 )
 def test_a_start_is_made_again_from_the_config(inside, tmp_path, changes):
     config = tiny.settings(tmp_path, *changes)
@@ -236,17 +220,16 @@ def test_a_run_without_a_start_of_its_architecture_is_refused_before_the_data(in
         ("model.checkpoint=gone", "model.checkpoint: expected a file of weights, got no such file"),
         (
             "inherit.source=[base, no.pt]",
-            "source: expected a file of weights, got no such file: no",
+            "inherit.source: expected a file of weights, got no such file: no",
         ),
     ):
         started = f"blend: expected the weights from which {tmp_path / 'run.pt'} started, got "
         assert started + error in line_of(change)
-    for names in (["base", "runs/tuned"], ["open_clip:ViT-B-32/openai"]):
+    torch.save(models.create("siclip-tiny").state_dict(), tmp_path / "w.pt")
+    for names in (["base", "runs/tuned"], [f"siclip-tiny/{tmp_path / 'w.pt'}"]):
         line = one_line("evaluate", *names, "--blend", "--data", "one.tar")
         assert f"--blend: expected one run or checkpoint, got {', '.join(names)}" in line
-    assert "got no such file: nothing.pt" in one_line("evaluate", "nothing.pt", "--blend")
-    line = one_line("export", "runs/tuned", "--out", "new", "--blend", "1.5")
-    assert "--blend: expected a number from 0 to 1, got 1.5" in line
+    assert call("export", "runs/tuned", "--out", "new", "--blend", "1.5").exit_code == 2
     assert f"{new}base, in" in one_line("export", "base", "--out", "new", "--blend", "0.5")
 
 
@@ -272,8 +255,8 @@ def test_an_export_has_the_blended_weights_and_their_figures(inside, tmp_path, m
     out, card = exported(0.3)
     wanted = evaluation.blend(start, best, 0.3)
     assert bits(load_file(out / "open_clip_model.safetensors")) == bits(wanted)
-    share = results.rows[1].splits["one"].retrieval.image_to_text["R@1"].value
-    assert f"| one | image to text | {share:.1%} (4.2%) |" in card
+    share = results["rows"][1]["splits"]["one"]["image_to_text"]["R@1"]["value"]
+    assert f"- one, image to text R@1: {share:.1%} (chance 4.2%)" in card
     model, _ = load_model("runs/tuned")
     model.load_state_dict(wanted)
     pixels = torch.rand(2, 3, 24, 24)
@@ -281,7 +264,7 @@ def test_an_export_has_the_blended_weights_and_their_figures(inside, tmp_path, m
     assert torch.equal(features, model.encode_image(pixels))
     out, card = exported(0.0)
     assert bits(load_file(out / "open_clip_model.safetensors")) == bits(dict(start))
-    assert "| one | text to image |" in card
+    assert "- one, text to image R@1: " in card
     for words in ([0.25], [0.3, "--last"]):  # others than were evaluated
         out, card = exported(*words)
         assert "The weights had not been evaluated before the export: " in card

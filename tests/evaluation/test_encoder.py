@@ -112,10 +112,6 @@ def test_a_run_its_checkpoint_and_its_export_are_the_same_encoder(
     message = "checkpoint: expected weights that fit the model, got .*: Missing key"
     with pytest.raises(CheckpointError, match=message):
         simplclip.load("siclip2-s0", trained)
-    (tmp_path / "export.json").write_text((folder / "export" / "export.json").read_text())
-    message = "a folder without last.pt or open_clip_model.safetensors"
-    with pytest.raises(FileNotFoundError, match=message):
-        simplclip.load(tmp_path)
     (tmp_path / "export.json").write_text("{}")
     (tmp_path / "open_clip_model.safetensors").touch()
     with pytest.raises(CheckpointError, match="expected a file of simplclip export"):
@@ -135,16 +131,9 @@ def test_a_file_of_an_open_clip_model(folder, monkeypatch):
         encoder = simplclip.load(source)
         assert encoder.fingerprint() == expected.fingerprint()
         assert (encoder.name, encoder.source) == ("open_clip:tiny", source)
-    for source, given in (
-        (("open_clip:tiny/gone.pt",), "gone.pt"),
-        (("open_clip:tiny",), "none"),
-        (("open_clip:tiny/tiny.bin", "tiny.bin"), "tiny.bin"),
-    ):
-        message = (
-            "source: expected a file of weights for open_clip:tiny, or a tag .*it has none.*, "
-        )
-        with pytest.raises(FileNotFoundError, match=f"{message}got {given}$"):
-            simplclip.load(*source)
+    message = "source: expected a file of weights for open_clip:tiny, or a tag .*it has none.*none$"
+    with pytest.raises(FileNotFoundError, match=message):
+        simplclip.load("open_clip:tiny")
     message = "checkpoint: expected weights that fit the model, got .*tiny.bin"
     with pytest.raises(CheckpointError, match=message):
         simplclip.load("open_clip:tiny-wide/tiny.bin")
@@ -179,23 +168,3 @@ def test_the_activation_is_that_of_the_tag(tmp_path, monkeypatch, tags, source):
     config = open_clip.get_model_config("tiny") | {"quick_gelu": False}
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", config)
     assert not isinstance(simplclip.load(*source).model.transformer.resblocks[0].mlp[1], QuickGELU)
-
-
-SOURCES = {
-    "siclip-tiny": "expected a file of weights, got no such file: siclip-tiny",
-    "open_clip:ViT-B-32": "expected a file of weights for open_clip:ViT-B-32, or a tag .*openai",
-    "open_clip:ViT-B-33": "nearest",
-    "mobileclip-s0": "no such file: mobileclip-s0; Apple publishes mobileclip_s0.pt at https://docs-assets",
-    "mobileclip-s0/mobileclip_s0.pt": "no such file: mobileclip_s0.pt; Apple publishes .* at http",
-    "nobody": "checkpoint: expected a file of weights, got no such file: nobody",
-    "empty": "got empty: a folder without last.pt or open_clip_model",
-}
-
-
-@pytest.mark.parametrize(("source", "message"), SOURCES.items())
-def test_sources_that_name_nothing(tmp_path, monkeypatch, source, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    error = ValueError if message == "nearest" else FileNotFoundError
-    with pytest.raises(error, match=message):
-        simplclip.load(source)

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from simplclip import data, evaluation
-from simplclip.evaluation import Figure, classification, figures, retrieval
-from simplclip.models.trained import image_transform, load_model, tokenizer
+from simplclip.evaluation import classification
+from simplclip.evaluation import index as indexing
+from simplclip.evaluation import results as showing
 from support.data.pairs import png, write
 from support.evaluation import blank, index_of, index_of_features
 from support.train import tiny
@@ -44,11 +45,11 @@ def plain_recall(x, y, gx, gy, k):
     ("tile_bytes", "columns"), [(1, 1), (500, 3), (500, 16), (2**20, 11), (2**20, 100)]
 )
 def test_recall_is_the_plain_one_whatever_the_tiles(monkeypatch, n, m, groups, tile_bytes, columns):
-    monkeypatch.setattr(retrieval, "_TILE_BYTES", tile_bytes)
-    monkeypatch.setattr(retrieval, "_TILE_COLUMNS", columns)
+    monkeypatch.setattr(indexing, "_TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(indexing, "_TILE_COLUMNS", columns)
     x, y, gx, gy = features(n, m, groups)
     for k in (1, 5, 10):
-        assert evaluation.recall(x, y, gx, gy)[f"R@{k}"].value == pytest.approx(
+        assert evaluation.recall(x, y, gx, gy)[f"R@{k}"]["value"] == pytest.approx(
             plain_recall(x, y, gx, gy, k)
         )
 
@@ -61,16 +62,16 @@ def test_chance_counts_all_right_answers():
         expected = np.mean(
             [1 - math.comb(60 - int((gy == g).sum()), k) / math.comb(60, k) for g in gx]
         )
-        assert evaluation.recall(x, y, gx, gy)[f"R@{k}"].chance == pytest.approx(expected)
+        assert evaluation.recall(x, y, gx, gy)[f"R@{k}"]["chance"] == pytest.approx(expected)
 
 
 def test_an_image_without_a_caption_is_a_candidate_and_no_query():
     x = torch.eye(4)
     x[2:] = torch.eye(4)[0]  # as near to the first caption as its own image is
     got = index_of_features(x, torch.eye(4)[:2]).retrieval()
-    assert got.image_to_text["R@1"] == Figure(value=1.0, chance=0.5)
-    assert got.text_to_image["R@5"] == Figure(value=1.0, chance=1.0)
-    assert got.text_to_image["R@1"].chance == pytest.approx(0.25)
+    assert got["image_to_text"]["R@1"] == {"value": 1.0, "chance": 0.5}
+    assert got["text_to_image"]["R@5"] == {"value": 1.0, "chance": 1.0}
+    assert got["text_to_image"]["R@1"]["chance"] == pytest.approx(0.25)
 
 
 def test_the_loss_is_that_of_batches_in_a_fixed_order():
@@ -115,18 +116,19 @@ def test_identical_captions_of_a_group_are_one_and_those_of_an_image_are_not(tmp
 
 @pytest.mark.slow
 def test_features_do_not_depend_on_batches_and_workers(trained, tmp_path):
-    model, state = load_model(trained)
-    words, pixels = tokenizer(state["config"]["model"]), image_transform(state["config"]["model"])
-    data = {"s": tiny.write_shard(tmp_path / "s.tar")}
-    split = evaluation.load_splits(data, words, pixels)["s"]
+    encoder = evaluation.load(trained, device="cpu")
+    held = data.held_out(tiny.write_shard(tmp_path / "s.tar"))
     results = []
     for size, workers in ((5, 0), (24, 0), (5, 2)):
-        towers = evaluation.Towers(model, CPU, "fp32")
-        index = evaluation.encode(towers, split, size, workers=workers)
+        index = evaluation.encode(encoder, held, size, workers=workers)
         results.append((index.image_features, index.text_features))
     torch.testing.assert_close(results[0], results[1])
     assert all(torch.equal(a, b) for a, b in zip(results[0], results[2]))
     torch.testing.assert_close(results[0][1].norm(dim=1), torch.ones(24))
+
+
+def encoder_of(model, tokenizer=None):
+    return evaluation.Encoder("m", model, blank, tokenizer, CPU, "fp32")
 
 
 class OneHot(torch.nn.Module):
@@ -143,12 +145,10 @@ def test_zero_shot_counts_and_leaves_out_what_has_no_label(tmp_path, seed):
         (f"k{i:02}", {"png": png(), "json": json.dumps({"label": names[i % 5]}).encode()})
         for i in range(22)
     ]
+    (tmp_path / "names.txt").write_text("\n".join(names))  # of the sixth there is no image
     held_out = data.held_out(write(tmp_path / "s.tar", rows))
-    index = index_of(
-        evaluation.named(held_out, names, None),  # of the sixth there is no image
-        lambda texts: torch.tensor([names.index(text.removeprefix("a ")) for text in texts]),
-        torch.randn(22, 6, generator=torch.Generator().manual_seed(seed)),
-    )
+    features = torch.randn(22, 6, generator=torch.Generator().manual_seed(seed))
+    index = index_of(evaluation.named(held_out, tmp_path / "names.txt"), features)
     index.rows[0] = index.rows[0]._replace(label=None)
     truth = [i % 5 for i in range(22)]
     order = index.image_features.argsort(1, descending=True).tolist()
@@ -157,18 +157,22 @@ def test_zero_shot_counts_and_leaves_out_what_has_no_label(tmp_path, seed):
         np.mean([hit for hit, number in zip(right[1], truth[1:]) if number == c]) for c in range(5)
     ]
 
+    def tokenizer(texts):
+        return torch.tensor([names.index(text.removeprefix("a ")) for text in texts])
+
     def zero_shot(templates):
-        return evaluation.zero_shot(evaluation.Towers(OneHot(), CPU, "fp32"), index, templates)
+        return evaluation.zero_shot(encoder_of(OneHot(), tokenizer), index, templates)
 
     got = zero_shot(["a {}", "{}"])
-    assert (got.classes, got.images, got.templates) == (names, 21, ["a {}", "{}"])
-    for figure, value, chance in (
-        (got.top1, np.mean(right[1]), 1 / 6),
-        (got.top5, np.mean(right[5]), 5 / 6),
-        (got.mean_per_class, np.mean(per_class), 1 / 6),
+    about = got["classes"], got["images"], got["templates"]
+    assert about == (names, 21, ["a {}", "{}"])
+    for name, value, chance in (
+        ("top1", np.mean(right[1]), 1 / 6),
+        ("top5", np.mean(right[5]), 5 / 6),
+        ("mean_per_class", np.mean(per_class), 1 / 6),
     ):
-        assert figure.value == pytest.approx(value)
-        assert figure.chance == chance
+        assert got[name]["value"] == pytest.approx(value)
+        assert got[name]["chance"] == chance
     with pytest.raises(ValueError, match="template: expected a phrase with one .* got 'an emoji'"):
         zero_shot(["{}", "an emoji"])
     index.rows[:] = [row._replace(label=None) for row in index.rows]
@@ -187,17 +191,13 @@ def test_weights_of_classes_are_finite_and_of_length_one(tmp_path):
     rows = [(f"k{i}", {"png": png(i), "cls": str(i).encode()}) for i in range(12)]
     held_out = data.held_out(write(tmp_path / "s.tar", rows))
     names = list(map(str, range(12)))
-    towers = evaluation.Towers(Halves(), CPU, "bf16")
-
-    def tokenizer(texts):
-        return torch.tensor([float(text) for text in texts])
-
-    weights = classification._weights(towers, tokenizer, names, ["{}", "0{}"])
+    encoder = encoder_of(Halves(), lambda texts: torch.tensor([float(text) for text in texts]))
+    weights = classification.class_weights(encoder, names, ["{}", "0{}"])
     torch.testing.assert_close(weights.norm(dim=0), torch.ones(12), atol=1e-6, rtol=0)
-    held_out = evaluation.named(held_out, [*names[:-1], "nan"], None)
-    index = index_of(held_out, tokenizer, torch.eye(12, 6))
+    (tmp_path / "names.txt").write_text("\n".join([*names[:-1], "nan"]))
+    index = index_of(evaluation.named(held_out, tmp_path / "names.txt"), torch.eye(12, 6))
     with pytest.raises(ValueError, match="finite features, got text features that are not finite"):
-        evaluation.zero_shot(towers, index, ["{}"])
+        evaluation.zero_shot(encoder, index, ["{}"])
 
 
 def test_equal_names_are_one_class_of_labels_that_are_names(tmp_path):
@@ -206,38 +206,40 @@ def test_equal_names_are_one_class_of_labels_that_are_names(tmp_path):
         (f"k{i}", {"png": png(i), "json": json.dumps({"label": label}).encode()})
         for i, label in enumerate(labels)
     ]
-    index = index_of(
-        evaluation.named(data.held_out(write(tmp_path / "s.tar", rows)), names, None),
-        lambda texts: torch.tensor([names.index(text) for text in texts]),
-        F.one_hot(torch.tensor([0, 0, 2, 0]), 6).float(),
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    held_out = data.held_out(write(tmp_path / "s.tar", rows))
+    features = F.one_hot(torch.tensor([0, 0, 2, 0]), 6).float()
+    index = index_of(evaluation.named(held_out, tmp_path / "names.txt"), features)
+    encoder = encoder_of(
+        OneHot(), lambda texts: torch.tensor([names.index(text) for text in texts])
     )
 
     def relabelled(labels):
         rows = [row._replace(label=label) for row, label in zip(index.rows, labels)]
         return replace(index, rows=rows)
 
-    towers = evaluation.Towers(OneHot(), CPU, "fp32")
-    half_better = Figure(value=0.75, chance=0.5)
+    half_better = {"value": 0.75, "chance": 0.5}
     # a number beside labels that are names is the class of its name
     for changed in (labels, ["crane", 0, 2, "dog"]):
-        got = evaluation.zero_shot(towers, relabelled(changed), ["{}"])
-        assert got.classes == ["crane", "dog"]
-        assert (got.top1, got.top5) == (half_better, Figure(value=1.0, chance=1.0))
-        assert got.mean_per_class == half_better
-    numbered = evaluation.zero_shot(towers, relabelled([0, 1, 2, 2]), ["{}"])
-    assert numbered.classes == names
+        got = evaluation.zero_shot(encoder, relabelled(changed), ["{}"])
+        assert got["classes"] == ["crane", "dog"]
+        assert got["top1"] == got["mean_per_class"] == half_better
+        assert got["top5"] == {"value": 1.0, "chance": 1.0}
+    numbered = evaluation.zero_shot(encoder, relabelled([0, 1, 2, 2]), ["{}"])
+    assert numbered["classes"] == names
     # one of the two images of a crane is wrong
-    assert numbered.top1 == Figure(value=0.5, chance=1 / 3)
+    assert numbered["top1"] == {"value": 0.5, "chance": 1 / 3}
 
 
 def test_labels_need_names(tmp_path):
     rows = [(f"k{i}", {"png": png(i), "cls": str(i).encode()}) for i in range(3)]
     held_out = data.held_out(write(tmp_path / "s.tar", rows))
-    for names, message in ((None, "the number 0, and no names"), (["a", "b"], "2 of 2 classes")):
-        index = index_of(evaluation.named(held_out, names, None), image_features=torch.eye(3))
+    (tmp_path / "two.txt").write_text("a\nb")
+    two = evaluation.named(held_out, tmp_path / "two.txt")
+    for held, message in ((held_out, "the number 0, and no names"), (two, "2 of 2 classes")):
         expected = f"classnames: expected a name for each label of .*{message}"
         with pytest.raises(ValueError, match=expected):
-            evaluation.zero_shot(evaluation.Towers(None, CPU, "fp32"), index, ["{}"])
+            evaluation.zero_shot(encoder_of(None), index_of(held, torch.eye(3)), ["{}"])
 
 
 SYNSETS = ("n02123045", "n01440764", "n02099601")  # tabby, tench, golden retriever
@@ -251,11 +253,13 @@ def test_names_of_classes(tmp_path, monkeypatch):
     folder = data.held_out("val")
 
     def names(classnames):
-        return evaluation.named(folder, *evaluation.class_names(classnames)).classes.names
+        return evaluation.named(folder, classnames).classes.names
 
     assert names(None) == sorted(SYNSETS)
     assert names("imagenet") == ["tench", "Golden Retriever", "tabby cat"]
-    assert evaluation.class_names("imagenet")[0] == list(open_clip.IMAGENET_CLASSNAMES)
+    shards = data.held_out(write(tmp_path / "s.tar", [("k", {"png": png(), "cls": b"0"})]))
+    every = evaluation.named(shards, "imagenet").classes.names
+    assert every == list(open_clip.IMAGENET_CLASSNAMES)
     (tmp_path / "three.txt").write_text("\ufeffSchleie\n\nRetriever \nKatze\n")
     assert names("three.txt") == ["Schleie", "Retriever", "Katze"]
     for text, message in (
@@ -291,43 +295,30 @@ def test_phrases_around_names(tmp_path):
         evaluation.phrases(["gone.txt"])
 
 
+def split_result(images, texts, **figures):
+    return {"images": images, "texts": texts, "zero_shot": None, **figures}
+
+
 def results_of(splits_of_models):
-    about = {"model": "m", "step": 3, "precision": "fp32"}
-    first, *others = splits_of_models
-    return evaluation.Results(
-        checkpoint=first,
-        **about,
-        versions={},
-        splits=splits_of_models[first],
-        baselines={
-            name: evaluation.ModelResult(checkpoint=name, **about, splits=splits_of_models[name])
-            for name in others
-        },
+    about = {"model": "m", "step": 3}
+    first, *others = (
+        about | {"checkpoint": name, "splits": splits} for name, splits in splits_of_models.items()
     )
+    return first | {"baselines": {model["checkpoint"]: model for model in others}}
 
 
 def test_a_terminal_of_80_columns_is_enough():
-    shares = {f"R@{k}": Figure(value=k / 10, chance=k / 25010) for k in (1, 5, 10)}
-    result = evaluation.SplitResult(
-        images=5000,
-        texts=25010,
-        image_to_text=shares,
-        text_to_image=shares,
-        zero_shot=evaluation.Classification(
-            classes=[str(number) for number in range(1000)],
-            images=5000,
-            templates=["{}"],
-            top1=shares["R@10"],
-            top5=shares["R@5"],
-            mean_per_class=shares["R@1"],
-        ),
-    )
+    shares = {f"R@{k}": {"value": k / 10, "chance": k / 25010} for k in (1, 5, 10)}
+    tops = {"top1": shares["R@10"], "top5": shares["R@5"], "mean_per_class": shares["R@1"]}
+    zero_shot = {"classes": [str(number) for number in range(1000)], **tops}
+    both = {"image_to_text": shares, "text_to_image": shares}
+    result = split_result(5000, 25010, **both) | {"zero_shot": zero_shot}
     names = ["runs/a-run-with-a-long-name/last.pt", "open_clip:ViT-B-32/laion2b_s34b_b79k"]
     splits = {"a name of three words": result}
     for several in (names[:1], names):
         text = io.StringIO()
         results = results_of({name: splits for name in several})
-        Console(file=text, width=80).print(figures.table(results))
+        Console(file=text, width=80).print(showing.table(results))
         lines = text.getvalue().splitlines()
         assert max(map(len, lines)) <= 80
         assert len(lines) < 20 * len(several)
@@ -339,24 +330,20 @@ def test_a_terminal_of_80_columns_is_enough():
 
 def test_the_table_takes_models_that_skipped_other_images():
     """The transform of one of them may refuse an image."""
-    recall = {f"R@{k}": Figure(value=0.5, chance=0.1) for k in evaluation.KS}
-    ten, nine = (
-        evaluation.SplitResult(images=n, texts=n, image_to_text=recall, text_to_image=recall)
-        for n in (10, 9)
-    )
-    table = figures.table(results_of({"a": {"s": ten}, "b": {"s": nine}}))
+    recall = {f"R@{k}": {"value": 0.5, "chance": 0.1} for k in evaluation.KS}
+    ten, nine = (split_result(n, n, image_to_text=recall, text_to_image=recall) for n in (10, 9))
+    table = showing.table(results_of({"a": {"s": ten}, "b": {"s": nine}}))
     assert [*table.columns[2].cells] == ["a", "b", "", "a", "b", ""]
 
 
 def test_small_shares_keep_a_digit():
     shown = {1.0: "100.0%", 0.1234: "12.3%", 0.001: "0.1%", 0.0: "0.0%"}
     shown |= {0.0004: "0.04%", 1 / 50000: "0.002%"}
-    assert {share: figures.percent(share) for share in shown} == shown
+    assert {share: showing.percent(share) for share in shown} == shown
 
 
 def test_data_without_a_usable_sample(tmp_path):
     held_out = data.held_out(write(tmp_path / "b.tar", [("d", {"txt": b"x"})]))
-    towers = evaluation.Towers(OneHot(), CPU, "fp32")
     message = r"data: expected usable samples, got none.*1 missing image"
     with pytest.raises(data.EmptyDataError, match=message):
-        evaluation.encode(towers, evaluation.Split(held_out, None, blank))
+        evaluation.encode(encoder_of(OneHot()), held_out)

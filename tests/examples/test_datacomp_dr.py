@@ -15,12 +15,10 @@ from torchvision.transforms.autoaugment import RandAugment, _apply_op
 
 from simplclip import models
 from simplclip.data.errors import BrokenSample, Skipped
-from simplclip.data.find_sources import sources_of
-from simplclip.data.read_meta import teacher_stamp
-from simplclip.data.read_tars import read_tar
 from simplclip.data.samples import parse
-from simplclip.data.transforms import OPERATIONS
-from simplclip.data.views import pixels_of
+from simplclip.data.shards import sources_of, teacher_stamp
+from simplclip.data.sidecars import read_joined
+from simplclip.data.transforms import OPERATIONS, pixels_of
 from support.data import pairs
 from support.programs import load_example
 
@@ -74,7 +72,7 @@ def test_captions_features_and_views_are_those_of_datacompdr(tmp_path, capsys):
     converter.main([*command, "--views", "3"])
     assert "not in DataCompDR" in capsys.readouterr().out
     (source,) = sources_of(tars)
-    raw = next(iter(read_tar(source, Skipped(), sidecars=[out])))
+    raw = next(iter(read_joined(source, Skipped(), [out])))
     pair = parse(raw, teacher=True)
     assert pair.captions == ["own 0", "a 0", "b 0"]
     rows = np.concatenate([features["image_emb"][:3], features["text_emb"][[0, 1, 3]]])

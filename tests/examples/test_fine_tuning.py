@@ -16,7 +16,7 @@ import torch
 import simplclip.evaluation.blending
 import simplclip.export
 import simplclip.train.loop
-import simplclip.train.start
+import simplclip.train.setup
 from support.models.open_clip_models import write_models
 from support.paths import ROOT
 from support.programs import run_line

@@ -1,10 +1,8 @@
 """Exports: open_clip and this library load the model back, and no export is left half-written."""
 
-import ast
 import errno
 import json
 import os
-import re
 import resource
 import shutil
 import signal
@@ -92,14 +90,6 @@ def test_the_printed_lines_load_the_export(which, request, tmp_path, capsys):
     lines, names = printed_lines(capsys.readouterr().out, model)
     assert ("register_models()" in lines) == (which == "tiny")
     assert names["tokenizer"](["a"]).shape == names["encoder"].tokenizer(["a"]).shape
-
-
-def test_the_lines_for_a_path_that_is_no_utf8_can_be_written():
-    out = Path(os.fsdecode(b"caf\xe9"))
-    lines = export.loading(out, needs_simplclip=False)
-    lines.encode()
-    code = re.search(r"simplclip.load\((.+)\)", lines)[1]
-    assert ast.literal_eval(code) == str(out)
 
 
 @pytest.mark.slow
@@ -221,17 +211,11 @@ def test_command(tiny, tmp_path):
     assert result.exit_code == 0, result.output
     assert "open_clip_model.safetensors" in result.output
     assert {p.name for p in (tmp_path / "a/b").iterdir()} == FILES
-    (tmp_path / "text.pt").write_text("not weights")
     state = read_checkpoint(tiny.run)
     state["config"]["model"]["options"] = {"embed_dim": 64}
     torch.save(state, tmp_path / "other.pt")
-    for message, path, *options in (
-        ("checkpoint: expected a file of weights, got no such file", tmp_path / "none.pt"),
-        ("checkpoint: expected a file of weights, got", tmp_path / "text.pt"),
-        ("expected weights of 'siclip-tiny'", tmp_path / "other.pt"),
-        ("expected a folder without an export", tiny.run, "--out", tmp_path / "a/b"),
-    ):
-        assert message in one_line("export", path, "--out", tmp_path / "c", *options)
+    line = one_line("export", tmp_path / "other.pt", "--out", tmp_path / "c")
+    assert "expected weights of 'siclip-tiny'" in line
     assert not (tmp_path / "c").exists()
 
 

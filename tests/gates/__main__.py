@@ -1,8 +1,7 @@
 """Compiles the Triton kernels ahead of time and gates what the compiler made of them; needs no GPU.
 
-    make aot                    the launches that fill the registers most, every architecture
-    make aot AOT=--all          every launch a call can ask for
-    make aot AOT='--arch 86 --dtype bfloat16'
+    make aot                    what the calls of the proof start, on every architecture
+    make aot AOT='--arch 86 --dtype bf16'
 
 Prints a line per kernel: registers, shared memory, stack, spills, blocks per multiprocessor,
 instructions and tensor-core instructions; the CUDA extension's kernels (where it is built) and the
@@ -23,16 +22,15 @@ import triton
 
 from gates import extension
 from gates.gate import LIMITS, measure_all, table
-from gates.kernels import DTYPES
+from support.kernels.calls import KINDS
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--all", action="store_true", help="every launch, not only the heaviest")
     parser.add_argument("--arch", type=int, action="append", choices=LIMITS, help="default: all")
-    parser.add_argument("--dtype", action="append", choices=DTYPES, help="default: all")
+    parser.add_argument("--dtype", action="append", choices=KINDS, help="default: all")
     options = parser.parse_args()
     rows = []
     if extension.why_not() is None:
@@ -46,9 +44,9 @@ def main() -> int:
         rows = extension.rows(compiled) + extension.launches(compiled)
     else:
         print(f"CUDA extension: {extension.why_not()}")
-    asked = zip(*itertools.product(options.arch or LIMITS, options.dtype or DTYPES))
+    asked = zip(*itertools.product(options.arch or LIMITS, options.dtype or KINDS))
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        rows += itertools.chain(*pool.map(measure_all, *asked, itertools.repeat(options.all)))
+        rows += itertools.chain(*pool.map(measure_all, *asked))
     print(table(rows))
     failed = sum(bool(row.failures) for row in rows)
     print(

@@ -1,5 +1,5 @@
 """The gates that a kernel's machine code must pass on each architecture, the table of all kernels,
-and the measurement of a kernel that is compiled.
+and the measurement of a compiled kernel.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import triton
 
-from gates.kernels import Kernel, compile_kernel, kernels
+from gates.kernels import Kernel, kernels
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KIB = 1024
@@ -42,12 +42,12 @@ class Row:
     """The results of the compiler for a kernel on one architecture."""
 
     kernel: str
-    matrices: str
+    call: str
     dtype: str
     architecture: int
     tile: str
-    registers: int
-    shared: int
+    registers: int = 0
+    shared: int = 0
     stack: int = 0
     spills: int = 0
     warps: int = 0
@@ -94,46 +94,43 @@ def disassemble(path: Path) -> tuple[str, str]:
 
 
 def measure(kernel: Kernel, architecture: int) -> Row:
-    """Compiles a kernel and gates it."""
-    return measure_with_code(kernel, architecture)[0]
-
-
-def measure_with_code(kernel: Kernel, architecture: int) -> tuple[Row, str]:
-    """Compiles a kernel and gates it; returns its row and its machine code."""
-    compiled = compile_kernel(kernel, architecture)
+    """Gates a compiled kernel."""
+    compiled, tile = kernel.compiled, kernel.tile
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage, sass = disassemble(Path(file.name))
     codes = OPCODE.findall(sass)
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    shared, warps, tile = compiled.metadata.shared, kernel.tile.warps, ""
-    if kernel.tile[0]:
-        tile = f"{'x'.join(map(str, kernel.tile[:3]))}/{kernel.tile.stages}"
-    name = re.sub(r"^_(similarity_)?|_kernel$", "", kernel.name)
-    about = name, kernel.matrices, kernel.dtype, architecture, tile
-    spills, tensor_core = spills_and_tensor_cores(codes)
-    blocks = blocks_per_multiprocessor(architecture, registers, shared, warps)
-    counts = spills, warps, blocks, len(codes), tensor_core
-    row = Row(*about, registers, shared, stack, *counts)
-    planned = kernel.tile.blocks
-    more = row.blocks > planned and name == "statistics"  # forward divides columns by the number
+    name = compiled.name.removeprefix("_").removesuffix("_kernel")
+    shape = f"{'x'.join(map(str, tile[:3]))}/{tile.stages}" if tile else ""
+    row = Row(name, kernel.call, kernel.kind, architecture, shape)
+    row.registers, row.stack = (
+        int(re.search(rf"{each}:(\d+)", usage)[1]) for each in ("REG", "STACK")
+    )
+    row.shared, row.warps = compiled.metadata.shared, compiled.metadata.num_warps
+    row.spills, row.tensor_core = spills_and_tensor_cores(codes)
+    row.instructions = len(codes)
+    resources = row.registers, row.shared, row.warps
+    row.blocks = blocks_per_multiprocessor(architecture, *resources)
+    planned = tile.blocks if tile else 1
+    # forward divides columns by the number
+    more = row.blocks > planned and name == "similarity_statistics"
     if row.blocks < planned or more:
         row.failures.append(f"{row.blocks} blocks per multiprocessor, planned {planned}")
-    if kernel.tensor_cores and kernel.dtype != "float32" and not row.tensor_core:
+    if tile and kernel.kind != "fp32" and not row.tensor_core:
         row.failures.append("no tensor-core instructions")
-    writes_matrix = kernel.name in MATRIX_WRITERS and kernel.constants.get("GRADIENT", True)
+    writes_matrix = compiled.name in MATRIX_WRITERS and kernel.launch.named.get("GRADIENT", True)
     if writes_matrix and "STG.E.128" not in codes:
         row.failures.append("no store of 16 bytes")
-    return gated(row), sass
+    return gated(row)
 
 
-def measure_all(architecture: int, dtype: str, everything: bool) -> list[Row]:
-    return [measure(kernel, architecture) for kernel in kernels(dtype, architecture, everything)]
+def measure_all(architecture: int, kind: str) -> list[Row]:
+    return [measure(kernel, architecture) for kernel in kernels(kind, architecture)]
 
 
 def table(rows: list[Row]) -> str:
-    head = ["kernel", "matrices", "dtype", "sm", "tile", "regs", "shared", "stack", "spills"]
+    head = ["kernel", "call", "dtype", "sm", "tile", "regs", "shared", "stack", "spills"]
     head += ["warps", "blocks/SM", "SASS", "MMA", ""]
     lines = [head]
     for row in rows:

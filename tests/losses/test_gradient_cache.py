@@ -13,10 +13,10 @@ from open_clip.loss import ClipLoss
 from torch import nn
 
 from simplclip import gradient_cache
-from simplclip.common.hardware import cpu_peak_bytes
 from simplclip.losses import ClipPMLoss, SigLipLoss, WIKDLoss
 from simplclip.losses.base import TEACHER
 from simplclip.nn import SimplifiedBlock, share_weights
+from support.devices import cpu_peak_bytes
 from support.ops.compare import assert_within
 
 SIZES = (5, 5, 5, 2)

@@ -179,3 +179,13 @@ def test_a_width_of_weight_0_costs_nothing_and_features_after_the_last_get_no_gr
 def test_bad_widths_and_weights(widths, weights, message):
     with pytest.raises((TypeError, ValueError), match=message):
         MatryoshkaLoss(ClipLoss(), widths, weights)(*batch())
+
+
+@pytest.mark.parametrize("extra", [None, "text"])
+def test_a_loss_returns_tensors_and_numbers_alone(extra):
+    class Labelled(ClipLoss):
+        def forward(self, *args):
+            return {"loss": super().forward(*args), "count": 2, "extra": extra}
+
+    with pytest.raises(TypeError, match="loss: expected .* tensors and numbers, got (None|str)"):
+        MatryoshkaLoss(Labelled(), (4, 8))(*batch())

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simplclip.common.hardware import cpu_peak_bytes
 from simplclip.losses import RowwiseLoss
 from simplclip.ops import checks
+from support.devices import cpu_peak_bytes
 from support.losses import D, N, Tempered, batch, call, chunked, dense, distilled, focal
 from support.ops.compare import assert_within
 from support.programs import run_python

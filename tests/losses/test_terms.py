@@ -20,8 +20,8 @@ OF_WIKD = [term for term in TERMS if term.name in BASES[:1] or not term.is_base]
 @pytest.mark.parametrize("term", OF_WIKD, ids=lambda term: term.name)
 def test_a_loss_has_the_arguments_of_a_term(term):
     arguments = inspect.signature(WIKDLoss).parameters
-    if term.choice:
-        assert arguments[term.choice.name].default == term.choice.words[0]
+    if term.choices:
+        assert arguments[term.name].default == term.choices[0]
     weights = dict.fromkeys([other.weight for other in OF_WIKD], 0.0) | {term.weight: 2.0}
     loss = WIKDLoss(**weights)
     assert f"{term.weight}=2.0" in repr(loss)

@@ -39,7 +39,8 @@ def same(model, folded, x):
 )
 def test_a_net_of_timm_computes_the_same(name, before, after):
     model = with_statistics(timm.create_model(name, num_classes=8))
-    folded = simplclip.fold(model)
+    folded = simplclip.fold(model.train())
+    model.eval()
     assert (len(norms(model)), len(norms(folded))) == (before, after)
     x = torch.randn(2, 3, 64, 64)
     assert same(model, folded, x)
@@ -68,16 +69,6 @@ def test_a_module_that_is_merged_itself():
     assert not norms(folded)
     assert same(block, folded, torch.randn(1, 3, 16, 16))
     assert not any(p.requires_grad for p in folded.parameters())
-
-
-def test_training_mode_is_refused():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
-    model[1].train()
-    message = "model: expected eval mode .* got BatchNorm2d '1' in training mode"
-    with pytest.raises(ValueError, match=message):
-        simplclip.fold(model)
-    with pytest.raises(TypeError, match="model: expected an nn.Module, got NoneType"):
-        simplclip.fold(None)
 
 
 def frozen_part():

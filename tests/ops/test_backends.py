@@ -216,7 +216,6 @@ def test_the_cuda_kernels_of_attention_name_what_they_do_not_serve(monkeypatch):
         return backends.why_not("shaped_attention_fwd", "cuda", device, dtype, facts) or ""
 
     monkeypatch.setattr(backends, "capability", lambda device: (8, 6))
-    monkeypatch.setattr(backends, "_has_binary", lambda index: True)
     widths = "serves heads of width 16, 32, ... or 128; got 77 tokens, width 40"
     assert why_not(length=80, width=128) == ""
     assert why_not(length=81, width=64) == "serves 1 to 80 tokens; got 81 tokens, width 64"
@@ -235,24 +234,39 @@ def test_the_cuda_kernels_of_attention_name_what_they_do_not_serve(monkeypatch):
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def test_a_device_without_a_binary_gets_the_next_backend(monkeypatch):
-    """The CUDA runtime says whether the build has code for the device."""
+def test_a_device_without_code_gets_the_next_backend(monkeypatch):
     extension = SimpleNamespace(
         architectures=lambda: "8.6", shaped_attention_why_not=lambda *_: None
     )
     monkeypatch.setattr(backends, "cuda_extension", extension)
-    monkeypatch.setattr(backends, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(backends, "_has_binary", lambda index: index == 1)
+    monkeypatch.setattr(backends, "capability", lambda device: ((9, 0), (8, 9))[device.index])
     facts = backends.Facts(length=77, width=64)
-    for has_binary in (True, False):
-        device = torch.device("cuda", int(has_binary))
+    for index in (0, 1):
+        device = torch.device("cuda", index)
         name = selected("shaped_attention_fwd", torch.bfloat16, device=device, facts=facts)
-        assert (name == "cuda") == has_binary
-    reason = backends.why_not("shaped_attention_bwd", "cuda", CUDA, torch.bfloat16)
+        assert (name == "cuda") == (index == 1)
+    device = torch.device("cuda", 0)
+    reason = backends.why_not("shaped_attention_bwd", "cuda", device, torch.bfloat16)
     assert reason == (
         "was built for 8.6, the device has compute capability 9.0: rebuild with "
         "TORCH_CUDA_ARCH_LIST=9.0"
     )
+
+
+@pytest.mark.parametrize(
+    ("built", "card", "runs"),
+    [
+        ("8.6", (8, 6), True),
+        ("8.6", (8, 9), True),
+        ("8.6", (8, 0), False),
+        ("8.0;8.6", (9, 0), False),
+        ("8.6+PTX", (12, 0), True),
+        ("12.0+PTX", (9, 0), False),
+        ("8.0;8.6;8.9;9.0;12.0+PTX", (10, 0), False),
+    ],
+)
+def test_machine_code_runs_on_later_minor_versions_and_ptx_on_all_later_cards(built, card, runs):
+    assert backends.has_code(built, card) == runs
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_a_build_names_its_architectures(setup, monkeypatch):
     ours, of_torch = "SIMPLCLIP_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"
     for variable, value, chosen in (
         (ours, "all", f"8.0;8.6;8.9;9.0;12.0+PTX (by {ours})"),
-        (of_torch, "8.9 9.0", f"8.9;9.0 (by {of_torch})"),
+        (of_torch, "8.9 9.0a", f"8.9;9.0 (by {of_torch})"),
         # as NVIDIA's containers of PyTorch set it
         (of_torch, "7.5 8.0 12.0+PTX", f"8.0;12.0+PTX (by {of_torch}, without 7.5: the kernels "),
     ):

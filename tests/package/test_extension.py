@@ -85,8 +85,8 @@ def test_a_digest_is_of_schemas_and_of_csrc(monkeypatch, tmp_path):
     assert backends.extension.__doc__ == extension.digest("_C") != extension.digest("_C_cuda")
     assert extension.is_current("_C", file)
     names = {path.name for path in extension.cpp_sources("_C")}
-    assert {"module.cpp", "layout.h", "dispatch.cpp"} <= names
-    assert "device.cu" not in names
+    assert {"module.cpp", "common.h", "dispatch.cpp"} <= names
+    assert "plan.h" not in names
 
     monkeypatch.setattr(extension, "cpp_sources", lambda name: [])  # an installed wheel
     assert extension.is_current("_C", file)
@@ -100,7 +100,7 @@ def test_a_digest_is_of_schemas_and_of_csrc(monkeypatch, tmp_path):
 @pytest.mark.slow
 @needs_cpu_kernels
 @pytest.mark.parametrize(
-    "changed", [pytest.param("simplclip/calls/mlp.py", marks=pytest.mark.prove), "csrc/layout.h"]
+    "changed", [pytest.param("simplclip/calls/mlp.py", marks=pytest.mark.prove), "csrc/common.h"]
 )
 def test_an_extension_of_other_sources_is_not_loaded(changed, tmp_path):
     """A line says what to run, and the reference computes."""

@@ -10,7 +10,6 @@ from torch.utils._pytree import tree_leaves
 from simplclip.commands.plan import parse_card
 from simplclip.commands.train import predict_micro_batch
 from simplclip.common import hardware
-from simplclip.common.hardware import cpu_peak_bytes
 from simplclip.plan import rates, search
 from simplclip.plan.cards import CARDS, GIB
 from simplclip.plan.meter import Work, fake_device
@@ -18,6 +17,7 @@ from simplclip.plan.step import planned
 from simplclip.train import config, setup
 from simplclip.train import step as steps
 from simplclip.train.config import ConfigError
+from support.devices import cpu_peak_bytes
 from support.programs import call
 from support.train.states import random_batches, random_state
 

@@ -30,7 +30,7 @@ from ptx.machine import Code, Launch, Machine, Variant
 from ptx.parse import parse
 from simplclip.kernels import runtime as launching
 from simplclip.ops import backends, registry
-from simplclip.ops.similarity import chunks, route, sweeps
+from simplclip.ops.similarity import op, sweeps
 
 PROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 120: 170}
 # bytes of a program at most
@@ -47,6 +47,7 @@ class Started:
     arguments: dict[str, Any]
     launch: Launch
     before: dict[str, Tensor]  # copies of tensors, if `Card.compare` is set
+    parameters: list[str]  # the arguments that are parameters of the compiled kernel
 
 
 @dataclass
@@ -80,7 +81,8 @@ class Card(Machine):
         launch = self.launch(code, programs, metadata.num_warps * 32, metadata.shared, flat)
         self.launches += 1
         if self.compare:
-            self.compare(Started(source.name, arguments, launch, before))
+            parameters = [name for name, kind in source.signature.items() if kind != "constexpr"]
+            self.compare(Started(source.name, arguments, launch, before, parameters))
 
     def forget(self) -> None:
         """Drops the compiled forms of the kernels that were started here; each takes megabytes."""
@@ -237,7 +239,7 @@ def card(
         mock.patch.object(backends, "capability", return_value=divmod(sm, 10)),
         mock.patch.object(launching, "_device", return_value=properties),
         mock.patch.object(sweeps, "computes_in", side_effect=lambda dtype, device: dtype),
-        mock.patch.object(route, "sweep_rows", _as_on_cuda(chunks.sweep_rows)),
+        mock.patch.object(op, "sweep_rows", _as_on_cuda(sweeps.sweep_rows)),
         mock.patch.object(torch, "mm", widening(torch.mm)),
         mock.patch.object(torch, "addmm", widening(torch.addmm)),
         mock.patch.dict(registry._selected, clear=True),

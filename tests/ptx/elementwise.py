@@ -52,7 +52,7 @@ _COMPARE = {
     "ge": np.greater_equal,
 }
 _SUMS_AND_PRODUCTS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
-ELEMENTWISE: list[tuple[str, str, Callable]] = [
+_ELEMENTWISE: list[tuple[str, str, Callable]] = [
     ("add.T", "T T T", np.add),
     ("sub.T", "T T T", np.subtract),
     ("mul.lo.T", "T T T", np.multiply),
@@ -123,7 +123,7 @@ def _elementwise(i: Instruction, kinds: list[str], function: Callable, code: Cod
     return run
 
 
-def register(opcode: str, kinds: list[str], function: Callable) -> None:
+def _register(opcode: str, kinds: list[str], function: Callable) -> None:
     pattern = ""
     for part in opcode.split("."):
         wild = f"(?P<type>{_WILD[part]})" if part in _WILD else part
@@ -151,5 +151,5 @@ def _move_parts(i, match, code):
     return lambda batch, lanes: write(batch, lanes, read(batch, lanes).view(word).reshape(shape))
 
 
-for _opcode, _kinds, _function in ELEMENTWISE:
-    register(_opcode, _kinds.split(), _function)
+for _opcode, _kinds, _function in _ELEMENTWISE:
+    _register(_opcode, _kinds.split(), _function)

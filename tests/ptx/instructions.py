@@ -199,7 +199,7 @@ def _wait(i, match, code):
 # ---- Warps
 
 
-@instruction(r"shfl\.sync\.(bfly|up|down|idx)\.b32", 5)
+@instruction(r"shfl\.sync\.(bfly|up|idx)\.b32", 5)
 def _shuffle(i, match, code):
     mode, (target, *sources) = match[1], i.operands
     result, valid = target.items if isinstance(target, Vector) else (target, Symbol("_"))
@@ -218,7 +218,6 @@ def _shuffle(i, match, code):
         source = {
             "bfly": own ^ step,
             "up": own - step,
-            "down": own + step,
             "idx": low | step & ~segment,
         }[mode]
         inside = source >= high if mode == "up" else source <= high

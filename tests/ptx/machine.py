@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from ptx import wgmma
+from ptx import elementwise, wgmma  # noqa: F401 (elementwise adds its instructions)
 from ptx.instructions import step_of
 from ptx.memory import (
     LANE_BITS,
@@ -84,7 +83,7 @@ class Launch:
     threads: int  # of a program
     shared_bytes: int
     parameters: np.ndarray  # bytes
-    memory: Any  # GlobalMemory
+    memory: GlobalMemory
 
 
 @dataclass
@@ -104,19 +103,14 @@ class Hazard:
 @dataclass
 class Machine:
     hazards: dict[tuple, Hazard] = field(default_factory=dict)
-    # called with the batch, the branch's place and the lanes that jump back
-    at_jump_back: Callable | None = None
     shared_limit: int = 227 << 10  # bytes of a program at most
-
-    def memory(self, tensors: list[Any], code: Code) -> Any:
-        return GlobalMemory(tensors, code.granules["global"])
 
     def launch(
         self, code: Code, programs: int, threads: int, shared_bytes: int, values: Sequence
     ) -> Launch:
         """Runs a kernel. values: numpy's numbers, tensors or None, aligned as parameters."""
         tensors = [value for value in values if not isinstance(value, np.generic | None)]
-        memory, parameters = self.memory(tensors, code), b""
+        memory, parameters = GlobalMemory(tensors, code.granules["global"]), b""
         for value in values:
             if value is None:
                 word = np.uint64(0)
@@ -148,14 +142,12 @@ class Machine:
                 )
 
     def execute(self, launch: Launch) -> None:
-        self.run(launch, range(launch.programs))
-        launch.memory.write_back()
-
-    def run(self, launch: Launch, programs: Sequence[int]) -> None:
         size = max(1, BATCH // launch.threads)
         with np.errstate(all="ignore"):
-            for first in range(0, len(programs), size):
-                Batch(self, launch, np.array(programs[first : first + size])).run()
+            for first in range(0, launch.programs, size):
+                programs = np.arange(first, min(first + size, launch.programs))
+                Batch(self, launch, programs).run()
+        launch.memory.write_back()
 
 
 class Parameters(Memory):
@@ -292,7 +284,7 @@ class Batch:
             self.add(waiting, place, taken)
             return
         if target <= place:
-            self.jump_back(place, taken)
+            self.jump_back(place)
         self.add(ready, target, taken)
 
     def parted(self, instruction: Instruction, lanes: Lanes) -> tuple[Lanes | None, Lanes | None]:
@@ -306,12 +298,10 @@ class Batch:
             return None, lanes
         return self.numbers[lanes][holds], self.numbers[lanes][~holds]
 
-    def jump_back(self, place: int, lanes: Lanes) -> None:
+    def jump_back(self, place: int) -> None:
         self.jumps_back += 1
         if self.jumps_back > JUMPS_BACK:
             raise EndlessLoopError(f"{self.code.kernel.instructions[place]}")
-        if self.machine.at_jump_back:
-            self.machine.at_jump_back(self, place, lanes)
 
     def add(self, groups: dict[int, Lanes], place: int, lanes: Lanes | None) -> None:
         """Adds lanes to those at a place."""

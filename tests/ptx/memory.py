@@ -82,11 +82,7 @@ class Memory:
 
     def __init__(self, size: int, granule: int):
         self.data = np.full(-(-size // 16) * 16, 0xFF, np.uint8)
-        self.track(granule)
-
-    def track(self, granule: int) -> None:
-        """Makes shadows of the data, one for each granule of so many bytes."""
-        self.granule = granule
+        self.granule = granule  # bytes that have a shadow
         self.views = {size: self.data.view(f"u{size}") for size in (1, 2, 4, 8)}
         self.writers = np.zeros(len(self.data) // granule, np.int64)
         self.readers = np.zeros_like(self.writers)
@@ -191,7 +187,6 @@ class GlobalMemory(Memory):
     """
 
     name = "global"
-    base = BASE  # the address of the data
 
     def __init__(self, tensors: list[torch.Tensor], granule: int):
         self.storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
@@ -203,7 +198,7 @@ class GlobalMemory(Memory):
         # bytes of an access -> whether it may be at a multiple of them
         self.allowed = {1: np.zeros(len(self.data), bool)}
         for t in tensors:
-            inside = self.allowed[1][self.address(t) - self.base :]
+            inside = self.allowed[1][self.address(t) - BASE :]
             if t.numel():
                 strides = (*(step * t.itemsize for step in t.stride()), 1)
                 np.lib.stride_tricks.as_strided(inside, (*t.shape, t.itemsize), strides)[...] = True
@@ -228,14 +223,14 @@ class GlobalMemory(Memory):
 
     def address(self, tensor: torch.Tensor) -> int:
         begin = self.begin[tensor.untyped_storage().data_ptr()]
-        return self.base + begin + tensor.storage_offset() * tensor.itemsize
+        return BASE + begin + tensor.storage_offset() * tensor.itemsize
 
     def places(
         self, access: Access, addresses: np.ndarray, size: int
     ) -> tuple[np.ndarray, np.ndarray]:
         if size not in self.allowed:
             self.allowed[size] = self.allowed[1].reshape(-1, size).all(1)
-        at = addresses.view(np.int64) - self.base
+        at = addresses.view(np.int64) - BASE
         outside = (at < 0) | (at >= len(self.data))
         bad = outside | ~self.allowed[size][np.where(outside, 0, at) // size]
         access.report("global address is outside of the tensors", bad)

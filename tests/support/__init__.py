@@ -8,22 +8,20 @@ devices              backends, dtypes, marks for what a machine lacks
 programs             runs commands, scripts of examples/ and blocks of docs/; kills processes
 losses               inputs of loss modules, losses of rows
 evaluation           indices of held-out data with chosen features
-drawings             checks what a picture draws: texts and boxes that do not overlap
 ops/calls            calls of more tiles than selftest's; a record of the calls that others make
 ops/small_calls      a small call of each op and loss module
 ops/random_calls     calls of random shapes, dtypes, layouts and options, each made from its number
-ops/predicted_calls  calls whose memory and kernels are predicted on fake tensors
 ops/plain            the definition of each op in plain torch
 ops/compare          compares a call's results and gradients with the definition, by selftest's rule
 ops/layouts          views in other memory layouts
 ops/torch_attention  stand-ins for torch's attention functions on a GPU
 kernels/calls        calls that the Triton kernels serve
+kernels/launched     what the launchers start on a card
+kernels/recorder     all that a call starts on a card that need not be there
 kernels/launches     what each launch of a Triton kernel must write
 kernels/mutants      kernels with one wrong instruction
 kernels/few_lines    runs a few lines of PTX
-kernels/grids        whether the programs of a launch write each element once, at large sizes
 kernels/cuda_attention the CUDA C++ kernels as a backend on a CPU
-kernels/on_gpus      a program: calls on one of two GPUs while the other is current
 data/pairs           shards of small pictures and captions, and loaders of them
 data/packs           tables and pictures to pack, and what packing makes of them
 data/photos          pictures that compress like photographs

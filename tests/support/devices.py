@@ -3,9 +3,11 @@
 import importlib.util
 import os
 from collections.abc import Callable
+from itertools import accumulate
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from simplclip.common import hardware
 from simplclip.ops import backends
@@ -46,3 +48,15 @@ def cuda_peak_bytes(run: Callable[[], object]) -> int:
     run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def cpu_peak_bytes(run: Callable[[], object]) -> int:
+    """Calls `run` in torch's profiler; returns the peak bytes of torch's CPU allocator in it.
+
+    Bytes that were live before do not count.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(accumulate(changes, initial=0))

@@ -5,7 +5,6 @@ import torch
 from simplclip.data.errors import Skipped
 from simplclip.data.held_out_loader import HeldOutRow
 from simplclip.evaluation.index import Index, candidates_of
-from simplclip.evaluation.split import Split
 
 
 def blank(image):
@@ -23,12 +22,11 @@ def batches_of(data, transform=blank, batch_size=10, workers=0):
     return batches, skipped
 
 
-def index_of(data, tokenizer=None, image_features=None, text_features=None, transform=blank):
+def index_of(data, image_features=None, text_features=None):
     """Returns the index of `data`, which are read."""
-    batches, skipped = batches_of(data, transform)
+    batches, skipped = batches_of(data)
     rows = [row for batch in batches for row in batch.rows]
-    split = Split(data, tokenizer, transform)
-    return Index(split, rows, *candidates_of(rows), image_features, text_features, skipped)
+    return Index(data, rows, *candidates_of(rows), image_features, text_features, skipped)
 
 
 def index_of_features(image_features, text_features):
@@ -36,5 +34,4 @@ def index_of_features(image_features, text_features):
     captions = [[f"text {row}"] for row in range(len(text_features))]
     captions += [[]] * (len(image_features) - len(captions))
     rows = [HeldOutRow(row, str(row), texts, None, None, row) for row, texts in enumerate(captions)]
-    split = Split(None, None, blank)
-    return Index(split, rows, *candidates_of(rows), image_features, text_features, Skipped())
+    return Index(None, rows, *candidates_of(rows), image_features, text_features, Skipped())

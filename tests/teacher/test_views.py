@@ -1,6 +1,8 @@
 """The views that a teacher saw are replayed to the bit; training on them."""
 
+import functools
 import json
+import signal
 from unittest import mock
 
 import numpy as np
@@ -15,13 +17,14 @@ from simplclip import data, models, teacher
 from simplclip.data import samples, transforms
 from simplclip.data.transforms import ImageTransform
 from simplclip.train import config as configs
+from simplclip.train import loop
 from simplclip.train.config import ConfigError
 from support.data.pairs import joined, loader, members, tokenizer, write
 from support.data.photos import encode, photo
 from support.models.open_clip_models import write_models
 from support.programs import call, one_line
 from support.train import tiny
-from support.train.runs import bits, check_resumed, go, state_of
+from support.train.runs import at_step, bits, check_ends_as, go, state_of
 
 pytestmark = pytest.mark.long
 
@@ -282,7 +285,13 @@ def test_training_replays_views_and_resumes_bit_for_bit(taught, tmp_path, monkey
     (tmp_path / "data").symlink_to(taught / "data")
     changes = [*WIKD, "data.micro_batch=4", "data.workers=1"]
     changes += ["data.captions_per_image=2", f"data.sidecars=[{taught / 'sidecars'}]"]
-    check_resumed(tmp_path, monkeypatch, 4, changes)
+    go(tiny.settings(tmp_path, *changes, f"run.out={tmp_path / 'whole'}"))
+    parts = tiny.settings(tmp_path, *changes)
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, functools.partial(signal.raise_signal, signal.SIGINT))
+        with pytest.raises(loop.Interrupted):
+            go(parts)
+    check_ends_as(tmp_path / "whole", parts)
 
 
 @pytest.mark.slow

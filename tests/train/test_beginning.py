@@ -207,11 +207,6 @@ def test_compiled_towers_keep_outputs_too(monkeypatch):
     weights = []
     for compiled in (False, True):
         state = trainer_state()
-
-        def find(*args, compiled=compiled):
-            return find_beginning(*args[:3], compiled)
-
-        monkeypatch.setattr(steps, "find_beginning", find)
         steps.keep_frozen(state)
         if compiled:
             setup.compile_towers(state.prepared)

@@ -2,8 +2,6 @@
 nothing of it.
 """
 
-import functools
-import math
 from types import SimpleNamespace
 from unittest import mock
 
@@ -13,67 +11,11 @@ from torch import nn
 
 from simplclip import models
 from simplclip.common import hardware
-from simplclip.train import compilation, config, setup
+from simplclip.train import config, setup
 from support.train import tiny
-from support.train.runs import bits, check_resumed, go, state_of
+from support.train.runs import go
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-
-
-@pytest.fixture
-def on_gpu(monkeypatch):
-    """Lets runs decide as on a GPU, after two steps, that compilation pays; gives torch.compile."""
-    monkeypatch.setattr(compilation, "may_compile", lambda state: True)
-    monkeypatch.setattr(compilation, "EAGER_STEPS", 2)
-    monkeypatch.setattr(compilation, "WORTH_SECONDS", 0)
-    compiler = mock.Mock(side_effect=functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(torch, "compile", compiler)
-    return compiler
-
-
-def decision(folder):
-    return state_of(folder)["config"]["run"]["compile"]
-
-
-@pytest.mark.slow
-def test_a_resumed_run_stays_compiled(tmp_path, monkeypatch, on_gpu):
-    text = check_resumed(tmp_path, monkeypatch, 4, [])
-    assert "compile    the towers" in text
-    # of the whole run and of both parts, the resumed one from its start
-    assert on_gpu.call_count == 3 * 2
-    assert decision(tmp_path / "parts") is True
-
-
-def failing(graph, inputs):
-    raise NotImplementedError("no such compiler")
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_without_a_compiler(tmp_path, monkeypatch, on_gpu):
-    """In every bit as if it had not tried."""
-    on_gpu.side_effect = functools.partial(on_gpu.side_effect.func, backend=failing)
-    text = go(tiny.settings(tmp_path, f"run.out={tmp_path / 'failed'}"))
-    assert "warning    compilation failed, the towers run as before: BackendCompilerFailed" in text
-    assert decision(tmp_path / "failed") is False
-    go(tiny.settings(tmp_path, f"run.out={tmp_path / 'eager'}", "run.compile=false"))
-    states = [state_of(tmp_path / name) for name in ("failed", "eager")]
-    assert bits(states[0]) == bits(states[1])
-
-
-@pytest.mark.slow
-def test_runs_that_do_not_compile(tmp_path, monkeypatch, on_gpu):
-    monkeypatch.setattr(compilation, "WORTH_SECONDS", math.inf)
-    go(tiny.settings(tmp_path, f"run.out={tmp_path / 'short'}"))
-    assert decision(tmp_path / "short") is False
-    monkeypatch.undo()
-    go(tiny.settings(tmp_path, f"run.out={tmp_path / 'cpu'}"))
-    assert decision(tmp_path / "cpu") == "auto"
-    assert not on_gpu.called
-
-
-def test_where_towers_may_compile():
-    assert compilation.may_compile(SimpleNamespace(device=CUDA))
-    assert not compilation.may_compile(SimpleNamespace(device=CPU))
 
 
 def settings(*changes):

@@ -5,8 +5,6 @@ weights.
 import io
 import json
 import os
-import re
-import shutil
 import signal
 from unittest import mock
 
@@ -18,15 +16,14 @@ from PIL import Image
 import simplclip
 from simplclip import data, evaluation
 from simplclip.common.errors import InputError
-from simplclip.models.trained import CheckpointError, read_checkpoint
-from simplclip.train import checkpoint, curves, log
+from simplclip.models.trained import read_checkpoint
+from simplclip.train import checkpoint, log
 from simplclip.train.config import ConfigError, load
-from simplclip.train.resolve import resolve
-from simplclip.train.signals import Interrupted
+from simplclip.train.evaluate import Interrupted
 from support.data.pairs import digests, members, table, write
 from support.programs import call, forked, one_line
 from support.train import tiny
-from support.train.runs import at_step, bits, check_ends_as, check_resumed, go, rows, state_of
+from support.train.runs import at_step, bits, check_ends_as, go, rows, state_of
 
 HELD = ("eval.hold_out=0.4", "eval.every=3", "optim.ema=0.5", "run.save_every=3")
 
@@ -47,7 +44,7 @@ def undisturbed(tmp_path_factory):
 @pytest.fixture
 def no_sheets(monkeypatch):
     """Leaves out the sheets of `simplclip evaluate`, which take long."""
-    monkeypatch.setattr("simplclip.evaluation.run._draw", lambda *_: None)
+    monkeypatch.setattr("simplclip.evaluation.run.write_sheet", lambda *_: None)
 
 
 def held_keys(run):
@@ -63,30 +60,15 @@ def held_keys(run):
 def test_a_run_says_what_it_holds_out(undisturbed):
     text, held = (undisturbed / "printed").read_text(), len(held_keys(undisturbed / "whole"))
     assert 4 <= held <= 16
-    assert re.search(rf"^data       {24 - held} images, 1 caption drawn of each; ", text, re.M)
-    assert (
-        f"held out   {held} images, eval.hold_out=0.4 of all; 0 of their {held} captions stand "
-        "verbatim in training"
-    ) in text
+    assert "held out   eval.hold_out=0.4 of all images" in text
     evaluated = rows(undisturbed / "whole", "evaluation.csv")
     assert {row["split"] for row in evaluated} == {"held_out"}
-
-
-@pytest.mark.prove
-def test_resuming_with_held_out_samples_and_workers_is_bit_for_bit(tmp_path, monkeypatch):
-    changes = [*HELD, "data.workers=2", "optim.ema=0.8", "run.precision=bf16"]
-    check_resumed(tmp_path, monkeypatch, 3, changes)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert rows(whole, "evaluation.csv") == rows(parts, "evaluation.csv")
-    assert bits(state_of(whole, "best.pt")) == bits(state_of(parts, "best.pt"))
 
 
 @pytest.mark.slow
 def test_what_is_held_out_stays_so_and_is_evaluated(tmp_path, request):
     # eval.every=0: for `evaluate` alone
     go(tiny.settings(tmp_path, "eval.hold_out=0.4", "run.steps=2"))
-    with pytest.raises(ConfigError, match="other settings: eval.hold_out was 0.4, now 0.2"):
-        go(tiny.settings(tmp_path, "eval.hold_out=0.2", "run.steps=3"), resume=True)
     go(tiny.settings(tmp_path, "eval.hold_out=0.4", "eval.every=3", "run.steps=3"), resume=True)
     text = output("evaluate", tmp_path / "run", "--device", "cpu", "--workers", 0)
     assert f"held_out: {len(held_keys(tmp_path / 'run'))} samples read, 0 skipped" in text
@@ -96,10 +78,6 @@ def test_what_is_held_out_stays_so_and_is_evaluated(tmp_path, request):
         (tmp_path / f"{i}.png").write_bytes(tiny.picture((i, 9 * i, 99), "ring"))
     changes = [f"data.train={tmp_path / 't.csv'}", f"run.out={tmp_path / 'packed'}"]
     go(tiny.settings(tmp_path, *HELD, *changes, "run.steps=1"))
-    (tmp_path / "packed").rename(tmp_path / "moved")
-    request.getfixturevalue("no_sheets")
-    # its shards lie in it
-    assert "wrote" in output("evaluate", tmp_path / "moved", "--device", "cpu", "--workers", 0)
     other = tiny.write_shard(tmp_path / "other.tar")
     file = tmp_path / "run/config.yaml"
     shard = str(tmp_path / "data/train-0.tar")
@@ -124,9 +102,9 @@ def test_a_held_out_loss_that_rises_is_told_once(tmp_path, monkeypatch):
         "warning    held_out loss 3.600: in two evaluations more than 10% above 3.000, its lowest, "
         "of step 2; the model may overfit, best.pt keeps the highest R@1"
     )
-    monkeypatch.setattr(log, "write_curves", lambda run: curves.read_figures(run / "config.yaml"))
+    monkeypatch.setattr(log, "write_curves", lambda run: log.read_figures(run / "config.yaml"))
     (line,) = run(8, resume=True, curves=True)
-    assert line.startswith("warning    no curves.png: run.out: expected figures by step in ")
+    assert line.startswith("warning    no curves.png: expected figures by step in ")
 
 
 def means(run):
@@ -227,27 +205,13 @@ def files_of(shard):
 
 
 @pytest.mark.slow
-def test_a_signal_leaves_out_the_evaluation_that_is_due(tmp_path, monkeypatch, undisturbed):
-    """It may take longer than a system waits before it kills; `--resume` makes it up."""
-    run = tmp_path / "run"
-    config = tiny.settings(undisturbed, *HELD, f"run.out={run}")
-    with monkeypatch.context() as patch:
-        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(Interrupted, match="SIGTERM: saved step 3 of 7"):
-            go(config)
-    assert not (run / "evaluation.csv").exists()
-    check_ends_as(undisturbed / "whole", config)
-    assert rows(run, "evaluation.csv") == rows(undisturbed / "whole", "evaluation.csv")
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.prove), 7])
 def test_a_signal_ends_an_evaluation_after_the_running_batch(
     tmp_path, monkeypatch, undisturbed, step
 ):
     """In the middle and at the end of a run; what is trained is saved before the evaluation."""
     config = tiny.settings(undisturbed, *HELD, f"run.out={tmp_path / 'parts'}")
-    original = evaluation.Towers.features
+    original = evaluation.Encoder.features
     batches = []
 
     def features(towers, *inputs):
@@ -259,7 +223,7 @@ def test_a_signal_ends_an_evaluation_after_the_running_batch(
         return original(towers, *inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation.Towers, "features", features)
+        patch.setattr(evaluation.Encoder, "features", features)
         for resume in (False, True):
             with pytest.raises(Interrupted, match=f"SIGTERM: saved step {step} of 7 .* --resume"):
                 go(config, resume=resume)
@@ -306,53 +270,8 @@ def test_best_weights_stay_unless_a_better_evaluation_comes(tmp_path, monkeypatc
     changes.append(f"data.train={write(tmp_path / 'more/train-0.tar', samples)}")
     text = go(tiny.settings(tmp_path, *changes, "run.steps=7"), resume=True)
     assert kept == [1, 2, 5, 6, 7], "figures of other pictures cannot be compared"
-    assert "resume     ranks, workers or shards were others: the epoch starts again" in text
+    assert "or eval.hold_out were others: the epoch starts again" in text
     assert "other held-out samples than those of step 6, whose" in text
-    # by the user, whose file is not replaced
-    shutil.copy(tmp_path / "run/last.pt", tmp_path / "run/best.pt")
-    with pytest.raises(
-        CheckpointError, match="best.pt: expected the best weights as simplclip train writes them"
-    ):
-        go(tiny.settings(tmp_path, *changes, "run.steps=8"), resume=True)
-
-
-@pytest.mark.slow
-def test_a_damaged_best_pt_is_set_aside_and_its_recall_stays(tmp_path, monkeypatch):
-    recalls = {1: 0.5, 2: 0.25, 3: 0.75}
-    original = checkpoint.Snapshot.keep_best
-    monkeypatch.setattr(
-        checkpoint.Snapshot,
-        "keep_best",
-        lambda self, _, samples: original(self, recalls[self.state.step], samples),
-    )
-    changes = ["eval.hold_out=0.4", "eval.every=1"]
-    go(tiny.settings(tmp_path, *changes, "run.steps=1"))
-    best = tmp_path / "run/best.pt"
-    content = best.read_bytes()[:10_000]
-    best.write_bytes(content)
-    before = digests(tmp_path / "run")
-    with pytest.raises(ConfigError, match="other settings: optim.weight_decay"):
-        go(tiny.settings(tmp_path, *changes, "optim.weight_decay=0.5"), resume=True)
-    assert digests(tmp_path / "run") == before, "a start that fails"
-    text = go(tiny.settings(tmp_path, *changes, "run.steps=2"), resume=True)
-    (line,) = [line for line in text.splitlines() if line.startswith("warning")]
-    assert f"got {best}: " in line
-    assert line.endswith(
-        f"set aside as {best}.damaged. A new best.pt needs a mean R@1 above its 50.0%, of step 1"
-    )
-    assert (tmp_path / "run/best.pt.damaged").read_bytes() == content
-    assert not best.exists()
-    assert "\nbest " not in text, "its weights are lost"
-    text = go(tiny.settings(tmp_path, *changes, "run.steps=3"), resume=True)
-    assert "warning" not in text
-    assert f"best       mean R@1 75.0%, of step 3: {best}" in text
-    # a last.pt of version 0.1.0
-    state = torch.load(tmp_path / "run/last.pt", weights_only=True)
-    assert state.pop("best").items() >= {"recall": 0.75, "step": 3}.items()
-    torch.save(state, tmp_path / "run/last.pt")
-    assert checkpoint.read_last(tmp_path / "run", resume=True)["best"]["recall"] == 0.75
-    best.unlink()
-    assert checkpoint.read_last(tmp_path / "run", resume=True)["best"] is None
 
 
 @pytest.mark.slow
@@ -383,25 +302,18 @@ def test_tensorboard_has_each_step_once_and_changes_nothing(tmp_path, monkeypatc
     assert [event.step for event in board.Scalars(tag)] == [3, 6, 7]
     images = board.Images("evaluation/held_out")
     assert [image.step for image in images] == [3, 6, 7]
-    assert Image.open(io.BytesIO(images[0].encoded_image_string)).width == 744
+    assert Image.open(io.BytesIO(images[0].encoded_image_string)).width == 800
     assert not (whole / "tensorboard").exists()
-    monkeypatch.setattr("simplclip.commands.train.find_spec", lambda name: None)
-    line = one_line("train", undisturbed / "config.yaml", "--set", "run.tensorboard=true")
-    assert line.endswith(
-        "this command needs the package tensorboard: pip install 'simplclip[tensorboard]'"
-    )
 
 
 def test_shares_and_names_that_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="eval.hold_out: expected less than 1, got 1"):
+    with pytest.raises(ConfigError, match="eval.hold_out: Input should be less than 1, got 1"):
         tiny.settings(tmp_path, "eval.hold_out=1")
     with pytest.raises(ConfigError, match="eval: splits: expected another name than held_out"):
         tiny.settings(tmp_path, "eval.hold_out=0.1", "eval.splits.held_out=x.tar")
-    with pytest.raises(
-        ConfigError,
-        match="samples to train on, and at least 2 held out, got 0.04: 23 that train and 1 that",
-    ):
-        go(tiny.settings(tmp_path, "eval.hold_out=0.04"))
+    message = "eval.splits.held_out: expected at least 2 usable samples, got 1"
+    with pytest.raises(InputError, match=message):
+        go(tiny.settings(tmp_path, "eval.hold_out=0.04", "eval.every=1"))
     assert not (tmp_path / "run").exists()
 
 
@@ -417,10 +329,3 @@ def test_of_one_held_out_image_nothing_can_be_told(tmp_path):
     with pytest.raises(InputError, match=message):
         go(tiny.settings(tmp_path, *changes))
     assert not (tmp_path / "run").exists()
-
-
-def test_epochs_count_what_trains(tmp_path):
-    tiny.write_shard(tmp_path / "data/train-0.tar", copies=4)
-    resolved = resolve(tiny.settings(tmp_path, "eval.hold_out=0.4", "run.epochs=1"), None)
-    assert resolved.division.train == resolved.samples < 4 * 24
-    assert resolved.config.run.steps == round(resolved.samples / 8)

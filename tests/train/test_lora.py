@@ -21,12 +21,11 @@ from simplclip.models.inherit import inherit
 from simplclip.models.trained import load_model, read_checkpoint
 from simplclip.models.weights import CheckpointError, merged, plain_name
 from simplclip.train import step
-from simplclip.train.config import ConfigError, load
-from simplclip.train.setup import make_state
-from simplclip.train.start import load_start
+from simplclip.train.config import load
+from simplclip.train.setup import load_start, make_state
 from support.models import lora
 from support.programs import call, one_line
-from support.train.runs import at_step, bits, go, rows, state_of
+from support.train.runs import bits, go, rows
 
 CPU = torch.device("cpu")
 KINDS = ("open-clip", "timm", "hugging-face")
@@ -185,36 +184,15 @@ EVALUATED += ["optim.ema=0.5", "optim.lr=0.01", "optim.layer_decay=0.7"]
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    """Returns the folder of a run with averages, dropout and a held-out share.
-
-    Beside it is "killed", a copy of the folder during the sixth step, as kill -9 would leave it.
-    """
+    """Returns the folder of a run with averages, dropout and a held-out share."""
     config = lora.config_of(folder, "open-clip", *EVALUATED, lora="{rank: 4, dropout: 0.1}")
     out = folder / "run"
     out.mkdir()
     (out / "base.pt").write_bytes(b"of a start that was killed before its first checkpoint")
-    with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, 6, lambda: shutil.copytree(out, folder / "killed"))
-        text = go(config, resume=True)
+    text = go(config, resume=True)
     assert "adapters of rank 4: 8 in the image tower, 8 in the text tower" in text
     assert "1,648,129 parameters, of which 8,193 train" in text
     return out
-
-
-@pytest.mark.slow
-def test_a_killed_run_ends_as_an_undisturbed_one(trained):
-    killed = trained.parent / "killed"
-    config = load(trained / "config.yaml", [f"run.out={killed}"])
-    before = (killed / "base.pt").stat().st_mtime_ns
-    assert "continuing from step 4" in go(config, resume=True)
-    assert (killed / "base.pt").stat().st_mtime_ns == before
-    assert bits(state_of(killed)) == bits(state_of(trained))
-    assert bits(state_of(killed, "best.pt")) == bits(state_of(trained, "best.pt"))
-    assert rows(killed) == rows(trained)
-    with pytest.raises(ConfigError, match=r"model\.lora\.rank was 4, now 5"):
-        go(config.replaced(model={"lora": {"rank": 5, "dropout": 0.1}}), resume=True)
-    with pytest.raises(ConfigError, match=r"other settings: model\.lora was {.*now None"):
-        go(config.replaced(model={"lora": None}), resume=True)
 
 
 def features_of(model):
@@ -302,17 +280,9 @@ def test_a_missing_another_or_a_damaged_base_is_refused_by_name(folder, trained,
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        (
-            ["model.lora={rank: 33}"],
-            r"model\.lora\.rank: expected .*, got 33 for visual\.\S+ \[96, 32\]",
-        ),
         (["model.lora={modules: ['*.c_fk']}"], r"match a linear layer, e.g. .*, got '\*\.c_fk'"),
         (["model={name: siclip-tiny, checkpoint: W, lora: {}}"], "without simplified blocks, got"),
         (["model.checkpoint=null"], "model.checkpoint: expected weights, which model.lora keeps"),
-        (
-            ["inherit={source: W, train: ['*.c_fc']}"],
-            r"inherit\.train: expected no layer that gets an adapter .*, got '\*\.c_fc', which",
-        ),
     ],
 )
 def test_what_cannot_run_is_refused_before_any_work(folder, tmp_path, changes, error):
@@ -329,7 +299,7 @@ def test_what_cannot_run_is_refused_before_any_work(folder, tmp_path, changes, e
 
 
 def test_a_missing_peft_is_named_with_its_extra(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("simplclip.commands.train.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setattr("simplclip.commands.app.extra_of", {"peft": "lora"}.get)
     path = tmp_path / "config.yaml"
     path.write_text(lora.config_of(folder, "open-clip", f"run.out={tmp_path / 'run'}").to_yaml())

@@ -1,4 +1,4 @@
-"""data.micro_batch = auto: the largest that fits, from a line and trials, and a trial."""
+"""data.micro_batch = auto: the largest that fits, and a trial."""
 
 import math
 
@@ -6,47 +6,34 @@ import pytest
 import torch
 
 from simplclip.commands.train import predict_micro_batch
-from simplclip.train import micro_batch
+from simplclip.train import resolve
 from simplclip.train.config import ConfigError
 from simplclip.train.setup import make_state
 from support.train import tiny
 from support.train.runs import go
 
-DIVISORS = [48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1]  # of 96
 
-
-def searched(limit, real, size=96, micro_batches=DIVISORS):
-    """Searches on a card with `real` bytes, where a pair takes 10 beside 1,000; returns the pairs
-    at a time that were tried, too.
-    """
-    tried = []
+def searched(sizes, limit, real=math.inf):
+    """Searches on a card with `real` bytes, where a pair takes 10 beside 1,000."""
 
     def peak(pairs):
-        tried.append(pairs)
         if 1000 + 10 * pairs > real:
             raise torch.cuda.OutOfMemoryError
         return 1000 + 10 * pairs
 
-    return micro_batch.largest_that_fits(size, micro_batches, limit, peak), tried
+    return resolve.largest_that_fits(sizes, limit, peak)
 
 
-def test_the_line_says_where_to_begin():
-    assert searched(1970, math.inf) == (None, [4, 8, 96])
-    assert searched(1250, math.inf) == (24, [4, 8, 24])
-    assert searched(1000, math.inf) == (1, [4, 8, 1])
-
-
-def test_half_as_many_are_tried_where_memory_runs_out():
-    assert searched(1970, 1300) == (24, [4, 8, 96, 48, 24])
-    assert searched(1970, 1070) == (4, [4, 8, 4])
-    assert searched(1970, 1010)[0] == 1
-
-
-def test_nothing_fits():
-    with pytest.raises(ConfigError, match="does not fit, even with 1 pairs at a time"):
-        searched(1970, 900)
+def test_the_largest_that_fits():
+    sizes = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 96]
+    for limit, real, pairs in ((1970, 1970, 96), (1250, 9999, 24), (1970, 1300, 24), (1010, 0, 0)):
+        if pairs:
+            assert searched(sizes, limit, real) == pairs
+            continue
+        with pytest.raises(ConfigError, match="does not fit, even with 1 pairs at a time"):
+            searched(sizes, limit, real)
     with pytest.raises(ConfigError, match="even with 96 pairs at a time"):
-        searched(1970, 1500, micro_batches=[])  # a model with batch norms
+        searched([96], 1500)  # a model with batch norms
 
 
 @pytest.mark.slow
@@ -54,10 +41,8 @@ def test_nothing_fits():
 def test_a_trial_runs_a_step(tmp_path, pairs):
     """Of a micro-batch by gradient caching, of the whole batch in one graph."""
     config = tiny.settings(tmp_path, "data.batch_size=12", "data.captions_per_image=1")
-    state = make_state(config.replaced(data={"micro_batch": None}), torch.device("cpu"), "fp32")
-    figures = micro_batch.run_step(state, pairs)
-    assert math.isfinite(figures["loss"])
-    assert state.config.data.batch_size == 12
+    state = make_state(config, torch.device("cpu"), "fp32")
+    assert math.isfinite(resolve.run_step(state, 12, pairs)["loss"])
 
 
 @pytest.mark.slow

@@ -2,12 +2,8 @@
 
 import functools
 import json
-import os
-import socket
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +14,7 @@ from simplclip.common import ranks
 from simplclip.models.trained import read_checkpoint
 from simplclip.train import loop
 from simplclip.train.config import ConfigError
-from support.paths import ROOT, SUPPORT
+from support.paths import ROOT
 from support.ranks import training
 from support.ranks.launch import ENVIRONMENT, TORCHRUN, forked_ranks, torchrun
 from support.train import runs, tiny
@@ -40,23 +36,8 @@ CASES = {
     "captions": ["data.captions_per_image=2", "optim.ema=0.5", *EVALUATED],
     "captions cached": ["data.captions_per_image=2", *CACHED, "data.micro_batch=3"],
 }
-PROOFS = {
-    "sigmoid cached": ["loss.base=sigmoid", *DISTILLED, *CACHED],
-    # An even number of micro-batches, so that the workers give as much to a step of two ranks as to
-    # one of one.
-    "workers": ["data.workers=2", *CACHED, "data.micro_batch=3"],
-    "distilled cached": [*DISTILLED, PLANE, *CACHED],
-    "bf16 cached": [*DISTILLED, "run.precision=bf16", *CACHED],
-    "adapters": [ADAPTED, "optim.ema=0.5", "optim.lr=1e-3"],
-    "adapters cached": [ADAPTED, *CACHED, "model.lora.towers=[image]"],
-    "rates": [
-        *("optim.name=lamb", "optim.options={}", "optim.layer_decay=0.5"),
-        *("optim.lr_scale={visual.trunk.patch_embed: 0, text: 0.5}", *CACHED),
-    ],
-}
 FAULTS = {
     "stopped": (["SIGTERM", 1, 2, "step"], []),
-    "evaluating": (["SIGTERM", 1, 3, "evaluation"], EVALUATED),
     "not finite": (["not finite", 1, 2, "step"], []),
 }
 
@@ -102,9 +83,7 @@ def results(folder):
 
     def of(cases):
         if (key := tuple(cases)) not in started:
-            runs_of_two = {name: (None, changes) for name, changes in cases.items()}
-            if cases is CASES:
-                runs_of_two |= FAULTS
+            runs_of_two = {name: (None, changes) for name, changes in cases.items()} | FAULTS
             plan = {
                 name: entry(folder / "two", name, data_of(folder, changes), fault=fault)
                 for name, (fault, changes) in runs_of_two.items()
@@ -147,11 +126,9 @@ def same(run, whole, near):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [*CASES, *(pytest.param(name, marks=pytest.mark.prove) for name in PROOFS)]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_ranks_train_as_one_process(folder, results, name):
-    one, two = results(CASES if name in CASES else PROOFS)
+    one, two = results(CASES)
     assert [rank[name]["error"] for rank in (one, *two)] == [None] * 3
     for step in range(3):
         assert sorted(group for rank in two for group in rank[name]["groups"][step]) == sorted(
@@ -177,7 +154,7 @@ def check_interrupted(results, name, step):
     first, second = (rank[name]["error"] for rank in results(CASES)[1])
     saved = f"saved step {step} of 3"
     assert first.startswith(f"Interrupted: signal to another rank: {saved}")
-    assert second == "SystemExit: 130"
+    assert second.startswith(f"Interrupted: SIGTERM: {saved}")
 
 
 @pytest.mark.slow
@@ -190,17 +167,8 @@ def test_a_signal_to_any_rank_saves_once_and_one_process_goes_on(folder, results
         folder, *entry(folder / "two", "stopped", data_of(folder))["changes"], teacher=16
     )
     text = runs.go(config, resume=True)
-    assert "resume     ranks, workers or shards were others: the epoch starts again" in text
+    assert "or eval.hold_out were others: the epoch starts again" in text
     assert read_checkpoint(folder / "two" / "stopped")["step"] == 3
-
-
-@pytest.mark.slow
-def test_a_signal_to_any_rank_ends_an_evaluation_on_all(folder, results):
-    """It comes in a batch of one rank; the texts, which the other one encodes, are left out."""
-    check_interrupted(results, "evaluating", step=3)
-    run = folder / "two" / "evaluating"
-    assert read_checkpoint(run / "last.pt")["evaluated"] == 0
-    assert not (run / "evaluation.csv").exists()
 
 
 @pytest.mark.slow
@@ -208,21 +176,7 @@ def test_a_step_that_is_not_finite_on_one_rank_stops_all(results):
     first, second = results(CASES)[1]
     assert first["not finite"]["error"].startswith("TrainingError: step 2: not finite: loss=nan")
     assert "Step 1 is saved in" in first["not finite"]["error"]
-    assert second["not finite"]["error"] == "SystemExit: 1"
-
-
-@pytest.mark.prove
-def test_a_rank_that_dies_ends_the_others(folder):
-    """The other ranks end in the time that torchrun gives, and the last whole step is saved."""
-    changes = ["run.steps=1000", *data_of(folder)]
-    died = entry(folder, "died", changes, fault=["SIGKILL", 1, 3, "step"])
-    (folder / "dies.json").write_text(json.dumps({"died": died}))
-    began = time.monotonic()
-    run = torchrun("training.py", folder, "dies")
-    assert run.returncode
-    assert "Signal 9 (SIGKILL)" in run.stderr[run.stderr.index("Root Cause") :]
-    assert read_checkpoint(folder / "died")["step"] == 2
-    assert time.monotonic() - began < 120
+    assert second["not finite"]["error"].startswith("TrainingError: step 2: not finite")
 
 
 @pytest.mark.slow
@@ -242,12 +196,6 @@ def test_the_command_trains_and_a_wrong_setting_is_one_line(folder, request, mon
     assert trained.returncode == 0, trained.stderr[-3000:]
     assert trained.stdout.count("done       step 2 in") == 1
     assert len({data["rank"] for data in read_checkpoint(folder / "command")["data"]}) == 2
-    if request.config.getoption("--prove"):
-        refused = call([*program, "--set", "run.seed=7"])
-        assert refused.stderr.count("simplclip: resume: expected the settings of") == 1
-        assert 'File "' not in refused.stderr.partition("torch/distributed/elastic")[0], (
-            "what follows is torchrun's own"
-        )
 
 
 DROPOUT = ["model.options.vision_cfg.patch_dropout=0.5", "run.save_every=1"]
@@ -310,64 +258,11 @@ def test_a_rank_that_vanishes_ends_the_others_in_time(folder):
     began = time.monotonic()
     done = forked_ranks("faults.py", '[[0, 1, 3, "SIGSTOP"]]', *words, timeout=100)
     assert done.returncode == 1
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("simplclip: ")]
-    assert (
-        "after step 2: no answer from another rank within 0.05 minutes (run.timeout_minutes); its "
-        "node may be" in line
-    )
+    line = next(line for line in done.stderr.splitlines() if line.startswith("simplclip: "))
+    assert "after step 2: another rank has ended, or does not answer within run.timeout" in line
     assert "Step 2 is saved" in line
     assert "Traceback" not in done.stderr
     assert time.monotonic() - began < 100
-
-
-@pytest.mark.slow
-def test_data_that_one_node_lacks_are_named_on_each_node(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    words = command(folder, folder / "lacking", "data.train=data/train-0.tar")
-    done = forked_ranks("faults.py", "node", *words)
-    lines = sorted(line for line in done.stderr.splitlines() if line.startswith("simplclip: "))
-    problem = "data.train: expected files, got 'data/train-0.tar', which does not exist"
-    assert lines == [f"simplclip: of rank 1: {problem}", f"simplclip: rank 1: {problem}"]
-    assert not (folder / "lacking").exists()
-
-
-@pytest.mark.prove
-def test_two_nodes_are_two_ranks(folder, trained):
-    """Two agents of torchrun, each for a node with a rank."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{unused.getsockname()[1]}"
-    agent = [*TORCHRUN[:-1], "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
-    agent += [
-        f"--rdzv-endpoint={endpoint}",
-        "--local-addr=127.0.0.1",
-        str(SUPPORT / "ranks" / "faults.py"),
-        "[]",
-    ]
-    words = [*agent, *map(str, command(folder, folder / "nodes"))]
-    pipes = {"env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    nodes = [subprocess.Popen(words, **pipes) for _ in range(2)]
-    texts = [node.communicate(timeout=600) for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], texts[0][1][-3000:] + texts[1][1][-3000:]
-    assert sum("done       step 6" in out for out, _ in texts) == 1
-    assert runs.bits(runs.state_of(folder / "nodes")) == runs.bits(runs.state_of(trained))
-
-
-def waits(folder):
-    """Runs in each of two ranks: the first one works longer than another rank may be silent."""
-    began = time.monotonic()
-    with ranks.join(0.05):
-        seconds = ranks.on_first(lambda: time.sleep(4) or time.monotonic() - began)
-        with pytest.raises((ValueError, SystemExit), match="bad|1"):
-            ranks.on_first(int, "bad")
-        assert ranks.on_first(ranks.count) == 2, "a signal meanwhile is one to several ranks"
-    (folder / f"waited-{os.environ['RANK']}").write_text(str(seconds))
-
-
-@pytest.mark.slow
-def test_ranks_wait_for_the_first_one_while_it_works(tmp_path):
-    forked_ranks(__file__, tmp_path, check=True)
-    assert [float((tmp_path / f"waited-{rank}").read_text()) > 4 for rank in (0, 1)] == [True, True]
 
 
 def test_ranks_that_do_not_divide_the_batch(tmp_path, monkeypatch):
@@ -382,8 +277,3 @@ def test_ranks_that_do_not_divide_the_batch(tmp_path, monkeypatch):
     for micro in (6, 12):
         config = tiny.settings(tmp_path, "data.batch_size=12", f"data.micro_batch={micro}")
         assert loop._micro_batch_size_and_count(config) == (6, 1)
-
-
-if __name__ == "__main__":
-    os.environ["TORCHELASTIC_RUN_ID"] = "test"
-    waits(Path(sys.argv[1]))

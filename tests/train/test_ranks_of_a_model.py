@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 from simplclip.common import ranks
-from simplclip.train import distributed
+from simplclip.train import objective
 from simplclip.train.config import ConfigError
 
 
@@ -16,10 +16,10 @@ def test_batch_norms_share_their_statistics_or_would_drift(monkeypatch):
         ConfigError,
         match=r"model.freeze_norms: expected true for several ranks on a cpu.*BatchNorm1d '0'",
     ):
-        distributed.share_norms(nn.Sequential(nn.BatchNorm1d(2)), torch.device("cpu"))
+        objective.share_norms(nn.Sequential(nn.BatchNorm1d(2)), torch.device("cpu"))
     model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2).eval())
     weight = model[0].weight
-    distributed.share_norms(model, torch.device("cuda"))
+    objective.share_norms(model, torch.device("cuda"))
     assert [type(norm) for norm in model] == [nn.SyncBatchNorm, nn.BatchNorm1d]
     assert model[0].weight is weight
 
@@ -33,7 +33,7 @@ def test_the_towers_that_train_are_wrapped_apart(monkeypatch):
         model = nn.ModuleDict({name: nn.Linear(2, 2) for name in names})
         model["frozen"].requires_grad_(False)
         model.logit_scale = nn.Parameter(torch.tensor(3.0))
-        wrappers = distributed.wrap(model)
+        wrappers = objective.wrap(model)
         sizes = {tower: len(list(wrapper.parameters())) for tower, wrapper in wrappers.items()}
         assert sizes == {"image": 2, "text": 4}
         encode = {
@@ -42,12 +42,12 @@ def test_the_towers_that_train_are_wrapped_apart(monkeypatch):
         }
         for _ in range(3):  # a second step would fail if every parameter had to be used
             model.zero_grad()
-            scale = distributed.average_gradient(model.logit_scale)
+            scale = objective.average_gradient(model.logit_scale)
             x, y = (encode[tower](torch.ones(4, 2)) for tower in ("image", "text"))
             (scale * (x * y).sum()).backward()
             assert model["never"].weight.grad is None
             assert model["visual"].weight.grad is not None
-        assert distributed.average_gradient(None) is None
+        assert objective.average_gradient(None) is None
         assert model.logit_scale.grad is not None
     finally:
         dist.destroy_process_group()

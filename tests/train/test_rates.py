@@ -15,14 +15,13 @@ from torch import nn
 
 from simplclip import models
 from simplclip.models.mobileclip import TextTower
-from simplclip.models.trained import CheckpointError
-from simplclip.train import loop, rates
+from simplclip.train import loop, optimizer
 from simplclip.train.config import ConfigError
 from simplclip.train.optimizer import learning_rate
 from simplclip.train.setup import load_model, make_state, shapes_of
 from simplclip.train.step import accumulate_gradients, train_step
 from support.train import tiny
-from support.train.runs import check_resumed, go
+from support.train.runs import go
 
 pytestmark = pytest.mark.long
 
@@ -176,7 +175,7 @@ def test_optimizers_are_timms(tmp_path, name):
 
 def layers(tower):
     """Returns the layers of a tower's parameters by name."""
-    numbers = rates.layers_of(tower)
+    numbers = optimizer.layers_of(tower)
     return {name: numbers[weight] for name, weight in tower.named_parameters() if weight in numbers}
 
 
@@ -192,15 +191,17 @@ def test_what_blocks_share_is_in_the_layer_of_the_first_and_has_both_names(tmp_p
     options = {"share": {"text": [[0, 1]]}}
     model = models.create("siclip-tiny", device="meta", simplify_options=options)
     first, second = model.text.transformer.resblocks
-    numbers = rates.layers_of(model.text)
+    numbers = optimizer.layers_of(model.text)
     assert first.fc1.weight is second.fc1.weight
     assert [numbers[weight] for weight in (first.fc1.weight, second.norm.weight)] == [1, 2]
     config = settings(tmp_path, "optim.lr_scale={text.transformer.resblocks.1.fc1: 0.5}")
-    assert rates.scales(model, config)[first.fc1.weight] == 0.5
+    assert optimizer.scales(model, config)[first.fc1.weight] == 0.5
 
 
 def test_layers_of_mobileclips_text_tower_are_those_of_its_lock():
-    found = layers(TextTower(8, 9, 16, 2, 3, output_dim=8))
+    found = layers(
+        TextTower(context_length=8, vocab_size=9, width=16, heads=2, layers=3, output_dim=8)
+    )
     blocks = {name.split(".mixer")[0]: n for name, n in found.items() if ".mixer" in name}
     assert blocks == {"first": 0, "last": 3}
     assert found["transformer.resblocks.2.ln_1.weight"] == 3
@@ -303,10 +304,6 @@ RIGHT = "expected patterns of parameters or modules that train, got"
         (["lr_scale={'*': 0}"], "optim.lr_scale: expected a tower that trains, got {'.': 0.0}"),
         (["lr_scale={visual: 0, text: 0}"], "optim.lr_scale: expected a tower that trains"),
         (["lr_scale={visual: 0.5, 'vis*': 0}"], f"optim.lr_scale: {RIGHT} 'visual', which .* froz"),
-        (["lr_scale={visual: -1}"], "optim.lr_scale.visual: expected greater than or equal to 0"),
-        (["layer_decay=0"], "optim.layer_decay: expected greater than 0, got 0"),
-        (["layer_decay={image: 1.5}"], "optim.layer_decay.image: expected less than or equal to 1"),
-        (["layer_decay={images: 0.5}"], "optim.layer_decay.images: expected 'image' or 'text', go"),
     ],
 )
 def test_wrong_settings_are_refused_in_one_line(tmp_path, changes, message):
@@ -316,35 +313,10 @@ def test_wrong_settings_are_refused_in_one_line(tmp_path, changes, message):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-def test_it_resumes_bit_for_bit_in_the_warm_up(tmp_path, monkeypatch):
-    changes = ["optim.name=muon", "optim.layer_decay=0.7", "optim.warmup=5", "optim.ema=0.5"]
-    factors = "optim.lr_scale={visual.trunk.patch_embed: 0, text: 0.5}"
-    check_resumed(tmp_path, monkeypatch, 3, ["optim.options={}", factors, *changes])
-    parts = [f"run.out={tmp_path / 'parts'}", "run.steps=8"]
-    for change in ("optim.name=lion", "optim.layer_decay=0.6", "optim.lr_scale.text=0.6"):
-        key = change.partition("=")[0]
-        with pytest.raises(ConfigError, match=f"resume: .*{key} was .*, now"):
-            go(
-                settings(tmp_path, factors, "loss.pm_weight=1", *changes, *parts, change),
-                resume=True,
-            )
-
-    file = tmp_path / "parts" / "last.pt"
-    saved = torch.load(file, weights_only=True)
-    for key, value in (("lr_scale", 9.0), ("weight_decay", 9.0), ("params", [0, 1, 2])):
-        former = saved["optimizer"]["param_groups"][0][key]
-        saved["optimizer"]["param_groups"][0][key] = value
-        torch.save(saved, file)
-        with pytest.raises(CheckpointError, match="checkpoint: expected the state of .* Muon, got"):
-            go(settings(tmp_path, factors, "loss.pm_weight=1", *changes, *parts), resume=True)
-        saved["optimizer"]["param_groups"][0][key] = former
-
-
 def test_the_log_says_what_trains_at_which_rate(tmp_path):
     def lines(*changes):
         state = make_state(settings(tmp_path, "optim.lr=0.01", *changes), CPU, "fp32")
-        return state.model, [*rates.describe(state.optimizer, state.model, state.config)]
+        return state.model, [*optimizer.describe(state.optimizer, state.model, state.config)]
 
     model, found = lines()
     count = sum(weight.numel() for weight in model.parameters())

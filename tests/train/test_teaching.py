@@ -99,7 +99,7 @@ def recall(out, shard, steps, seed=0, **sections):
     y = encoder.encode_text([" ".join(concept) for concept in UNSEEN])
     numbers = torch.arange(len(UNSEEN))
     return np.mean(
-        [evaluation.recall(a, b, numbers, numbers)["R@1"].value for a, b in ((x, y), (y, x))]
+        [evaluation.recall(a, b, numbers, numbers)["R@1"]["value"] for a, b in ((x, y), (y, x))]
     )
 
 

@@ -1,6 +1,5 @@
 // shaped_attention on a CPU: a task per sequence and head.
-#include "../../calls.h"
-#include "../../layout.h"
+#include "call_structs.h"  // written by setup.py, see csrc/call_headers.py
 #include "../instruction_set.h"
 #include "../tensors.h"
 
@@ -21,19 +20,10 @@ Rows head_rows(const Tensor& t, int64_t b, int64_t h) {
   return {element(t, b * t.stride(0) + h * t.stride(2)), t.stride(1)};
 }
 
-void expect_heads(const char* name, const Tensor& t, const Tensor& q) {
-  expect_dense_rows(name, t);
-  expect_dtype_of(name, t, "q", q);
-}
-
 // Calls f(head, index of its sequence, index of the head, scratch) for each head, in parallel.
 template <class F>
 void for_heads(const AttentionCall& call, const Tensor& lse, bool is_backward, F&& f) {
   const Tensor& q = call.q;
-  expect_heads("q", q, q);
-  expect_heads("k", call.k, q);
-  expect_heads("v", call.v, q);
-  expect_layout(call, lse);
   const int64_t batch = q.size(0), length = q.size(1), heads = q.size(2), width = q.size(3);
   const AttentionKernels& isa = instruction_set().attention;
   const float* gain = call.gains.const_data_ptr<float>();
@@ -65,10 +55,6 @@ std::tuple<Tensor, Tensor> shaped_attention_fwd(const AttentionCall& call) {
 
 // Writes dq, dk, dv and returns the gradients of the gains [3, H].
 Tensor shaped_attention_bwd(const AttentionInto& call) {
-  expect_heads("grad", call.grad, call.q);
-  expect_heads("dq", call.dq, call.q);
-  expect_heads("dk", call.dk, call.q);
-  expect_heads("dv", call.dv, call.q);
   const int64_t batch = call.q.size(0), heads = call.q.size(2);
   std::vector<double> parts(batch * heads * 3);
   for_heads(call, call.lse, true, [&](const AttentionHead& head, int64_t b, int64_t h, float* scratch) {

@@ -1,6 +1,5 @@
 // The second half of parallel_mlp on a CPU, for a chunk of rows of the hidden layer at a time. Only scratch holds activations.
-#include "../../calls.h"
-#include "../instruction_set.h"
+#include "call_structs.h"  // written by setup.py, see csrc/call_headers.py
 #include "../tensors.h"
 #include "../transposed_sum.h"
 
@@ -48,31 +47,15 @@ void put_bias(const Tensor& bias, Tensor& out, bool accumulate) {
   });
 }
 
-Tensor hidden_rows(const Tensor& h) {
-  return allocate(h, {std::min(chunk_rows(h), h.size(0)), h.size(1)});
-}
-
-// The workspace of forward: activated rows of h, a chunk at a time.
-struct ForwardWorkspace {
-  Tensor rows;
-
-  ForwardWorkspace(const HiddenCall& call) : rows(hidden_rows(call.h)) {}
-};
-
 void parallel_mlp_fwd(const HiddenCall& call) {
   const auto& [h, weight, bias, act, out, accumulate] = call;
-  expect_contiguous("h", h);
-  expect_contiguous("bias", bias);
-  expect_dense_rows("out", out);
-  expect_dtype_of("out", out, "h", h);
-  if (bias) expect_dtype_of("bias", *bias, "h", h);
   const Activation kind = activation_of(act);
   const int64_t rows_of_chunk = chunk_rows(h);
   const Tensor w2 = transposed(weight);  // [F, C]
-  const ForwardWorkspace work(call);
+  const Tensor scratch = allocate(h, {std::min(rows_of_chunk, h.size(0)), h.size(1)});
   for (int64_t i = 0; i < h.size(0); i += rows_of_chunk) {
     const int64_t count = std::min(rows_of_chunk, h.size(0) - i);
-    Tensor activated = rows(work.rows, 0, count), to = rows(out, i, count);
+    Tensor activated = rows(scratch, 0, count), to = rows(out, i, count);
     activate(kind, rows(h, i, count), nullptr, activated);
     if (bias) put_bias(*bias, to, accumulate);
     if (bias || accumulate) mm_add(to, activated, w2);
@@ -80,36 +63,25 @@ void parallel_mlp_fwd(const HiddenCall& call) {
   }
 }
 
-// The workspace of backward: the sum of the weight's gradient, and rows of h, a chunk at a time.
-struct BackwardWorkspace {
-  TransposedSum d_weight;
-  Tensor rows;
-
-  BackwardWorkspace(const HiddenGradient& call)
-      : d_weight(call.weight, call.need_weight,
-                 call.h.scalar_type() != ScalarType::Float && chunk_rows(call.h) < call.h.size(0)),
-        rows(hidden_rows(call.h)) {}
-};
-
 // Overwrites h by its gradient. Returns the gradient of the weight, [0, F] if it is not needed.
 Tensor parallel_mlp_bwd(const HiddenGradient& call) {
   const Tensor& h = call.h;
-  expect_contiguous("h", h);
   const Activation kind = activation_of(call.act);
   const int64_t rows_of_chunk = chunk_rows(h);
-  BackwardWorkspace work(call);
+  const Tensor scratch = allocate(h, {std::min(rows_of_chunk, h.size(0)), h.size(1)});
+  TransposedSum d_weight(call.weight, call.need_weight, h.scalar_type() != ScalarType::Float && rows_of_chunk < h.size(0));
   for (int64_t i = 0; i < h.size(0); i += rows_of_chunk) {
     const int64_t count = std::min(rows_of_chunk, h.size(0) - i);
-    Tensor to = rows(work.rows, 0, count), hidden = rows(h, i, count);
+    Tensor to = rows(scratch, 0, count), hidden = rows(h, i, count);
     const Tensor d_out = rows(call.grad, i, count);
     if (call.need_weight) {
       activate(kind, hidden, nullptr, to);
-      work.d_weight.add(d_out, to);
+      d_weight.add(d_out, to);
     }
     mm_out(to, d_out, call.weight);
     activate(kind, hidden, &to, hidden);
   }
-  return work.d_weight.result();
+  return d_weight.result();
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {

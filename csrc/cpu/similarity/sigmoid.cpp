@@ -1,33 +1,21 @@
 // similarity_sigmoid on a CPU. The gradient of a sigmoid term needs no statistics, so that forward computes value and gradient in
 // one sweep: it computes a chunk of the matrix, replaces it by its gradient, and multiplies that once with each side's features.
 #include "sweep.h"
-#include "../transposed_sum.h"
 
 #include <tuple>
 
 namespace simplclip {
 namespace {
 
-// The workspace of similarity_sigmoid: the sweep, and the sum of d_text.
-struct SigmoidWorkspace {
-  SimilarityCall call;
-  Sweep sweep;
-  TransposedSum d_text;
-
-  SigmoidWorkspace(const SigmoidCall& sigmoid)
-      : call(similarities_of(sigmoid)), sweep(call, nullptr),
-        d_text(call.text, sigmoid.need_text, sweep.is_bf16 && sweep.chunk < sweep.n) {}
-};
-
 // Returns the terms [K], and the gradients of sum_k mix[k] terms[k]: d_image and d_text (empty unless needed), and d_sigmoids
 // [2, K], those of weight and bias.
 std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(const SigmoidCall& call) {
-  expect_contiguous("sigmoids", call.sigmoids);
   const int64_t terms = call.sigmoids.size(1);
   STD_TORCH_CHECK(terms == 1 || terms == 2, "sigmoids: expected one or two terms, got ", terms);
-  SigmoidWorkspace work(call);
-  const Sweep& sweep = work.sweep;
-  expect_layout(work.call);
+  const SimilarityCall similarities{.image = call.image, .text = call.text, .ids = call.ids, .text_ids = call.text_ids,
+                                    .label_offset = call.label_offset, .chunk = call.chunk};
+  const Sweep sweep(similarities, nullptr);
+  FeatureGradients gradients(sweep, call.need_image, call.need_text);
 
   auto number = [&](SigmoidRow row, int64_t k) { return call.sigmoids.const_data_ptr<float>()[int(row) * terms + k]; };
   SigmoidTerm mixed[2] = {};
@@ -37,7 +25,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(const SigmoidCall&
                 .negative = number(SigmoidRow::kNegative, k) * mix, .positive = number(SigmoidRow::kPositive, k) * mix};
   }
 
-  Tensor d_image = allocate(call.image, {call.need_image ? sweep.n : 0, sweep.d});
   SigmoidSums total{};
   std::vector<SigmoidSums> parts(strips_of(sweep.chunk));
   sweep.for_chunks([&](int64_t first, int64_t count) {
@@ -52,12 +39,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(const SigmoidCall&
         total.weight[k] += parts[index].weight[k];
         total.bias[k] += parts[index].bias[k];
       }
-    const Tensor g = rows(sweep.student.scratch, 0, count);
-    if (call.need_image) {
-      Tensor d_rows = rows(d_image, first, count);
-      mm_out(d_rows, g, call.text);
-    }
-    work.d_text.add(g, rows(call.image, first, count));
+    gradients.add(first, count);
   });
 
   Tensor values = allocate(call.sigmoids, {terms}), d_sigmoids = allocate(call.sigmoids, {2, terms});
@@ -67,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(const SigmoidCall&
     data<float>(d_sigmoids)[k] = float(total.weight[k]);
     data<float>(d_sigmoids)[terms + k] = float(total.bias[k]);
   }
-  return {values, d_image, work.d_text.result(), d_sigmoids};
+  return {values, gradients.image(), gradients.text(), d_sigmoids};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {

@@ -1,7 +1,6 @@
 // similarity_loss on a CPU: a sweep over row chunks. The strip kernels read each chunk's matrices once, and in backward replace
 // the student's by its gradient, whose products with the features are the gradients of the features.
 #include "sweep.h"
-#include "../transposed_sum.h"
 
 #include <cmath>
 #include <limits>
@@ -15,40 +14,28 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 // Returns the statistics of a tensor [6, N] of rows or [3, M] of columns.
 Stats stats_of(const Tensor& t) { return {data<float>(t), t.size(1)}; }
 
-// The workspace of forward: the sweep, and the statistics of the columns over each strip of a chunk.
-struct ForwardWorkspace {
-  Sweep sweep;
-  Tensor parts;  // [strips, 3, M], [strips, 1, M] without a teacher; no strips if statistics of columns are not needed
+// Returns p and q of pair matching, or null.
+const float* plane_values(const SimilarityCall& call) { return call.plane ? data<float>(*call.plane) : nullptr; }
 
-  ForwardWorkspace(const SimilarityCall& call) : sweep(call, nullptr) {
-    const int64_t strips = call.columns ? strips_of(sweep.chunk) : 0;
-    parts = allocate(call.image, {strips, has_teacher(call) ? 3 : 1, sweep.m}, ScalarType::Float);
-  }
-
-  // Returns the memory of a strip's statistics.
-  Stats part(int64_t strip) const {
-    return {sweep.call.columns ? data<float>(parts) + strip * parts.stride(0) : nullptr, sweep.m};
-  }
-
-  // Merges the statistics of a chunk's strips into those of whole columns.
-  void merge(int64_t strips, const Stats& whole) const {
-    parallel_for(0, sweep.m, 1024, [&](int64_t begin, int64_t end) {
-      const auto merge = instruction_set().strip.merge;
-      const Stats parts_of = part(0).from(begin), total = whole.from(begin);
-      merge(parts_of[RowStat::kLseStudent], nullptr, strips, parts.stride(0), end - begin, total[RowStat::kLseStudent], nullptr);
-      if (sweep.teacher)
-        merge(parts_of[RowStat::kLseTeacher], parts_of[RowStat::kMean], strips, parts.stride(0), end - begin,
-              total[RowStat::kLseTeacher], total[RowStat::kMean]);
-    });
-  }
-};
+// Merges statistics of the columns over each strip of a chunk, [strips, 3 or 1, M], into those of whole columns.
+void merge(const Tensor& parts, int64_t strips, const Stats& whole) {
+  parallel_for(0, parts.size(2), 1024, [&](int64_t begin, int64_t end) {
+    const auto merge = instruction_set().strip.merge;
+    const Stats part = Stats{data<float>(parts), parts.size(2)}.from(begin), total = whole.from(begin);
+    const int64_t stride = parts.stride(0), count = end - begin;
+    merge(part[RowStat::kLseStudent], nullptr, strips, stride, count, total[RowStat::kLseStudent], nullptr);
+    if (parts.size(1) > 1)
+      merge(part[RowStat::kLseTeacher], part[RowStat::kMean], strips, stride, count, total[RowStat::kLseTeacher],
+            total[RowStat::kMean]);
+  });
+}
 
 // Returns rows [6, N], columns [3, M] and the stored rows of the matrices: see reference.py.
 std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(const SimilarityCall& call) {
-  expect_layout(call);
-  const ForwardWorkspace work(call);
-  const Sweep& sweep = work.sweep;
-
+  const Sweep sweep(call, nullptr);
+  // no strips if statistics of columns are not needed
+  const Tensor parts = allocate(
+      call.image, {call.columns ? strips_of(sweep.chunk) : 0, sweep.teacher ? 3 : 1, sweep.m}, ScalarType::Float);
   Tensor row_stats = allocate(call.image, {int64_t(RowStat::kCount), sweep.n}, ScalarType::Float);
   Tensor column_stats = allocate(call.image, {int64_t(ColumnStat::kCount), sweep.m}, ScalarType::Float);
   std::fill_n(data<float>(row_stats), row_stats.numel(), 0.0f);
@@ -59,10 +46,10 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(const SimilarityCall& cal
 
   sweep.for_chunks([&](int64_t first, int64_t count) {
     sweep.for_strips(first, count, false, [&](const Strip& strip, int64_t i, int64_t index) {
-      const ForwardOut out = {rows.from(first + i), work.part(index), plane_values(call)};
-      instruction_set().strip.forward(strip, out, sweep.is_bf16);
+      float* const part = call.columns ? data<float>(parts) + index * parts.stride(0) : nullptr;
+      instruction_set().strip.forward(strip, {rows.from(first + i), {part, sweep.m}, plane_values(call)}, sweep.is_bf16);
     });
-    if (call.columns) work.merge(strips_of(count), columns);
+    if (call.columns) merge(parts, strips_of(count), columns);
   });
   return {row_stats, column_stats, sweep.stored};
 }
@@ -90,23 +77,10 @@ struct Sharing {
   }
 };
 
-// The workspace of backward: the sweep, and the sum of d_text.
-struct BackwardWorkspace {
-  Sweep sweep;
-  TransposedSum d_text;
-
-  BackwardWorkspace(const SimilarityGradient& call)
-      : sweep(call, &call.stored), d_text(call.text, call.need_text, sweep.is_bf16 && has_several_chunks()) {}
-
- private:
-  bool has_several_chunks() const { return sweep.chunk < sweep.n || sweep.stored_rows % sweep.n != 0; }
-};
-
 // Returns d_image, d_text (empty when not needed), d_scale [] and d_plane [2].
 std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_loss_bwd(const SimilarityGradient& call) {
-  expect_layout(call);
-  BackwardWorkspace work(call);
-  const Sweep& sweep = work.sweep;
+  const Sweep sweep(call, &call.stored);
+  FeatureGradients gradients(sweep, call.need_image, call.need_text);
 
   BackwardIn whole{};  // of all rows
   whole.rows = stats_of(call.row_stats);
@@ -130,7 +104,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_loss_bwd(const SimilarityG
     if (!teacher->possible) kind = Softmax::kApart;
   }
 
-  Tensor d_image = allocate(call.image, {call.need_image ? sweep.n : 0, sweep.d});
   std::vector<BackwardOut> parts(strips_of(sweep.chunk));
   BackwardOut total{};
   sweep.for_chunks([&](int64_t first, int64_t count) {
@@ -145,18 +118,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_loss_bwd(const SimilarityG
       total.plane[0] += parts[index].plane[0];
       total.plane[1] += parts[index].plane[1];
     }
-    const Tensor g = rows(sweep.student.scratch, 0, count);
-    if (call.need_image) {
-      Tensor d_rows = rows(d_image, first, count);
-      mm_out(d_rows, g, call.text);
-    }
-    work.d_text.add(g, rows(call.image, first, count));
+    gradients.add(first, count);
   });
 
   Tensor d_scale = allocate(call.image, {}, ScalarType::Float), d_plane = allocate(call.image, {2}, ScalarType::Float);
   *data<float>(d_scale) = float(total.scale);
   std::copy_n(total.plane, 2, data<float>(d_plane));
-  return {d_image, work.d_text.result(), d_scale, d_plane};
+  return {gradients.image(), gradients.text(), d_scale, d_plane};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {

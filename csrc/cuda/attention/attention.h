@@ -45,7 +45,4 @@ const char* launch_shaped_forward(ShapedAttentionForward p, void* stream);
 template <class T>
 const char* launch_shaped_backward(const ShapedAttentionBackward& p, void* stream);
 
-// Writes d_gains [count], the sums of parts [batch, count] over the first dimension. Returns null or the error.
-const char* launch_shaped_gains(const float* parts, float* d_gains, int batch, int count, void* stream);
-
 }  // namespace simplclip

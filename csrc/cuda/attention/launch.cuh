@@ -7,9 +7,15 @@
 namespace simplclip {
 namespace gpu {
 
+// Starts a kernel in a cudaStream_t. Returns null, or the error.
 template <class Parameters>
 const char* launch_shaped(void (*kernel)(Parameters), const ShapedPlan& plan, const Parameters& p, void* stream) {
-  return launch_kernel(kernel, {unsigned(p.batch * p.heads)}, plan.threads, plan.shared, stream, p);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared);
+  if (!error) {
+    kernel<<<p.batch * p.heads, plan.threads, plan.shared, static_cast<cudaStream_t>(stream)>>>(p);
+    error = cudaGetLastError();
+  }
+  return error ? cudaGetErrorString(error) : nullptr;
 }
 
 }  // namespace gpu

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+from torch import Tensor
 
 from simplclip.calls.attention import AttentionCall, AttentionInto
 from simplclip.ops import backends
-from simplclip.ops.attention.reference import empty_gradient, empty_results
+from simplclip.ops.attention.reference import empty_results
+from simplclip.ops.attention.sdpa import aligned
 from simplclip.ops.backends import Backend, Facts, native
+
+_forward = native("shaped_attention_fwd_cuda", AttentionCall, "(Tensor, Tensor)", empty_results)
+# returns each sequence's share of the gains' gradients [B, 3, H]
+_backward = native(
+    "shaped_attention_bwd_cuda",
+    AttentionInto,
+    "Tensor",
+    lambda call: call.gains.new_empty(call.q.shape[0], *call.gains.shape),
+)
 
 
 class CudaAttention(Backend):
@@ -30,9 +43,14 @@ class CudaAttention(Backend):
         )
         return reason and f"{reason}; got {facts.length} tokens, width {facts.width}"
 
-    shaped_attention_fwd = native(
-        "shaped_attention_fwd_cuda", AttentionCall, "(Tensor, Tensor)", empty_results
-    )
-    shaped_attention_bwd = native(
-        "shaped_attention_bwd_cuda", AttentionInto, "Tensor", empty_gradient
-    )
+    @staticmethod
+    def shaped_attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """Returns out and the log-sum-exps, as the reference's method."""
+        q, k, v = aligned(call.q, call.k, call.v)
+        return _forward(replace(call, q=q, k=k, v=v))
+
+    @staticmethod
+    def shaped_attention_bwd(call: AttentionInto) -> Tensor:
+        """Writes dq, dk and dv, which must be `aligned`; returns the gains' gradients."""
+        q, k, v, grad = aligned(call.q, call.k, call.v, call.grad)
+        return _backward(replace(call, q=q, k=k, v=v, grad=grad)).sum(0)

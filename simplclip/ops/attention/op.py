@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -92,16 +92,15 @@ BACKWARD = define(
 
 
 def _gradient(
-    saved: Sequence[Tensor],
-    options: Sequence,
+    call: AttentionCall,
+    kept: Sequence[Tensor],
     grads: Sequence[Tensor],
-    needed: Sequence[bool],
+    needed: Mapping[str, bool],
     spec: str,
 ) -> dict[str, Tensor]:
     """Returns the gradients of q, k, v and gains by name, all of them; see register_gradient."""
-    *tensors, lse, av = saved
+    lse, av = kept
     (grad,) = grads
-    call = FORWARD.call_type(*tensors, *options)
     gradient = AttentionGradient(**vars(call), grad=grad, lse=lse, av=av)
     return dict(zip(("q", "k", "v", "gains"), registry.call(BACKWARD, gradient, spec)))
 

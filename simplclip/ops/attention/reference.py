@@ -30,9 +30,23 @@ def _heads(visible: Tensor, *tensors: Tensor) -> list[Tensor]:
     return [t.transpose(1, 2).to(dtype).masked_fill(~seen, 0) for t in tensors]
 
 
-def _uniform(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns uniform attention weights C [B or 1, 1, L, L]: 1 / (number of visible keys), or 0."""
-    return visible.to(dtype) / visible.sum(-1, keepdim=True).clamp(min=1)
+def _definition(
+    call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, gains: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns out [B, L, H, K] and log-sum-exps [B, H, L], in the dtype of sums, of the call's mask
+    and scale; 0 at padded tokens.
+    """
+    visible = _visible(call)
+    q, k, v = _heads(visible, q, k, v)
+    seen = visible.any(-1)[..., None]
+    # finite, so that autograd makes no NaN of it
+    logits = (call.scale * q @ k.mT).masked_fill(~visible, torch.finfo(q.dtype).min)
+    alpha, beta, gamma = gains[:, :, None, None]
+    uniform = visible.to(q.dtype) / visible.sum(-1, keepdim=True).clamp(min=1)
+    mixing = beta * logits.softmax(-1).masked_fill(~visible, 0) - gamma * uniform
+    # Filled with 0 so that backward does not read gradients at padded tokens, which may be NaN.
+    out = (alpha * v + mixing @ v).masked_fill(~seen, 0)
+    return out.transpose(1, 2), logits.logsumexp(-1).masked_fill(~seen[..., 0], 0)
 
 
 class ReferenceAttention(Reference):
@@ -45,41 +59,25 @@ class ReferenceAttention(Reference):
         A = softmax(q kᵀ scale) and the uniform attention C are over the keys that a query sees, as
         are the log-sum-exps, which are in the dtype of sums. Both results are 0 at padded tokens.
         """
-        visible = _visible(call)
-        q, k, v = _heads(visible, call.q, call.k, call.v)
-        logits = (call.scale * q @ k.mT).masked_fill(~visible, -torch.inf)
-        lse = logits.logsumexp(-1).masked_fill(~visible.any(-1), 0)
-        alpha, beta, gamma = call.gains[:, :, None, None]
-        mixing = beta * (logits - lse[..., None]).exp() - gamma * _uniform(visible, lse.dtype)
-        seen = visible.any(-1)[..., None]
-        # Filled with 0 so that backward does not read gradients at padded tokens, which may be NaN.
-        out = (alpha * v + mixing @ v).masked_fill(~seen, 0)
-        return out.transpose(1, 2).to(call.q.dtype).clone(
-            memory_format=torch.contiguous_format
-        ), lse
+        out, lse = _definition(call, call.q, call.k, call.v, call.gains)
+        return out.to(call.q.dtype).clone(memory_format=torch.contiguous_format), lse
 
     @staticmethod
     def shaped_attention_bwd(call: AttentionInto) -> Tensor:  # [3, H]
         """Overwrites call.dq, call.dk and call.dv; returns the gradients of alpha, beta and gamma.
 
-        With the attention weights A, the uniform weights C, do = call.grad, dP = do vᵀ,
-        δ = rowsum(A ∘ dP) and dS = beta A ∘ (dP − δ): dq = scale dS k, dk = scale dSᵀ q,
-        dv = alpha do + (beta A − gamma C)ᵀ do; dalpha = tr dP, dbeta = Σ δ, dgamma = −Σ C ∘ dP.
+        Autograd differentiates the definition.
         """
-        visible = _visible(call)
-        grad, q, k, v = _heads(visible, call.grad, call.q, call.k, call.v)
-        a = (call.scale * q @ k.mT - call.lse[..., None]).masked_fill(~visible, -torch.inf).exp()
-        c = _uniform(visible, a.dtype)
-        alpha, beta, gamma = call.gains[:, :, None, None]
-        dp = grad @ v.mT
-        delta = (a * dp).sum(-1, keepdim=True)
-        ds = call.scale * beta * a * (dp - delta)
-        call.dq.copy_((ds @ k).transpose(1, 2))
-        call.dk.copy_((ds.mT @ q).transpose(1, 2))
-        call.dv.copy_((alpha * grad + (beta * a - gamma * c).mT @ grad).transpose(1, 2))
-        return torch.stack(
-            [(grad * v).sum((0, 2, 3)), delta.sum((0, 2, 3)), -(c * dp).sum((0, 2, 3))]
-        )
+        dtype = call.gains.dtype
+        with torch.enable_grad():
+            leaves = [
+                t.detach().to(dtype).requires_grad_() for t in (call.q, call.k, call.v, call.gains)
+            ]
+            out, _ = _definition(call, *leaves)
+        *gradients, d_gains = torch.autograd.grad(out, leaves, call.grad.to(dtype))
+        for result, gradient in zip((call.dq, call.dk, call.dv), gradients):
+            result.copy_(gradient)
+        return d_gains
 
 
 def empty_results(call: AttentionCall) -> tuple[Tensor, Tensor]:

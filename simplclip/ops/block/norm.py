@@ -54,10 +54,8 @@ def norm_bwd(
             wide = wide * weight.to(rstd.dtype)
             dx = rstd * (wide - normed * (wide * normed).mean(1, keepdim=True))
     gradients = {}
-    if dx is not None:
-        gradients["x"] = dx.to(x.dtype).view(call.x.shape)
-    if dw is not None:
-        gradients["norm_weight"] = dw.to(weight.dtype)
-    if db is not None and bias is not None:
-        gradients["norm_bias"] = db.to(bias.dtype)
+    for name, gradient in (("x", dx), ("norm_weight", dw), ("norm_bias", db)):
+        if gradient is not None:
+            like = getattr(call, name)
+            gradients[name] = gradient.to(like.dtype).view(like.shape)
     return gradients

@@ -5,7 +5,7 @@ A standard block saves 16C.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -217,18 +217,18 @@ BACKWARD = define("simplified_block_bwd", BlockGradient, _GRADIENTS, _bwd, _bwd_
 
 
 def _gradient(
-    saved: Sequence[Tensor],
-    options: Sequence,
+    call: BlockCall,
+    kept: Sequence[Tensor],
     grads: Sequence[Tensor],
-    needed: Sequence[bool],
+    needed: Mapping[str, bool],
     spec: str,
 ) -> dict[str, Tensor]:
     """Returns gradients of the call's tensors by name, empty where not needed; may overwrite h."""
-    *tensors, qk, h, lse, av = saved
+    qk, h, lse, av = kept
     (grad,) = grads
-    call = FORWARD.call_type(*tensors, *options)
+    need = [needed[name] for name in Needed._fields]
     gradient = BlockGradient(
-        **vars(call), grad=grad, qk=qk, h=to_overwrite(h), lse=lse, av=av, need=list(needed[:-1])
+        **vars(call), grad=grad, qk=qk, h=to_overwrite(h), lse=lse, av=av, need=need
     )
     return dict(zip(Needed._fields, registry.call(BACKWARD, gradient, spec)))
 

@@ -18,29 +18,10 @@ from simplclip.ops.modes import (
     transforms,
 )
 
+aten = torch.ops.aten
 DISTANCES = ("mse", "smooth_l1")
 NORM_EPS = 1e-12  # eps of F.normalize
-
-
-def _inverse_norm(rows: Tensor) -> Tensor:  # [N, D] -> [N, 1]
-    """Returns 1 / max(‖row‖, 1e-12) of each row."""
-    return rows.norm(dim=1, keepdim=True).clamp_min(NORM_EPS).reciprocal()
-
-
-def _distances(difference: Tensor, beta: float | None) -> Tensor:  # [N, D] -> [N]
-    """Returns each row's sum of squares if beta is None, else of smooth L1 losses with beta."""
-    size = difference.abs()
-    square = size * size
-    if beta is None:
-        return square.sum(1)
-    return torch.where(size < beta, 0.5 * square / beta, size - 0.5 * beta).sum(1)
-
-
-def _slopes(difference: Tensor, beta: float | None) -> Tensor:  # [N, D] -> [N, D]
-    """Returns the derivatives of `_distances` with respect to each element of the difference."""
-    if beta is None:
-        return 2 * difference
-    return (difference / beta).clamp(-1, 1)
+SUM = 2  # aten's number of the reduction "sum"
 
 
 def _chunks(*tensors: Tensor) -> zip:
@@ -50,6 +31,17 @@ def _chunks(*tensors: Tensor) -> zip:
     return zip(*(t.split(rows) for t in tensors))
 
 
+def _sums(student: Tensor, teacher: Tensor, beta: float | None, normalize: bool) -> Tensor:
+    """Returns each row's distance [N] in differentiable torch; arguments as of _FeatureLoss."""
+    dtype = accumulate_dtype(student.dtype)
+    u, t = student.to(dtype), teacher.to(dtype)
+    if normalize:
+        u, t = F.normalize(u, dim=1), F.normalize(t, dim=1)
+    if beta is None:
+        return F.mse_loss(u, t, reduction="none").sum(1)
+    return F.smooth_l1_loss(u, t, reduction="none", beta=beta).sum(1)
+
+
 class _FeatureLoss(torch.autograd.Function):
     """feature_loss without checks, of (student, teacher, beta or None for mse, normalize)."""
 
@@ -57,48 +49,36 @@ class _FeatureLoss(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor, beta: float | None, normalize: bool
     ) -> Tensor:
-        dtype = accumulate_dtype(student.dtype)
-        sums = []
-        inverse = student.new_empty(student.shape[0], 2 if normalize else 0, dtype=dtype)
-        for x, y, inv in _chunks(student, teacher, inverse):
-            u, t = x.to(dtype), y.to(dtype)
-            if normalize:
-                torch.cat([_inverse_norm(u), _inverse_norm(t)], 1, out=inv)
-                u, t = u * inv[:, :1], t * inv[:, 1:]
-            sums.append(_distances(u - t, beta).sum())
-        ctx.save_for_backward(student, teacher, inverse)
-        ctx.beta = beta
+        ctx.save_for_backward(student, teacher)
+        ctx.options = beta, normalize
+        rows = _chunks(student, teacher)
+        sums = [_sums(x, y, beta, normalize).sum() for x, y in rows]
         return torch.stack(sums).sum() / student.shape[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        student, teacher, inverse = ctx.saved_tensors
+        student, teacher = ctx.saved_tensors
+        beta, normalize = ctx.options
         d_student = torch.empty_like(student, memory_format=torch.contiguous_format)
         with torch.no_grad():
             factor = grad / student.shape[0]
-            for x, y, inv, out in _chunks(student, teacher, inverse, d_student):
-                u, t = x.to(inv.dtype), y.to(inv.dtype)
-                if inv.shape[1]:
-                    u, t = u * inv[:, :1], t * inv[:, 1:]
-                g = factor * _slopes(u - t, ctx.beta)
-                if inv.shape[1]:
-                    # such a row was divided by a constant
-                    clamped = inv[:, :1] >= inv.new_tensor(NORM_EPS).reciprocal()
-                    along = (u * g).sum(1, keepdim=True).masked_fill(clamped, 0)
-                    g = (g - u * along) * inv[:, :1]
+            for x, y, out in _chunks(student, teacher, d_student):
+                u, t = x.to(grad.dtype), y.to(grad.dtype)
+                if normalize:
+                    norm = u.norm(dim=1, keepdim=True).clamp_min_(NORM_EPS)
+                    u, t = u / norm, F.normalize(t, dim=1)
+                if beta is None:
+                    g = aten.mse_loss_backward(factor, u, t, SUM)
+                else:
+                    g = aten.smooth_l1_loss_backward(factor, u, t, SUM, beta)
+                if normalize:
+                    # a shorter row was divided by a constant
+                    along = (u * g).sum(1, keepdim=True).masked_fill_(norm <= NORM_EPS, 0)
+                    g = g.addcmul_(u, along, value=-1).div_(norm)
                 out.copy_(g)
         if torch.is_grad_enabled():  # with create_graph=True
             (d_student,) = first_order_only("feature_loss", (d_student,), student, grad)
         return d_student, None, None, None
-
-
-def _definition(student: Tensor, teacher: Tensor, beta: float | None, normalize: bool) -> Tensor:
-    """Returns the loss [] in plain, differentiable torch; arguments as of _FeatureLoss."""
-    dtype = accumulate_dtype(student.dtype)
-    u, t = student.to(dtype), teacher.to(dtype)
-    if normalize:
-        u, t = u * _inverse_norm(u), t * _inverse_norm(t)
-    return _distances(u - t, beta).mean()
 
 
 def feature_loss(
@@ -135,11 +115,11 @@ def feature_loss(
         The loss, 0-dimensional, float32 (float64 for a float64 student).
 
     Gradients flow to student and projection: with g = dloss/du, (g − u (u·g)) / ‖student‖; for a
-    row shorter than eps, which is divided by a constant, g / eps. Saved for backward: the inputs
-    and two inverse norms per row. Extra memory: O(N) and a few MiB (on a GPU tens of them), and O(N
-    D) with a projection. It computes in float32 (float64 for float64). The same call has the same
-    bits each time, on a CPU with any number of threads if there is no projection. Only first
-    derivatives in reverse mode are supported. Compiled, it is the formula in plain torch.
+    row shorter than eps, which is divided by a constant, g / eps. Saved for backward: the inputs.
+    Extra memory: a few MiB (on a GPU tens of them), and O(N D) with a projection. It computes in
+    float32 (float64 for float64). The same call has the same bits each time, on a CPU with any
+    number of threads if there is no projection. Only first derivatives in reverse mode are
+    supported. Compiled, it is the formula in plain torch.
 
     Raises:
         TypeError, ValueError: an argument is not valid; the message names it, what was expected and
@@ -176,10 +156,10 @@ def feature_loss(
         normalize,
     )
     if torch.compiler.is_compiling():
-        return _definition(*arguments)
+        return _sums(*arguments).mean()
     check_reverse_mode("feature_loss", arguments)
     if transforms():  # torch.vmap maps plain torch
-        return _definition(*arguments)
+        return _sums(*arguments).mean()
     return _FeatureLoss.apply(*arguments)
 
 

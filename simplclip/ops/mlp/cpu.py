@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from simplclip.calls.mlp import HiddenCall, HiddenGradient
 from simplclip.ops.backends import Cpu, native
-from simplclip.ops.mlp.reference import empty_weight_gradient
-
-
-def _nothing(call: HiddenCall) -> None:
-    """Returns None: forward writes its result to call.out."""
 
 
 class CpuMlp(Cpu):
     """Backend "cpu"."""
 
-    parallel_mlp_fwd = native("parallel_mlp_fwd_cpu", HiddenCall, "()", _nothing)
+    parallel_mlp_fwd = native("parallel_mlp_fwd_cpu", HiddenCall, "()", lambda call: None)
     parallel_mlp_bwd = native(
-        "parallel_mlp_bwd_cpu", HiddenGradient, "Tensor", empty_weight_gradient
+        "parallel_mlp_bwd_cpu",
+        HiddenGradient,
+        "Tensor",
+        lambda call: call.weight.new_empty(len(call.weight) * call.need_weight, call.h.shape[1]),
     )

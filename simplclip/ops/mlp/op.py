@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -129,18 +129,18 @@ BACKWARD = define(
 
 
 def _gradient(
-    saved: Sequence[Tensor],
-    options: Sequence,
+    call: MlpCall,
+    kept: Sequence[Tensor],
     grads: Sequence[Tensor],
-    needed: Sequence[bool],
+    needed: Mapping[str, bool],
     spec: str,
 ) -> dict[str, Tensor]:
     """Returns the gradients by name, empty where not needed; may overwrite h."""
-    *tensors, h = saved
+    (h,) = kept
     (grad,) = grads
-    call = FORWARD.call_type(*tensors, *options)
+    need = list(needed.values())
     gradient = MlpGradient(
-        grad, to_overwrite(h), call.x, call.fc1_weight, call.fc2_weight, call.act, list(needed)
+        grad, to_overwrite(h), call.x, call.fc1_weight, call.fc2_weight, call.act, need
     )
     return dict(zip(FORWARD.names, registry.call(BACKWARD, gradient, spec)))
 

@@ -13,28 +13,12 @@ from torch import Tensor
 from simplclip.calls.mlp import HiddenCall, HiddenGradient
 from simplclip.ops.backends import Reference
 
-aten = torch.ops.aten
-
-
-def _quickgelu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """Returns grad times the derivative of x sigmoid(1.702 x)."""
-    s = torch.sigmoid(1.702 * x)
-    return grad * (s + 1.702 * x * s * (1 - s))
-
-
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "quickgelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": F.relu,
     "silu": F.silu,
-}
-_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "gelu": lambda grad, x: aten.gelu_backward(grad, x, approximate="none"),
-    "gelu_tanh": lambda grad, x: aten.gelu_backward(grad, x, approximate="tanh"),
-    "quickgelu": _quickgelu_backward,
-    "relu": lambda grad, x: aten.threshold_backward(grad, x, 0),
-    "silu": aten.silu_backward,
 }
 
 
@@ -54,17 +38,13 @@ class ReferenceMlp(Reference):
     def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], or [0, F]
         """Overwrites h by dh = (grad weight) ∘ act'(h); returns dweight = gradᵀ act(h)."""
         grad = call.grad
-        h = call.h
-        weight = call.weight
+        with torch.enable_grad():
+            h = call.h.detach().requires_grad_()
+            activated = ACTIVATIONS[call.act](h)
         if call.need_weight:
-            d_weight = grad.T @ ACTIVATIONS[call.act](h)
+            d_weight = grad.T @ activated.detach()
         else:
-            d_weight = weight.new_empty(0, weight.shape[1])
-        h.copy_(_BACKWARD[call.act](grad @ weight, h))
+            d_weight = grad.new_empty(0, call.weight.shape[1])
+        (d_h,) = torch.autograd.grad(activated, h, grad @ call.weight)
+        call.h.copy_(d_h)
         return d_weight
-
-
-def empty_weight_gradient(call: HiddenGradient) -> Tensor:  # [C, F], or [0, F]
-    """Returns an uninitialised gradient of the weight, the result of a backend's backward."""
-    rows, hidden = call.weight.shape
-    return call.weight.new_empty(rows if call.need_weight else 0, hidden)

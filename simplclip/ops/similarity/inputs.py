@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from simplclip.common.terms import SWEPT, TEACHER_TERMS
+from simplclip.common.terms import TEACHER_TERMS
 from simplclip.ops import checks, distributed
-from simplclip.ops.modes import autocast
-from simplclip.ops.similarity.pairs import Pairs, Settings, Teacher
 
-
-class Names(NamedTuple):
-    """Names of arguments, for errors."""
-
-    image: str
-    text: str
-    teacher_image: str
-    teacher_text: str
-    teacher_scale: str
-
-
-NAMES = Names("image", "text", "teacher_image", "teacher_text", "teacher_scale")
+NAMES = {name: name for name in ("image", "text", "teacher_image", "teacher_text", "teacher_scale")}
 
 
 def checked_terms(terms: Any, names: Sequence[str]) -> tuple[str, ...]:
@@ -37,10 +24,9 @@ def checked_terms(terms: Any, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(terms)
 
 
-def check_budgets(settings: Settings) -> None:
-    """Raises ValueError if a budget of memory is no number of bytes."""
-    for name in ("scratch_bytes", "store_bytes"):
-        value = getattr(settings, name)
+def check_budgets(**budgets: Any) -> None:
+    """Raises ValueError if a budget of memory is neither None nor a number of bytes."""
+    for name, value in budgets.items():
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -60,57 +46,26 @@ def check_weights(weights: Any, terms: Collection[str]) -> dict[str, float]:
     return numbers
 
 
-def checked(pairs: Pairs, names: Names, terms: Iterable[str], *, equal_rows: bool = False) -> Pairs:
-    """Returns pairs whose scalars, ids and teacher are checked and have the dtype to compute with.
-
-    Features stay as they are. names: for errors. Without a term that needs a teacher there is none.
-    """
-    image, text = pairs.image, pairs.text
-    if text.dtype != image.dtype or text.device != image.device or text.shape != image.shape:
-        check_features(names, *autocast(image, text), equal_rows=equal_rows)
-    device = image.device
-    wide = torch.promote_types(image.dtype, torch.float32)
-    bias, ids, text_ids = pairs.bias, pairs.ids, pairs.text_ids
-    teacher = None
-    if not TEACHER_TERMS.isdisjoint(terms):
-        why = why_teacher(terms)
-        needs_scale = any(term in SWEPT for term in TEACHER_TERMS.intersection(terms))
-        teacher = checked_teacher(pairs, names, why, needs_scale)
-    return Pairs(
-        image,
-        text,
-        checks.scalar("logit_scale", pairs.scale, device, wide),
-        None if bias is None else checks.scalar("logit_bias", bias, device, wide),
-        None if ids is None else check_ids("ids", ids, len(image), "N", device),
-        teacher,
-        None if text_ids is None else check_ids("text_ids", text_ids, len(text), "M", device),
-        pairs.label_offset,
-    )
-
-
-def check_features(names: Names, image: Tensor, text: Tensor, *, equal_rows: bool) -> None:
+def check_features(
+    names: Mapping[str, str], image: Tensor, text: Tensor, *, equal_rows: bool = False
+) -> None:
     """Raises an error if image and text features differ in width, dtype, device (or rows)."""
     if equal_rows and len(text) != len(image):
         got = checks.shape_of(text)
         if len(text) > len(image):
             got += (
-                f"; with k captions an image, pass {names.image}.repeat_interleave(k, 0), and ids "
-                "equal for an image"
+                f"; with k captions an image, pass {names['image']}.repeat_interleave(k, 0), and "
+                "ids equal for an image"
             )
         raise ValueError(
-            f"{names.text}: expected the {len(image)} rows of {names.image}, got shape {got}"
+            f"{names['text']}: expected the {len(image)} rows of {names['image']}, got shape {got}"
         )
-    checks.check_like(names.text, text, names.image, image)
+    checks.check_like(names["text"], text, names["image"], image)
     if text.shape[1] != image.shape[1]:
         raise ValueError(
-            f"{names.text}: expected the width of {names.image}, {image.shape[1]}, got "
+            f"{names['text']}: expected the width of {names['image']}, {image.shape[1]}, got "
             f"{text.shape[1]}"
         )
-
-
-def needs_teacher(terms: Iterable[str]) -> bool:
-    """Whether one of the terms needs a teacher."""
-    return not TEACHER_TERMS.isdisjoint(terms)
 
 
 def why_teacher(terms: Iterable[str]) -> str:
@@ -119,33 +74,42 @@ def why_teacher(terms: Iterable[str]) -> str:
     return f"the term {term!r} needs it"
 
 
-def checked_teacher(pairs: Pairs, names: Names, why: str, needs_scale: bool = True) -> Teacher:
-    """Returns the pairs' teacher, checked and detached; the scale [] in the dtype of sums.
+def checked_teacher(
+    names: Mapping[str, str],
+    image: Tensor,
+    text: Tensor,
+    teacher: Sequence[Any],
+    why: str,
+    needs_scale: bool = True,
+) -> list[Any]:
+    """Returns a teacher's image and text features and scale [], checked and detached.
 
-    why: the reason in the ValueError for a value that is None, of the scale only if needs_scale.
+    The scale is in the dtype of sums. image, text: the student's. why: the reason in the ValueError
+    for a value that is None, of the scale only if needs_scale.
     """
-    teacher = pairs.teacher or Teacher(None, None)  # type: ignore[arg-type]
-    image, text, scale = teacher.image, teacher.text, teacher.scale
-    values: dict[str, Any] = {names.teacher_image: image, names.teacher_text: text}
+    of_image, of_text, scale = teacher
+    values: dict[str, Any] = {names["teacher_image"]: of_image, names["teacher_text"]: of_text}
     if needs_scale:
-        values[names.teacher_scale] = scale
+        values[names["teacher_scale"]] = scale
     for name, value in values.items():
         if value is None:
             raise ValueError(f"{name}: expected a value, since {why}, got None")
-    _check_teacher(names.teacher_image, image, "[N, D̂]", names.image, pairs.image)
-    _check_teacher(names.teacher_text, text, "[M, D̂]", names.text, pairs.text)
-    if text.size(1) != image.size(1):
+    _check_teacher(names["teacher_image"], of_image, "[N, D̂]", names["image"], image)
+    _check_teacher(names["teacher_text"], of_text, "[M, D̂]", names["text"], text)
+    if of_text.size(1) != of_image.size(1):
         raise ValueError(
-            f"{names.teacher_text}: expected the width of {names.teacher_image}, {image.size(1)}, "
-            f"got {text.size(1)}"
+            f"{names['teacher_text']}: expected the width of {names['teacher_image']}, "
+            f"{of_image.size(1)}, got {of_text.size(1)}"
         )
-    image = checks.constant(names.teacher_image, image)
-    text = checks.constant(names.teacher_text, text)
     if scale is not None:
-        wide = torch.promote_types(pairs.text.dtype, torch.float32)
-        scale = checks.scalar(names.teacher_scale, scale, pairs.text.device, wide)
-        scale = checks.constant(names.teacher_scale, scale)
-    return Teacher(image, text, scale)
+        wide = torch.promote_types(text.dtype, torch.float32)
+        scale = checks.scalar(names["teacher_scale"], scale, text.device, wide)
+        scale = checks.constant(names["teacher_scale"], scale)
+    return [
+        checks.constant(names["teacher_image"], of_image),
+        checks.constant(names["teacher_text"], of_text),
+        scale,
+    ]
 
 
 def _check_teacher(
@@ -206,14 +170,20 @@ def count_negatives(
     return count.clamp(min=1)
 
 
-def check_columns(pairs: Pairs, group: Any) -> None:
+def check_columns(
+    image: Tensor,
+    text: Tensor,
+    ids: Tensor | None,
+    text_ids: Tensor | None,
+    label_offset: int,
+    group: Any,
+) -> None:
     """Raises an error unless each row has its positive among the columns, and ids go together.
 
     With a process group (else None) the columns are this rank's, as many as rows.
     """
-    n = len(pairs.image)
-    m = len(pairs.text)
-    label_offset = pairs.label_offset
+    n = image.shape[0]
+    m = text.shape[0]
     if isinstance(label_offset, bool) or not isinstance(label_offset, (int, torch.SymInt)):
         raise TypeError(f"label_offset: expected an int, got {type(label_offset).__name__}")
     if group is not None:
@@ -226,7 +196,7 @@ def check_columns(pairs: Pairs, group: Any) -> None:
             raise ValueError(
                 f"label_offset: expected 0 with group, which sets it by rank, got {label_offset}"
             )
-        if pairs.text_ids is not None:
+        if text_ids is not None:
             raise ValueError(
                 "text_ids: expected None with group, where the ids of the texts are those of the "
                 "images"
@@ -238,9 +208,9 @@ def check_columns(pairs: Pairs, group: Any) -> None:
             f"label_offset: expected 0 <= label_offset <= M - N = {m - n} so that each of {n} rows "
             f"has its column among {m}, got {label_offset}"
         )
-    if pairs.ids is None and pairs.text_ids is not None:
+    if ids is None and text_ids is not None:
         raise ValueError("ids: expected ids for the rows beside text_ids, got None")
-    if pairs.ids is not None and pairs.text_ids is None and n != m:
+    if ids is not None and text_ids is None and n != m:
         raise ValueError(
             f"text_ids: expected ids for {m} columns, since M is not N = {n}, got None"
         )

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from simplclip.calls.similarity import DIVERGENCES
-from simplclip.common.terms import PLANE_TERMS, SWEPT
-from simplclip.ops import checks, distributed
-from simplclip.ops.similarity import inputs, route
-from simplclip.ops.similarity.pairs import Pairs, Settings, Teacher
+from simplclip.calls.similarity import DIVERGENCES, SigmoidCall
+from simplclip.common.terms import PLANE_TERMS, SWEPT, TEACHER_TERMS, TERMS
+from simplclip.ops import backends, checks, distributed, registry
+from simplclip.ops.modes import autocast, wants_grad
+from simplclip.ops.similarity import inputs
+from simplclip.ops.similarity.sweeps import (
+    FORWARD,
+    SIGMOID,
+    TermsCall,
+    stored_rows,
+    sweep_rows,
+)
+
+_SOFTMAX = tuple(term.name for term in TERMS if term.sweeps == ("softmax",))
+_SIGMOID = tuple(term.name for term in TERMS if term.sweeps == ("sigmoid",))
+_EITHER = tuple(term.name for term in TERMS if len(term.sweeps) == 2)  # softmax is preferred
+_ENTROPY = {"kl": 1.0, "cross_entropy": 0.0}  # what each divergence counts of the teacher's entropy
 
 
 def similarity_loss(
@@ -35,6 +48,7 @@ def similarity_loss(
     group: torch.distributed.ProcessGroup | None = None,
     scratch_bytes: int | None = None,
     store_bytes: int | None = None,
+    names: Mapping[str, str] = inputs.NAMES,
 ) -> dict[str, Tensor]:
     r"""Computes losses of the similarity matrices of image and text features, of which at most
     `store_bytes` are kept.
@@ -87,6 +101,8 @@ def similarity_loss(
             backward, by default 208 MiB. A larger budget is faster: all rows kept save one of four
             matrix products. By default, on a CPU without a teacher, these rows and a chunk take at
             most twice the bytes of the features' gradients in float32, or are one chunk of 64 rows.
+        names: for errors of a caller with other names: what it calls image, text, teacher_image,
+            teacher_text and teacher_scale. Such a caller has compared the shapes of the ranks.
 
     Returns:
         A dict with one 0-dimensional tensor for each term, and "loss" with `weights`, float32
@@ -107,32 +123,172 @@ def similarity_loss(
     terms = inputs.checked_terms(terms, SWEPT)
     checks.check_choice("divergence", divergence, DIVERGENCES)
     checks.check_boolean("symmetric", symmetric)
-    if group is not None:
+    if group is not None and names is inputs.NAMES:
         tensors = {"image": image, "text": text, "ids": ids}
         tensors |= {"teacher_image": teacher_image, "teacher_text": teacher_text}
         distributed.check_equal_shapes(tensors, group)
     if weights is not None:
         weights = inputs.check_weights(weights, terms)
-    checks.check_features("image", image, "[N, D]")
-    checks.check_features("text", text, "[M, D]")
-    given: Any = Pairs(
-        image,
-        text,
-        logit_scale,  # type: ignore[arg-type]
-        logit_bias,  # type: ignore[arg-type]
-        ids,
-        Teacher(teacher_image, teacher_text, teacher_scale),  # type: ignore[arg-type]
-        text_ids,
-        label_offset,
-    )
-    pairs = inputs.checked(given, inputs.NAMES, terms)
-    inputs.check_columns(pairs, group)
-    hyperplane = None
+    inputs.check_budgets(scratch_bytes=scratch_bytes, store_bytes=store_bytes)
+    checks.check_features(names["image"], image, "[N, D]")
+    checks.check_features(names["text"], text, "[M, D]")
+    device = image.device
+    if text.dtype != image.dtype or text.device != device or text.shape != image.shape:
+        inputs.check_features(names, *autocast(image, text))
+    wide = torch.promote_types(image.dtype, torch.float32)
+    scale = checks.scalar("logit_scale", logit_scale, device, wide)
+    bias = None if logit_bias is None else checks.scalar("logit_bias", logit_bias, device, wide)
+    if ids is not None:
+        ids = inputs.check_ids("ids", ids, image.shape[0], "N", device)
+    if text_ids is not None:
+        text_ids = inputs.check_ids("text_ids", text_ids, text.shape[0], "M", device)
+    has_teacher = not TEACHER_TERMS.isdisjoint(terms)
+    teacher: Sequence[Any] = (None, None, None)
+    if has_teacher:
+        why = inputs.why_teacher(terms)
+        teacher = teacher_image, teacher_text, teacher_scale
+        teacher = inputs.checked_teacher(names, image, text, teacher, why)
+    inputs.check_columns(image, text, ids, text_ids, label_offset, group)
+    of_plane: Any = None
     if not PLANE_TERMS.isdisjoint(terms):
-        hyperplane = inputs.checked_plane(plane, image)
-    settings = Settings(
-        terms, weights, hyperplane, divergence, symmetric, group, scratch_bytes, store_bytes
-    )
-    inputs.check_budgets(settings)
-    total, values = route.compute(pairs, settings)
-    return values if total is None else values | {"loss": total}
+        of_plane = inputs.checked_plane(plane, image)
+
+    image, text = autocast(image, text)
+    teacher = [t if t is None or t.dim() == 0 else t.to(image.dtype) for t in teacher]
+    text_ids = ids if text_ids is None else text_ids
+    if group is not None:
+        text = distributed.gather(text, group)
+        label_offset = len(image) * torch.distributed.get_rank(group)
+        if text_ids is not None:
+            text_ids = distributed.gather(text_ids, group)
+        if has_teacher:
+            teacher[1] = distributed.gather(teacher[1], group)
+    share = None
+    if of_plane is not None and ids is not None and text_ids is not None:
+        count = inputs.count_negatives(ids, text_ids, len(text), label_offset, group)
+        share = 0.5 / count.to(wide)
+    softmaxes, sigmoids = _sweeps_of(terms, device)
+    values: dict[str, Any] = dict.fromkeys(terms)
+    totals = []
+    n, m = image.shape[0], text.shape[0]
+    if softmaxes:
+        matrices = 2 if has_teacher else 1
+        chunk = sweep_rows(image, m, matrices, scratch_bytes, keeps=store_bytes is None)
+        of_sweep = torch.stack(of_plane) if "pair_matching" in softmaxes else None
+        kept_rows = 0
+        if wants_grad(image, text, scale, of_sweep):
+            kept_rows = stored_rows(image, m, matrices, store_bytes, chunk)
+        mix = weights if weights is not None and len(softmaxes) > 1 else {}
+        of_terms_call: Callable = TermsCall
+        call = of_terms_call(
+            image,
+            text,
+            scale,
+            *teacher,
+            of_sweep,
+            ids,
+            text_ids,
+            share,
+            label_offset,
+            symmetric,
+            _ENTROPY[divergence],
+            chunk,
+            kept_rows,
+            "contrastive" in softmaxes,
+            mix.get("contrastive", 1.0),
+            mix.get("relational", 1.0),
+            mix.get("pair_matching", 1.0),
+            "" if group is None or not symmetric else group.group_name,
+        )
+        loss, of_terms, *_ = registry.call(FORWARD, call)
+        if len(softmaxes) == 1:
+            values[softmaxes[0]] = loss
+            if weights is not None and weights[softmaxes[0]] != 1:
+                loss = weights[softmaxes[0]] * loss
+        else:
+            values |= zip(softmaxes, of_terms.unbind())
+        totals.append(loss)
+    if sigmoids:
+        numbers = {}
+        if "sigmoid" in sigmoids:
+            numbers["sigmoid"] = [scale, 0.0 if bias is None else bias, 1 / n, 1 / n]
+        if "pair_matching" in sigmoids:
+            of_negatives = 0.5 / max(1, n * (m - 1)) if share is None else share
+            numbers["pair_matching"] = [*of_plane, of_negatives, 0.5 / n]
+        chunk = sweep_rows(image, m, 1, scratch_bytes)
+        of_sigmoid = SigmoidCall(
+            image, text, scale, ids, text_ids, label_offset, chunk, False, False, False
+        )
+        total, of_sigmoids = _sigmoid_sweeps(of_sigmoid, numbers, weights)
+        values |= of_sigmoids
+        totals.append(total)
+    return _combined(values, totals, bias if "sigmoid" not in terms else None, weights)
+
+
+def _sweeps_of(terms: Sequence[str], device: torch.device) -> tuple[list[str], list[str]]:
+    """Returns the terms of the softmax sweep and those of sigmoid sweeps, in the table's order."""
+    softmaxes = [name for name in _SOFTMAX if name in terms]
+    sigmoids = [name for name in _SIGMOID if name in terms]
+    either = [name for name in _EITHER if name in terms]
+    if either and softmaxes:
+        # On a GPU a sweep with a teacher has no registers left for pair matching.
+        joins = TEACHER_TERMS.isdisjoint(softmaxes) or (
+            device.type == "cpu"
+            and backends.forced_for(FORWARD.name, backends.forced()) != "triton"
+        )
+        if joins:
+            return softmaxes + either, sigmoids
+    return softmaxes, sigmoids + either
+
+
+def _sigmoid_sweeps(
+    call: SigmoidCall, numbers: Mapping[str, Sequence[Any]], weights: Mapping[str, float] | None
+) -> tuple[Any, dict[str, Tensor]]:
+    """Returns the weighted sum, None without weights, and the terms by name.
+
+    They share a sweep if only their sum needs a gradient; else each has a sweep of its own. call:
+    without the terms. numbers: of each term those of SigmoidRow but MIX.
+    """
+    scale = call.sigmoids
+    sweeps = [[name] for name in numbers] if weights is None else [list(numbers)]
+    by_term: dict[str, Tensor] = {}
+    for names in sweeps:
+        columns = []
+        for name in names:
+            mix = 1.0 if weights is None else weights[name]
+            of_term = [*numbers[name], mix]
+            columns.append([checks.scalar(name, x, scale.device, scale.dtype) for x in of_term])
+        flat = [x for row in zip(*columns) for x in row]
+        need_image, need_text = wants_grad(call.image), wants_grad(call.text)
+        sigmoids = torch.stack(flat).view(-1, len(names))
+        gradient = need_image or need_text or wants_grad(sigmoids)
+        call = replace(
+            call,
+            sigmoids=sigmoids,
+            gradient=gradient,
+            need_image=need_image,
+            need_text=need_text,
+        )
+        total, of_columns, *_ = registry.call(SIGMOID, call)
+        if weights is None:
+            by_term[names[0]] = total
+        else:
+            by_term |= zip(names, of_columns.unbind())
+    return total, by_term
+
+
+def _combined(
+    values: dict[str, Any],
+    totals: Sequence[Tensor],
+    unused_bias: Tensor | None,
+    weights: Mapping[str, float] | None,
+) -> dict[str, Tensor]:
+    """Returns the terms, and their sum as "loss" with weights, when it alone has a gradient."""
+    if weights is not None:
+        values = {name: value.detach() for name, value in values.items()}
+        values["loss"] = totals[0] if len(totals) == 1 else totals[0] + totals[1]
+    if unused_bias is not None:
+        # a gradient of 0 instead of None, as DistributedDataParallel needs
+        last = next(reversed(values))
+        values[last] = values[last] + unused_bias.expand(0).sum()  # 0 of an infinite bias too
+    return values

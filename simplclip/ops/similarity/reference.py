@@ -20,9 +20,8 @@ from simplclip.calls.similarity import (
     SimilarityCall,
     SimilarityGradient,
 )
-from simplclip.ops.backends import Reference
-from simplclip.ops.similarity.chunks import computes_in
-from simplclip.ops.similarity.terms import merge_columns
+from simplclip.ops.backends import Reference, computes_in
+from simplclip.ops.similarity.statistics import merge_columns
 
 
 class _Chunk:

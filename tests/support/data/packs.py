@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from simplclip.data import pack, write_tars
+from simplclip.data import pack
 from simplclip.data.rows import Options
 from support.data.pairs import members, meta, png
 
@@ -33,7 +33,7 @@ def samples(shards):
 
 
 def skipped_of(out):
-    return write_tars.skipped_in(meta(out)["splits"]["data"]["shards"].values())
+    return pack.skipped_in(meta(out)["splits"]["data"]["shards"].values())
 
 
 def packed(source, out, options=Options(), **more):  # noqa: B008

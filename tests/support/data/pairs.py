@@ -7,7 +7,7 @@ import itertools
 import json
 import random
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch import Tensor
 from simplclip import data
 from simplclip.data import samples
 from simplclip.data.errors import Skipped
-from simplclip.data.read_tars import read_tar
+from simplclip.data.loader import Block
+from simplclip.data.sidecars import read_joined
 
 SIZE = 8  # of the pictures that `resize` returns
 COUNT = 23  # samples of the shards of several test files
@@ -51,8 +52,8 @@ def digest(path: Path) -> str:
 
 
 def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
-    """Returns the digests of a folder's files by name."""
-    return {path.name: digest(path) for path in folder.glob(pattern)}
+    """Returns the digests of a folder's files by name; the file of its lock stays there."""
+    return {path.name: digest(path) for path in folder.glob(pattern) if path.name != ".lock"}
 
 
 def meta(folder: Path) -> dict:
@@ -74,7 +75,7 @@ def joined(shards: str | Path, *folders: str | Path, teacher: bool = False) -> d
     """Returns the samples of shards by key, as training reads them with these sidecars' folders."""
     joined_samples = {}
     for source in data.sources_of(str(shards)):
-        for raw in read_tar(source, Skipped(), sidecars=folders):
+        for raw in read_joined(source, Skipped(), folders):
             joined_samples[raw["__key__"]] = samples.parse(raw, teacher=teacher)
     return joined_samples
 
@@ -139,13 +140,21 @@ def one_pass(shards: Any, **options: Any) -> tuple[list[str], Skipped]:
     found: list[str] = []
     skipped = Skipped()
     pairs = loader(shards, batch_size=1, shuffle=False, transform=resize, **options)
-    for item in pairs.items(0, 1):
-        if item.skipped is not None:
-            skipped.merge(item.skipped)
-        if item.epoch:
+    for block in pairs.items(0, 1):
+        skipped.merge(block.skipped)
+        if block.places[0].epoch:
             break  # the damage behind the last batch is in the next one
-        found += item.batch["key"]
+        found += block.batch["key"]
     return found, skipped
+
+
+def first_passes(pairs: data.Loader, worker: int, workers: int, count: int = 1) -> Iterator[Block]:
+    """Yields the blocks of a worker in its first passes, of one sample each."""
+    for block in pairs.items(worker, workers):
+        if block.places and block.places[0].epoch >= count:
+            return
+        if block.places:
+            yield block
 
 
 def take(batches: Iterable[dict], count: int) -> list[dict]:

@@ -52,27 +52,3 @@ def with_tag(tiff: bytes, former: int, tag: int, value: int) -> bytes:
     entry = re.escape(struct.pack("<H", former)) + rb"[\x03\x04]\x00\x01\x00\x00\x00...."
     new_entry = struct.pack("<HHII", tag, 4, 1, value)
     return re.sub(entry, lambda found: new_entry, tiff, flags=re.DOTALL)
-
-
-def jpeg_of_scans(kind: str, count: int, comment: bytes = b"x") -> bytes:
-    """Returns a JPEG, 64 x 48, of `count` scans, of which all but the first ones change nothing.
-
-    kind: "progressive"; of no progressive JPEG "of one component each", or also "without data". A
-    comment stands before the last scan.
-    """
-    whole = encode(photo(0, (48, 64)), progressive=kind == "progressive")
-    starts = [found.start() for found in re.finditer(rb"\xff[\xda\xc4\xd9]", whole)]
-    last_scan = whole[starts[-2] : starts[-1]]
-    scans = [last_scan]
-    if kind == "progressive":
-        before = whole[: starts[-1]]
-        count -= before.count(b"\xff\xda")
-    else:
-        before = whole[: starts[-2]]
-        numbers = [last_scan[place : place + 2] for place in (5, 7, 9)]
-        # the data of all components do for a test of one, which ends at a marker
-        data = last_scan[14:] if kind == "of one component each" else b""
-        scans = [b"\xff\xda\0\x08\x01" + number + b"\0\x3f\0" + data for number in numbers]
-    more = [scans[number % len(scans)] for number in range(count)]
-    segment = b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment
-    return b"".join([before, *more[:-1], segment, more[-1], whole[starts[-1] :]])

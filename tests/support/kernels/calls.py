@@ -46,7 +46,7 @@ def uneven(call: Call) -> Call:
 
 def wide_mlp(act: str) -> Call:
     """Returns a call whose hidden layer is between -100 and 100."""
-    call = mlp_call(150, 64, 150, 40, act=act)
+    call = mlp_call(150, 64, 160, 64, act=act)
     call.tensors["x"] *= 15
     return call
 
@@ -68,7 +68,7 @@ QUICK_IN_BF16: dict[str, Callable[[], Call]] = {
     "attention, wide": lengths([33, 0], 2, 40, 1, 128),
     # several tiles of 128 rows, the last ones partly filled
     "contrastive, odd width": pairs(130, 133, "contrastive", width=72),
-    "pair matching, ids, odd width": pairs(130, 133, *TERMS[:2], width=72, ids=True),
+    "pair matching, ids, odd width": pairs(130, 133, *TERMS[:2], width=80, ids=True),
     # more rows than a group of programs has
     "contrastive, many parts": pairs(1030, 1111, "contrastive", width=16),
     # gradients of q, k and v with gaps between their rows
@@ -80,12 +80,13 @@ CALLS: dict[str, Callable[[], Call]] = {
     "similarity_loss, whole tiles of columns": pairs(70, 128, width=72, teacher_width=96),
     "contrastive": pairs(256, 384, "contrastive", width=512),
     "contrastive, one pair": pairs(1, 1, "contrastive", width=64),
-    "contrastive, one side": pairs(70, 133, "contrastive", width=72, ids=True, symmetric=False),
+    "contrastive, one side": pairs(70, 133, "contrastive", width=80, ids=True, symmetric=False),
+    "contrastive, ids": pairs(70, 133, "contrastive", width=80, ids=True),
     "contrastive, blocks": lambda: uneven(
         similarity_call(300, 400, 50, terms=TERMS[:1], width=40, ids=True, **BLOCKS)
     ),
     "pair matching": pairs(70, 133, *TERMS[:2], width=64),
-    "pair matching, one side, ids": pairs(70, 133, *TERMS[:2], width=72, ids=True, symmetric=False),
+    "pair matching, one side, ids": pairs(70, 133, *TERMS[:2], width=80, ids=True, symmetric=False),
     "pair matching, blocks": pairs(200, 300, *TERMS[:2], width=72, ids=True, **BLOCKS),
     "relational": pairs(129, 129, "relational", width=64),
     "relational, one side": pairs(70, 133, "relational", width=64, symmetric=False),
@@ -94,7 +95,7 @@ CALLS: dict[str, Callable[[], Call]] = {
         70, 133, width=80, teacher_width=31, divergence="cross_entropy"
     ),
     "every term, one side, ids": pairs(
-        70, 133, width=64, ids=True, symmetric=False, teacher_width=96
+        70, 133, width=64, ids=True, symmetric=False, teacher_width=112
     ),
     "scale 1000": pairs(70, 70, width=64, scale=1000.0),
     "scale -50": pairs(70, 70, width=64, scale=-50.0),
@@ -105,11 +106,12 @@ CALLS: dict[str, Callable[[], Call]] = {
         133,
         "sigmoid",
         "pair_matching",
-        width=72,
+        width=80,
+        ids=True,
         weights={"sigmoid": 1.0, "pair_matching": 0.5},
     ),
     **{f"parallel_mlp, {act}": functools.partial(wide_mlp, act) for act in ACTIVATIONS},
-    "parallel_mlp, chunks": functools.partial(mlp_call, 200, 40, 70, 20),
+    "parallel_mlp, chunks": functools.partial(mlp_call, 200, 40, 80, 48),
     "attention": lengths(None, 2, 145, 2, 64),
     "attention, causal": lengths(None, 2, 81, 1, 48, causal=True),
     "attention, narrow, scale -2": lengths(None, 2, 130, 1, 20, scale=-2.0),

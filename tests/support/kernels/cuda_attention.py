@@ -42,7 +42,7 @@ def why_not() -> str | None:
     return backends.cuda_extension_error  # the extension plans the launches
 
 
-def built(name: str, options: list[str], file: Path, others: Iterable[Path] = ()) -> Path:
+def built(name: str, options: list[str], file: Path, others: Iterable[Path]) -> Path:
     """Returns the file build/ptx/NAME that nvcc makes of a file, made once for the same content.
 
     others: what the file includes.
@@ -78,12 +78,6 @@ def code_of(source: str, sm: int, name: str, variant: Variant | None) -> Code:
     """Returns the kernel of such a file whose name contains `name`, made executable."""
     (kernel,) = (each for full_name, each in compiled(source, sm).items() if name in full_name)
     return Code(kernel, variant)
-
-
-def code_of_entry(name: str, sm: int) -> Code:
-    """Returns the kernel of a mangled name, made executable."""
-    source = next((kind for kind in TYPES if f"{len(kind)}{kind}E" in name), "gains")
-    return code_of(source, sm, name, None)
 
 
 def start(
@@ -125,14 +119,6 @@ def start_shaped(
     return start(card, source, name, batch * heads, plan["threads"], plan["shared"], *values)
 
 
-def start_gains(card: Card, parts: Tensor, sums: Tensor) -> Launch:
-    """Sums parts [B, 3, H] to [3 H]."""
-    batch, count = len(parts), sums.numel()
-    return start(
-        card, "gains", "gains", count, 32, 0, parts, sums, np.int32(batch), np.int32(count)
-    )
-
-
 def _forward(card: Card, call: AttentionCall) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = call.q.shape
     out, lse = layouts.rows_apart(call.q), call.gains.new_empty(batch, heads, tokens)
@@ -144,12 +130,11 @@ def _backward(card: Card, call: AttentionInto) -> Tensor:
     batch, _, heads, _ = call.q.shape
     gradients = call.dq, call.dk, call.dv
     apart = [layouts.rows_apart(t) if t.is_contiguous() else t for t in gradients]
-    parts, d_gains = call.gains.new_empty(batch, 3, heads), torch.empty_like(call.gains)
+    parts = call.gains.new_empty(batch, 3, heads)
     start_shaped(card, True, call, call.lse, call.grad, *apart, parts)
-    start_gains(card, parts, d_gains)
     for out, written in zip(gradients, apart):
         out.copy_(written)
-    return d_gains
+    return parts.sum(0)
 
 
 @contextlib.contextmanager

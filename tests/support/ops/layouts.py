@@ -78,20 +78,6 @@ def odd_rows(t: Tensor) -> Tensor | None:
     return _around(t, *t.shape[:-1], t.shape[-1] + 16)[..., 1:-15].copy_(t)
 
 
-def padded_rows(t: Tensor) -> Tensor | None:
-    """Returns rows with a gap of one element between them; the first is as aligned as t."""
-    if t.dim() < 2:
-        return None
-    return _around(t, *t.shape[:-1], t.shape[-1] + 1)[..., :-1].copy_(t)
-
-
-def every_second(t: Tensor) -> Tensor | None:
-    """Returns rows of every second element; the rows are as aligned as those of rows_apart."""
-    if t.dim() < 2:
-        return None
-    return _around(t, *t.shape[:-1], 2 * t.shape[-1])[..., ::2].copy_(t)
-
-
 def heads_first(t: Tensor) -> Tensor | None:
     """Returns [B, L, H, K] whose heads lie before tokens in memory."""
     if t.dim() != 4:
@@ -101,4 +87,4 @@ def heads_first(t: Tensor) -> Tensor | None:
 
 SAME = {f.__name__: f for f in (strided, rows_apart, transposed, offset, negated, imaginary)}
 OTHER = {f.__name__: f for f in (expanded, scalar_expanded)}
-ALL = SAME | OTHER | {f.__name__: f for f in (odd_rows, padded_rows, every_second, heads_first)}
+ALL = SAME | OTHER | {f.__name__: f for f in (odd_rows, heads_first)}

@@ -17,10 +17,6 @@ import torch
 
 from support.paths import PYTHONPATH
 
-# The first backward pass starts a thread for each device, and a fork of a process with such threads
-# has no autograd. Fake tensors pretend that there is a GPU, so the first pass must not be theirs.
-torch.ones((), requires_grad=True).backward()
-
 ENVIRONMENT = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
 RANKS = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -261,9 +261,6 @@ def collectives(rank: int) -> None:
     def gather(rows: Tensor) -> Tensor:
         return distributed.gather(rows, group)
 
-    def exchange(columns: Tensor) -> Tensor:
-        return distributed.exchange_column_statistics(columns, group)
-
     check_equal = partial(torch.testing.assert_close, rtol=0, atol=0)
     rank_rows = slice(3 * rank, 3 * rank + 3)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -275,13 +272,11 @@ def collectives(rank: int) -> None:
                 if not compiled:  # torch 2.11's Dynamo warns about itself
                     warnings.simplefilter("error")
                 gathered, gathered_grad = run(gather, all_values[rank], weight, compiled)
-                halves = weight.view(2, 2, 6)[:, :, :3]
-                exchanged, exchanged_grad = run(exchange, columns[rank], halves, compiled)
             check_equal(gathered, all_values.flatten(0, 1))
             check_equal(gathered_grad, 3 * weight[rank_rows])
-            check_equal(exchanged, columns[:, :, rank_rows])
-            halves = [(other + 1) * weight.view(2, 2, 6)[rank, :, :3] for other in range(WORLD)]
-            check_equal(exchanged_grad, torch.cat(halves, 1))
+        exchanged = distributed.exchange_columns(columns[rank], group.group_name)
+        check_equal(exchanged, columns[:, :, rank_rows])
+        check_equal(distributed.exchange_parts(exchanged, group.group_name), columns[rank])
 
 
 def one_pair(rank: int) -> None:

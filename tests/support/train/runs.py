@@ -1,11 +1,8 @@
 """Training runs of the tests and the files that they leave."""
 
 import contextlib
-import csv
 import io
-import os
-import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +17,6 @@ from simplclip.models.trained import read_checkpoint
 from simplclip.train import checkpoint, log, loop
 from simplclip.train.config import Config, from_dict
 from support.models.weights import randomise
-from support.train import tiny
 
 TIMED = ("samples_per_s", "data_share", "peak_mb")
 
@@ -60,25 +56,6 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], obj
     monkeypatch.setattr(loop, "train_step", interrupted_step)
 
 
-def check_resumed(
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    stop: int,
-    changes: Sequence[str],
-    teacher: int = 0,
-) -> str:
-    """Checks that a run stopped after step `stop` ends as if not, to the bit; returns its text."""
-    text = go(tiny.settings(folder, *changes, f"run.out={folder / 'whole'}", teacher=teacher))
-    parts = tiny.settings(folder, *changes, f"run.out={folder / 'parts'}", teacher=teacher)
-    with monkeypatch.context() as patch:
-        at_step(patch, stop, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(loop.Interrupted, match=f"SIGINT: saved step {stop} of 7 .* --resume"):
-            go(parts)
-    assert read_checkpoint(folder / "parts" / "last.pt")["step"] == stop
-    check_ends_as(folder / "whole", parts)
-    return text
-
-
 def check_ends_as(whole: Path, config: Config) -> None:
     """Checks that the stopped run of `config`, resumed, ends as the run in the folder `whole`."""
     torch.rand(3)  # another process would start from other random numbers
@@ -91,8 +68,7 @@ def check_ends_as(whole: Path, config: Config) -> None:
 
 def rows(folder: Path, file: str = "metrics.csv") -> list[dict[str, str]]:
     """Returns the rows of a table without what depends on the machine."""
-    with open(folder / file, newline="") as lines:
-        table = list(csv.DictReader(lines))
+    table = log.read_figures(folder / file)
     for row in table:
         for name in TIMED:
             row.pop(name, None)
