@@ -6,8 +6,8 @@
             [--models resnet50 ...]
         a file with the columns model, batch, size and ms
     python -m benchmarks.cards --fit
-        prints the constants of simplclip/plan/rates.py, fitted to the committed steps whose column
-        fitted is yes; the steps are then predicted by this fit
+        writes simplclip/plan/rates.csv, fitted to the committed steps whose column fitted is yes;
+        the steps are then predicted by this fit
 
 The last line is a JSON object: "models" (steps), "median_error", "within_35" (the share predicted
 to 35 %), "below_bound" (the share that was faster than the data sheet allows).
@@ -30,14 +30,15 @@ import torch
 from timm.layers import set_fused_attn
 from torch import nn
 
-from simplclip.plan import rates
+from simplclip.plan import cards, rates
 from simplclip.plan.cards import CARDS
 from simplclip.plan.meter import Work, fake_device
 
 STEPS = Path(__file__).parent / "results" / "cards-measured.csv"
-MEASURED = ("rtx-3090", "rtx-4090", "rtx-5090")
-# What a constant is before any measurement, and the most that it can be.
-EXPECTED = (0.85, 0.8, 0.25, 0.25, 0.1, 0.5, 0.8, 0.7, 0.65, 0.004)  # by rates.KINDS
+FITTED = Path(cards.__file__).with_name("rates.csv")
+KINDS = list(rates.RATES["rtx-3090", "infer"])
+# What a rate is before any measurement, and the most that it can be.
+EXPECTED = (0.85, 0.8, 0.25, 0.25, 0.1, 0.5, 0.8, 0.7, 0.65, 0.004)  # by KINDS
 MOST = 9 * [1.05] + [0.05]
 
 
@@ -120,17 +121,16 @@ def summary(steps: list[Measured]) -> dict[str, float]:
     }
 
 
-def fit(steps: list[Measured]) -> tuple[float, ...]:
-    """Returns the constants of a card and mode with the smallest errors |log(predicted / ms)|.
+def fit(steps: list[Measured]) -> dict[str, float]:
+    """Returns the rates of a card and mode, by kind, with the smallest |log(predicted / ms)|.
 
     They stay near EXPECTED unless steps say otherwise.
     """
-    names = rates.KINDS
     rows = []
     for number, step in enumerate(steps):
         for work in works(*step[1:6]):
             times = 3 if step.mode == "train" and work.runs else 1
-            kinds = names.index(work.kind), names.index(rates.traffic_of(work))
+            kinds = KINDS.index(work.kind), KINDS.index(rates.traffic_of(work))
             indices = number, *kinds, work.nchw and work.kind != "grouped nchw"
             rows.append([*indices, *rates.least_ms(work, CARDS[step.card]), times])
     table = torch.tensor(rows, dtype=torch.float64)
@@ -144,28 +144,26 @@ def fit(steps: list[Measured]) -> tuple[float, ...]:
     for number in range(700):
         optimizer.param_groups[0]["lr"] = 0.05 if number < 470 else 0.01
         constants = most * free.sigmoid()
-        layout = torch.where(is_nchw > 0, constants[names.index("nchw")], 1.0)
+        layout = torch.where(is_nchw > 0, constants[KINDS.index("nchw")], 1.0)
         longest = torch.maximum(products / constants[rate] / layout, moved / constants[traffic])
-        ms = times * torch.maximum(longest, constants[names.index("launch")])
+        ms = times * torch.maximum(longest, constants[KINDS.index("launch")])
         errors = (torch.zeros_like(measured).index_add(0, row, ms) / measured).log()
         loss = (1 + (errors / 0.1) ** 2).sqrt().mean() + 0.02 * ((free - expected) ** 2).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return tuple(round(value, 4) for value in (most * free.sigmoid()).tolist())
+    return {kind: round(rate, 4) for kind, rate in zip(KINDS, (most * free.sigmoid()).tolist())}
 
 
 def fit_all(steps: list[Measured]) -> None:
-    """Fits the constants of each card and mode of the steps, uses and prints them."""
-    for card in MEASURED:
-        found = [step for step in steps if (step.card, step.mode) == (card, "infer")]
-        if found:
-            rates.INFERENCE[card] = fit(found)
-            print(f"INFERENCE[{card!r}] = {rates.INFERENCE[card]}")
-    found = [step for step in steps if step.mode == "train"]
-    if found:  # all of an RTX 3090
-        rates.TRAINING = fit(found)
-        print(f"TRAINING = {rates.TRAINING}")
+    """Fits the rates of each card and mode of rates.csv, uses them and writes the file."""
+    for card, mode in rates.RATES:
+        found = [step for step in steps if (step.card, step.mode) == (card, mode)]
+        rates.RATES[card, mode] = fit(found)
+    with open(FITTED, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["card", "mode", *KINDS])
+        writer.writerows([*key, *row.values()] for key, row in rates.RATES.items())
 
 
 def main(words: list[str] | None = None) -> None:

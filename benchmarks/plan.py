@@ -15,7 +15,6 @@ from simplclip.train import config
 
 SHOWN = ("rtx-3090", "rtx-4090", "rtx-5090")
 PAIRS = 10 * 12_400_000
-TEACHER_WIDTH = 768
 CC12M_TOKENS = 23.3  # of a caption, with start and end
 FINETUNED: dict[str, dict[str, Any]] = {
     "full, also with layer decay": {},
@@ -55,7 +54,7 @@ def hours() -> None:
     for form, make in FORMS.items():
         values = make()
         cells = [form]
-        with planned(values, "bf16", teacher_width=TEACHER_WIDTH) as step:
+        with planned(values, "bf16") as step:
             for card in SHOWN:
                 memory = CARDS[card].memory * GIB
                 row = largest(step, memory)

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 aten = torch.ops.aten
 WIDE_GROUP = 64  # channels
 ROUNDED_TO = 512  # bytes, by torch's allocator
-NO_KERNEL = ("empty", "new_empty", "_unsafe_view", "_reshape_alias", "detach", "lift_fresh")
+NO_KERNEL = ("empty", "new_empty", "_unsafe_view")
 
 
 class Work(NamedTuple):
@@ -125,7 +125,7 @@ def _channels_last(image: Tensor) -> bool:
 
 
 def _kind(func: OpOverload, name: str, args: tuple, runs: int, flops: int) -> str:
-    """Returns the kind of an op of torch. flops: by torch."""
+    """Returns the kind of an op."""
     if func is aten.convolution.default:
         channels = args[1].shape[1]
         # forward of wide groups is about as fast as that of one group
@@ -146,24 +146,21 @@ def _own_kernels(name: str, args: tuple, moved: int) -> list[tuple[str, float, f
     if name.startswith("similarity"):  # images [N, D], texts [M, D], perhaps those of a teacher
         flops = 2 * len(x) * len(args[1]) * sum(t.shape[1] for t in matrices[::2])
         return [("product", flops, moved)]
-    kernels: list[tuple[str, float, float]] = [("norm", 0, moved)]
-    if name in ("simplified_block_fwd", "parallel_mlp_fwd"):  # x [..., C], and weights
-        weights = [t for t in matrices if t is not x]
-        rows = x.numel() // x.shape[-1]
-        hidden = rows * max(len(t) for t in weights) * x.itemsize
-        kernels.append(("product", 2 * rows * sum(t.numel() for t in weights), moved + hidden))
-        kernels.append(("bytes", 0, 2 * hidden))  # the activation
-    if name in ("simplified_block_fwd", "shaped_attention_fwd"):  # x [B, L, C] or [B, L, H, K]
-        kernels.append(("attention", 4 * x.numel() * x.shape[1], 4 * x.nbytes))
-    return kernels
+    if name != "simplified_block_fwd":
+        return [("norm", 0, moved)]
+    rows = x.numel() // x.shape[-1]  # of x [B, L, C]; the matrices are weights
+    hidden = rows * max(len(t) for t in matrices) * x.itemsize
+    flops = 2 * rows * sum(t.numel() for t in matrices) + 4 * x.numel() * x.shape[1]
+    # products and attention; the norm and the activation
+    return [("product", flops, moved + hidden), ("norm", 0, moved + 2 * hidden)]
 
 
 @contextlib.contextmanager
 def fake_device(modules: Iterable[nn.Module], device: str) -> Iterator[Meter]:
     """Context of a pass on a device, "cuda" or "cpu"; yields the meter, which is not entered yet.
 
-    New tensors are fake, the modules' tensors become fake ones on the device, and functions of
-    torch are replaced until the end.
+    New tensors are fake, and functions of torch are replaced, until the end; the modules' tensors
+    become fake ones on the device and stay so.
     """
     meter = Meter(device)
     patches: list[tuple[Any, str, Any]] = [(FakeTensor, "tolist", lambda t: [0] * t.numel())]
@@ -176,52 +173,29 @@ def fake_device(modules: Iterable[nn.Module], device: str) -> Iterator[Meter]:
             (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
             (F, "scaled_dot_product_attention", attention_of_card),
         ]
-    fakes: dict[Tensor, Tensor] = {}
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # optimizers compile
-        stack.enter_context(FakeTensorMode(allow_fallback_kernels=False))
+        # of tensors on the meta device too
+        mode = FakeTensorMode(allow_fallback_kernels=False, allow_non_fake_inputs=True)
+        stack.enter_context(mode)
         for part in {inner for outer in modules for inner in outer.modules()}:
-            tables: list[dict[str, Any]] = [part._parameters, part._buffers]
-            for table in tables:
-                stack.enter_context(mock.patch.dict(table))
-                for name, tensor in table.items():
-                    if tensor is not None and tensor not in fakes:
-                        fakes[tensor] = _fake(tensor, device)
-                    table[name] = None if tensor is None else fakes[tensor]
+            part.to_empty(device=device, recurse=False)
         yield meter
 
 
-def _fake(tensor: Tensor, device: str) -> Tensor:
-    """Returns a fake tensor on a device with the shape, dtype and strides of a tensor."""
-    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
-
-
 def attention_of_card(
-    query: Tensor,  # [B, H, L, K]
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    **_: Any,
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
 ) -> Tensor:
     """In place of F.scaled_dot_product_attention: FlashAttention, or else the efficient kernel.
 
     Without a device torch would compute plain products, which keep the attention weights.
+    query: [B, H, L, K].
     """
-    inputs = query, key, value
     if attn_mask is None and query.itemsize == 2 and query.shape[-1] % 8 == 0:
-        flash = aten._scaled_dot_product_flash_attention
-        return flash(*inputs, dropout_p, is_causal, False, scale=scale)[0]
-    if attn_mask is not None:  # as an additive mask, in rows padded to multiples of 16 numbers
-        length = attn_mask.shape[-1]
-        padded = F.pad(attn_mask.to(query.dtype), (0, -length % 16))[..., :length]
-        attn_mask = padded.expand(*query.shape[:3], length)
-    gradient = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+        return aten._scaled_dot_product_flash_attention(query, key, value)[0]
+    if attn_mask is not None:
+        attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:3], -1)
     efficient = aten._scaled_dot_product_efficient_attention
-    return efficient(*inputs, attn_mask, gradient, dropout_p, is_causal, scale=scale)[0]
+    return efficient(query, key, value, attn_mask, torch.is_grad_enabled())[0]

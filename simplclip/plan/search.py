@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from bisect import bisect_right
 
 from simplclip.plan.cards import GIB
 from simplclip.plan.step import Row, Step
@@ -24,39 +24,25 @@ def largest(step: Step, memory: int, micro: int | None = None) -> Row | None:
 
     micro: pairs at a time, of which the batch is a multiple; None: one graph.
     """
-    limit, unit = usable(memory), micro or 1
-    sizes = (4 * unit, MOST_PAIRS // unit * unit) if micro else (256, 1024)
-    peaks = {size: step.row(size, micro, memory).peak for size in sizes}
-    size = min(int(crossing(peaks, limit)), MOST_PAIRS) // unit * unit
-    while size > 0:
-        row = step.row(size, micro, memory)
-        if row.peak <= limit:
-            return row
-        size -= max(unit, size // 100 // unit * unit)  # memory is no exact line
-    return None
-
-
-def crossing(peaks: dict[int, int], limit: int) -> float:
-    """Returns the size at which the line through two peaks, {size: bytes}, crosses the limit."""
-    (a, low), (b, high) = sorted(peaks.items())
-    if high <= low:
-        return math.inf if low <= limit else 0.0
-    return max(0.0, a + (limit - low) * (b - a) / (high - low))
+    unit = micro or 1
+    sizes = range(unit, MOST_PAIRS + 1, unit)
+    fit = bisect_right(sizes, usable(memory), key=lambda size: step.row(size, micro, memory).peak)
+    return step.row(sizes[fit - 1], micro, memory) if fit else None
 
 
 def fitting(step: Step, size: int, memory: int) -> Row:
     """Predicts the step of a batch in one graph or, if it does not fit, by gradient caching.
 
-    The micro-batch is the largest divisor of `size` that fits. Raises ConfigError if none fits.
+    The micro-batch is the largest divisor of `size` that fits. Raises ConfigError if none fits,
+    InputError if the model does not allow gradient caching, which the batch needs.
     """
     limit = usable(memory)
     divisors = [n for n in range(size - 1, 0, -1) if size % n == 0]
-    for micro in (None, *divisors) if step.cacheable else (None,):
+    for micro in (None, *divisors):
         row = step.row(size, micro, memory)
         if row.peak <= limit:
             return row
-    whole = step.row(size, None, memory)
     raise ConfigError(
-        f"data.batch_size: expected one that fits {limit / GIB:.2f} GiB, got {size:,}, which "
-        f"takes {whole.peak / GIB:.2f} GiB, and does not fit one pair at a time"
+        f"data.batch_size: expected one that fits {limit / GIB:.2f} GiB one pair at a time, got "
+        f"{size:,}"
     )

@@ -88,7 +88,7 @@ def test_source_distribution_has_all_that_is_built_and_no_tests(tmp_path):
     run(sys.executable, "-c", hook)
     with tarfile.open(the_file(tmp_path, "*.tar.gz")) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    suffixes = (".h", ".cuh", ".cpp", ".cu", ".py", ".pyi", ".typed")
+    suffixes = (".h", ".cuh", ".cpp", ".cu", ".py", ".pyi", ".typed", ".csv", ".yaml")
     wanted = set()
     for folder in ("csrc", "simplclip/kernels", "simplclip"):
         files = [path for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
@@ -107,7 +107,7 @@ def test_wheel_is_typed_and_needs_the_limited_api_and_the_stable_abi_alone(wheel
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed")
     with zipfile.ZipFile(wheel) as archive:
-        assert "simplclip/py.typed" in archive.namelist()
+        assert {"simplclip/py.typed", "simplclip/plan/rates.csv"} <= {*archive.namelist()}
         (extension,) = [name for name in archive.namelist() if ".so" in name]
         assert extension == "simplclip/_C.abi3.so"
         assert extension_symbols.unstable(archive.extract(extension, tmp_path)) == []
