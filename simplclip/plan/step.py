@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from simplclip import data, gradient_cache
 from simplclip.common.errors import InputError, UserError
-from simplclip.models.inherit import frozen_modules
+from simplclip.models.inherit import largest_modules
 from simplclip.nn import SimplifiedBlock
 from simplclip.ops.similarity.chunks import SCRATCH_BYTES_ELSEWHERE
 from simplclip.plan.meter import Meter, Work, fake_device
@@ -143,7 +143,7 @@ class Step:
 
         hooks = [
             module.register_forward_hook(partial(note, name.startswith("visual")))
-            for name, module in frozen_modules(model)
+            for name, module in largest_modules(model).items()
             if self.config.run.keep_frozen and not isinstance(module, nn.Embedding)
         ]
         passes = []

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from simplclip.common import generators
-from simplclip.models.inherit import frozen_modules
+from simplclip.models.inherit import largest_modules
 from simplclip.ops import modes
 
 Batch = dict[Any, Any]
@@ -112,7 +112,7 @@ def find_beginning(
     that multiply, or if the tower does not compute the same features by it.
     """
     modules = [
-        module for _, module in frozen_modules(model) if not isinstance(module, nn.Embedding)
+        module for module in largest_modules(model).values() if not isinstance(module, nn.Embedding)
     ]
     if not modules:
         return None

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from simplclip.common.errors import InputError, first_line
-from simplclip.models.inherit import Status
 from simplclip.models.naming import SCALARS
 from simplclip.models.trained import build_model
 from simplclip.models.weights import checksums, plain_name
@@ -41,7 +40,7 @@ def load_start(
     start = model.state_dict()
     new = [name for name in start if name not in SCALARS]
     for table in tables:
-        new = [name for name in new if table.status(name) == Status.NEW]
+        new = [name for name in new if table.status(name) == "new"]
     if new or config.inherit.blocks is not None:
         why = "whose blocks start by inherit.blocks"
         if new:
