@@ -37,7 +37,7 @@ def configuration(spec: Spec, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Returns open_clip's configuration for arguments of `create`; it fetches no weights."""
     config = {**spec.config, **overrides}
     for part in ("vision_cfg", "text_cfg"):
-        config[part] = {**spec.config[part], **overrides.get(part, {})}
+        config[part] = {**spec.config.get(part, {}), **overrides.get(part, {})}
     config["vision_cfg"]["timm_model_pretrained"] = False
     if "hf_model_name" in config["text_cfg"]:
         config["text_cfg"]["hf_model_pretrained"] = False
