@@ -7,14 +7,7 @@ from typing import Annotated
 import typer
 
 from simplclip.commands.app import app
-from simplclip.commands.options import (
-    Decoders,
-    Device,
-    Pairs,
-    Precision,
-    SidecarFolder,
-    Sidecars,
-)
+from simplclip.commands.options import Decoders, Pairs, SidecarFolder, Sidecars
 
 
 @app.command(
@@ -39,8 +32,6 @@ def caption(
     batch_size: Annotated[int, typer.Option(min=1, help="Images captioned at a time.")] = 32,
     workers: Decoders = 4,
     sidecars: Sidecars = None,
-    device: Device = "auto",
-    precision: Precision = "auto",
 ) -> None:
     """Write synthetic captions by a model of transformers into sidecars of the shards.
 
@@ -49,23 +40,9 @@ def caption(
     from simplclip.common import ranks
     from simplclip.teacher import caption as captioning
 
+    drawing = {"n": n, "prompt": prompt or "", "max_tokens": max_tokens, "seed": seed}
+    options = {"batch_size": batch_size, "workers": workers, "sidecars": sidecars or ()}
     with ranks.join():
-        summary = captioning.run(
-            source,
-            out,
-            model,
-            n=n,
-            prompt=prompt or "",
-            max_tokens=max_tokens,
-            seed=seed,
-            batch_size=batch_size,
-            workers=workers,
-            sidecars=sidecars or (),
-            device=device,
-            precision=precision,
-        )
+        summary = captioning.run(source, out, model, drawing, **options)
         if ranks.first():
-            typer.echo(
-                f"wrote {summary['written']} of {summary['shards']} sidecars to "
-                f"{summary['path']}: {summary['samples']} pairs"
-            )
+            typer.echo(f"wrote {summary['path']}: {summary['samples']:,} pairs")

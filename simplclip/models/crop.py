@@ -48,10 +48,7 @@ def crop_texts(model: nn.Module, *, multiple: int = 8, groups: int = 4) -> TextC
 
 
 class TextCrop:
-    """A replacement of a model's `encode_text` that crops texts.
-
-    A copy of the model has a TextCrop of its own.
-    """
+    """A replacement of a model's `encode_text` that crops texts; a copy has one of its own."""
 
     def __init__(self, model: nn.Module, multiple: int, groups: int) -> None:
         """Replaces the model's `encode_text`, until `undo`; see `crop_texts`, which checks."""
@@ -120,7 +117,7 @@ class TextCrop:
         tower = text_tower(self.model)
         if isinstance(tower, HFTextEncoder):
             pad = tower.config.pad_token_id
-        elif getattr(tower, "use_pad_mask", False) or _is_modern(tower):
+        elif getattr(tower, "use_pad_mask", False):
             pad = tower.pad_id
         else:
             pad = text[:, -1:]
@@ -163,26 +160,18 @@ def _why_not(model: Any) -> str:
     tower = text_tower(model)
     if isinstance(tower, HFTextEncoder):  # it always masks padding
         return ""
-    if _is_modern(tower):  # it masks padding, or is causal, in the blocks and in the pooling
-        return "" if tower.pad_id is not None else "a text tower without a padding token"
     if getattr(tower, "cls_emb", None) is not None:
         return "a text tower with a class token, whose position depends on the length"
     pool = getattr(tower, "pool_type", getattr(tower, "text_pool_type", "argmax"))
     if pool not in ("argmax", "eos", "first"):
         return f"a text tower that pools by {pool!r}, not at the start or the end of a text"
-    if getattr(tower, "masks_padding", False) or getattr(tower, "use_pad_mask", False):
-        return ""
     mask: Any = getattr(tower, "attn_mask", None)
-    if mask is not None and is_causal_mask(mask):
+    causal = mask is not None and is_causal_mask(mask)
+    if causal or any(getattr(tower, name, False) for name in ("masks_padding", "use_pad_mask")):
         return ""
     return (
         "a text tower in which every token sees every token (simplify's mask_padding masks padding)"
     )
-
-
-def _is_modern(tower: Any) -> bool:
-    """Whether this is the ModernTextTransformer of open_clip 4."""
-    return type(tower).__name__ == "ModernTextTransformer"
 
 
 def _cuts(lengths: Tensor, groups: int) -> list[int]:

@@ -3,9 +3,7 @@
     model = simplclip.fold(model)
 
 timm's `reparameterize_model` merges the branches of FastViT, MobileOne, RepVGG and the like, and of
-every module with one of its methods (`fuse`, `reparameterize`, `switch_to_deploy`). Then the batch
-norms in timm's ConvNormAct are merged. In training, `fold_frozen` lets the frozen parts of a model
-run as folded copies.
+every module with one of its methods (`fuse`, `reparameterize`, `switch_to_deploy`).
 """
 
 import copy
@@ -17,7 +15,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from simplclip.models.inherit import frozen_modules
+from simplclip.models.inherit import largest_modules
 from simplclip.ops import checks
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -61,7 +59,7 @@ def fold_frozen(model: nn.Module) -> dict[str, nn.Module]:
     has them, and have to be moved to a device by themselves.
     """
     copies: dict[str, nn.Module] = {}
-    for name, module in frozen_modules(model):
+    for name, module in largest_modules(model).items():
         folded = fold(module)
         if len([*folded.modules()]) != len([*module.modules()]):
             copies[name] = folded.to(memory_format=torch.channels_last)

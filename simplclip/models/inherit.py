@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import accumulate, groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from open_clip.model import resize_pos_embed, resize_text_pos_embed
@@ -35,14 +35,10 @@ from simplclip.ops import checks
 Weights = str | os.PathLike[str] | nn.Module | Mapping[str, Any]
 # the source has another architecture if a smaller share of its (or the model's) tensors fit
 _ENOUGH = 0.1
-
-
-class Status(StrEnum):
-    """Where the weights of a module come from."""
-
-    INHERITED = "inherited"  # copied from the source, and frozen
-    TRAINS = "trains"  # begins as the source has it, and trains
-    NEW = "new"
+# tensors that say nothing of it: positions may be interpolated
+_ANYWHERE = (*SCALARS, "positional_embedding", "pos_embed")
+# copied from the source and frozen; copied, and trains; not of the source
+Status = Literal["inherited", "trains", "new"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class WeightTable:
     @property
     def names(self) -> list[str]:
         """Names of the frozen modules and parameters, as `freeze` takes them."""
-        return [name for name, (status, _) in self.rows.items() if status == Status.INHERITED]
+        return [name for name, (status, _) in self.rows.items() if status == "inherited"]
 
     def status(self, tensor: str) -> Status:
         """Returns the status of a tensor of the model's state dict, by its name."""
@@ -68,15 +64,14 @@ class WeightTable:
 
     def __str__(self) -> str:
         """Returns the table as text: a line for each row, totals by status, the sources above."""
-        totals = dict.fromkeys(Status, 0)
+        totals = Counter[Status]()
         for status, count in self.rows.values():
             totals[status] += count
-        rows = [(name or "(all)", *row) for name, row in self.rows.items()]
-        rows += [("total", status, count) for status, count in totals.items() if count]
-        width = max(len(name) for name, *_ in rows)
-        table = [f"{'module':<{width}}  weights      parameters"]
-        table += [f"{name:<{width}}  {status:<9}  {count:>12,}" for name, status, count in rows]
-        return "\n".join([f"weights from {', '.join(self.sources)}", *table])
+        rows = [(*row, name or "(all)") for name, row in self.rows.items()]
+        rows += [(*total, "total") for total in totals.items()]
+        table = [f"{status:<9}  {count:>12,}  {name}" for status, count, name in rows]
+        sources = ", ".join(self.sources)
+        return "\n".join([f"weights from {sources}", "weights      parameters  module", *table])
 
 
 def inherit(
@@ -114,37 +109,37 @@ def inherit(
     """
     checks.check_instance("model", model, nn.Module, "an nn.Module")
     sources = [source] if isinstance(source, str | os.PathLike | nn.Module | Mapping) else source
-    checks.check_instance(
-        "source", sources, Sequence, "a module, a state dict, a path or name, or a list of them"
-    )
+    expected = "a module, a state dict, a path or name, or a list of them"
+    checks.check_instance("source", sources, Sequence, expected)
     if not sources:
         raise InputError("source: expected at least one, got an empty list")
     expected = "a pattern, or a sequence of patterns"
     patterns = [train] if isinstance(train, str) else checks.sequence("train", train, expected)
     units = units_of(model)
-    trained = list[Unit]()
-    for pattern in patterns:
-        found = [unit for unit in units if matches(pattern, unit.path, unit.tensors)]
-        if not found:
-            raise InputError(f"train: expected a pattern that matches a module, got {pattern!r}")
-        trained += found
-    loaded = [_labelled(each, model) for each in sources]
-    for label, given in loaded:
-        _check_enough(units, given, label)
+    trained = trained_units(units, patterns)
+    labels, states = list[str](), list[dict[str, Tensor]]()
+    for each in sources:
+        if isinstance(each, nn.Module | Mapping):
+            label, given = type(each).__name__, renamed(each, model)
+        else:
+            parsed = parse_source(each)
+            label, given = parsed.label, renamed(parsed.load(), model)
         state = _resized(given, model)
-        for unit in units:
-            if unit.status == Status.NEW and unit.fits(state):
+        labels.append(label)
+        states.append(state)
+        for unit in _fitting(units, state, label):
+            if unit.status == "new":
                 unit.values = {name: state[name] for name in unit.tensors if name in state}
                 resized = any(value is not given[name] for name, value in unit.values.items())
                 trains = resized or unit.block or unit.path.endswith(SCALARS) or unit in trained
-                unit.status = Status.TRAINS if trains else Status.INHERITED
+                unit.status = "trains" if trains else "inherited"
     if blocks is not None:
-        _start_blocks(model, units, [state for _, state in loaded], blocks)
+        _start_blocks(model, units, states, blocks)
     with torch.no_grad():
         for unit in units:
             for name, value in unit.values.items():
-                unit.tensors[name].copy_(value.reshape(unit.tensors[name].shape))
-    table = WeightTable(dict(_rows("", units, set())), [label for label, _ in loaded])
+                unit.tensors[name].copy_(value)
+    table = WeightTable(dict(_rows("", units, set())), labels)
     freeze(model, table.names)
     return table
 
@@ -160,22 +155,8 @@ class Unit:
     path: str
     tensors: dict[str, Tensor]
     block: str
-    status: Status = Status.NEW
+    status: Status = "new"
     values: dict[str, Tensor] = field(default_factory=dict)
-
-    def fits(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether a source has these tensors in the same shapes, and no others in the module."""
-        # names in a simplified block mean the same in another one only
-        if self.block and f"{self.block}.qk.weight" not in state:
-            return False
-        names = {name for name in state if f"{name}.".startswith(f"{self.path}.")}
-        common = names & self.tensors.keys()
-        others = names ^ self.tensors.keys()
-        whole = all(name.endswith("num_batches_tracked") for name in others)  # old ones lack it
-        pairs = [(self.tensors[name], state[name]) for name in common]
-        # [1] is []
-        shapes = all(a.shape == b.shape or a.numel() == b.numel() == 1 for a, b in pairs)
-        return bool(common) and whole and shapes
 
 
 def units_of(model: nn.Module) -> list[Unit]:
@@ -186,19 +167,22 @@ def units_of(model: nn.Module) -> list[Unit]:
     units = []
     for path, group in groupby(tensors, lambda name: name.rpartition(".")[0]):
         names = list(group)
-        inside = sum(name.startswith(f"{path}.") for name in tensors)
-        parts = {path: names} if path and inside == len(names) else {n: [n] for n in names}
+        whole = path and len(model.get_submodule(path).state_dict()) == len(names)
+        parts = {path: names} if whole else {n: [n] for n in names}
         block = next((block for block in blocks if names[0].startswith(f"{block}.")), "")
         units += [Unit(part, {n: tensors[n] for n in own}, block) for part, own in parts.items()]
     return units
 
 
-def _labelled(source: Weights, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
-    """Returns the label of a source for messages, and its tensors by their names in `model`."""
-    if isinstance(source, nn.Module | Mapping):
-        return type(source).__name__, renamed(source, model)
-    parsed = parse_source(source)
-    return parsed.label, renamed(parsed.load(), model)
+def trained_units(units: Iterable[Unit], patterns: Iterable[str]) -> list[Unit]:
+    """Returns the units that `inherit`'s patterns match; InputError if one matches none."""
+    trained = list[Unit]()
+    for pattern in patterns:
+        found = [unit for unit in units if matches(pattern, unit.path, unit.tensors)]
+        if not found:
+            raise InputError(f"train: expected a pattern that matches a module, got {pattern!r}")
+        trained += found
+    return trained
 
 
 def _resized(given: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -220,16 +204,32 @@ def _resize_timm(state: dict[str, Tensor], model: Any) -> None:
         state[name] = resample_abs_pos_embed(state[name], grid, num_prefix_tokens=prefix)
 
 
-def _check_enough(units: Sequence[Unit], state: Mapping[str, Tensor], label: str) -> None:
-    """Raises CheckpointError if too few tensors fit for a model of the same architecture."""
-    weights = [unit for unit in units if not unit.path.endswith(SCALARS)]
-    fit = sum(len(unit.tensors) for unit in weights if unit.fits(state))
+def _fitting(units: Sequence[Unit], state: Mapping[str, Tensor], label: str) -> list[Unit]:
+    """Returns the units of which a source has the tensors in the same shapes, and no others.
+
+    Raises CheckpointError if they are too few for a model of the same architecture.
+    """
+    by_path = defaultdict[str, dict[str, Sequence[int]]](dict)
+    for name, tensor in state.items():
+        by_path[name][name] = by_path[name.rpartition(".")[0]][name] = tensor.shape
+    fitting = []
+    for unit in units:
+        found = by_path[unit.path]
+        # old batch norms lack num_batches_tracked
+        needed = [n for n in unit.tensors if n in found or not n.endswith("num_batches_tracked")]
+        # names in a simplified block mean the same in another one only
+        same_kind = not unit.block or f"{unit.block}.qk.weight" in state
+        if found and same_kind and found == {n: unit.tensors[n].shape for n in needed}:
+            fitting.append(unit)
+    counted = [unit for unit in fitting if not unit.path.endswith(_ANYWHERE)]
+    fit = sum(len(unit.tensors) for unit in counted)
     outside = sum(len(unit.tensors) for unit in units if not unit.block)
     if fit < max(1, _ENOUGH * min(len(state), outside)):
         raise CheckpointError(
             f"source: expected weights of this model's architecture, got {label}, of whose "
             f"{len(state)} tensors {fit} fit"
         )
+    return fitting
 
 
 def _start_blocks(
@@ -241,18 +241,18 @@ def _start_blocks(
         expected = f"one of {init_blocks.MERGES}, for a model with simplified blocks"
         raise InputError(f"blocks: expected {expected}, got {merge!r} for {len(simplified)} blocks")
     starts: dict[str, Any] = {}
-    for path in dict.fromkeys(unit.block for unit in units if unit.status == Status.NEW):
+    for path in dict.fromkeys(unit.block for unit in units if unit.block and unit.status == "new"):
         start = f"{path}."
-        for state in states if path else ():
+        for state in states:
             tensors = {n.removeprefix(start): t for n, t in state.items() if n.startswith(start)}
-            if path not in starts and init_blocks.is_block(tensors):
+            if tensors and path not in starts:
                 starts[path] = model.get_submodule(path), tensors
-        if path and path not in starts:
+        if path not in starts:
             raise InputError(f"blocks: expected a source with a block {path}, got none")
     init_blocks.start(starts, merge)
     for unit in units:
         if unit.block in starts:
-            unit.status, unit.values = Status.TRAINS, {}
+            unit.status, unit.values = "trains", {}
 
 
 def _rows(
@@ -314,13 +314,20 @@ def is_frozen(module: nn.Module) -> bool:
     return all(function is _set_eval for function in held)
 
 
-def frozen_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields (name, module) of the modules that are frozen, the largest that are frozen as one."""
+def largest_modules(
+    model: nn.Module, accepts: Callable[[nn.Module], bool] = is_frozen
+) -> dict[str, nn.Module]:
+    """Returns, by name, the modules that are accepted, the largest that are so as one.
+
+    accepts: by default whether a module is frozen.
+    """
+    found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()  # beginnings of the names within those
     for name, module in model.named_modules():
-        if not name.startswith(inside) and is_frozen(module):
+        if not name.startswith(inside) and accepts(module):
             inside += (f"{name}." if name else "",)
-            yield name, module
+            found[name] = module
+    return found
 
 
 def largest_parts(model: nn.Module, weights: Set[Tensor]) -> list[str]:
@@ -328,20 +335,16 @@ def largest_parts(model: nn.Module, weights: Set[Tensor]) -> list[str]:
 
     A module may also have parameters that do not train.
     """
-    frozen = {weight for weight in model.parameters() if not weight.requires_grad}
-    names, inside = list[str](), tuple[str, ...]()  # inside: beginnings of the names in a module
-    for name, module in model.named_modules():
-        found = set(module.parameters())
-        if found & weights and found <= weights | frozen and not name.startswith(inside):
-            names.append(name)
-            inside += (f"{name}." if name else "",)
-    singles = (name for name, weight in model.named_parameters() if weight in weights)
-    return names + [name for name in singles if not name.startswith(inside)]
+    others = {w for w in model.parameters() if w.requires_grad} - weights
 
+    def has_these_alone(module: nn.Module) -> bool:
+        """Whether a module has some of the weights, and no others that train."""
+        own = {*module.parameters()}
+        return bool(own & weights) and not own & others
 
-def release(module: nn.Module) -> None:
-    """Undoes what `freeze` and `freeze_norms` did to a module's mode; its children's stay."""
-    vars(module).pop("train", None)
+    modules = largest_modules(model, has_these_alone)
+    rest = weights - {w for module in modules.values() for w in module.parameters()}
+    return [*modules, *(name for name, w in model.named_parameters() if w in rest)]
 
 
 def _hold_in_eval(module: nn.Module) -> None:

@@ -4,7 +4,7 @@ docs/block.md derives what `convert` computes: [q|k] becomes W_qk diag(d1), the 
 b_1 + W_1 e2, s W_2 and s b_2, for norms d n + e and a layer scale s.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,27 +14,22 @@ from simplclip.nn import SimplifiedBlock
 
 MERGES = ("average", "first")
 _EPS = 1e-5  # of batch norms in timm and torch
-# The matrices [q|k|v] of open_clip's residual attention block, timm's Block and FastViT's
-# AttentionBlock; the first names of what else `convert` reads are timm's.
-_QKV = ("attn.in_proj_weight", "attn.qkv.weight", "token_mixer.qkv.weight")
+# the beginnings of names in other blocks -> those in timm's Block, as `convert` reads them
 _RENAMED = {
-    # open_clip's
+    # open_clip's ResidualAttentionBlock
+    "attn.in_proj_weight": "attn.qkv.weight",
     "ln_1.": "norm1.",
     "ln_2.": "norm2.",
     "mlp.c_fc.": "mlp.fc1.",
     "mlp.c_proj.": "mlp.fc2.",
     "ls_2.": "ls2.",
-    # FastViT's, whose MLP begins with a depthwise convolution and a batch norm
+    # FastViT's AttentionBlock, whose MLP begins with a depthwise convolution and a batch norm
+    "token_mixer.": "attn.",
     "norm.": "norm1.",
     "mlp.conv.bn.": "norm2.",
     "mlp.conv.conv.": "conv.",
     "layer_scale_2.": "ls2.",
 }
-
-
-def is_block(tensors: Collection[str]) -> bool:
-    """Whether `tensors`, names relative to a block, are those of a block that `convert` knows."""
-    return "qk.weight" in tensors or any(name in tensors for name in _QKV)
 
 
 def start(
@@ -53,10 +48,11 @@ def start(
             raise InputError(f"{path}: expected a block with a layer norm, got {block.norm_name}")
         try:
             converted = convert(tensors)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
         except KeyError as error:
-            raise InputError(f"{path}: expected a whole block, got one without {error}") from None
+            raise InputError(
+                f"{path}: expected a block of open_clip's or timm's transformers or FastViT, got "
+                f"one without {error}"
+            ) from None
         for name, value in converted.items():
             if name not in parameters or parameters[name].shape != value.shape:
                 kind = f"width {block.width}, {block.hidden} hidden units"
@@ -82,15 +78,11 @@ def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     if "qk.weight" in tensors:
         return dict(tensors)
-    qkv = next((tensors[name] for name in _QKV if name in tensors), None)
-    if qkv is None:
-        expected = f"a block with one of {', '.join(_QKV)}"
-        raise InputError(f"expected {expected}, got one of {', '.join(sorted(tensors)[:4])}...")
     t = {}
     for name, value in tensors.items():
         start = next((old for old in _RENAMED if name.startswith(old)), "")
         t[_RENAMED.get(start, "") + name.removeprefix(start)] = value.float()
-    q, k, _ = qkv.float().chunk(3)
+    q, k, _ = t["attn.qkv.weight"].chunk(3)
     factor1, _ = _affine(t, "norm1", q)
     factor2, shift2 = _affine(t, "norm2", q)
     spread, level = q.new_ones(()), q.new_zeros(())  # S and M

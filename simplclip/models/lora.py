@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
-from simplclip.models.inherit import freeze, largest_parts, matches, release, units_of
+from simplclip.models.inherit import freeze, largest_parts, matches, trained_units, units_of
 from simplclip.models.naming import tower_of
 from simplclip.nn import SimplifiedBlock
 
@@ -73,10 +73,7 @@ def add_lora(
 
     towers = [tower for tower in ("image", "text") if tower in lora["towers"]]
     trained = {
-        tensor
-        for unit in units_of(model)
-        if any(matches(pattern, unit.path, unit.tensors) for pattern in train)
-        for tensor in unit.tensors.values()
+        tensor for unit in trained_units(units_of(model), train) for tensor in unit.tensors.values()
     }
     for name, module in [*model.named_modules()]:
         if tower_of(name) not in towers:
@@ -86,7 +83,7 @@ def add_lora(
                 "model.lora: expected towers without simplified blocks, got the "
                 f"{tower_of(name)} tower with {name}"
             )
-        release(module)
+        vars(module).pop("train", None)  # undoes `freeze`
         if (
             type(module) is nn.MultiheadAttention
             and module.batch_first

@@ -39,10 +39,7 @@ def _conv_norm(width: int) -> ConvNormAct:
 
 
 class RepMixer(nn.Module):
-    """Mixes tokens x [B, C, 1, L]: ``x + layer_scale (skip(x) + conv(x) - norm(x))``.
-
-    skip and norm are batch norms.
-    """
+    """Mixes tokens x [B, C, 1, L]: ``x + layer_scale (skip(x) + conv(x) - norm(x))``."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -73,11 +70,7 @@ class RepMixer(nn.Module):
 
 
 class RepMixerBlock(nn.Module):
-    """A RepMixer and a convolutional MLP: [B, L, C] -> [B, L, C], or -> [B, C] of chosen tokens.
-
-    Convolutions see the tokens as [B, C, 1, L] in channels_last, which for a contiguous [B, L, C]
-    is only a view.
-    """
+    """A RepMixer and a convolutional MLP: [B, L, C] -> [B, L, C], or -> [B, C] of chosen tokens."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -106,8 +99,6 @@ class TextTower(TextTransformer):
 
     No token is masked, also none of the padding. Gradient checkpointing leaves the RepMixer blocks
     out: computed twice, a batch would count twice in the statistics of their norms.
-
-    forward(text int64 [B, L]) -> [B, output_dim]; L is at most ``context_length``.
     """
 
     def __init__(self, *, width: int, **options: Any) -> None:

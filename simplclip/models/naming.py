@@ -36,26 +36,17 @@ def configs() -> dict[str, str]:
 
 
 def tower_of(name: str) -> str:
-    """Returns the tower, "image" or "text", of a module or parameter of an open_clip model.
-
-    name: its name; for the model itself, "", and for one of `SCALARS` the result is "".
-    """
+    """Returns the tower, "image" or "text", of a module or parameter by name, or "" for neither."""
     if name in ("", *SCALARS):
         return ""
     return "image" if name.partition(".")[0] == "visual" else "text"
 
 
-def open_clip_names() -> list[str]:
-    """Returns the names of open_clip's models."""
-    import open_clip
-
-    names: list[str] = open_clip.list_models()
-    return names
-
-
 def check_name(name: str, argument: str = "name") -> None:
     """Raises InputError, with the nearest names, unless `name` is in NAMES or "open_clip:NAME"."""
-    names = [*NAMES, *(PLAIN + plain for plain in open_clip_names())]
+    from open_clip import list_models
+
+    names = [*NAMES, *(PLAIN + plain for plain in list_models())]
     if name not in names:
         near = get_close_matches(name, names, 3) or get_close_matches(PLAIN + name, names, 3)
         raise InputError(

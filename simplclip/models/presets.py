@@ -10,7 +10,7 @@ import open_clip
 import timm
 from open_clip import SimpleTokenizer
 from timm.layers import HybridEmbed
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, register_model
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -66,20 +66,11 @@ class ShortVocabTokenizer(SimpleTokenizer):
         self.sot_token_id, self.eot_token_id = self.all_special_ids
 
 
-# timm's configurations of the trunks below, so that open_clip's TimmModel can build them
-_TRUNK_CFG = {"num_classes": 0, "input_size": (3, 48, 48)}
-default_cfgs = generate_default_cfgs(
-    {"siclip_lite0_trunk.untrained": _TRUNK_CFG, "siclip_tiny_trunk.untrained": _TRUNK_CFG}
-)
-
-
 def _vit_over(net: nn.Module, name: str, pretrained: bool, **options: Any) -> VisionTransformer:
-    """Builds timm's VisionTransformer over a conv net [B, 3, S, S] -> [B, C', H, W].
-
-    name: the registered trunk's. options: of VisionTransformer, before the defaults here.
-    """
+    """Builds timm's VisionTransformer, by name, over a conv net [B, 3, S, S] -> [B, C', H, W]."""
     size: dict[str, Any] = {"img_size": 48, "patch_size": 1, "embed_dim": 256, "num_heads": 8}
     options = size | {"class_token": False, "global_pool": "avg"} | options
+    options["pretrained_cfg"] = {"num_classes": 0, "input_size": (3, 48, 48)}
     embed = partial(HybridEmbed, backbone=net)
     vit: VisionTransformer = build_model_with_cfg(
         VisionTransformer, name, pretrained, embed_layer=embed, **options
@@ -119,10 +110,7 @@ def siclip_tiny_trunk(pretrained: bool = False, **kwargs: Any) -> VisionTransfor
 
 
 def _small(trunk: str, text: Mapping[str, Any], **options: Any) -> Spec:
-    """Returns the recipe of a small SiCLIP: images of 48 x 48, 16 tokens, D = 256.
-
-    trunk: the name of a trunk above. text: open_clip's text_cfg beside length and layers.
-    """
+    """Returns the recipe of a small SiCLIP: images of 48 x 48, 16 tokens, D = 256."""
     config = {
         "embed_dim": 256,
         "vision_cfg": {"timm_model_name": trunk, "image_size": 48},

@@ -1,6 +1,5 @@
 """Models by name, with their tokenizers and image transforms: SiCLIPs and open_clip's models."""
 
-import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from open_clip import CLIP, CoCa, CustomTextCLIP
 from open_clip.model import set_model_preprocess_cfg
 from open_clip.transform import AugmentationCfg, PreprocessCfg
 from timm.layers.helpers import to_2tuple
-from torch import Tensor, nn
+from torch import nn
 
 from simplclip.common.errors import InputError
 from simplclip.data.transforms import ImageTransform
@@ -34,15 +33,10 @@ def names() -> list[str]:
 
 
 def configuration(spec: Spec, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns open_clip's configuration of a model, a copy that fetches no pretrained weights.
-
-    overrides: as for `create`.
-    """
-    config = copy.deepcopy(dict(spec.config))
-    for key, value in overrides.items():
-        if key in ("vision_cfg", "text_cfg"):
-            value = {**config.get(key, {}), **value}
-        config[key] = value
+    """Returns open_clip's configuration for arguments of `create`; it fetches no weights."""
+    config = {**spec.config, **overrides}
+    for part in ("vision_cfg", "text_cfg"):
+        config[part] = {**spec.config.get(part, {}), **overrides.get(part, {})}
     config["vision_cfg"]["timm_model_pretrained"] = False
     if "hf_model_name" in config["text_cfg"]:
         config["text_cfg"]["hf_model_pretrained"] = False
@@ -84,8 +78,8 @@ def create(
             f"{dict(simplify_options)}"
         )
     config = configuration(spec, overrides)
-    # as open_clip's create_model decides; version 3.3 has neither modern nor variable texts
     text_cfg = config["text_cfg"]
+    # as open_clip's create_model decides; version 3.3 has neither modern nor variable texts
     custom_text = (
         config.pop("custom_text", False)
         or "hf_model_name" in text_cfg
@@ -155,16 +149,13 @@ def transforms(
     image_size: int | tuple[int, int] | None = None,
     preprocess: Mapping[str, Any] | None = None,
 ) -> ImageTransform:
-    """Returns the image transform of a model.
-
-    Called with a PIL image, it returns float32 [3, S, S], as open_clip's preprocess does.
+    """Returns the image transform of a model: PIL image -> float32 [3, S, S], as open_clip's.
 
     Args:
         name: as for `create`.
         train: whether to augment.
-        augment: the augmentation for training: open_clip's AugmentationCfg or its fields (random
-            resized crop and more); "affine" (small rotations, shifts, zooms and changes of colour
-            without mirroring, for drawings on white); "none"; or None for the model's default.
+        augment: the augmentation for training, as `data.transforms.ImageTransform` takes it; or
+            "none"; or None for the model's default.
         image_size: S, or (height, width), if the model was created with another size than its
             default.
         preprocess: as for `create`.
@@ -190,25 +181,16 @@ def spec_of(name: str) -> Spec:
     return Spec(config, partial(open_clip.get_tokenizer, plain))
 
 
-def is_cut(tokenize: Tokenizer, texts: Sequence[str]) -> Tensor:
-    """Returns whether each text has more tokens than the context length takes, boolean [N].
-
-    tokenize: as `tokenizer` returns it. At twice the length a text that is not cut has no more
-    tokens that differ from those of an empty text, whatever a tokenizer puts in their place.
-    """
-    ids = tokenize([*texts, ""])
-    length = 2 * ids.shape[1]
-    longer = tokenize([*texts, ""], context_length=length)  # type: ignore[call-arg]
-    return (longer[:-1] != longer[-1]).sum(1) > (ids[:-1] != ids[-1]).sum(1)
-
-
 def cut_in_words(tokenize: Tokenizer, captions: Sequence[str]) -> str | None:
     """Returns a sentence on how many captions are cut; None if none is, of up to LOOKED_AT."""
     looked_at = captions[:: -(-len(captions) // LOOKED_AT) or 1]
-    cut = int(is_cut(tokenize, looked_at).sum()) if looked_at else 0
+    ids = tokenize([*looked_at, ""])
+    length = ids.shape[1]
+    longer = tokenize([*looked_at, ""], context_length=2 * length)  # type: ignore[call-arg]
+    # tokens that differ from those of an empty text, whatever a tokenizer puts in their place
+    cut = int(((longer != longer[-1]).sum(1) > (ids != ids[-1]).sum(1)).sum())
     if not cut:
         return None
-    length = tokenize([""]).shape[1]
     return (
         f"{cut / len(looked_at):.1%} of {len(looked_at):,} captions looked at are cut, since they "
         f"have more than {length} tokens with start and end; write shorter ones, or train with a "

@@ -121,10 +121,7 @@ REPLACEMENTS: dict[type, type[SimplifiedBlock]] = {
 
 
 def _replaceable(model: nn.Module, tower: str) -> dict[str, Any]:
-    """Returns the blocks of a tower that `simplify` can replace, by path; InputError without any.
-
-    tower: "text" or "image".
-    """
+    """Returns the blocks of a tower that `simplify` replaces, by path; InputError without any."""
     blocks = {
         path: module
         for path, module in model.named_modules()
@@ -156,11 +153,10 @@ def _is_causal(model: nn.Module) -> bool:
 def _build(
     path: str, block: Any, causal: bool, mlp_ratio: float | None, gamma: float
 ) -> SimplifiedBlock:
-    """Returns a new block with random weights for the place of an old one, at `path`.
-
-    mlp_ratio: F / C, None for that of the old block. gamma: the initial value of its gamma.
-    """
-    weight = _first_dense(block.mlp).weight
+    """Returns a new block with random weights for the place of an old one, at `path`."""
+    layers = (m for m in block.mlp.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+    # FastViT's MLP begins with a depthwise layer
+    weight = next(layer.weight for layer in layers if layer.weight.shape[1] > 1)
     hidden, width = weight.shape[:2]
     if mlp_ratio is None:
         mlp_ratio = hidden / width
@@ -181,12 +177,6 @@ def _build(
     if made.device != weight.device or made.dtype != weight.dtype:  # torch cannot cast fake modules
         new.to(device=weight.device, dtype=weight.dtype)
     return new.train(block.training)
-
-
-def _first_dense(mlp: nn.Module) -> nn.Linear | nn.Conv2d:
-    """Returns the first layer of an MLP that mixes channels: FastViT's begins depthwise."""
-    layers = (m for m in mlp.modules() if isinstance(m, nn.Linear | nn.Conv2d))
-    return next(layer for layer in layers if layer.weight.shape[1] > 1)
 
 
 def _act_of(mlp: Any, path: str) -> str:
@@ -224,13 +214,11 @@ class SimplifyReport:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Returns the parameters of "image", "text", "other" (scale, bias, decoder), and in "total"."""
-    named = list(model.named_parameters(remove_duplicate=False))
-    every = {p for _, p in named}
-    image = {p for name, p in named if name.startswith("visual")}
-    other = {p for name, p in named if name.startswith(("logit_", "text_decoder."))}
-    parts = {"image": image, "text": every - image - other, "other": other, "total": every}
-    return {part: sum(p.numel() for p in parameters) for part, parameters in parts.items()}
+    """Returns the parameters of "image", "text", "other" (scale and bias), and in "total"."""
+    sizes = dict.fromkeys(("image", "text", "other"), 0)
+    for name, parameter in model.named_parameters():
+        sizes[tower_of(name) or "other"] += parameter.numel()
+    return sizes | {"total": sum(sizes.values())}
 
 
 def simplify(
@@ -292,7 +280,11 @@ def simplify(
     for tower in dict.fromkeys(towers):
         causal = tower == "text" and _is_causal(model)
         found = _replaceable(model, tower)
-        chosen = _chosen(blocks.get(tower), len(found), tower)
+        every = [*range(len(found))]
+        chosen = sorted(checks.indices("blocks", blocks.get(tower, every)))
+        if not chosen or not {*chosen} <= {*every}:
+            expected = f"indices of the {len(found)} blocks of the {tower} tower"
+            raise InputError(f"blocks: expected {expected}, got {chosen}")
         start = gamma.get(tower, 1.0) if isinstance(gamma, Mapping) else gamma
         ratio = mlp_ratio.get(tower) if isinstance(mlp_ratio, Mapping) else mlp_ratio
         replaced = {path: found[path] for index, path in enumerate(found) if index in chosen}
@@ -329,26 +321,14 @@ def _check_names(argument: str, names: Iterable[str], allowed: Iterable[str]) ->
         raise InputError(f"{argument}: expected names out of {list(allowed)}, got {unknown}")
 
 
-def _chosen(indices: Sequence[int] | None, count: int, tower: str) -> list[int]:
-    """Returns the sorted indices of the blocks to replace, for None all `count` of a tower."""
-    every = [*range(count)]
-    chosen = every if indices is None else sorted(checks.indices("blocks", indices))
-    if not chosen or not {*chosen} <= {*every}:
-        raise InputError(
-            f"blocks: expected indices of the {count} blocks of the {tower} tower, got {chosen}"
-        )
-    return chosen
-
-
 def _check_maskable(model: nn.Module, replaced: int) -> None:
     """Raises InputError if the text tower, with so many blocks replaced, cannot mask padding."""
     tower: Any = getattr(model, "text", None)
     pool = getattr(tower, "pool_type", None)
-    known = type(tower) is TextTransformer and pool in ("argmax", "eos")
-    if known and replaced == len(tower.transformer.resblocks):
-        return
-    raise InputError(
-        "mask_padding: expected open_clip's own text tower (custom_text=True) that pools by argmax "
-        "or eos, and all its blocks replaced, got "
-        f"{type(tower or model).__name__} that pools by {pool} and {replaced} blocks"
-    )
+    whole = type(tower) is TextTransformer and replaced == len(tower.transformer.resblocks)
+    if not whole or pool not in ("argmax", "eos"):
+        raise InputError(
+            "mask_padding: expected open_clip's own text tower (custom_text=True) that pools by "
+            "argmax or eos, and all its blocks replaced, got "
+            f"{type(tower or model).__name__} that pools by {pool} and {replaced} blocks"
+        )

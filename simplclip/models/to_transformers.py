@@ -22,7 +22,7 @@ from open_clip.utils import to_2tuple
 from tokenizers import Regex, normalizers
 from torch import Tensor, nn
 
-from simplclip.common.errors import InputError
+from simplclip.common.errors import InputError, first_line
 
 TEXTS = ("a photo of a cat", "", "Two Dogs!  on a beach_walk; the cat's no. 7", 90 * "words ")
 TOLERANCE = 1e-5  # of features of length 1
@@ -156,17 +156,15 @@ def _tower(weights: Mapping[str, Tensor], prefix: str, blocks: nn.Sequential) ->
 def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copies the weights to transformers' model; raises InputError if names or sizes differ."""
     state = model.state_dict()
-    shaped = {
-        name: tensor.reshape(state[name].shape)
-        for name, tensor in weights.items()
-        if name in state and tensor.numel() == state[name].numel()
-    }
-    if different := sorted(state.keys() ^ shaped.keys() | weights.keys() - shaped.keys()):
+    try:
+        model.load_state_dict(
+            {name: tensor.reshape(state[name].shape) for name, tensor in weights.items()}
+        )
+    except (KeyError, RuntimeError) as error:
         raise InputError(
             f"model: expected the weights of transformers' {type(model).__name__}, got others: "
-            f"{', '.join(different[:3])}"
-        )
-    model.load_state_dict(shaped)
+            f"{first_line(error)}"
+        ) from None
 
 
 def _image_processor(kind: str, preprocess: Mapping[str, Any]) -> Any:

@@ -216,11 +216,9 @@ def _load_export(folder: Path) -> dict[str, Any]:
         section = {"name": str(about["model"]), "options": dict(about["options"])}
         step = int(about["step"])
         model = build_model(section)
-    except InputError as error:
-        raise CheckpointError(f"{file}: {error}") from None
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError) as error:
         raise CheckpointError(
-            f"{file}: expected a file of simplclip export, got one without its contents"
+            f"{file}: expected a file of simplclip export, got {first_line(error)}"
         ) from None
     weights = str(folder / EXPORTED_WEIGHTS)
     load_exactly(model, parse_source(weights).load("checkpoint"), weights)

@@ -30,16 +30,7 @@ from torch import Tensor, nn
 from simplclip.common.errors import InputError, first_line
 from simplclip.common.files import sha256
 from simplclip.models.mobileclip import from_published
-from simplclip.models.naming import (
-    BASE,
-    BEST,
-    EXPORTED_WEIGHTS,
-    LAST,
-    NAMES,
-    PLAIN,
-    check_name,
-    open_clip_names,
-)
+from simplclip.models.naming import BASE, BEST, EXPORTED_WEIGHTS, LAST, NAMES, PLAIN, check_name
 from simplclip.models.packaged import STATES
 
 Text = str | os.PathLike[str]
@@ -115,7 +106,7 @@ def parse_source(text: Text, checkpoint: Text | None = None, *, last: bool = Fal
     plain = label.startswith(PLAIN)
     # after register_models open_clip knows the names of this library too
     ours = not plain and name in NAMES and bool(rest) != bool(given)
-    if not (ours or plain or (slash and name in open_clip_names())):
+    if not (ours or plain or (slash and name in open_clip.list_models())):
         return Source(label, file=label)
     if not given and (ours or os.path.isfile(rest)):
         rest, given = "", rest
@@ -135,9 +126,6 @@ def load_exactly(model: nn.Module, state: Mapping[str, Any] | nn.Module, label: 
     tensors = renamed(state, model)
     if "logit_bias" in tensors and getattr(model, "logit_bias", None) is None:
         model.logit_bias = nn.Parameter(torch.empty_like(tensors["logit_bias"]))
-    for name in {"logit_scale", "logit_bias"} & tensors.keys():
-        if tensors[name].numel() == 1:  # [] or [1]
-            tensors[name] = tensors[name].reshape(getattr(model, name).shape)
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
@@ -170,6 +158,9 @@ def renamed(source: Mapping[str, Any] | nn.Module, model: nn.Module) -> dict[str
     if hasattr(model, "text"):
         tensors = from_published(model, tensors)
         tensors = convert_to_custom_text_state_dict(convert_state_dict(model, tensors))
+    for name, ours in model.named_parameters(recurse=False):
+        if name in tensors and ours.numel() == tensors[name].numel() == 1:  # [] or [1]
+            tensors[name] = tensors[name].reshape(ours.shape)
     return tensors
 
 
@@ -268,12 +259,11 @@ def with_base(path: str | os.PathLike[str], state: Mapping[str, Any]) -> dict[st
         return contents
     file = Path(path).with_name(BASE)
     if not file.is_file() or sha256(file) != contents["base"]:
-        got = "another or a damaged one" if file.is_file() else "no such file"
         raise CheckpointError(
-            f"{path}: expected {file} of its run, with the weights that LoRA keeps, got {got}"
+            f"{path}: expected {file} of its run, with the weights that LoRA keeps, got none such"
         )
-    adapter, start = contents.pop("adapter"), read_weights(file)["weights"]
-    return contents | {"model": {**start, **adapter}, "start": start}
+    start = read_weights(file)["weights"]
+    return contents | {"model": {**start, **contents.pop("adapter")}, "start": start}
 
 
 def merged(state: Mapping[str, Any]) -> dict[str, Tensor]:

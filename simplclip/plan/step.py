@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from simplclip import data, gradient_cache
 from simplclip.common.errors import UserError
 from simplclip.common.terms import BY_NAME
-from simplclip.models.inherit import frozen_modules
+from simplclip.models.inherit import largest_modules
 from simplclip.nn import SimplifiedBlock
 from simplclip.ops.similarity.sweeps import SCRATCH_BYTES_ELSEWHERE
 from simplclip.plan.meter import Meter, Work, fake_device
@@ -129,7 +129,7 @@ class Step:
 
         hooks = [
             module.register_forward_hook(partial(note, name.startswith("visual")))
-            for name, module in frozen_modules(self.model)
+            for name, module in largest_modules(self.model).items()
             if self.config.run.keep_frozen and not isinstance(module, nn.Embedding)
         ]
         size = to_2tuple(self.model.visual.image_size)

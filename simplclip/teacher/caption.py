@@ -1,6 +1,4 @@
-"""`simplclip caption`: writes captions that a model of transformers draws of the images of shards
-into sidecars.
-"""
+"""`simplclip caption`: a model of transformers draws captions of images, which go into sidecars."""
 
 from __future__ import annotations
 
@@ -9,16 +7,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
 from simplclip.common import hardware, ranks
-from simplclip.common.errors import InputError
-from simplclip.common.files import sha256
+from simplclip.common.errors import InputError, first_line
 from simplclip.data.pack import pack_shards
 from simplclip.data.samples import Pair, stable_hash
 from simplclip.data.sidecars import write_sidecars
@@ -27,43 +23,31 @@ QUESTION = "Describe the image in one short sentence."
 
 
 def run(
-    data: Any,
-    out: str | os.PathLike,
-    model: str,
-    *,
-    n: int = 3,
-    prompt: str = "",
-    max_tokens: int = 30,
-    seed: int = 0,
-    device: str = "auto",
-    precision: str = "auto",
-    **options: Any,
+    data: Any, out: str | os.PathLike, model: str, drawing: dict[str, Any], **options: Any
 ) -> dict[str, Any]:
-    """Writes a sidecar of each shard to the folder `out`, with additional captions of each image.
+    """Writes a sidecar of each shard to the folder `out`, with the json of samples.
 
-    A sidecar holds the json of each sample with "captions", first the sample's own. Empty captions,
-    and captions that differ from an earlier one only in case and spaces, are dropped. The captions
-    of a batch depend only on its samples and the seed. All ranks have to call it.
+    Its "captions" are the sample's own, then drawn ones. The captions of a batch depend only on its
+    samples and on `drawing`. All ranks have to call it.
 
-    data: as `data.pack.pack_shards` takes them. model: a folder, or a name of Hugging Face's hub,
-    that AutoModelForImageTextToText loads; its generation_config.json says how tokens are drawn.
-    n: captions of an image, of at most max_tokens tokens. prompt: the question to a model that
-    chats, the start of the captions of others. options: arguments of
-    `data.sidecars.write_sidecars`, whose result is returned and whose errors are raised.
-    Raises InputError for another model.
+    data: as `data.pack.pack_shards` takes them. model: a folder or name on the hub, of which
+    AutoModelForImageTextToText makes a model. drawing: "n" captions of an image, of "max_tokens"
+    tokens at most, "seed", and "prompt": the question to a model that chats, the start of the
+    captions of others. options: of `data.sidecars.write_sidecars`, whose result is returned
+    and whose errors are raised. Raises InputError for another model.
     """
-    torch_device = ranks.set_device(device)
-    precision, _ = hardware.pick_precision(precision, torch_device)
-    dtype = hardware.DTYPES[precision] or torch.float32
+    device = ranks.set_device("auto")
+    dtype = hardware.DTYPES[hardware.pick_precision("auto", device)[0]] or torch.float32
     try:
         processor: Any = AutoProcessor.from_pretrained(model, padding_side="left")
         captioner: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        expected = "an image-to-text model of transformers"
         raise InputError(
-            f"model: expected an image-to-text model of transformers, got {model!r}: {reason}"
+            f"model: expected {expected}, got {model!r}: {first_line(error)}"
         ) from None
-    captioner.to(torch_device)
+    captioner.to(device)
+    n, prompt = drawing["n"], drawing["prompt"]
     if processor.chat_template:
         content = [{"type": "image"}, {"type": "text", "text": prompt or QUESTION}]
         chat = [{"role": "user", "content": content}]
@@ -72,36 +56,26 @@ def run(
     def process(batch: tuple[list[Pair], dict[str, Any]]) -> list[dict[str, bytes]]:
         """Returns {"json": bytes} for each sample of a batch."""
         samples, inputs = batch
-        for name, value in inputs.items():
-            inputs[name] = value.to(torch_device, dtype if value.is_floating_point() else None)
-        torch.manual_seed(stable_hash(f"{seed}/{samples[0].name}"))
+        torch.manual_seed(stable_hash(f"{drawing['seed']}/{samples[0].name}"))
         tokens = captioner.generate(
-            **inputs, do_sample=True, num_return_sequences=n, max_new_tokens=max_tokens
+            **BatchFeature(inputs).to(device, dtype),
+            do_sample=True,
+            num_return_sequences=n,
+            max_new_tokens=drawing["max_tokens"],
         )
         texts = processor.batch_decode(tokens, skip_special_tokens=True)
         if prompt:  # with which the output of many models begins
             (start,) = processor.batch_decode(inputs["input_ids"][:1], skip_special_tokens=True)
             texts = [text.removeprefix(start) for text in texts]
-        return [
-            {"json": with_captions(sample, texts[place * n : (place + 1) * n])}
-            for place, sample in enumerate(samples)
-        ]
+        drawn = (texts[i : i + n] for i in range(0, len(texts), n))
+        return [{"json": with_captions(*pair)} for pair in zip(samples, drawn)]
 
-    stamp = {
-        "model": model,
-        "sha256": [sha256(file) for file in sorted(Path(model).glob("*.safetensors"))],
-        "n": n,
-        "prompt": prompt,
-        "max_tokens": max_tokens,
-        "seed": seed,
-        "precision": precision,
-    }
     return write_sidecars(
         ranks.on_first(pack_shards, data, os.path.join(out, "shards")),
         out,
         decoded,
         process,
-        stamp={"caption": stamp},
+        stamp={"caption": {"model": model, **drawing}},
         collate=partial(inputs_of, processor, prompt),
         title="captions",
         **options,
@@ -124,16 +98,11 @@ def inputs_of(
 
 
 def with_captions(sample: Pair, drawn: Sequence[str]) -> bytes:
-    """Returns the json of a sample with its own captions, and those of the drawn that are new."""
-    captions = list(sample.captions)
-    seen = {"", *map(_normal, captions)}
+    """Returns the json of a sample with new captions, which differ in more than case and spaces."""
+    own = {"", *(" ".join(caption.split()).casefold() for caption in sample.captions)}
+    new: dict[str, str] = {}
     for caption in drawn:
-        if _normal(caption) not in seen:
-            seen.add(_normal(caption))
-            captions.append(" ".join(caption.split()))
+        spaced = " ".join(caption.split())
+        new.setdefault(spaced.casefold(), spaced)
+    captions = [*sample.captions, *(new[folded] for folded in new if folded not in own)]
     return json.dumps({**sample.record, "captions": captions}).encode()
-
-
-def _normal(caption: str) -> str:
-    """Returns a caption to compare by: case folded, with single spaces."""
-    return " ".join(caption.split()).casefold()

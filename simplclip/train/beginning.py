@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from simplclip.common import generators
-from simplclip.models.inherit import frozen_modules
+from simplclip.models.inherit import largest_modules
 
 Batch = dict[Any, Any]
 Encode = Callable[[Batch], Tensor]
@@ -108,7 +108,7 @@ def find_beginning(model: nn.Module, encode: Encode, batch: Batch) -> tuple[Begi
     that multiply, or if the tower does not compute the same features by it.
     """
     modules = [
-        module for _, module in frozen_modules(model) if not isinstance(module, nn.Embedding)
+        module for module in largest_modules(model).values() if not isinstance(module, nn.Embedding)
     ]
     if not modules:
         return None

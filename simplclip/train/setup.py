@@ -20,7 +20,7 @@ from simplclip.common.errors import InputError, first_line
 from simplclip.data.transforms import augmentation
 from simplclip.models.crop import TextCrop, crop_texts
 from simplclip.models.fold import fold_frozen
-from simplclip.models.inherit import Status, WeightTable, freeze, freeze_norms, inherit
+from simplclip.models.inherit import WeightTable, freeze, freeze_norms, inherit
 from simplclip.models.lora import add_lora
 from simplclip.models.naming import SCALARS
 from simplclip.models.packaged import STATES
@@ -381,7 +381,7 @@ def load_start(
     start = model.state_dict()
     new = [name for name in start if name not in SCALARS]
     for table in tables:
-        new = [name for name in new if table.status(name) == Status.NEW]
+        new = [name for name in new if table.status(name) == "new"]
     if new or config.inherit.blocks is not None:
         why = "whose blocks start by inherit.blocks"
         if new:

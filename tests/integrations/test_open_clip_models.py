@@ -143,10 +143,6 @@ OURS = {"simplify_options": {}}
             "got model.options.text_cfg.hf_model_name = 'a/b', which",
         ),
         (
-            {"vision_cfg": {"timm_model_name": "hf-hub:a/b"}, "simplclip": OURS},
-            "timm_model_name = 'hf-hub:a/b', which may",
-        ),
-        (
             {"text_cfg": {"tokenizer_kwargs": {"trust_remote_code": True}}, "simplclip": OURS},
             "text_cfg.tokenizer_kwargs = ",
         ),

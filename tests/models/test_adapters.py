@@ -202,23 +202,12 @@ def test_simplified_blocks_are_refused_by_name():
         add_lora(model, SETTINGS, [])
 
 
-def test_half_precision_has_the_bits_of_pefts_casts():
+def test_under_autocast_adapters_take_inputs_as_they_come():
     model = plain()
     add_lora(model, SETTINGS, [])
-    lora.started(model).eval()
-    layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)]
     inputs = []
-    for layer in layers:
+    for layer in (m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)):
         layer.lora_A["default"].register_forward_hook(lambda _, x, y: inputs.append(x[0].dtype))
-    kept = []
-    for cast in (False, True):
-        for layer in layers:
-            assert cast or layer.cast_input_dtype_enabled is False
-            layer.cast_input_dtype_enabled = cast
-        with torch.autocast("cpu", torch.bfloat16):
-            kept += [(features(model), {*inputs})]
-        inputs.clear()
-    (ours, types), (theirs, cast_types) = kept
-    assert torch.bfloat16 in types
-    assert cast_types == {torch.float32}
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        features(model)
+    assert torch.bfloat16 in inputs

@@ -5,7 +5,7 @@ import pytest
 from open_clip.tokenizer import HFTokenizer
 
 from simplclip import models
-from simplclip.models.registry import cut_in_words, is_cut
+from simplclip.models.registry import cut_in_words
 
 WORDS = {"cat": 3, "a": 4, "!": 5}
 
@@ -46,9 +46,10 @@ def test_exactly_the_texts_above_the_context_length_are_cut(tmp_path, kind):
     numbers = [1, 2, length - more - 1, length - more, length - more + 1, length, 10 * length]
     before = tokenize(["a cat"])
     for word in ("cat", "a"):
-        texts = [" ".join(number * [word]) for number in numbers]
-        assert is_cut(tokenize, texts).tolist() == [number + more > length for number in numbers]
-    assert is_cut(tokenize, [""]).tolist() == [False]
+        for number in numbers:
+            cut = cut_in_words(tokenize, [" ".join(number * [word])])
+            assert (cut is not None) == (number + more > length)
+    assert cut_in_words(tokenize, [""]) is None
     assert (tokenize(["a cat"]) == before).all(), "the length is as before"
 
 

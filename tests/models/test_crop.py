@@ -148,6 +148,7 @@ def other_mask():
         (convolved, "every token sees every token"),
         (coca, "CoCa, whose decoder reads the features of all tokens"),
         (cropped_already, "cropped already"),
+        (lambda: torch.nn.Linear(2, 2), "Linear, which has no encode_text"),
         (lambda: torch.compile(model_of("CLIP")), "crop the texts of the model, then compile it"),
     ],
 )
@@ -176,56 +177,6 @@ def test_an_exported_model_computes_whole_texts(strict):
     other = texts(LENGTHS[::-1])
     expected = model(images, other)[1]
     torch.testing.assert_close(exported(images, other)[1], expected, rtol=0, atol=2e-6)
-
-
-class ModernTextTransformer(torch.nn.Module):
-    """The parts of open_clip 4's tower that count: no positions, a masked mean."""
-
-    def __init__(self, pad_id=98):
-        super().__init__()
-        self.pad_id = pad_id
-        self.embedding = torch.nn.Embedding(100, 16)
-
-    def forward(self, text):
-        self.length = text.shape[1]
-        valid = (text != self.pad_id).unsqueeze(-1)
-        return (self.embedding(text) * valid).sum(1) / valid.sum(1)
-
-
-def clap(pad_id=98):
-    """Returns a model of audio as open_clip 4's CLAP is, without a tower `visual`."""
-    model = model_of("a tower of its own")
-    model.audio = model._modules.pop("visual")
-    model.text = ModernTextTransformer(pad_id)
-    return model
-
-
-def test_open_clip_4s_modern_text_tower():
-    model = clap()
-    text = texts(LENGTHS[:3])
-    text[text == 0] = 98
-    expected = model.encode_text(text)
-    simplclip.crop_texts(model, groups=1)
-    torch.testing.assert_close(model.encode_text(text[[0, 2]]), expected[[0, 2]])
-    assert model.text.length == 8
-    with pytest.raises(InputError, match="got a text tower without a padding token"):
-        simplclip.crop_texts(clap(pad_id=None))
-
-
-def test_a_model_without_texts():
-    with pytest.raises(InputError, match="Linear, which has no encode_text"):
-        simplclip.crop_texts(torch.nn.Linear(2, 2))
-
-
-@pytest.mark.parametrize("name", ["multiple", "groups"])
-def test_bad_arguments(name):
-    with pytest.raises(InputError, match=f"{name}: expected an integer of at least 1, got 0"):
-        simplclip.crop_texts(model_of("CLIP"), **{name: 0})
-
-
-def test_words_are_not_token_ids():
-    with pytest.raises(TypeError, match=r"text: expected token ids \[N, L\], .*, got str"):
-        cropped_already().encode_text("a cat")
 
 
 def test_the_end_of_a_text_does_not_depend_on_what_pads_it():

@@ -7,7 +7,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from open_clip.model import CustomTextCLIP
 from PIL import Image
@@ -43,10 +42,9 @@ def test_a_preset_makes_a_model_with_its_tokenizer_and_transform(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_preset_names_its_own_trunk_everywhere(name):
-    """In SPECS, default_cfgs and _vit_over; timm takes another name without an error."""
+    """In SPECS and _vit_over; timm takes another name without an error."""
     trunk = models.spec_of(name).config["vision_cfg"]["timm_model_name"]
     assert made(name).visual.trunk.pretrained_cfg["architecture"] == trunk
-    assert timm.get_pretrained_cfg(trunk) is not None
     assert trunk in (f"{name.replace('-', '_')}_trunk", "fastvit_mci0")
 
 

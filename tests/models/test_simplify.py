@@ -120,6 +120,7 @@ def test_blocks_by_their_indices():
         ({"towers": ("text", "audio")}, "towers: expected names .*audio"),
         ({"towers": ["text"], "share": {"image": []}}, r"share: .* of \['text'\], got \['image'\]"),
         ({"gamma": {"texts": 0.3}}, "gamma: expected names out of .'text', 'image'., got .'texts'"),
+        ({"init": "mean"}, "init: expected random, average or first, got 'mean'"),
         ({"blocks": [0]}, "blocks: expected a mapping of towers to indices, got list"),
     ],
 )
@@ -138,7 +139,7 @@ def test_an_error_leaves_the_model_as_it_was(options, message):
             lambda: masking(no_causal_mask=True, use_pad_mask=True),
             "text: .*another mask or a class",
         ),
-        (lambda: clip(RESNET), "ModifiedResNet without any"),
+        (lambda: clip(RESNET), "got ModifiedResNet without any"),
         (
             lambda: without("visual"),
             "image: expected a tower with blocks of .*, got Identity without any",
@@ -330,15 +331,3 @@ def test_fastvit_blocks_work_on_maps():
         model.visual.trunk.set_grad_checkpointing(checkpointing)
         model.encode_image(batch(64, 2)[0]).sum().backward()
     assert block.fc1.weight.grad.abs().sum() > 0
-
-
-def test_grad_checkpointing_gives_the_same_gradients():
-    model, _ = simplify(clip())
-    gradients = []
-    for enable in (False, True):
-        model.zero_grad()
-        model.set_grad_checkpointing(enable)
-        image, text, _ = model(*batch())
-        (image * text).sum().backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    torch.testing.assert_close(*gradients)

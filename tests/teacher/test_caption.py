@@ -29,9 +29,10 @@ def source(tmp_path_factory):
     return folder
 
 
-def run(source, out, model, **options):
-    options = {"n": 2, "max_tokens": 5, "batch_size": 4, "progress": False} | options
-    return caption.run(str(source), out, str(model), precision="fp32", **options)
+def run(source, out, model, workers=0, **drawing):
+    drawing = {"n": 2, "prompt": "", "max_tokens": 5, "seed": 0} | drawing
+    options = {"batch_size": 4, "workers": workers, "progress": False}
+    return caption.run(str(source), out, str(model), drawing, **options)
 
 
 def test_new_captions_come_after_the_samples_own(source, model, tmp_path):
@@ -80,7 +81,7 @@ def test_command(source, model, tmp_path):
     command = ("caption", source / "train-0.tar", "--out", tmp_path / "out", "--max-tokens", 3)
     result = call(*command, "--model", model, "--workers", 0)
     assert result.exit_code == 0, result.output
-    assert "wrote 1 of 1 sidecars" in result.output
+    assert "5 pairs" in result.output
     assert "n was 3, now 2" in call(*command, "--model", model, "--n", 2).output
     line = one_line(*command, "--model", tmp_path)
     assert "model: expected an image-to-text model of transformers, got" in line

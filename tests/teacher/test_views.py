@@ -205,27 +205,6 @@ def test_only_a_transform_that_replays_takes_views(folder, sidecars, tmp_path):
     message = "has the views that a teacher saw, which only simplclip's ImageTransform"
     with pytest.raises(data.ShardError, match=message):
         batches(folder, sidecars, models.transforms)
-    # draws the student's own augmentation
-    plain = batches(folder, sidecars, transform(16), teacher=False)
-    assert "teacher_image" not in plain[0]
-
-
-def test_sidecars_with_views_of_earlier_versions_are_refused(folder, sidecars, tmp_path):
-    """They have views.json, which is not read, and no digest of the captions."""
-    (tmp_path / "old").mkdir()
-    for path in sidecars.glob("*.tar"):
-        files = members(path)
-        old = []
-        for name, content in files.items():
-            key, _, suffix = name.partition(".")
-            if suffix == "teacher.json":
-                views = json.dumps(json.loads(content)["views"]).encode()
-                features = files[f"{key}.teacher.npy"]
-                old.append((key, {"teacher.npy": features, "views.json": views}))
-        write(tmp_path / "old" / path.name, old)
-    message = "features of another image or other captions for .*run `simplclip"
-    with pytest.raises(data.ShardError, match=message):
-        batches(folder, tmp_path / "old", transform(16))
 
 
 @pytest.mark.slow
@@ -254,15 +233,10 @@ def test_where_the_augmentation_is_from(tmp_path):
         settings = configs.load(path, [f"data.augment={json.dumps(augment)}"])
         (tmp_path / "student.yaml").write_text(settings.to_yaml())
         assert of(teacher.student_transform(str(tmp_path / "student.yaml"))) == of(wanted)
-    timm = "augment.use_timm: expected none, as timm|data.augment: expected one whose draws can be "
-    for augment, message in (
-        ("none", "views: expected a transform that augments, got one without"),
-        ({"use_timm": True}, timm),
-    ):
-        settings = configs.load(path, [f"data.augment={json.dumps(augment)}"])
-        (tmp_path / "student.yaml").write_text(settings.to_yaml())
-        with pytest.raises(ValueError, match=message):
-            teacher.Views(teacher.student_transform(str(tmp_path / "student.yaml")), 2)
+    (tmp_path / "student.yaml").write_text(configs.load(path, ["data.augment=none"]).to_yaml())
+    message = "views: expected a transform that augments, got one without"
+    with pytest.raises(ValueError, match=message):
+        teacher.Views(teacher.student_transform(str(tmp_path / "student.yaml")), 2)
 
 
 WIKD = ["loss.feature_weight=1.0", "loss.relational_weight=1.0", "loss.interactive_weight=1.0"]
@@ -307,8 +281,3 @@ def test_training_checks_the_augmentation(taught, tmp_path):
     go(tiny.settings(tmp_path, *changes, *same))
     go(tiny.settings(tmp_path, *changes))
     assert bits(state_of(tmp_path / "run")["model"]) == bits(state_of(tmp_path / "same")["model"])
-
-
-def test_counts_below_one_are_refused():
-    with pytest.raises(ValueError, match="views: expected an integer of at least 1, got -1"):
-        teacher.Views(transform(32, AUGMENT), -1)

@@ -135,7 +135,7 @@ def test_inherit_takes_a_run_and_its_trained_blocks(tmp_path, trained):
     assert inside
     for name, parameter in state.model.named_parameters():
         assert parameter.requires_grad == (parameter in inside or name == "logit_scale"), name
-    assert " trains " in "\n".join(state.lines)
+    assert "trains  " in "\n".join(state.lines)
 
 
 @pytest.mark.slow

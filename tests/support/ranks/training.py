@@ -76,7 +76,7 @@ def observed(config: Config, fault: list | None = None, **options: Any) -> dict:
     last_state: list[Any] = []
     error = None
     train_step, split = loop.train_step, TextCrop.split
-    features = evaluate._Towers.features
+    features = evaluate._Encoder.features
 
     def recording_split(crop: TextCrop, text: Tensor, tokens: int) -> list[Tensor]:
         crop.multiple = 1  # at a multiple of 8 all captions would have the same length
@@ -103,7 +103,7 @@ def observed(config: Config, fault: list | None = None, **options: Any) -> dict:
     loop.train_step = recording_step
     log.write_curves = lambda out: None
     TextCrop.split = recording_split
-    evaluate._Towers.features = recording_features
+    evaluate._Encoder.features = recording_features
     loop.data.Loader = parts
     try:
         with open(f"{config.run.out}-{rank}.txt", "w") as text:
@@ -114,7 +114,7 @@ def observed(config: Config, fault: list | None = None, **options: Any) -> dict:
         loop.train_step = train_step
         log.write_curves = write_curves
         TextCrop.split = split
-        evaluate._Towers.features = features
+        evaluate._Encoder.features = features
         loop.data.Loader = Loader
     weights = []
     if last_state:
