@@ -108,7 +108,6 @@ def test_every_cell_runs(tmp_path, monkeypatch, request):
                 if line.startswith("!simplclip train"):
                     printed = Path("printed").read_text()
                     assert "1 skipped: 1 not an image (first: photos/2019/broken" in printed
-                    assert "1 turned by EXIF, which the model does not heed" in printed
                     assert "8 with transparency, which the model does not see" in printed
         else:
             modules = {"IPython": types.SimpleNamespace(), "IPython.display": screen}

