@@ -15,7 +15,7 @@ from simplclip import losses
 from simplclip.common import progress
 from simplclip.common.errors import InputError
 from simplclip.models.trained import read_checkpoint
-from simplclip.ops.attention.cpu import CpuAttention
+from simplclip.ops import backends
 from simplclip.train import checkpoint, log, loop
 from simplclip.train.config import ConfigError, load
 from simplclip.train.log import Log
@@ -80,7 +80,8 @@ def test_the_log_names_the_backends_that_ran(tmp_path, monkeypatch):
     def why_not(device, dtype, facts):
         return "is for texts" if facts.length == 9 else None
 
-    monkeypatch.setattr(CpuAttention, "why_not", staticmethod(why_not))
+    row = backends.TABLE["shaped_attention"]["cpu"]._replace(why_not=why_not)
+    monkeypatch.setitem(backends.TABLE["shaped_attention"], "cpu", row)
     text = go(tiny.settings(tmp_path, "run.steps=1"))
     assert "ops        parallel_mlp by cpu, shaped_attention by cpu and sdpa, simil" in text
 

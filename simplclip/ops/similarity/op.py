@@ -233,8 +233,7 @@ def _sweeps_of(terms: Sequence[str], device: torch.device) -> tuple[list[str], l
     if either and softmaxes:
         # On a GPU a sweep with a teacher has no registers left for pair matching.
         joins = TEACHER_TERMS.isdisjoint(softmaxes) or (
-            device.type == "cpu"
-            and backends.forced_for(FORWARD.name, backends.forced()) != "triton"
+            device.type == "cpu" and backends.forced_for("similarity_loss") != "triton"
         )
         if joins:
             return softmaxes + either, sigmoids

@@ -18,17 +18,11 @@ from simplclip.ops import backends, distributed, registry
 from simplclip.ops.backends import computes_in
 from simplclip.ops.registry import define, register_gradient
 from simplclip.ops.similarity import statistics
-from simplclip.ops.similarity.cpu import CpuSimilarity
 from simplclip.ops.similarity.reference import (
-    ReferenceSimilarity,
     empty_gradients,
     empty_sigmoids,
     empty_statistics,
 )
-from simplclip.ops.similarity.triton import TritonSimilarity
-
-# The backends of similarity_loss, in the order in which they are tried.
-BACKENDS = (TritonSimilarity, CpuSimilarity, ReferenceSimilarity)
 
 # Budget of a chunk, which has no more rows of a similarity matrix than fast matrix products need. A
 # GPU reads and writes gradients for every block, so that larger blocks cost it less.
@@ -89,10 +83,9 @@ def stored_rows(image: Tensor, m: int, matrices: int, store_bytes: int | None, c
     """
     n = image.shape[0]
     dtype = computes_in(image.dtype, "cpu")
-    spec = backends.forced()
     if image.device.type != "cpu" or dtype == torch.float64 or backends.extension is None:
         return 0  # only the CPU's kernels keep rows
-    if spec and backends.forced_for("similarity_loss_fwd", spec) not in ("", "cpu"):
+    if backends.forced_for("similarity_loss") not in ("", "cpu"):
         return 0
     row_bytes = m * dtype.itemsize * matrices
     rows = (STORE_BYTES if store_bytes is None else store_bytes) // row_bytes
@@ -307,28 +300,28 @@ def _sigmoid(function: Callable, call: SigmoidCall) -> tuple[Tensor, ...]:
 
 FORWARD = define(
     "similarity_loss_fwd",
+    "similarity_loss",
     TermsCall,
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd,
     _fwd_empty,
-    served_by=BACKENDS,
     differentiable=2,
 )
 BACKWARD = define(
     "similarity_loss_bwd",
+    "similarity_loss",
     TermsGradient,
     "(Tensor, Tensor, Tensor, Tensor)",
     _bwd,
     lambda call, spec: empty_gradients(call),
-    served_by=BACKENDS,
 )
 SIGMOID = define(
     "similarity_sigmoid",
+    "similarity_loss",
     SigmoidCall,
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _sigmoid,
     lambda call, spec: (call.sigmoids.new_empty(()), *empty_sigmoids(call)),
-    served_by=BACKENDS,
 )
 
 
