@@ -110,9 +110,6 @@ def forward(attention: Attention, call: AttentionCall) -> tuple[Tensor, Tensor, 
     """
     out = call.q.new_empty(call.q.shape)
     padding = _padding_mask(call)
-    if not call.q.numel():
-        batch, length, heads, _ = call.q.shape
-        return out, call.gains.new_empty(batch, heads, length), torch.empty_like(out)
     av, lse = attention(_with_positive_scale(call)[0])
     if padding is not None:
         lse = lse.masked_fill(padding[:, None, :, 0, 0], 0)
@@ -141,8 +138,6 @@ def backward(attention: Attention, gradients: Gradients, call: AttentionInto) ->
     ordinary attention A v, [B, L, H, K]. The gains are not used, call.av is needed, and the call's
     dq, dk and dv are not written. Values at padded tokens are arbitrary.
     """
-    if not call.q.numel():
-        return torch.zeros_like(call.gains)
     on_triton = _on_triton(call)
     padding = None if on_triton else _padding_mask(call)
     if padding is not None:

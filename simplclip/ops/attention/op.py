@@ -14,6 +14,7 @@ from simplclip.ops.backends import Facts, select
 from simplclip.ops.modes import autocast
 from simplclip.ops.registry import define, register_gradient
 
+SHAPES = dict.fromkeys("qkv", "B L H K") | dict.fromkeys(("alpha", "beta", "gamma"), "H")
 KEEP_AV = ("sdpa", "xformers")  # the backends whose forward also returns A v
 
 
@@ -153,7 +154,9 @@ def shaped_attention(
     Source: He & Hofmann 2023, arXiv 2311.01906, where C is causal only; C over all valid keys and
     `lengths` are additions of this library.
     """
-    checks.check_attention(q, k, v, alpha, beta, gamma)
+    tensors = {"q": q, "k": k, "v": v, "alpha": alpha, "beta": beta, "gamma": gamma}
+    checks.expect(tensors, SHAPES, "q", {})
+    checks.check_all_like("q", q, {"k": k, "v": v})
     checks.check_boolean("causal", causal)
     if lengths is not None:
         lengths = checks.lengths_of_batch(lengths, q.shape[0], q.shape[1], q.device)

@@ -25,15 +25,20 @@ from simplclip.ops.mlp.reference import ACTIVATIONS
 from simplclip.ops.modes import autocast
 from simplclip.ops.registry import define, register_gradient
 
-MATRICES = (
-    "qk_weight",
-    "fc1_weight",
-    "fc1_bias",
-    "fc2_weight",
-    "fc2_bias",
-    "value_weight",
-    "output_weight",
-)
+SHAPES = {
+    "qk_weight": "2C C",
+    "fc1_weight": "F C",
+    "fc1_bias": "F",
+    "fc2_weight": "C F",
+    "fc2_bias": "C",
+    "value_weight": "C C?",
+    "output_weight": "C C?",
+    "norm_weight": "C",
+    "norm_bias": "C?",
+    "beta": "H",
+    "gamma": "H",
+}
+MATRICES = list(SHAPES)[:7]
 
 
 def heads_of(call: BlockCall) -> tuple[int, int, int, int]:
@@ -328,6 +333,7 @@ def simplified_block(
     checks.check_boolean("recompute", recompute)
     matrices = (qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, value_weight, output_weight)
     tensors = {
+        "x": x,
         **dict(zip(MATRICES, matrices)),
         "norm_weight": norm_weight,
         "norm_bias": norm_bias,
@@ -335,11 +341,20 @@ def simplified_block(
         "beta": beta,
         "gamma": gamma,
     }
-    checks.check_block(x, tensors, norm)
+    sizes: dict[str, int] = {}
+    checks.expect(tensors, {"x": "B L C", "alpha": "H"}, "x", sizes)
+    if sizes["C"] % sizes["H"]:
+        raise ValueError(
+            f"alpha: expected one value per head, [H] with H a divisor of C = {sizes['C']}, got "
+            f"{checks.shape_of(alpha)}"
+        )
+    if norm == "rmsnorm" and norm_bias is not None:
+        raise ValueError("norm_bias: expected None, since RMSNorm has no bias, got a tensor")
+    checks.expect(tensors, SHAPES, "x", sizes)
     if lengths is not None:
         lengths = checks.lengths_of_batch(lengths, x.shape[0], x.shape[1], x.device)
     x, *cast = autocast(x, *matrices)
-    checks.check_all_like_x(x, MATRICES, cast)
+    checks.check_all_like("x", x, dict(zip(MATRICES, cast)))
     qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, value_weight, output_weight = cast
     wide = accumulate_dtype(x.dtype)
     attention_gain = checks.scalar("attention_gain", attention_gain, x.device, wide, of="x")

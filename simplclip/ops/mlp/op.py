@@ -15,6 +15,13 @@ from simplclip.ops.mlp.reference import ACTIVATIONS
 from simplclip.ops.modes import autocast, wants_grad
 from simplclip.ops.registry import define, register_gradient
 
+SHAPES = {
+    "fc1_weight": "F C",
+    "fc2_weight": "O F",
+    "x": "... C",
+    "fc1_bias": "F?",
+    "fc2_bias": "O?",
+}
 WEIGHTS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 HIDDEN_BYTES = 16 << 20  # of a chunk of the hidden layer, if forward does not keep it
 
@@ -172,9 +179,10 @@ def parallel_mlp(
         RuntimeError: a forced backend does not support the call.
     """
     checks.check_choice("act", act, tuple(ACTIVATIONS))
-    checks.check_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    x, *weights = autocast(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    checks.check_all_like_x(x, WEIGHTS, weights)
+    tensors = dict(zip(WEIGHTS, (fc1_weight, fc1_bias, fc2_weight, fc2_bias)))
+    checks.expect({"x": x, **tensors}, SHAPES, "x", {})
+    x, *weights = autocast(x, *tensors.values())
+    checks.check_all_like("x", x, dict(zip(WEIGHTS, weights)))
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
     keep = keeps_hidden(x, *weights)
     rows = x.reshape(-1, x.shape[-1])
