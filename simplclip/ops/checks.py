@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from operator import index
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -76,20 +76,41 @@ def check_all_like(of: str, other: Tensor, tensors: Mapping[str, Any]) -> None:
             check_like(name, t, of, other)
 
 
+class Shape(NamedTuple):
+    """The shape of a tensor in letters."""
+
+    letters: str  # "2C C"
+    optional: bool  # whether None is allowed
+    dims: list[tuple[str, int]]  # of each dimension the letter and a factor
+
+
+def shapes(**letters: str) -> dict[str, Shape]:
+    """Returns the shapes of tensors for `expect`, as in shapes(x="... C", w="2C C", bias="C?").
+
+    A letter is the same size everywhere. "..." is any number of dimensions, "?" says that None is
+    allowed.
+    """
+    result = {}
+    for name, text in letters.items():
+        shape = text.removesuffix("?")
+        dims = [(dim[-1], 2 if dim[0] == "2" else 1) for dim in shape.split()]
+        result[name] = Shape(shape, text != shape, dims)
+    return result
+
+
 def expect(
-    tensors: Mapping[str, Any], shapes: Mapping[str, str], of: str, sizes: dict[str, Any]
+    tensors: Mapping[str, Any], shapes: Mapping[str, Shape], of: str, sizes: dict[str, Any]
 ) -> None:
     """Raises TypeError or ValueError unless tensors are dense and floating, of these shapes.
 
-    shapes: by name, e.g. {"x": "... C", "weight": "2C C", "bias": "C?"}. "..." is any number of
-    dimensions, "?" says that None is allowed, and a letter is the same size everywhere: that of
-    `sizes`, which gets those of other letters. No size is 0. of: the tensor whose device the others
-    have.
+    of: the tensor whose device the others have. sizes: those of letters, none of them 0, to which
+    those of other letters are added.
     """
     device = getattr(tensors[of], "device", None)
-    for name, letters in shapes.items():
+    right: dict[str, Any] = {}  # shapes by their letters
+    for name, (letters, optional, dims) in shapes.items():
         t = tensors[name]
-        if t is None and letters.endswith("?"):
+        if t is None and optional:
             continue
         if (
             not isinstance(t, Tensor)
@@ -101,31 +122,32 @@ def expect(
             check_floating(name, t)
             check_floating(of, tensors[of])
             check_device(name, t, of, tensors[of].device)
-        dims = letters.removesuffix("?").split()
         shape = t.shape
-        if dims[0] == "...":
+        if letters in right and shape == right[letters]:
+            continue
+        last = shape
+        if dims[0][0] == ".":
             dims = dims[1:]
-            shape = shape[-len(dims) :]
-        fits = len(shape) == len(dims)
-        if fits:
-            for dim, size in zip(dims, shape):
-                factor = 2 if dim[0] == "2" else 1
-                if size != factor * sizes.setdefault(dim[-1], size):
-                    fits = False
-        if not fits or 0 in t.shape:
+            last = shape[-len(dims) :]
+        if len(last) != len(dims) or 0 in shape:
             _refuse_shape(name, t, letters, sizes)
+        for (letter, factor), size in zip(dims, last):
+            if sizes.setdefault(letter, size) * factor != size:
+                _refuse_shape(name, t, letters, sizes)
+        right[letters] = shape
 
 
 def _refuse_shape(name: str, t: Tensor, letters: str, sizes: Mapping[str, Any]) -> None:
     """Raises ValueError, which says the sizes of the letters if all are known."""
-    dims = letters.removesuffix("?").split()
+    dims = letters.split()
     expected = f"[{', '.join(dims)}]"
     if 0 in t.shape:
         expected += " without an empty dimension"
     elif sizes.keys() >= {dim[-1] for dim in dims if dim != "..."}:
         numbers = []
         for dim in dims:
-            numbers.append(dim if dim == "..." else f"{sizes[dim[-1]] * (1 + (dim[0] == '2'))}")
+            factor = 2 if dim[0] == "2" else 1
+            numbers.append(dim if dim == "..." else str(factor * sizes[dim[-1]]))
         expected += f" = [{', '.join(numbers)}]"
     raise ValueError(f"{name}: expected {expected}, got shape {shape_of(t)}")
 

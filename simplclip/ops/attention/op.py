@@ -14,7 +14,7 @@ from simplclip.ops.backends import Facts, select
 from simplclip.ops.modes import autocast
 from simplclip.ops.registry import define, register_gradient
 
-SHAPES = dict.fromkeys("qkv", "B L H K") | dict.fromkeys(("alpha", "beta", "gamma"), "H")
+SHAPES = checks.shapes(q="B L H K", k="B L H K", v="B L H K", alpha="H", beta="H", gamma="H")
 KEEP_AV = ("sdpa", "xformers")  # the backends whose forward also returns A v
 
 
@@ -156,7 +156,8 @@ def shaped_attention(
     """
     tensors = {"q": q, "k": k, "v": v, "alpha": alpha, "beta": beta, "gamma": gamma}
     checks.expect(tensors, SHAPES, "q", {})
-    checks.check_all_like("q", q, {"k": k, "v": v})
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        checks.check_all_like("q", q, {"k": k, "v": v})
     checks.check_boolean("causal", causal)
     if lengths is not None:
         lengths = checks.lengths_of_batch(lengths, q.shape[0], q.shape[1], q.device)

@@ -25,19 +25,20 @@ from simplclip.ops.mlp.reference import ACTIVATIONS
 from simplclip.ops.modes import autocast
 from simplclip.ops.registry import define, register_gradient
 
-SHAPES = {
-    "qk_weight": "2C C",
-    "fc1_weight": "F C",
-    "fc1_bias": "F",
-    "fc2_weight": "C F",
-    "fc2_bias": "C",
-    "value_weight": "C C?",
-    "output_weight": "C C?",
-    "norm_weight": "C",
-    "norm_bias": "C?",
-    "beta": "H",
-    "gamma": "H",
-}
+HEADS = checks.shapes(x="B L C", alpha="H")
+SHAPES = checks.shapes(
+    qk_weight="2C C",
+    fc1_weight="F C",
+    fc1_bias="F",
+    fc2_weight="C F",
+    fc2_bias="C",
+    value_weight="C C?",
+    output_weight="C C?",
+    norm_weight="C",
+    norm_bias="C?",
+    beta="H",
+    gamma="H",
+)
 MATRICES = list(SHAPES)[:7]
 
 
@@ -342,7 +343,7 @@ def simplified_block(
         "gamma": gamma,
     }
     sizes: dict[str, int] = {}
-    checks.expect(tensors, {"x": "B L C", "alpha": "H"}, "x", sizes)
+    checks.expect(tensors, HEADS, "x", sizes)
     if sizes["C"] % sizes["H"]:
         raise ValueError(
             f"alpha: expected one value per head, [H] with H a divisor of C = {sizes['C']}, got "

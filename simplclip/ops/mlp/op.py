@@ -15,13 +15,7 @@ from simplclip.ops.mlp.reference import ACTIVATIONS
 from simplclip.ops.modes import autocast, wants_grad
 from simplclip.ops.registry import define, register_gradient
 
-SHAPES = {
-    "fc1_weight": "F C",
-    "fc2_weight": "O F",
-    "x": "... C",
-    "fc1_bias": "F?",
-    "fc2_bias": "O?",
-}
+SHAPES = checks.shapes(fc1_weight="F C", fc2_weight="O F", x="... C", fc1_bias="F?", fc2_bias="O?")
 WEIGHTS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 HIDDEN_BYTES = 16 << 20  # of a chunk of the hidden layer, if forward does not keep it
 
