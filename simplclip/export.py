@@ -27,7 +27,7 @@ from open_clip.utils import to_2tuple
 from safetensors.torch import save
 
 from simplclip import evaluation, models
-from simplclip.common.files import identity
+from simplclip.common.files import sha256
 from simplclip.model_card import BLENDED, card
 from simplclip.models.naming import CARD, EXPORT, FORMS, Form
 from simplclip.models.registry import configuration
@@ -111,7 +111,8 @@ def run(
         else:
             text = card(model, state, Path(file), lines, to, summary.get("blend"))
             (work / CARD).write_text(text, "utf-8")
-        summary["files"] = {weights: identity(work / weights)}
+        size = (work / weights).stat().st_size
+        summary["files"] = {weights: {"bytes": size, "sha256": sha256(work / weights)}}
         if to == "open_clip":
             (work / EXPORT).write_text(json.dumps(summary, indent=2) + "\n")
         for path in work.iterdir():
