@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from datetime import timedelta
 
 from rich import progress
 from rich.console import Console
@@ -18,12 +19,8 @@ REDRAWN = 0.1  # seconds between two drawings of a bar
 
 
 def duration(seconds: float) -> str:
-    """Returns seconds as text: "7 s", "3:10" (minutes and seconds) or "1:03:10" (with hours)."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}:{minutes:02}:{rest:02}"
-    return f"{minutes}:{rest:02}" if minutes else f"{seconds:.0f} s"
+    """Returns seconds as hours, minutes and seconds: "0:03:10", "1:03:10"."""
+    return str(timedelta(seconds=int(seconds)))
 
 
 def print_lines(text: str, console: Console | None = None) -> None:
