@@ -136,7 +136,12 @@ def splits_of(model: str) -> dict[str, Any]:
         return {}
     from simplclip.train import config
 
-    settings = config.load(file)
+    try:
+        settings = config.load(file)
+    except config.ConfigError as error:
+        raise InputError(
+            f"data: expected --data, or a config of this version, got {file}: {error}"
+        ) from None
     splits = settings.eval.splits | settings.held_out
     for name, split in splits.items():
         remote = re.search(r'"(pipe:.*?|[^"]*://.*?)"', json.dumps(split))

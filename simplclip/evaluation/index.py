@@ -233,8 +233,8 @@ def encode(
     if ranks.first() and not rows:
         raise data.nothing_usable(skipped)
     captions, caption_groups, groups = ranks.on_first(candidates_of, rows)
-    starts = range(0, len(captions), batch_size)
-    texts = list(ranks.map_to_first(text_features, starts))
+    starts = range(0, len(captions), batch_size)[ranks.number() :: ranks.count()]
+    texts = list(ranks.gather_to_first(map(text_features, starts)))
     # ranks but the first have none
     x, y = (torch.cat(parts) if parts else torch.empty(0, 0) for parts in (images, texts))
     return Index(data, rows, captions, caption_groups, groups, x, y, skipped)

@@ -112,7 +112,7 @@ def evaluate(
         encoder = settings.load(source)
         if encoder.source != source and encoder.step is not None and not settings.last:
             say(about_best(encoder.source, encoder.step))
-        model, ending = about(encoder), ""
+        model, ending = about_model(encoder), ""
         if not results:
             folder, config = results_folder(out, source), encoder.config
             results = model | {"versions": VERSIONS}
@@ -138,7 +138,7 @@ def evaluate(
     return results
 
 
-def about(encoder: Encoder) -> dict[str, Any]:
+def about_model(encoder: Encoder) -> dict[str, Any]:
     """Returns what the files of results say of a model."""
     return {
         "checkpoint": encoder.source,
