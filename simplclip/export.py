@@ -127,8 +127,8 @@ def run(
                 os.fsync(written_file.fileno())
         out.mkdir(exist_ok=True)
         (out / whole).unlink(missing_ok=True)
-        written = [path.name for path in work.iterdir()]
-        written.sort(key=lambda name: (name == whole, name != weights, name))
+        others = {path.name for path in work.iterdir()} - {weights, whole}
+        written = [*sorted(others), weights, whole]
         for name in written:  # nothing is printed between, since a closed pipe would end it
             os.replace(work / name, out / name)
 

@@ -121,4 +121,5 @@ def _figures(
         for group in ("image_to_text", "text_to_image", "zero_shot"):
             for name, figure in (found.get(group) or {}).items():
                 if isinstance(figure, dict):  # zero_shot has words too
-                    yield split, f"{group} {name}".replace("_", " "), figure
+                    label = f"{group} {name}".replace("_", " ")
+                    yield split, label, Figure(value=figure["value"], chance=figure["chance"])

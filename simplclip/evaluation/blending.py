@@ -12,10 +12,7 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
 from simplclip.common import ranks
@@ -34,7 +31,6 @@ from simplclip.evaluation.run import (
 
 BLEND = "blend.json"
 ALPHAS = tuple(tenths / 10 for tenths in range(11))
-ABOUT = "share of queries whose first answer is right"
 
 
 def blend(
@@ -73,8 +69,8 @@ def evaluate_blend(
 ) -> dict[str, Any]:
     """Evaluates the weights between a run's start and the run, for each of ALPHAS, on splits.
 
-    Writes OUT/blend.json and prints a table; returns the content of the JSON: its "rows" have
-    "alpha", "mean" (of the splits' `first_right`) and "splits", and "best" is the alpha of the
+    Writes OUT/blend.json and prints a line for each; returns the content of the JSON: its "rows"
+    have "alpha", "mean" (of the splits' `first_right`) and "splits", and "best" is the alpha of the
     highest mean, of equal ones the lowest. The data are read for each alpha.
 
     encoder: of the run; its weights change, and are the run's again at the end. start: the name and
@@ -88,33 +84,21 @@ def evaluate_blend(
     end = {name: tensor.to("cpu", copy=True) for name, tensor in encoder.model.state_dict().items()}
     rows: list[dict[str, Any]] = []
     for alpha in ALPHAS:
-        told = str if rows else say  # what is read and left out, once
         encoder.model.load_state_dict(blend(start[1], end, alpha))
-        found = {}
+        told = str if rows else say  # what is read and left out, once
+        found, shares = {}, []
         for name, held in data.items():
             label = f"{name}, alpha {alpha}"
             found[name] = evaluate_split(encoder, held, settings, encoder.config, label, told)
-        mean = fmean(first_right(result)["value"] for result in found.values())
-        rows.append({"alpha": alpha, "mean": mean, "splits": found})
+            shares.append(first_right(found[name])["value"])
+        rows.append({"alpha": alpha, "mean": fmean(shares), "splits": found})
+        named = [*zip(data, shares), ("mean", fmean(shares))]
+        line = ", ".join(f"{name} {percent(share)}" for name, share in named)
+        say(f"alpha {alpha}: first answers right: {line}")
     best = max(rows, key=lambda row: row["mean"])
-    about = {"versions": VERSIONS, "start": start[0], "best": best["alpha"]}
-    results = {**about_model(encoder), **about, "rows": rows}
+    results = about_model(encoder) | {"versions": VERSIONS, "start": start[0]}
+    results |= {"best": best["alpha"], "rows": rows}
     ranks.on_first(write_json, folder / BLEND, results)
-    console.print(_table(results))
     say(f"best for the mean: alpha {best['alpha']}, {percent(best['mean'])}")
     say(f"wrote {folder / BLEND}")
     return results
-
-
-def _table(results: dict[str, Any]) -> Table:
-    """Returns the shares by alpha and split as a table."""
-    table = Table("alpha", title=results["model"], caption=ABOUT, box=SIMPLE_HEAD, pad_edge=False)
-    for name in (*results["rows"][0]["splits"], "mean"):
-        table.add_column(escape(name), justify="right", overflow="fold")
-    for row in results["rows"]:
-        figures = [first_right(split) for split in row["splits"].values()]
-        shares = [*(figure["value"] for figure in figures), row["mean"]]
-        style = "bold" if row["alpha"] == results["best"] else ""
-        table.add_row(str(row["alpha"]), *map(percent, shares), style=style)
-    table.add_row("chance", *(percent(figure["chance"]) for figure in figures), style="dim")
-    return table

@@ -61,7 +61,7 @@ def contact_sheet(index: Index, title: str, subtitles: Sequence[str] = ()) -> Fi
         image.thumbnail(LARGEST)
 
     def show(axis: Axes, row: int, label: str, right: bool = False) -> None:
-        axis.imshow(pictures[index.rows[row].position])  # type: ignore[arg-type]
+        axis.imshow(pictures[index.rows[row].position])
         axis.set_frame_on(True)
         axis.set_xlabel(label, fontsize=8, color=GREY)
         axis.spines[:].set(color=GREEN if right else "#d0d7de", linewidth=3 if right else 0.8)
