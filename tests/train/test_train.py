@@ -235,8 +235,11 @@ def test_lines_by_time_and_a_checkpoint_after_some_minutes(tmp_path, monkeypatch
     monkeypatch.setattr(loop, "SAVE_MINUTES", 1)
     text = go(tiny.settings(tmp_path, "optim.warmup=9"))
     assert [call.args[1]["step"] for call in save.call_args_list] == [4, 7]
-    assert re.findall(r"^step (\d)/7  (.*?)  loss", text, re.M)[0] == ("1", "20 s gone, 2:00 left")
-    assert f"done       step 7 in 2:20: {tmp_path / 'run' / 'last.pt'}" in text
+    assert re.findall(r"^step (\d)/7  (.*?)  loss", text, re.M)[0] == (
+        "1",
+        "0:00:20 gone, 0:02:00 left",
+    )
+    assert f"done       step 7 in 0:02:20: {tmp_path / 'run' / 'last.pt'}" in text
     assert "warning    optim.warmup = 9 is longer than the run" in text
 
 
