@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -49,14 +48,9 @@ Folders = Sequence[str | os.PathLike]
 Files = Sequence[Mapping[str, bytes]]  # the new files of each sample of a batch, by suffix
 
 
-def sidecar_name(shard: str) -> str:
-    """Returns the file name of a shard's sidecars: its own, without a .gz that is unpacked."""
-    return re.sub(r"\.(gz|xz|bz2|zst)$", "", name_of(shard))
-
-
 def sidecars_of(shard: str, folders: Folders) -> list[str]:
     """Returns a shard's sidecars, one in each folder. Raises ShardError if one is no file."""
-    paths = [os.path.join(os.path.expanduser(folder), sidecar_name(shard)) for folder in folders]
+    paths = [os.path.join(os.path.expanduser(folder), name_of(shard)) for folder in folders]
     for path in paths:
         if not os.path.isfile(path):
             raise ShardError(
@@ -70,7 +64,7 @@ def by_sidecar_name(sources: Iterable[Source]) -> dict[str, Source]:
     """Returns {file name of its sidecars: source}. Raises InputError if two have one name."""
     named: dict[str, Source] = {}
     for source in sources:
-        first = named.setdefault(sidecar_name(source.url), source)
+        first = named.setdefault(name_of(source.url), source)
         if first.url != source.url:
             got = f"{str(first.url)!r} and {str(source.url)!r}"
             raise InputError(
