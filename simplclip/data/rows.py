@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -290,17 +291,15 @@ def _text(value: object) -> object:
 
 def _merged(rows: Iterator[PairRow]) -> Iterator[PairRow]:
     """Yields neighbouring rows of one image as one row, with the first's name."""
-    joined: PairRow | None = None
-    for row in rows:
-        image = None if row.problem else row.image or row.group  # a path in full, or a digest
-        if joined and image is not None and image == (joined.image or joined.group):
-            joined = joined._replace(captions=[*joined.captions, *row.captions])
-            continue
-        if joined:
-            yield joined
-        joined = row
-    if joined:
-        yield joined
+    # its path in full, or a digest; a row with a problem has a name of its own
+    for _, same in itertools.groupby(rows, lambda row: row.image or row.group or row.name):
+        first, *others = same
+        if others:
+            captions = [*first.captions]
+            for row in others:
+                captions += row.captions
+            first = first._replace(captions=captions)
+        yield first
 
 
 def _json(path: str, split: str, options: Options) -> RowSource:
@@ -315,10 +314,9 @@ def _json(path: str, split: str, options: Options) -> RowSource:
             captions.setdefault(image, []).extend(texts)
     except InputError:
         raise
-    except KeyError as error:
-        raise InputError(f"source: expected {expected}, got {path!r} without {error}") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"source: expected {expected}, got {path!r}: {error}") from None
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        reason = f"without {error}" if isinstance(error, KeyError) else error
+        raise InputError(f"source: expected {expected}, got {path!r}: {reason}") from None
     if not captions:
         part = f" of the split {split!r}" if split else ""
         raise InputError(f"source: expected images with captions, got none{part} in {path!r}")

@@ -208,9 +208,9 @@ def test_separators_and_wrong_tables(tmp_path):
     for name, content, message in (
         ("u.csv", "path,title\n".encode("utf-16"), "expected a table, got .*u.csv': "),
         ("p.parquet", b"PAR1", "expected a table, got .*p.parquet': "),
-        ("j.json", b'{"a": 1}', "Karpathy's or COCO's JSON, got .* without 'images'"),
+        ("j.json", b'{"a": 1}', "Karpathy's or COCO's JSON, got .*: without 'images'"),
         ("cut.json", b'{"images": [', "Karpathy's or COCO's JSON, got .*: Expecting"),
-        ("k.json", b'{"images": [{"sentences": []}]}', "got .* without 'filename'"),
+        ("k.json", b'{"images": [{"sentences": []}]}', "got .*: without 'filename'"),
         ("n.json", b'{"images": [5]}', "Karpathy's or COCO's JSON, got .*n.json': "),
         ("e.jsonl", b"\n", "expected a table, got .*e.jsonl': "),
         ("l.jsonl", b'["a"]\n', "expected a table, got .*l.jsonl': "),
@@ -223,7 +223,7 @@ def test_separators_and_wrong_tables(tmp_path):
         assert re.search(message, refusal(tmp_path / name))
     for name, options, message in (
         ("list.json", {}, r"a list; .*jq -c '\.\[\]' .*list.json > "),
-        ("instances.json", {}, "got .*instances.json' without 'caption'"),
+        ("instances.json", {}, "got .*instances.json': without 'caption'"),
         ("none.csv", {}, "got '.*none.csv', which does not exist"),
         ("t.csv", {"image_key": "x"}, r"a column x \(image_key\), got .* the columns 'filepath'"),
         ("", {"image_key": "x"}, "image_key: expected none, as '.*' has no such part, got 'x'"),
