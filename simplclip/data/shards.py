@@ -264,8 +264,8 @@ def _members(source: Source, max_bytes: int, damage: list[Damage]) -> Iterator[d
                     size = f"{member.size:,} bytes, expected at most {max_bytes:,}"
                     data = BrokenSample("file too large", f"{member.name} of {size}")
                 else:  # extractfile would take three times as long
-                    archive.fileobj.seek(member.offset_data)  # type: ignore[union-attr]
-                    data = archive.fileobj.read(member.size)  # type: ignore[union-attr]
+                    archive.fileobj.seek(member.offset_data)
+                    data = archive.fileobj.read(member.size)
                     if len(data) < member.size:
                         raise tarfile.ReadError("unexpected end of data")
                 unread_key = None

@@ -385,7 +385,9 @@ def pixels_of(transform: Transform, pair: Pair, view: View | None = None) -> tor
     function cannot replay.
     """
     if view is None:
-        image = pair.encoded if isinstance(transform, ImageTransform) else decode_pil(pair.encoded)
+        image: Any = pair.encoded
+        if not isinstance(transform, ImageTransform):
+            image = decode_pil(image)
         try:
             return transform(image)
         except BrokenSample:
