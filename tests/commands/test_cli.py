@@ -126,7 +126,7 @@ def test_help_config_prints_every_key():
             "model.checkpoint: expected a file of weights, got no such file: gone.pt",
         ),
         (
-            "train config.yaml --set inherit.source=[minilm,RN51/openai]",
+            "train config.yaml --set inherit.source=[RN51/openai]",
             "expected a file of weights, got no such file: RN51/openai",
         ),
         (

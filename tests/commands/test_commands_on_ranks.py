@@ -30,7 +30,7 @@ COMMANDS = {
     "teacher": f"teacher ../data/train-{{0..2}}.tar --out taught {TEACHER} --precision fp32 "
     "--workers 1",
     "caption": "caption ../data/train-{2..3}.tar --out captioned --model ../blip --max-tokens 5 "
-    "--n 1 --precision fp32 --workers 0",
+    "--n 1 --workers 0",
     # The sidecar of the second shard, the first of the second rank, is not a tar.
     "error": f"teacher ../data/train-{{3..5}}.tar --out bad {TEACHER} --sidecars ../joined "
     "--workers 0",
