@@ -32,8 +32,7 @@ from simplclip.data.transforms import Transform, pixels_of, seeded, stack_pixels
 from simplclip.data.workers import from_workers
 
 TEN = 10
-# in a row without a usable sample for a worker, after which it is an error; a row of so many samples
-# ends at the end of an epoch
+# epochs in a row, or broken samples up to the end of one, without a usable sample for a worker
 EMPTY_EPOCHS, BROKEN_SAMPLES = 100, 10_000
 # arguments that are at least 1
 COUNTS = ("batch_size", "batches_per_step", "captions_per_image", "shuffle_buffer", "max_bytes")
