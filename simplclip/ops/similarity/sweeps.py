@@ -115,7 +115,8 @@ class TermsCall:
     teacher_image: Tensor | None  # [N, D̂]
     teacher_text: Tensor | None  # [M, D̂]
     teacher_scale: Tensor | None  # []
-    plane: Tensor | None  # [2]
+    plane_weight: Tensor | None  # []
+    plane_bias: Tensor | None  # []
     ids: Tensor | None  # [N] int64
     text_ids: Tensor | None  # [M] int64
     share: Tensor | None  # [] `negative_share` with ids
@@ -136,12 +137,19 @@ class TermsCall:
         return self.teacher_image is not None
 
     @property
+    def plane(self) -> tuple[Tensor, Tensor] | None:
+        """p and q of pair matching, if it is asked for."""
+        if self.plane_weight is None or self.plane_bias is None:
+            return None
+        return self.plane_weight, self.plane_bias
+
+    @property
     def weights(self) -> list[float]:
         """The weights of the terms that the call has."""
         weights = [self.contrastive_weight] if self.contrastive else []
         if self.has_teacher:
             weights.append(self.relational_weight)
-        if self.plane is not None:
+        if self.plane_weight is not None:
             weights.append(self.pair_matching_weight)
         return weights
 
@@ -168,7 +176,7 @@ class TermsCall:
             teacher_image,
             teacher_text,
             self.teacher_scale,
-            self.plane,
+            None if self.plane is None else torch.stack(self.plane),
             self.ids,
             self.text_ids,
             self.label_offset,
@@ -226,13 +234,13 @@ class TermsGradient(TermsCall):
 def _fwd(function: Callable, call: TermsCall) -> tuple[Tensor, ...]:
     """Returns the results of TermsCall, of statistics by a backend's function."""
     rows, columns, stored = function(SimilarityCall(*call.of_kernels()))
-    parts = rows.new_empty(0)
+    parts = none = rows.new_empty(0)
     if call.group:
         parts = distributed.exchange_columns(columns, call.group)
     terms, excess = statistics.terms(call, call.statistics(rows, columns, parts))
     kept = rows, columns, excess, parts, stored
     if len(terms) == 1:
-        return terms[0], rows.new_empty(0), *kept
+        return terms[0], none, *kept
     first, *weights = call.weights
     loss = terms[0] if first == 1 else first * terms[0]
     for weight, term in zip(weights, terms[1:]):
@@ -332,10 +340,12 @@ def _gradient(
     needed: Mapping[str, bool],
     spec: str,
 ) -> dict[str, Tensor]:
-    """Returns gradients by name: image, text, scale, plane; see register_gradient."""
+    """Returns gradients by name: image, text, scale and the plane; see register_gradient."""
     of_gradient: Callable = TermsGradient
     gradient = of_gradient(*flat(call), *grads, *kept, needed["image"], needed["text"])
-    return dict(zip(("image", "text", "scale", "plane"), registry.call(BACKWARD, gradient, spec)))
+    *of_features, d_scale, d_plane = registry.call(BACKWARD, gradient, spec)
+    names = "image", "text", "scale", "plane_weight", "plane_bias"
+    return dict(zip(names, (*of_features, d_scale, *d_plane.unbind())))
 
 
 def _sigmoid_gradient(
