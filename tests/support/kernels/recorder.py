@@ -66,7 +66,8 @@ class Recorder(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             self.add("host", name)
             return 0
-        out = func(*args, **kwargs)
+        # torch 2.11 has no function on meta of addmm with a dtype
+        out = kwargs["out"] if "out" in kwargs else func(*args, **kwargs)
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
         devices = {t.device.type for t in tensors}
         starts = func.namespace == "aten" and not func.is_view and not name.startswith(NO_KERNEL)
