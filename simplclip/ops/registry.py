@@ -165,10 +165,9 @@ class Op:
 
     def keep(self, ctx: Any, call: Any, names: str, results: Sequence[Tensor]) -> None:
         """Keeps in ctx what `gradients` reads; the first `differentiable` results have some."""
-        others = results[self.differentiable :]
-        ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
         if self.keeps_call:
+            others = results[self.differentiable :]
             ctx.save_for_backward(*self.tensor_values(call), *others)
             ctx.options = self.other_values(call)
         else:
@@ -211,6 +210,9 @@ class _Eager(torch.autograd.Function):
         results = op.dispatch(call, choice)
         ctx.op = op
         op.keep(ctx, call, choice.names, results)
+        if op.keeps_call:
+            return results[: op.differentiable]
+        ctx.mark_non_differentiable(*results[op.differentiable :])
         return results
 
     @staticmethod
@@ -222,7 +224,8 @@ class _Eager(torch.autograd.Function):
 
 
 def call(op: Op, arguments: Any, names: str | None = None) -> Any:
-    """Runs an op and returns its results, with gradients if it has them and a tensor requires one.
+    """Runs an op and returns its results, with gradients if it has them and a tensor requires one:
+    then those alone that have gradients, if the op keeps its call and is not compiled or traced.
 
     arguments: the dataclass of the call; a tensor that is not contiguous is copied, see
     `Op.laid_out`. names: of backends, see `define`; None: those that are forced now. Raises
@@ -306,6 +309,7 @@ def register_gradient(op: Op, backward: Callable, *, keeps_call: bool = True) ->
     op.backward = backward
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.mark_non_differentiable(*output[op.differentiable :])
         op.keep(ctx, op.call_type(*inputs[:-1]), inputs[-1], output)
 
     def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

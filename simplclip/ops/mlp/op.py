@@ -181,5 +181,5 @@ def parallel_mlp(
     keep = keeps_hidden(x, *weights)
     rows = x.reshape(-1, x.shape[-1])
     call = MlpCall(rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, keep)
-    out, _ = registry.call(FORWARD, call)
+    out = registry.call(FORWARD, call)[0]
     return out.reshape(*x.shape[:-1], out.shape[1])
