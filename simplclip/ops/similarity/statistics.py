@@ -69,9 +69,13 @@ def terms(call: Any, stats: Tensor) -> tuple[list[Tensor], Tensor]:
     if call.plane_weight is not None:
         diagonal = stats[RowStat.DIAGONAL_STUDENT]
         logits = torch.addcmul(call.plane_bias, call.plane_weight, diagonal)
-        unmatched = stats[RowStat.PAIR_MATCHING].sum() * call.negative_share
-        matched = _nan_of_infinite(F.logsigmoid(logits), logits).sum()
-        results.append(torch.add(unmatched, matched, alpha=-0.5 / diagonal.shape[0]))
+        losses = _nan_of_infinite(F.logsigmoid(logits), logits).mul_(-0.5 / diagonal.shape[0])
+        share = call.negative_share
+        if isinstance(share, Tensor):
+            losses.addcmul_(stats[RowStat.PAIR_MATCHING], share)
+        else:
+            losses.add_(stats[RowStat.PAIR_MATCHING], alpha=share)
+        results.append(losses.sum())
     return results, excess
 
 
