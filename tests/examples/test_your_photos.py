@@ -127,8 +127,8 @@ def test_every_cell_runs(tmp_path, monkeypatch, request):
     card = (tmp_path / "export" / "README.md").read_text("utf-8")
     for words in (
         "- held_out, image to text R@1: ",
-        "- Started from: `efficientnet-lite0`, `minilm`\n",
-        "    data.batch_size: 8\n",
+        "- Started from: efficientnet-lite0, minilm\n",
+        "loss:\n",
     ):
         assert words in card, words
 
