@@ -90,8 +90,10 @@ def _fwd(attention: ModuleType, mlp: ModuleType, call: BlockCall) -> tuple[Tenso
     shape = heads_of(call)
     n, _ = norm_fwd(x, call)
     qk = F.linear(n, call.qk_weight)
-    attention_call = _attention_call(call, shape, n, qk, gains_of(call))
-    out, lse, av = run_forward(attention.shaped_attention_fwd, attention_call)
+    # a call that had a name would keep qk while the MLP runs
+    out, lse, av = run_forward(
+        attention.shaped_attention_fwd, _attention_call(call, shape, n, qk, gains_of(call))
+    )
     out = out.view(x.shape)
     if not call.keep:
         qk = x.new_empty(0)
