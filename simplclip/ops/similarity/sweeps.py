@@ -234,13 +234,14 @@ class TermsGradient(TermsCall):
 def _fwd(function: Callable, call: TermsCall) -> tuple[Tensor, ...]:
     """Returns the results of TermsCall, of statistics by a backend's function."""
     rows, columns, stored = function(SimilarityCall(*call.of_kernels()))
-    parts = none = rows.new_empty(0)
     if call.group:
         parts = distributed.exchange_columns(columns, call.group)
+    else:
+        parts = rows.new_empty(0)
     terms, excess = statistics.terms(call, call.statistics(rows, columns, parts))
     kept = rows, columns, excess, parts, stored
     if len(terms) == 1:
-        return terms[0], none, *kept
+        return terms[0], rows.new_empty(0), *kept
     first, *weights = call.weights
     loss = terms[0] if first == 1 else first * terms[0]
     for weight, term in zip(weights, terms[1:]):
