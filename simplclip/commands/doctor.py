@@ -10,10 +10,7 @@ import typer
 from simplclip.commands.app import app
 
 
-@app.command(
-    short_help="Show which backend runs each op on this machine.",
-    epilog="Example: simplclip doctor --why",
-)
+@app.command(epilog="Example: simplclip doctor --why")
 def doctor(
     why: Annotated[
         bool, typer.Option("--why", help="List the backend of each op, and why no other runs it.")

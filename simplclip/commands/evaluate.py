@@ -15,7 +15,6 @@ from simplclip.common.errors import InputError
 
 
 @app.command(
-    short_help="Evaluate models by retrieval and classification.",
     epilog="Example: simplclip evaluate runs/NAME open_clip:ViT-B-32/laion.pt "
     "--data test='shards/test-*.tar'",
 )
@@ -89,8 +88,9 @@ def evaluate(
     device: Device = "auto",
     precision: Precision = "fp32",
 ) -> None:
-    """Evaluate models by zero-shot retrieval and classification; write a table, JSON and pictures
-    of the results.
+    """Evaluate models by zero-shot retrieval and classification.
+
+    Writes a table, JSON and pictures of the results.
     """
     splits = named_splits(data or [])
     if blend or not splits:  # a blend is judged by the run's own data too

@@ -19,10 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@app.command(
-    short_help="Check each op on each backend of this machine.",
-    epilog="Example: simplclip selftest --json selftest.json",
-)
+@app.command(epilog="Example: simplclip selftest --json selftest.json")
 def selftest(
     device: Annotated[
         Literal["auto", "cuda", "cpu"], typer.Option(help="auto: a GPU if there is one.")

@@ -144,7 +144,7 @@ def test_both_ends_have_the_figures_of_evaluate_and_the_best_mean_is_named(insid
 
 @pytest.mark.slow
 def test_a_moved_run_evaluates_its_splits_between_the_start_and_its_last_step(inside, monkeypatch):
-    monkeypatch.setattr("simplclip.evaluation.blending.ALPHAS", (0.0, 0.3))
+    monkeypatch.setattr("simplclip.evaluation.run.ALPHAS", (0.0, 0.3))
     shutil.copytree("runs/tuned", "moved")
     results, _ = evaluated("moved", "--last")
     assert list(results["rows"][0]["splits"]) == ["one", "held_out"]
@@ -236,7 +236,7 @@ def test_a_run_without_a_start_of_its_architecture_is_refused_before_the_data(in
 
 @pytest.mark.slow
 def test_an_export_has_the_blended_weights_and_their_figures(inside, tmp_path, monkeypatch):
-    monkeypatch.setattr("simplclip.evaluation.blending.ALPHAS", (0.0, 0.3, 1.0))
+    monkeypatch.setattr("simplclip.evaluation.run.ALPHAS", (0.0, 0.3, 1.0))
     results, _ = evaluated("runs/tuned", "--data", "one=one.tar")
     shutil.copy("out/blend.json", "runs/tuned")
 

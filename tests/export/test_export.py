@@ -22,7 +22,7 @@ import simplclip
 from simplclip import export
 from simplclip.models.trained import read_checkpoint
 from support.data.pairs import digests
-from support.models.exported_models import HF, TIMM, VIT
+from support.models.exported_models import TIMM, VIT
 from support.programs import call, forked, one_line
 from support.train.runs import save_run
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.long
 
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
-FILES = {CONFIG, WEIGHTS, "export.json", "README.md", "preprocessing.json"}
+FILES = {CONFIG, WEIGHTS, "export.json", "README.md"}
 
 
 class Exported(NamedTuple):
@@ -115,24 +115,6 @@ def test_a_run_of_other_pixels_keeps_them(tmp_path):
         preprocess = simplclip.load(tmp_path / source, device="cpu").preprocess
         assert ([*preprocess.mean], [*preprocess.std]) == (pixels["mean"], pixels["std"])
     assert (theirs.transforms[-1].mean, theirs.transforms[-1].std) == (*pixels.values(),)
-
-
-@pytest.mark.slow
-def test_preprocessing_says_how_to_make_the_inputs(tiny, tmp_path):
-    about = json.loads((tiny.out / "preprocessing.json").read_text())
-    encoder = simplclip.load(tiny.out, device="cpu")
-    assert (*about["image"]["size"],) == encoder.preprocess.size
-    assert (*about["image"]["mean"],) == encoder.preprocess.mean
-    assert (*about["image"]["std"],) == encoder.preprocess.std
-    assert about["text"] == {
-        "context_length": encoder.tokenizer(["a"]).shape[1],
-        "tokenizer": type(encoder.tokenizer).__name__,
-    }
-    save_run(tmp_path / "hf", f"open_clip:{HF}")
-    export.run(tmp_path / "hf", tmp_path / "out")
-    about = json.loads((tmp_path / "out/preprocessing.json").read_text())
-    assert about["text"]["tokenizer"] == "tokenizer.json"
-    assert (tmp_path / "out/tokenizer.json").exists()
 
 
 @pytest.mark.prove
