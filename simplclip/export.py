@@ -26,7 +26,7 @@ from open_clip.utils import to_2tuple
 from safetensors.torch import save
 
 from simplclip import evaluation, models
-from simplclip.common.files import sha256
+from simplclip.common.files import check_writable, sha256
 from simplclip.model_card import BLENDED, card
 from simplclip.models.naming import CARD, EXPORT, FORMS, Form
 from simplclip.models.registry import configuration
@@ -61,9 +61,10 @@ def run(
     start to blend with, or a model that transformers lacks).
     """
     out = Path(out)
+    check_writable(out, "out")
     weights, whole = FORMS[to]
-    names = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    names = [name for name in names if name != CARD and not name.startswith(".")]
+    found = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    names = [name for name in found if name != CARD and not name.startswith(".")]
     # an export that was interrupted has only the weights
     if names and not (force and {weights, whole} & {*names}):
         raise FileExistsError(
