@@ -62,8 +62,8 @@ def recall(
     """Returns, for each k of KS, the share of queries with a right answer among the k nearest.
 
     A candidate is right if it is of the query's group.
-    queries: [n, D], candidates: [m, D], groups: int64 [n] and [m], from 0, on the CPU. device: where
-    similarities are computed.
+    queries: [n, D], candidates: [m, D], groups: int64 [n] and [m], from 0, on the CPU.
+    device: where similarities are computed.
     With as many groups as pairs this is the usual R@k. Its chance is the share if candidates are
     ranked at random: 1 - C(m-r, k)/C(m, k), with binomial coefficients C, for r right candidates of
     m, averaged over the queries. Extra memory: a tile of similarities, 64 MiB; never [n, m].
