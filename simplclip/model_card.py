@@ -22,7 +22,7 @@ from simplclip.version import __version__
 
 TASK = "zero-shot-image-classification"
 BLENDED = "These weights are {alpha} of the training's and 1 - {alpha} of its start, {start}."
-TEMPLATE = Path(__file__).with_suffix(".md")
+TEMPLATE = str(Path(__file__).with_suffix(".md"))
 
 
 def card(
