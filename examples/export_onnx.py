@@ -9,6 +9,7 @@ images, and the tokenizer and its length.
 """
 
 import argparse
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import onnxruntime
 import torch
 import torch.nn.functional as F
+from open_clip.model import get_model_preprocess_cfg
 from open_clip.utils import to_2tuple
 from torch import Tensor, nn
 
@@ -23,7 +25,6 @@ import simplclip
 from simplclip.calls.attention import AttentionCall
 from simplclip.calls.block import BlockCall
 from simplclip.calls.mlp import MlpCall
-from simplclip.export import write_preprocessing
 from simplclip.ops.attention.reference import shaped_attention_fwd
 from simplclip.ops.block.norm import norm_fwd
 from simplclip.ops.block.op import gains_of, heads_of
@@ -126,7 +127,15 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"wrote {file}: {file.stat().st_size:,} bytes, largest error {error:.1e}")
         if not error <= 1e-4:  # also NaN
             raise SystemExit(f"{file}: expected torch's features, vectors of length 1")
-    write_preprocessing(options.out, encoder.model, encoder.tokenizer)
+    text = {
+        "context_length": inputs["text"].shape[1],
+        "tokenizer": type(encoder.tokenizer).__name__,
+    }
+    if hasattr(encoder.tokenizer, "save_pretrained"):
+        encoder.tokenizer.save_pretrained(options.out)
+        text["tokenizer"] = "tokenizer.json"
+    about = {"image": get_model_preprocess_cfg(encoder.model), "text": text}
+    (options.out / "preprocessing.json").write_text(json.dumps(about, indent=2) + "\n")
     print(f"wrote {options.out / 'preprocessing.json'}: how to make the inputs")
 
 

@@ -3,7 +3,6 @@
     open_clip_config.json, open_clip_model.safetensors, and the files of a tokenizer of Hugging Face
     README.md             a model card, see model_card.py; an existing one is kept, since its
                           licences are the user's to write
-    preprocessing.json    what other programs need to make the model's inputs
     export.json           the model, its options, and the digest of the weights; written last: an
                           export with it is whole
 
@@ -27,7 +26,7 @@ from open_clip.utils import to_2tuple
 from safetensors.torch import save
 
 from simplclip import evaluation, models
-from simplclip.common.files import sha256
+from simplclip.common.files import check_writable, sha256
 from simplclip.model_card import BLENDED, card
 from simplclip.models.naming import CARD, EXPORT, FORMS, Form
 from simplclip.models.registry import configuration
@@ -62,9 +61,10 @@ def run(
     start to blend with, or a model that transformers lacks).
     """
     out = Path(out)
+    check_writable(out, "out")
     weights, whole = FORMS[to]
-    names = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    names = [name for name in names if name != CARD and not name.startswith(".")]
+    found = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    names = [name for name in found if name != CARD and not name.startswith(".")]
     # an export that was interrupted has only the weights
     if names and not (force and {weights, whole} & {*names}):
         raise FileExistsError(
@@ -112,7 +112,8 @@ def run(
             tensors = {key: t.clone(memory_format=torch.contiguous_format) for key, t in named}
             metadata = {"format": "pt", "model": name, "step": str(state["step"])}
             (work / weights).write_bytes(save(tensors, metadata))
-            write_preprocessing(work, model, tokenizer)
+            if hasattr(tokenizer, "save_pretrained"):
+                tokenizer.save_pretrained(work)
         if (out / CARD).exists():
             print(f"kept {out / CARD}, a model card of before")
         else:
@@ -136,22 +137,6 @@ def run(
         print(f"wrote {out / name}: {(out / name).stat().st_size:,} bytes")
     print(lines)
     return summary
-
-
-def write_preprocessing(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Writes preprocessing.json into a folder, and the files of a tokenizer of Hugging Face.
-
-    model: an open_clip model. tokenizer: one without `save_pretrained` is only named.
-    """
-    text = {
-        "context_length": get_model_tokenize_cfg(model)["context_length"],
-        "tokenizer": type(tokenizer).__name__,
-    }
-    if hasattr(tokenizer, "save_pretrained"):
-        tokenizer.save_pretrained(folder)
-        text["tokenizer"] = "tokenizer.json"
-    about = {"image": get_model_preprocess_cfg(model), "text": text}
-    (folder / "preprocessing.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
 LOADING = {

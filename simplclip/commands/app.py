@@ -34,7 +34,7 @@ class Commands(TyperGroup):
     """
 
     def invoke(self, ctx):
-        """Exits with 130 after Ctrl-C, 1 if the reader of the output has ended, else 2.
+        """Exits with 130 after Ctrl-C, else 2; click ends with 1 if the output's reader has ended.
 
         With SIMPLCLIP_DEBUG a UserError or OSError keeps its traceback, as other errors do.
         """
@@ -47,12 +47,8 @@ class Commands(TyperGroup):
             # for `simplclip[train]` pip takes the simplclip that is installed
             install = f"pip install 'simplclip[{EXTRAS.get(package, 'train')}]'"
             fail(f"this command needs the package {error.name}: {install}", 2)
-        # the reader of the output, such as `head`, has ended; Python would write again at exit
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            raise typer.Exit(1) from None
         except (UserError, OSError) as error:
-            if os.environ.get("SIMPLCLIP_DEBUG"):
+            if isinstance(error, BrokenPipeError) or os.environ.get("SIMPLCLIP_DEBUG"):
                 raise
             fail(str(error), 2)
 
@@ -84,9 +80,8 @@ def _root(
     """Lets stdout and stderr write escapes for characters that they lack; runs before commands."""
     # one that the process has not (`2>&-`) writes to nowhere: the next file would get its number
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        # an output that has no such characters shows escapes
-        if isinstance(stream, io.TextIOWrapper):
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -9,9 +9,7 @@ import typer
 
 from simplclip.commands.app import app
 
-data = typer.Typer(
-    no_args_is_help=True, short_help="Make shards of pairs.", help="Make shards of pairs."
-)
+data = typer.Typer(no_args_is_help=True, help="Make shards of pairs.")
 app.add_typer(data, name="data")
 
 

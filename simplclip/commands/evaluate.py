@@ -15,7 +15,6 @@ from simplclip.common.errors import InputError
 
 
 @app.command(
-    short_help="Evaluate models by retrieval and classification.",
     epilog="Example: simplclip evaluate runs/NAME open_clip:ViT-B-32/laion.pt "
     "--data test='shards/test-*.tar'",
 )
@@ -89,8 +88,9 @@ def evaluate(
     device: Device = "auto",
     precision: Precision = "fp32",
 ) -> None:
-    """Evaluate models by zero-shot retrieval and classification; write a table, JSON and pictures
-    of the results.
+    """Evaluate models by zero-shot retrieval and classification.
+
+    Writes a table, JSON and pictures of the results.
     """
     splits = named_splits(data or [])
     if blend or not splits:  # a blend is judged by the run's own data too
@@ -130,9 +130,9 @@ def splits_of(model: str) -> dict[str, Any]:
     model: the folder of a run, or a checkpoint in it. Since it may come from elsewhere, its splits
     may be local files alone: raises InputError for commands and URLs.
     """
-    folder = Path(model) if Path(model).is_dir() else Path(model).parent
-    file = folder / "config.yaml"
-    if not (Path(model).exists() and file.is_file()):
+    path = Path(model)
+    file = (path if path.is_dir() else path.parent) / "config.yaml"
+    if not (path.exists() and file.is_file()):
         return {}
     from simplclip.train import config
 
@@ -144,8 +144,7 @@ def splits_of(model: str) -> dict[str, Any]:
         ) from None
     splits = settings.eval.splits | settings.held_out
     for name, split in splits.items():
-        remote = re.search(r'"(pipe:.*?|[^"]*://.*?)"', json.dumps(split))
-        if remote:
+        if remote := re.search(r'"(pipe:.*?|[^"]*://.*?)"', json.dumps(split)):
             raise InputError(
                 f"data: expected local files in the eval.splits of {file}, got {remote[1]!r}; "
                 f"name the data by --data {name}=DATA"

@@ -12,10 +12,7 @@ from simplclip.commands.options import Last
 from simplclip.models.naming import Form
 
 
-@app.command(
-    short_help="Write a folder that open_clip or transformers loads.",
-    epilog="Example: simplclip export runs/NAME --out export",
-)
+@app.command(epilog="Example: simplclip export runs/NAME --out export")
 def export(
     checkpoint: Annotated[
         Path, typer.Argument(help="Checkpoint, or the folder of a run (its best.pt, else last.pt).")
@@ -37,8 +34,9 @@ def export(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
 ) -> None:
-    """Write a checkpoint as a folder with safetensors that open_clip or transformers loads, and
-    print the lines that load it.
+    """Write a checkpoint as a folder that open_clip or transformers loads.
+
+    Prints the lines that load it.
     """
     from simplclip import export as exporter
 

@@ -4,8 +4,7 @@ It imports what the command needs when it runs, so that --help needs only the co
 """
 
 # isort: off
-from simplclip.commands import doctor as doctor
-from simplclip.commands import selftest as selftest
+from simplclip.commands import machine as machine
 from simplclip.commands import train as train
 from simplclip.commands import evaluate as evaluate
 from simplclip.commands import plan as plan

@@ -19,7 +19,6 @@ from simplclip.commands.options import (
 
 
 @app.command(
-    short_help="Write a teacher's features beside shards.",
     epilog="Example: simplclip teacher 'shards/*.tar' --out taught "
     "--teacher open_clip:ViT-B-32 --checkpoint vit.pt",
 )
@@ -55,8 +54,9 @@ def teacher(
     precision: Precision = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the views.")] = 0,
 ) -> None:
-    """Write a teacher's features of images and captions into sidecars of the shards, which training
-    reads (data.sidecars).
+    """Write a teacher's features into sidecars of the shards.
+
+    They are of images and captions; training reads them (data.sidecars).
     """
     from simplclip import teacher as teachers
     from simplclip.common import ranks

@@ -28,10 +28,7 @@ def _config_help(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.command(
-    short_help="Train a model.",
-    epilog="Example: simplclip train siclip-s0 --set data.train='shards/*.tar' --resume",
-)
+@app.command(epilog="Example: simplclip train siclip-s0 --set data.train='shards/*.tar' --resume")
 def train(
     config: Annotated[
         str, typer.Argument(help="YAML file, or the name of a built-in config such as siclip-s0.")

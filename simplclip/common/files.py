@@ -68,10 +68,9 @@ def locked(folder: Path, name: str) -> Iterator[None]:
     """Context in `folder` that one process at a time can enter; makes the folder and its parents.
 
     Of these, folders that are empty at the end are removed. Raises FileExistsError if another
-    process stays inside for WAIT seconds, InputError for a file.
+    process stays inside for WAIT seconds, and as `check_writable` does.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{name}: expected a folder, got the file {folder}")
+    check_writable(folder, name)
     made = [part for part in (folder, *folder.parents) if not part.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / ".lock"
@@ -94,8 +93,12 @@ def locked(folder: Path, name: str) -> Iterator[None]:
 
 
 def check_writable(folder: Path, name: str) -> None:
-    """Raises InputError if nothing can be written to a folder, or to where it would be made."""
-    existing = next(filter(os.path.exists, (folder, *folder.absolute().parents)))
+    """Raises InputError for a file, and if nothing can be written to a folder, or where it would
+    be made.
+    """
+    existing = next(filter(os.path.lexists, (folder, *folder.absolute().parents)))
+    if not existing.is_dir():
+        raise InputError(f"{name}: expected a folder, got the file {existing}")
     if not os.access(existing, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         raise InputError(f"{name}: expected a folder that can be written to, got {existing}")
 

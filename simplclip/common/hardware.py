@@ -13,9 +13,6 @@ import torch
 from simplclip.common.errors import InputError
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Values of ONEDNN_MAX_CPU_ISA by which oneDNN, which computes torch's products, copies bf16
-# operands to fp32.
-ISAS_WITHOUT_BF16 = re.compile("SSE41|AVX|AVX2(_VNNI(_2)?)?|AVX512_CORE(_VNNI)?")
 # the memory limit of a container, by versions 2 and 1 of control groups
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -24,12 +21,9 @@ def pick_device(name: str = "auto") -> torch.device:
     """Returns the device `name`, for "auto" a GPU if there is one; InputError for a missing one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(
-            f"device: expected cpu, cuda or cuda:N, got {name!r} ({str(error).splitlines()[0]})"
-        ) from None
+    if not re.fullmatch(r"(cpu|cuda)(:\d\d?)?", name):
+        raise InputError(f"device: expected cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
             f"device: expected a device of this machine, got {name!r}; it has "
@@ -39,15 +33,9 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether products in bf16 run in the hardware of `device`; emulated ones are slower than fp32.
-
-    On a CPU the variable ONEDNN_MAX_CPU_ISA may forbid them.
-    """
+    """Whether products in bf16 run in hardware of `device`; emulated ones are slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    if device.type != "cpu" or ISAS_WITHOUT_BF16.fullmatch(isa):
-        return False
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 

@@ -59,18 +59,18 @@ def join(minutes: float = WEEK) -> Iterator[None]:
     another rank has ended.
     """
     global _objects
-    before, exists, limit = _objects, dist.is_initialized(), timedelta(minutes=minutes)
-    starts = not exists and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+    launched = dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+    starts, limit = launched and not dist.is_initialized(), timedelta(minutes=minutes)
     try:
         if starts:
             dist.init_process_group(timeout=limit)
-        if starts or exists:
+        if dist.is_initialized():
             _objects = dist.new_group(backend="gloo", timeout=limit)
         yield
     except RuntimeError as error:
         raise as_rank_error(error) from error.__cause__
     finally:
-        _objects = before
+        _objects = None
     # after an error the other ranks may be in a collective, and would wait for this one
     if starts:
         dist.destroy_process_group()
@@ -110,11 +110,8 @@ def on_first(function: Callable[[*Arguments], Result], *args: *Arguments) -> Res
 
     It must not exchange anything with other ranks.
     """
-    if count() == 1:
-        return function(*args)
-    values: list[Any] = [function(*args) if first() else None]
-    dist.broadcast_object_list(values, device=torch.device("cpu"), group=_objects)
-    return values[0]
+    value: Any = function(*args) if first() else None
+    return all_gather(value)[0]
 
 
 def gather_to_first(items: Iterable[Item]) -> Iterator[Item]:
@@ -122,9 +119,6 @@ def gather_to_first(items: Iterable[Item]) -> Iterator[Item]:
 
     All ranks have to iterate over the result to its end.
     """
-    if count() == 1:
-        yield from items
-        return
     iterator = iter(items)
     while True:
         parts = all_gather(list(islice(iterator, 1)))  # empty at the end

@@ -6,8 +6,8 @@ index.py            encoded held-out data: search, R@k, loss, pictures
 classification.py   zero-shot accuracies, names of classes, phrases
 results.py          the results, evaluation.json and the table
 sheets.py           pictures of queries and their answers
-run.py              all of these for several models and splits
-blending.py         blends of a run's weights with those of its start
+run.py              all of these for several models and splits, and for blends of a run's weights
+                    with those of its start
 """
 
 import lazy_loader as _lazy

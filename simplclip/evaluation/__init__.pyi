@@ -1,7 +1,5 @@
 # The public names of simplclip.evaluation, each imported on first use; __init__.py reads this file.
 
-from .blending import blend as blend
-from .blending import evaluate_blend as evaluate_blend
 from .classification import named as named
 from .classification import phrases as phrases
 from .classification import zero_shot as zero_shot
@@ -20,6 +18,8 @@ from .results import SplitResult as SplitResult
 from .results import first_right as first_right
 from .run import VERSIONS as VERSIONS
 from .run import Settings as Settings
+from .run import blend as blend
 from .run import evaluate as evaluate
+from .run import evaluate_blend as evaluate_blend
 from .run import load_splits as load_splits
 from .sheets import contact_sheet as contact_sheet

@@ -40,16 +40,15 @@ def nearest(
     height = max(1, _TILE_BYTES // (4 * width))
     for start in range(0, len(queries), height):
         part = queries[start : start + height].to(device)
+        similarities = part.new_empty(len(part), 0)
+        rows = similarities.long()
         for first in range(0, len(candidates), width):
             tile = part @ candidates[first : first + width].to(device).T
             values, columns = tile.topk(min(k, tile.shape[1]))
-            if first == 0:
-                similarities, rows = values, columns
-                continue
-            values = torch.cat([similarities, values], 1)
-            columns = torch.cat([rows, columns + first], 1)
-            similarities, order = values.topk(min(k, values.shape[1]))
-            rows = columns.gather(1, order)
+            similarities = torch.cat([similarities, values], 1)
+            rows = torch.cat([rows, columns + first], 1)
+            similarities, order = similarities.topk(min(k, similarities.shape[1]))
+            rows = rows.gather(1, order)
         yield start, similarities, rows
 
 
@@ -63,8 +62,8 @@ def recall(
     """Returns, for each k of KS, the share of queries with a right answer among the k nearest.
 
     A candidate is right if it is of the query's group.
-    queries: [n, D], candidates: [m, D], groups: int64 [n] and [m] on the CPU. device: where
-    similarities are computed.
+    queries: [n, D], candidates: [m, D], groups: int64 [n] and [m], from 0, on the CPU.
+    device: where similarities are computed.
     With as many groups as pairs this is the usual R@k. Its chance is the share if candidates are
     ranked at random: 1 - C(m-r, k)/C(m, k), with binomial coefficients C, for r right candidates of
     m, averaged over the queries. Extra memory: a tile of similarities, 64 MiB; never [n, m].
@@ -74,9 +73,8 @@ def recall(
     for start, _, rows in nearest(queries, candidates, max(KS), device):
         right = candidate_groups[rows.cpu()] == query_groups[start : start + len(rows), None]
         hits += torch.stack([right[:, :k].any(1).sum() for k in KS])
-    groups, sizes = candidate_groups.unique(return_counts=True)
-    index = torch.searchsorted(groups, query_groups).clamp(max=len(groups) - 1)
-    right_answers = torch.where(groups[index] == query_groups, sizes[index], 0).double()
+    sizes = candidate_groups.bincount(minlength=int(query_groups.max()) + 1)
+    right_answers = sizes[query_groups].double()
     figures: Recall = {}
     for k, count in zip(KS, hits.tolist()):
         tries = torch.arange(min(k, m))
@@ -95,20 +93,17 @@ def candidates_of(rows: Sequence[HeldOutRow]) -> tuple[list[str], Tensor, Tensor
     """
     # name of a group, or row of an image without one -> number of the group
     numbers: dict[str | int, int] = {}
-    known: set[tuple[int, str]] = set()  # number of a group, and one of its captions
-    captions: list[str] = []
-    caption_groups: list[int] = []
     groups: list[int] = []
+    # (number of a group, caption, its place if it has no equals): those that count, in order
+    counted: dict[tuple[int, str, int], None] = {}
     for row, image in enumerate(rows):
         number = numbers.setdefault(row if image.group is None else image.group, len(numbers))
-        texts = image.captions
-        if image.group is not None:
-            texts = [text for text in dict.fromkeys(texts) if (number, text) not in known]
-            known.update((number, text) for text in texts)
         groups.append(number)
-        caption_groups += [number] * len(texts)
-        captions += texts
-    return captions, torch.tensor(caption_groups).long(), torch.tensor(groups).long()
+        for place, text in enumerate(image.captions):
+            counted[number, text, place if image.group is None else 0] = None
+    captions = [text for _, text, _ in counted]
+    caption_groups = torch.tensor([number for number, _, _ in counted])
+    return captions, caption_groups.long(), torch.tensor(groups).long()
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,11 +160,10 @@ class Index:
         """
         if not self.captions:
             return None
-        first: dict[int, int] = {}  # caption of each group
-        for row, group in enumerate(self.caption_groups.tolist()):
-            first.setdefault(group, row)
-        groups = self.groups.tolist()
-        pairs = torch.tensor([(row, first[g]) for row, g in enumerate(groups) if g in first])
+        images = self.captioned().nonzero()[:, 0]
+        # the first caption of each image's group
+        ordered, order = self.caption_groups.sort(stable=True)
+        pairs = torch.stack([images, order[torch.searchsorted(ordered, self.groups[images])]], 1)
         size = min(batch_size, len(pairs))
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
         loss: Any = losses.ClipLoss()
@@ -211,8 +205,7 @@ def encode(
         if not batch.rows:
             return batch
         pixels = finish_on_device(encoder.preprocess, batch.images, encoder.device)
-        features = encoder.features("image", pixels).cpu()
-        return HeldOutBatch(features, batch.rows, batch.skipped)
+        return batch._replace(images=encoder.features("image", pixels).cpu())
 
     def text_features(start: int) -> Tensor:
         tokens = encoder.tokenizer(captions[start : start + batch_size])
@@ -221,20 +214,18 @@ def encode(
     part = {"rank": ranks.number(), "world_size": ranks.count()}
     batches = data.batches(encoder.preprocess, batch_size, workers, **part)
     rows: list[HeldOutRow] = []
-    images: list[Tensor] = []
-    skipped = Skipped()
+    # ranks but the first get none
+    images, texts, skipped = [torch.empty(0)], [torch.empty(0)], Skipped()
     with Progress(progress or "", unit="images", shown=progress is not None) as bar:
         for batch in ranks.gather_to_first(map(image_features, batches)):
             skipped.merge(batch.skipped)
-            if batch.rows:
-                rows += batch.rows
-                images.append(batch.images)
+            rows += batch.rows
+            images.append(batch.images)
             bar.update(len(batch.rows))
     if ranks.first() and not rows:
         raise data.nothing_usable(skipped)
     captions, caption_groups, groups = ranks.on_first(candidates_of, rows)
     starts = range(0, len(captions), batch_size)[ranks.number() :: ranks.count()]
-    texts = list(ranks.gather_to_first(map(text_features, starts)))
-    # ranks but the first have none
-    x, y = (torch.cat(parts) if parts else torch.empty(0, 0) for parts in (images, texts))
-    return Index(data, rows, captions, caption_groups, groups, x, y, skipped)
+    texts += ranks.gather_to_first(map(text_features, starts))
+    features = torch.cat(images), torch.cat(texts)
+    return Index(data, rows, captions, caption_groups, groups, *features, skipped)

@@ -49,7 +49,6 @@ class SplitResult(TypedDict):
     text_to_image: NotRequired[Recall]
     zero_shot: Classification | None  # None: no image has a label
     left_out: list[str]  # what has no figures, and why
-    contact_sheet: str | None  # path of the picture
 
 
 class Results(TypedDict):
@@ -59,7 +58,7 @@ class Results(TypedDict):
     model: str
     step: int | None  # None: not of a run
     precision: str
-    versions: NotRequired[dict[str, str]]  # of this library and of torch; only of the first model
+    versions: dict[str, str]  # of this library and of torch
     splits: dict[str, SplitResult]
     baselines: NotRequired[dict[str, Results]]
 

@@ -107,6 +107,10 @@ def parse_source(text: Text, checkpoint: Text | None = None, *, last: bool = Fal
     # after register_models open_clip knows the names of this library too
     ours = not plain and name in NAMES and bool(rest) != bool(given)
     if not (ours or plain or (slash and name in open_clip.list_models())):
+        if given:
+            raise InputError(
+                f"source: expected a model's name beside the weights {given}, got {label}"
+            )
         return Source(label, file=label)
     if not given and (ours or os.path.isfile(rest)):
         rest, given = "", rest

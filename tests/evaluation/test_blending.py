@@ -21,7 +21,8 @@ pytestmark = pytest.mark.long
 
 LABELLED = [("labels", "zero_shot")]
 LABELS = ("--data", "labels=labels.tar")
-TEXT = tiny.MODEL
+PLAIN = {"simplified": False, "vision_cfg": {"image_size": 24}, **tiny.MODEL}
+AVERAGE = ["inherit.source=plain.pt", "inherit.blocks=average"]
 CPU = ("--workers", 0, "--device", "cpu")
 
 
@@ -143,17 +144,6 @@ def test_both_ends_have_the_figures_of_evaluate_and_the_best_mean_is_named(insid
 
 
 @pytest.mark.slow
-def test_a_moved_run_evaluates_its_splits_between_the_start_and_its_last_step(inside, monkeypatch):
-    monkeypatch.setattr("simplclip.evaluation.blending.ALPHAS", (0.0, 0.3))
-    shutil.copytree("runs/tuned", "moved")
-    results, _ = evaluated("moved", "--last")
-    assert list(results["rows"][0]["splits"]) == ["one", "held_out"]
-    assert (results["checkpoint"], results["step"]) == ("moved/last.pt", 7)
-    assert results["rows"] == evaluated("runs/tuned", "--last")[0]["rows"]
-    assert results["rows"][1] != evaluated("runs/tuned")[0]["rows"][1]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -173,71 +163,60 @@ def test_a_start_is_made_again_from_the_config(inside, tmp_path, changes):
 
 @pytest.mark.slow
 def test_other_weights_at_the_path_of_the_start_are_refused_by_name(inside):
-    commands = [("evaluate", "runs/tuned", "--blend", "--data", "one.tar")]
-    commands.append(("export", "runs/tuned/best.pt", "--out", "new", "--blend", "0.5"))
     kept = torch.load("base/last.pt")
+    state = read_checkpoint("runs/tuned/best.pt")
     name = "text.token_embedding.weight"
     try:
-        for change in ({"step": 99}, {"model": kept["model"] | {name: kept["model"][name] + 0.1}}):
-            torch.save(kept | change, "base/last.pt")
-            for file in ("best", "last"):
-                state = read_checkpoint(f"runs/tuned/{file}.pt")
-                if "step" in change:
-                    assert load_start("run", state)[0] == "base"
-                    continue
-                with pytest.raises(InputError, match=f"others in base, of {name} first"):
-                    load_start("run", state)
-        for words in commands:
-            line = one_line(*words)
-            assert "expected the weights from which runs/tuned/best.pt started, got oth" in line
+        torch.save(kept | {"step": 99}, "base/last.pt")
+        assert load_start("run", state)[0] == "base"
+        changed = kept["model"] | {name: kept["model"][name] + 0.1}
+        torch.save(kept | {"model": changed}, "base/last.pt")
+        line = one_line("export", "runs/tuned/best.pt", "--out", "new", "--blend", "0.5")
+        assert "expected the weights from which runs/tuned/best.pt started, got oth" in line
+        assert f"others in base, of {name} first" in line
     finally:
         torch.save(kept, "base/last.pt")
 
 
 @pytest.mark.slow
-def test_a_run_without_a_start_of_its_architecture_is_refused_before_the_data(inside, tmp_path):
-    def line_of(*changes):
-        values = tiny.settings(tmp_path, *changes).to_dict()
-        state = torch.load("base/last.pt")
-        torch.save(state | {"config": values}, tmp_path / "run.pt")
-        return one_line("evaluate", tmp_path / "run.pt", "--blend", "--data", "one.tar")
-
-    def config_of(*changes):
-        return {"config": tiny.settings(tmp_path, *changes).to_dict()}
-
-    new = "blend: expected a run that starts from trained weights of its own architecture, got "
-    other = "model.options.text_cfg={layers: 2, width: 64, heads: 2}"
-    scratch = one_line("evaluate", "base", "--blend", "--data", "one.tar")
-    assert f"{new}base, in which 62 tensors, visual." in scratch
-    with pytest.raises(InputError, match="12 tensors, text.transformer.resblocks.1"):
-        load_start("run.pt", config_of("model.checkpoint=base", other))
-    plain = models.create("siclip-tiny", simplified=False, vision_cfg={"image_size": 24}, **TEXT)
-    torch.save(plain.state_dict(), tmp_path / "plain.pt")
-    average = [f"inherit.source={tmp_path / 'plain.pt'}", "inherit.blocks=average"]
-    for start in ([], ["model.checkpoint=base"]):
-        with pytest.raises(InputError, match="whose blocks start by inherit.blocks"):
-            load_start("run.pt", config_of(*start, *average))
-    for change, error in (
-        ("model.checkpoint=gone", "model.checkpoint: expected a file of weights, got no such file"),
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([], "of its own architecture, got run.pt, in which 62 tensors, visual."),
         (
-            "inherit.source=[base, no.pt]",
-            "inherit.source: expected a file of weights, got no such file: no",
+            ["model.checkpoint=base", "model.options.text_cfg={layers: 2, width: 64, heads: 2}"],
+            "in which 12 tensors, text.transformer.resblocks.1",
         ),
-    ):
-        started = f"blend: expected the weights from which {tmp_path / 'run.pt'} started, got "
-        assert started + error in line_of(change)
-    torch.save(models.create("siclip-tiny").state_dict(), tmp_path / "w.pt")
-    for names in (["base", "runs/tuned"], [f"siclip-tiny/{tmp_path / 'w.pt'}"]):
+        (["model.checkpoint=base", *AVERAGE], "whose blocks start by inherit.blocks"),
+        (["model.checkpoint=gone"], "started, got model.checkpoint: expected a file of weights"),
+        (["inherit.source=[base, no.pt]"], "expected a file of weights, got no such file: no.pt"),
+    ],
+)
+def test_a_run_without_a_start_of_its_architecture_is_refused(inside, tmp_path, changes, message):
+    torch.save(models.create("siclip-tiny", **PLAIN).state_dict(), "plain.pt")
+    with pytest.raises(InputError) as error:
+        load_start("run.pt", {"config": tiny.settings(tmp_path, *changes).to_dict()})
+    assert message in str(error.value)
+
+
+@pytest.mark.slow
+def test_what_has_no_start_is_refused(inside):
+    line = one_line("evaluate", "base", "--blend", "--data", "one.tar")
+    assert "blend: expected a run that starts from trained weights of its own" in line
+    torch.save(models.create("siclip-tiny").state_dict(), "w.pt")
+    for names in (["base", "runs/tuned"], ["siclip-tiny/w.pt"]):
         line = one_line("evaluate", *names, "--blend", "--data", "one.tar")
         assert f"--blend: expected one run or checkpoint, got {', '.join(names)}" in line
-    assert call("export", "runs/tuned", "--out", "new", "--blend", "1.5").exit_code == 2
-    assert f"{new}base, in" in one_line("export", "base", "--out", "new", "--blend", "0.5")
 
 
 @pytest.mark.slow
 def test_an_export_has_the_blended_weights_and_their_figures(inside, tmp_path, monkeypatch):
-    monkeypatch.setattr("simplclip.evaluation.blending.ALPHAS", (0.0, 0.3, 1.0))
+    monkeypatch.setattr("simplclip.evaluation.run.ALPHAS", (0.0, 0.3))
+    shutil.copytree("runs/tuned", "moved")
+    last, _ = evaluated("moved", "--last")
+    assert (last["checkpoint"], last["step"]) == ("moved/last.pt", 7)
     results, _ = evaluated("runs/tuned", "--data", "one=one.tar")
+    assert results["rows"][1] != last["rows"][1]
     shutil.copy("out/blend.json", "runs/tuned")
 
     def exported(alpha, *options):

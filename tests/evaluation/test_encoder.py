@@ -112,6 +112,14 @@ def test_a_run_its_checkpoint_and_its_export_are_the_same_encoder(
     message = "checkpoint: expected weights that fit the model, got .*: Missing key"
     with pytest.raises(CheckpointError, match=message):
         simplclip.load("siclip2-s0", trained)
+    message = "source: expected a model's name beside the weights gone.pt, got "
+    with pytest.raises(ValueError, match=message):  # they would not be read
+        simplclip.load(trained, "gone.pt")
+    for device in ("meta", "cuda:x", "cpu:"):
+        with pytest.raises(
+            ValueError, match=f"device: expected cpu, cuda or cuda:N, got '{device}'"
+        ):
+            simplclip.load(trained, device=device)
     (tmp_path / "export.json").write_text("{}")
     (tmp_path / "open_clip_model.safetensors").touch()
     with pytest.raises(CheckpointError, match="expected a file of simplclip export"):

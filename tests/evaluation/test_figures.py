@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from simplclip import data, evaluation
-from simplclip.evaluation import classification
 from simplclip.evaluation import index as indexing
 from simplclip.evaluation import results as showing
 from support.data.pairs import png, write
@@ -138,17 +137,31 @@ class OneHot(torch.nn.Module):
         return F.one_hot(numbers, 6).float()
 
 
+def labelled(tmp_path, labels, names):
+    """Returns held-out data with these labels, whose classes have these names."""
+    rows = [
+        (f"k{i:02}", {"png": png(), "json": json.dumps({"label": label}).encode()})
+        for i, label in enumerate(labels)
+    ]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    return evaluation.named(data.held_out(write(tmp_path / "s.tar", rows)), tmp_path / "names.txt")
+
+
+def zero_shot(index, names, templates=("{}",)):
+    """Returns the figures of a model by which the n-th name has the n-th unit vector."""
+
+    def tokenizer(texts):
+        return torch.tensor([names.index(text.removeprefix("a ")) for text in texts])
+
+    return evaluation.zero_shot(encoder_of(OneHot(), tokenizer), index, templates)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_zero_shot_counts_and_leaves_out_what_has_no_label(tmp_path, seed):
-    names = sorted(tiny.SHAPES)
-    rows = [
-        (f"k{i:02}", {"png": png(), "json": json.dumps({"label": names[i % 5]}).encode()})
-        for i in range(22)
-    ]
-    (tmp_path / "names.txt").write_text("\n".join(names))  # of the sixth there is no image
-    held_out = data.held_out(write(tmp_path / "s.tar", rows))
+    names = sorted(tiny.SHAPES)  # of the sixth there is no image
+    held_out = labelled(tmp_path, [names[i % 5] for i in range(22)], names)
     features = torch.randn(22, 6, generator=torch.Generator().manual_seed(seed))
-    index = index_of(evaluation.named(held_out, tmp_path / "names.txt"), features)
+    index = index_of(held_out, features)
     index.rows[0] = index.rows[0]._replace(label=None)
     truth = [i % 5 for i in range(22)]
     order = index.image_features.argsort(1, descending=True).tolist()
@@ -156,14 +169,7 @@ def test_zero_shot_counts_and_leaves_out_what_has_no_label(tmp_path, seed):
     per_class = [
         np.mean([hit for hit, number in zip(right[1], truth[1:]) if number == c]) for c in range(5)
     ]
-
-    def tokenizer(texts):
-        return torch.tensor([names.index(text.removeprefix("a ")) for text in texts])
-
-    def zero_shot(templates):
-        return evaluation.zero_shot(encoder_of(OneHot(), tokenizer), index, templates)
-
-    got = zero_shot(["a {}", "{}"])
+    got = zero_shot(index, names, ["a {}", "{}"])
     about = got["classes"], got["images"], got["templates"]
     assert about == (names, 21, ["a {}", "{}"])
     for name, value, chance in (
@@ -174,67 +180,24 @@ def test_zero_shot_counts_and_leaves_out_what_has_no_label(tmp_path, seed):
         assert got[name]["value"] == pytest.approx(value)
         assert got[name]["chance"] == chance
     with pytest.raises(ValueError, match="template: expected a phrase with one .* got 'an emoji'"):
-        zero_shot(["{}", "an emoji"])
+        zero_shot(index, names, ["{}", "an emoji"])
     index.rows[:] = [row._replace(label=None) for row in index.rows]
-    assert zero_shot(["{}"]) is None
-
-
-class Halves(torch.nn.Module):
-    """A model whose features of a text are in bfloat16, as under autocast."""
-
-    def encode_text(self, numbers, normalize=True):
-        return F.normalize(1.0 / (1 + numbers[:, None] + torch.arange(6)), dim=-1).bfloat16()
-
-
-def test_weights_of_classes_are_finite_and_of_length_one(tmp_path):
-    """Rounded lengths would prefer some classes, and NaN is nearest to every image."""
-    rows = [(f"k{i}", {"png": png(i), "cls": str(i).encode()}) for i in range(12)]
-    held_out = data.held_out(write(tmp_path / "s.tar", rows))
-    names = list(map(str, range(12)))
-    encoder = encoder_of(Halves(), lambda texts: torch.tensor([float(text) for text in texts]))
-    weights = classification.class_weights(encoder, names, ["{}", "0{}"])
-    torch.testing.assert_close(weights.norm(dim=0), torch.ones(12), atol=1e-6, rtol=0)
-    (tmp_path / "names.txt").write_text("\n".join([*names[:-1], "nan"]))
-    index = index_of(evaluation.named(held_out, tmp_path / "names.txt"), torch.eye(12, 6))
-    with pytest.raises(ValueError, match="finite features, got text features that are not finite"):
-        evaluation.zero_shot(encoder, index, ["{}"])
+    assert zero_shot(index, names) is None
 
 
 def test_equal_names_are_one_class_of_labels_that_are_names(tmp_path):
-    names, labels = ["crane", "crane", "dog"], ["crane", "crane", "dog", "dog"]
-    rows = [
-        (f"k{i}", {"png": png(i), "json": json.dumps({"label": label}).encode()})
-        for i, label in enumerate(labels)
-    ]
-    (tmp_path / "names.txt").write_text("\n".join(names))
-    held_out = data.held_out(write(tmp_path / "s.tar", rows))
-    features = F.one_hot(torch.tensor([0, 0, 2, 0]), 6).float()
-    index = index_of(evaluation.named(held_out, tmp_path / "names.txt"), features)
-    encoder = encoder_of(
-        OneHot(), lambda texts: torch.tensor([names.index(text) for text in texts])
-    )
-
-    half_better = {"value": 0.75, "chance": 0.5}
-    got = evaluation.zero_shot(encoder, index, ["{}"])
+    names = ["crane", "crane", "dog"]
+    held_out = labelled(tmp_path, ["crane", "crane", "dog", "dog"], names)
+    index = index_of(held_out, F.one_hot(torch.tensor([0, 0, 2, 0]), 6).float())
+    got = zero_shot(index, names)
     assert got["classes"] == ["crane", "dog"]
-    assert got["top1"] == got["mean_per_class"] == half_better
+    assert got["top1"] == got["mean_per_class"] == {"value": 0.75, "chance": 0.5}
     assert got["top5"] == {"value": 1.0, "chance": 1.0}
     rows = [row._replace(label=label) for row, label in zip(index.rows, [0, 1, 2, 2])]
-    numbered = evaluation.zero_shot(encoder, replace(index, rows=rows), ["{}"])
+    numbered = zero_shot(replace(index, rows=rows), names)
     assert numbered["classes"] == names
     # one of the two images of a crane is wrong
     assert numbered["top1"] == {"value": 0.5, "chance": 1 / 3}
-
-
-def test_labels_need_names(tmp_path):
-    rows = [(f"k{i}", {"png": png(i), "cls": str(i).encode()}) for i in range(3)]
-    held_out = data.held_out(write(tmp_path / "s.tar", rows))
-    (tmp_path / "two.txt").write_text("a\nb")
-    two = evaluation.named(held_out, tmp_path / "two.txt")
-    for held, message in ((held_out, "the label 0 and 0 names"), (two, "the label 2 and 2 names")):
-        expected = f"classnames: expected a name for each label of .*{message}"
-        with pytest.raises(ValueError, match=expected):
-            evaluation.zero_shot(encoder_of(None), index_of(held, torch.eye(3)), ["{}"])
 
 
 SYNSETS = ("n02123045", "n01440764", "n02099601")  # tabby, tench, golden retriever

@@ -13,7 +13,7 @@ import open_clip
 import pytest
 import torch
 
-import simplclip.evaluation.blending
+import simplclip.evaluation.run
 import simplclip.export
 import simplclip.train.loop
 import simplclip.train.setup

@@ -64,6 +64,7 @@ def test_a_card_of_a_run_that_was_evaluated(trained, tmp_path):
     assert "- held, text to image R@1: 6.2% (chance 0.1%)" in lines
     assert "- things, zero shot mean per class: 50.0% (chance 25.0%)" in lines
     parameters = sum(p.numel() for p in trained.model.parameters())
+    assert lines[0] == "# siclip-tiny"
     assert f"of {parameters:,} parameters, trained to step 7 by simplclip" in card.text
     assert "- Started from: random weights" in lines
     assert "- Images in an epoch: 841" in lines

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import simplclip
-from simplclip.commands.doctor import render
+from simplclip.commands.machine import render
 from simplclip.common import hardware
 from simplclip.ops import backends, registry, similarity_loss, simplified_block
 from simplclip.ops import report as reports

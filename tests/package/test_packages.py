@@ -88,7 +88,7 @@ def test_source_distribution_has_all_that_is_built_and_no_tests(tmp_path):
     run(sys.executable, "-c", hook)
     with tarfile.open(the_file(tmp_path, "*.tar.gz")) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    suffixes = (".h", ".cuh", ".cpp", ".cu", ".py", ".pyi", ".typed", ".csv", ".yaml")
+    suffixes = (".h", ".cuh", ".cpp", ".cu", ".py", ".pyi", ".typed", ".csv", ".yaml", ".md")
     wanted = set()
     for folder in ("csrc", "simplclip/kernels", "simplclip"):
         files = [path for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]

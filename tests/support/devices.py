@@ -22,7 +22,8 @@ BACKENDS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Without bfloat16 instructions, and as a lesser CPU than it runs on, oneDNN copies operands of half
 # types to float32.
-NATIVE_BF16 = hardware.native_bf16(torch.device("cpu"))
+ONEDNN = os.environ.get("ONEDNN_MAX_CPU_ISA", "BF16")
+NATIVE_BF16 = hardware.native_bf16(torch.device("cpu")) and "BF16" in ONEDNN
 NATIVE_FP16 = torch.ops.mkldnn._is_mkldnn_fp16_supported()
 needs_native_bf16 = pytest.mark.skipif(
     not NATIVE_BF16, reason="oneDNN copies bfloat16 to float32 on this CPU"
