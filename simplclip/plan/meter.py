@@ -19,22 +19,20 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
+from simplclip.plan.cards import Work
+
 aten = torch.ops.aten
 WIDE_GROUP = 64  # channels
 ROUNDED_TO = 512  # bytes, by torch's allocator
 NO_KERNEL = ("empty", "new_empty", "_unsafe_view")
 
 
-class Work(NamedTuple):
-    """What an op of a forward pass does."""
+class Pass(NamedTuple):
+    """A forward pass. Sizes are bytes beside what lived before."""
 
-    kind: str  # of rates.KINDS
-    flops: float
-    bytes: float  # that it reads and writes, each tensor once
-    half: bool  # whether tensor cores multiply half types
-    runs: int  # 0: without backward; 1: backward follows; 2: in backward it runs once more
-    nchw: bool = False  # whether it is a convolution in this layout
-    times: int = 1
+    kept: float  # when it ends, for backward
+    peak: float  # while it or the beginning of its backward runs
+    works: list[Work]
 
 
 class Meter(TorchDispatchMode):
@@ -48,19 +46,24 @@ class Meter(TorchDispatchMode):
         """Counts nothing yet; device: the type of the device, "cuda" or "cpu"."""
         super().__init__()
         self.device = device
-        self.live = 0
-        self._seen: set[int] = set()
-        self._again = False
-        self.start()
-
-    def start(self) -> int:
-        """Begins a new pass, with autograd or without as it is now; returns the live bytes."""
-        self._autograd = torch.is_grad_enabled()
+        self.live = self.peak = self.largest = self.checkpointed = 0
         self.works: list[Work] = []
+        self._seen: set[int] = set()
         self._inputs: list[Any] = []  # of checkpoints, which keep them
-        self.checkpointed = self.largest = 0
-        self.peak = self.live
-        return self.live
+        self._again = False
+
+    def count(self, run: Callable[[], Any]) -> Pass:
+        """Counts a forward pass, and what the beginning of its backward adds."""
+        self.works, self._inputs = [], []
+        self.largest = self.checkpointed = 0
+        before = self.peak = self.live
+        with self:
+            results = run()
+        live = self.live
+        del results
+        # the gradient of the largest result, or a checkpointed part that runs again
+        peak = max(self.peak, live + max(self.checkpointed, self.largest))
+        return Pass(live - before, peak - before, self.works)
 
     def hold(self, tensors: Any) -> None:
         """Counts the storages of a nest of tensors from now until they are freed."""
@@ -101,21 +104,22 @@ class Meter(TorchDispatchMode):
             out = out.contiguous(memory_format=torch.channels_last)
         self.hold(out)
         name = func.name().partition("::")[2]
-        if not func.is_view and func.namespace != "prim" and not name.startswith(NO_KERNEL):
-            inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-            moved = sum(t.nbytes for t in {id(t): t for t in (*inputs, *results)}.values())
-            half = any(t.itemsize == 2 for t in results)
-            backward = self._autograd and any(t.requires_grad for t in inputs)
-            runs = 1 + self._again if backward else 0
-            formula = flop_registry.get(func._overloadpacket)
-            flops = formula(*args, **kwargs, out_val=out) if formula else 0
-            if func.namespace == "simplclip":
-                kernels = _own_kernels(name, args, moved)
-            else:
-                kernels = [(_kind(func, name, args, runs, flops), flops, moved)]
-            nchw = func is aten.convolution.default and not _channels_last(args[0])
-            self.works += [Work(*kernel, half, runs, nchw) for kernel in kernels]
+        if func.is_view or func.namespace == "prim" or name.startswith(NO_KERNEL):
+            return out
+        inputs, results = (
+            [t for t in tree_leaves(nest) if isinstance(t, Tensor)] for nest in ((args, kwargs), out)
+        )
+        moved = sum(t.nbytes for t in {id(t): t for t in (*inputs, *results)}.values())
+        half = any(t.itemsize == 2 for t in results)
+        runs = 1 + self._again if any(t.requires_grad for t in inputs) else 0
+        formula = flop_registry.get(func._overloadpacket)
+        flops = formula(*args, **kwargs, out_val=out) if formula else _own_flops(name, args)
+        nchw = func is aten.convolution.default and not _channels_last(args[0])
+        kind = _kind(func, name, args, runs, flops)
+        self.works.append(Work(kind, flops, moved, half, runs, nchw and kind != "grouped nchw"))
+        if name == "simplified_block_fwd":  # a norm, and an activation of hidden features
+            hidden = args[0].nbytes // args[0].shape[-1] * len(args[4])
+            self.works.append(Work("norm", 0, moved + 2 * hidden, half, runs))
         return out
 
 
@@ -136,23 +140,20 @@ def _kind(func: OpOverload, name: str, args: tuple, runs: int, flops: int) -> st
         return "grouped" if _channels_last(args[0]) else "grouped nchw"
     if flops:
         return "attention" if "attention" in name else "product"
-    return "norm" if "norm" in name else "bytes"
+    return "norm" if "norm" in name or func.namespace == "simplclip" else "bytes"
 
 
-def _own_kernels(name: str, args: tuple, moved: int) -> list[tuple[str, float, float]]:
-    """Returns (kind, flops, bytes) of the kernels of an op of this library; moved: its bytes."""
+def _own_flops(name: str, args: tuple) -> int:
+    """Returns the flops of the matrix products of an op of this library; 0 of any other op."""
+    if not name.startswith(("similarity", "simplified_block_fwd")):
+        return 0
     x = args[0]
-    matrices = [t for t in args if isinstance(t, Tensor) and t.dim() == 2]
-    if name.startswith("similarity"):  # images [N, D], texts [M, D], perhaps those of a teacher
-        flops = 2 * len(x) * len(args[1]) * sum(t.shape[1] for t in matrices[::2])
-        return [("product", flops, moved)]
-    if name != "simplified_block_fwd":
-        return [("norm", 0, moved)]
-    rows = x.numel() // x.shape[-1]  # of x [B, L, C]; the matrices are weights
-    hidden = rows * max(len(t) for t in matrices) * x.itemsize
-    flops = 2 * rows * sum(t.numel() for t in matrices) + 4 * x.numel() * x.shape[1]
-    # products and attention; the norm and the activation
-    return [("product", flops, moved + hidden), ("norm", 0, moved + 2 * hidden)]
+    rows = x.numel() // x.shape[-1]
+    matrices = [t for t in args[1:] if isinstance(t, Tensor) and t.dim() == 2]
+    if x.dim() == 2:  # images [N, D]; texts [M, D], perhaps those of a teacher after its images
+        return 2 * rows * sum(t.numel() for t in matrices[::2])
+    # x [B, L, C] with weights, and attention
+    return 2 * rows * sum(t.numel() for t in matrices) + 4 * x.numel() * x.shape[1]
 
 
 @contextlib.contextmanager
@@ -173,15 +174,20 @@ def fake_device(modules: Iterable[nn.Module], device: str) -> Iterator[Meter]:
             (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
             (F, "scaled_dot_product_attention", attention_of_card),
         ]
+    place = torch.device("cuda:0" if device == "cuda" else "cpu")
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # optimizers compile
         # of tensors on the meta device too
         mode = FakeTensorMode(allow_fallback_kernels=False, allow_non_fake_inputs=True)
-        stack.enter_context(mode)
         for part in {inner for outer in modules for inner in outer.modules()}:
-            part.to_empty(device=device, recurse=False)
+            for name, weight in part.named_parameters(recurse=False):
+                fake = FakeTensor(mode, weight.detach().to("meta"), place)
+                setattr(part, name, nn.Parameter(fake, weight.requires_grad))
+            for name, buffer in part.named_buffers(recurse=False):
+                setattr(part, name, FakeTensor(mode, buffer.to("meta"), place))
+        stack.enter_context(mode)
         yield meter
 
 
