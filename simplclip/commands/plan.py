@@ -79,7 +79,7 @@ def plan(
     from simplclip.plan.step import Step
 
     step = Step(values, precision)
-    rows = [values_of(*each, memory, name) for each in rows_of(step, values, memory)]
+    rows = [values_of(*each, name) for each in rows_of(step, values, memory)]
     best = chosen(step, values, memory)
     if as_json:
         about = {"model": values.model.name, "precision": precision, "card": name}
@@ -114,12 +114,10 @@ def rows_of(step: Step, config: Config, memory: int) -> Iterator[tuple[str, Row 
 
 def chosen(step: Step, config: Config, memory: int) -> Row | None:
     """Returns the fastest step of the configured batch that fits; else the largest in one graph."""
-    from simplclip.plan.step import usable
-
     size, micro = config.data.batch_size, config.data.micro_batch
     for configured in (None, micro) if isinstance(micro, int) else (None,):
         row = step.row(size, configured, memory)
-        if row.peak <= usable(memory):
+        if row.fits:
             return row
     try:
         return step.fitting(size, memory)
@@ -127,13 +125,13 @@ def chosen(step: Step, config: Config, memory: int) -> Row | None:
         return step.largest(memory)
 
 
-def values_of(what: str, row: Row | None, memory: int, card: str | None) -> dict[str, Any]:
+def values_of(what: str, row: Row | None, card: str | None) -> dict[str, Any]:
     """Returns a row of the plan as JSON. at_least: larger batches were not tried."""
-    from simplclip.plan.step import MOST_PAIRS, usable
+    from simplclip.plan.step import MOST_PAIRS
 
     if row is None:
         return {"what": what, "batch_size": 0, "fits": False}
-    values: dict[str, Any] = {"what": what} | row._asdict() | {"fits": row.peak <= usable(memory)}
+    values: dict[str, Any] = {"what": what} | row._asdict()
     del values["works"]
     values["at_least"] = row.batch_size + (row.micro_batch or 1) > MOST_PAIRS
     if card:

@@ -114,7 +114,7 @@ def predict_micro_batch(config: Config) -> Config:
     size = config.data.batch_size // ranks
     share = config.replaced(data={"batch_size": size, "micro_batch": None})
     precision, _ = hardware.pick_precision(config.run.precision, device)
-    step = Step(share, precision, device.type)
+    step = Step(share, precision, device)
     micro = step.fitting(size, hardware.total_memory(device)).micro_batch
     if os.environ.get("RANK", "0") == "0":
         typer.echo(f"memory     data.micro_batch = {micro or 'null'} fits, by simplclip plan")

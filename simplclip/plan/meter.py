@@ -42,8 +42,8 @@ class Meter(TorchDispatchMode):
     tensors are read as 1.
     """
 
-    def __init__(self, device: str) -> None:
-        """Counts nothing yet; device: the type of the device, "cuda" or "cpu"."""
+    def __init__(self, device: torch.device) -> None:
+        """Counts nothing yet."""
         super().__init__()
         self.device = device
         self.live = self.peak = self.largest = self.checkpointed = 0
@@ -68,7 +68,7 @@ class Meter(TorchDispatchMode):
     def hold(self, tensors: Any) -> None:
         """Counts the storages of a nest of tensors from now until they are freed."""
         for tensor in tree_leaves(tensors):
-            if not isinstance(tensor, Tensor) or tensor.device.type != self.device:
+            if not isinstance(tensor, Tensor) or tensor.device != self.device:
                 continue
             storage = tensor.untyped_storage()
             if storage._cdata not in self._seen:
@@ -99,48 +99,41 @@ class Meter(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             return 1.0
         out = func(*args, **kwargs)
-        if func is aten.convolution.default and _channels_last(args[0]):
-            # without a device torch picks a library that would not keep this layout
+        convolves = func is aten.convolution.default
+        nhwc = convolves and args[0].dim() == 4 and args[0].stride(1) == 1
+        if nhwc:  # without a device torch picks a library that would not keep this layout
             out = out.contiguous(memory_format=torch.channels_last)
         self.hold(out)
         name = func.name().partition("::")[2]
         if func.is_view or func.namespace == "prim" or name.startswith(NO_KERNEL):
             return out
-        inputs, results = (
-            [t for t in tree_leaves(nest) if isinstance(t, Tensor)] for nest in ((args, kwargs), out)
-        )
-        moved = sum(t.nbytes for t in {id(t): t for t in (*inputs, *results)}.values())
-        half = any(t.itemsize == 2 for t in results)
-        runs = 1 + self._again if any(t.requires_grad for t in inputs) else 0
+        tensors = {t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)}
+        moved = sum(tensor.nbytes for tensor in tensors)
+        half = any(tensor.itemsize == 2 for tensor in tensors)
+        runs = 1 + self._again if any(tensor.requires_grad for tensor in tensors) else 0
         formula = flop_registry.get(func._overloadpacket)
         flops = formula(*args, **kwargs, out_val=out) if formula else _own_flops(name, args)
-        nchw = func is aten.convolution.default and not _channels_last(args[0])
-        kind = _kind(func, name, args, runs, flops)
-        self.works.append(Work(kind, flops, moved, half, runs, nchw and kind != "grouped nchw"))
+        kind = "norm" if "norm" in name or func.namespace == "simplclip" else "bytes"
+        if convolves:
+            kind = _kind_of_convolution(args[1].shape[1], args[8], runs, nhwc)
+        elif flops:
+            kind = "attention" if "attention" in name else "product"
+        slow = convolves and not nhwc and kind != "grouped nchw"
+        self.works.append(Work(kind, flops, moved, half, runs, slow))
         if name == "simplified_block_fwd":  # a norm, and an activation of hidden features
             hidden = args[0].nbytes // args[0].shape[-1] * len(args[4])
             self.works.append(Work("norm", 0, moved + 2 * hidden, half, runs))
         return out
 
 
-def _channels_last(image: Tensor) -> bool:
-    """Whether an image [N, C, H, W] has its channels next to each other."""
-    return image.dim() == 4 and image.stride(1) == 1
-
-
-def _kind(func: OpOverload, name: str, args: tuple, runs: int, flops: int) -> str:
-    """Returns the kind of an op."""
-    if func is aten.convolution.default:
-        channels = args[1].shape[1]
-        # forward of wide groups is about as fast as that of one group
-        if args[8] == 1 or not (runs or channels < WIDE_GROUP):
-            return "convolution"
-        if channels == 1:
-            return "depthwise"
-        return "grouped" if _channels_last(args[0]) else "grouped nchw"
-    if flops:
-        return "attention" if "attention" in name else "product"
-    return "norm" if "norm" in name or func.namespace == "simplclip" else "bytes"
+def _kind_of_convolution(channels: int, groups: int, runs: int, nhwc: bool) -> str:
+    """Returns the kind of a convolution; channels: of a group."""
+    # forward of wide groups is about as fast as that of one group
+    if groups == 1 or (not runs and channels >= WIDE_GROUP):
+        return "convolution"
+    if channels == 1:
+        return "depthwise"
+    return "grouped" if nhwc else "grouped nchw"
 
 
 def _own_flops(name: str, args: tuple) -> int:
@@ -157,36 +150,36 @@ def _own_flops(name: str, args: tuple) -> int:
 
 
 @contextlib.contextmanager
-def fake_device(modules: Iterable[nn.Module], device: str) -> Iterator[Meter]:
-    """Context of a pass on a device, "cuda" or "cpu"; yields the meter, which is not entered yet.
+def fake_device(modules: Iterable[nn.Module], device: torch.device) -> Iterator[Meter]:
+    """Context of a pass on a device; yields the meter, which is not entered yet.
 
     New tensors are fake, and functions of torch are replaced, until the end; the modules' tensors
-    become fake ones on the device and stay so.
+    become fake ones on the device, which the meter holds, and stay so.
     """
     meter = Meter(device)
     patches: list[tuple[Any, str, Any]] = [(FakeTensor, "tolist", lambda t: [0] * t.numel())]
     for module in list(sys.modules.values()):
         if vars(module).get("checkpoint") is checkpoint:
             patches.append((module, "checkpoint", meter.checkpoint))
-    if device == "cuda":
+    if device.type == "cuda":
         patches += [
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
             (F, "scaled_dot_product_attention", attention_of_card),
         ]
-    place = torch.device("cuda:0" if device == "cuda" else "cpu")
+    # of tensors on the meta device too
+    mode = FakeTensorMode(allow_fallback_kernels=False, allow_non_fake_inputs=True)
+
+    def on_device(tensor: Tensor) -> Tensor:
+        return FakeTensor(mode, tensor.to("meta"), device)
+
+    for part in {inner for outer in modules for inner in outer.modules()}:
+        part._apply(on_device, recurse=False)
+        meter.hold([*part.parameters(recurse=False), *part.buffers(recurse=False)])
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # optimizers compile
-        # of tensors on the meta device too
-        mode = FakeTensorMode(allow_fallback_kernels=False, allow_non_fake_inputs=True)
-        for part in {inner for outer in modules for inner in outer.modules()}:
-            for name, weight in part.named_parameters(recurse=False):
-                fake = FakeTensor(mode, weight.detach().to("meta"), place)
-                setattr(part, name, nn.Parameter(fake, weight.requires_grad))
-            for name, buffer in part.named_buffers(recurse=False):
-                setattr(part, name, FakeTensor(mode, buffer.to("meta"), place))
         stack.enter_context(mode)
         yield meter
 

@@ -5,9 +5,9 @@ loss runs at one.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
-from bisect import bisect_right
+from bisect import bisect_left
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,8 +16,7 @@ from open_clip.utils import to_2tuple
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from simplclip import data, gradient_cache
-from simplclip.common.errors import UserError
+from simplclip import gradient_cache
 from simplclip.common.terms import BY_NAME
 from simplclip.models.inherit import largest_modules
 from simplclip.nn import SimplifiedBlock
@@ -31,7 +30,8 @@ from simplclip.train.config import Config, ConfigError
 FEW, MANY = 128, 512  # pairs of the towers' two passes
 OF_LOSS = 4096  # pairs of the loss's pass, at which it works in chunks
 MOST_PAIRS = 1 << 16  # of a largest batch; CLIP was trained with 32,768
-TEACHER_WIDTH = 768  # of a ViT-L
+CARD = torch.device("cuda:0")
+TEACHER: dict[str, Any] = {"name": "a ViT-L", "width": 768, "logit_scale": 100.0}
 # What is assumed to be taken of a device's memory: by the driver, torch's libraries, cuBLAS and
 # cuDNN; and the share of the rest that the allocator loses.
 LIBRARIES, FRAGMENTATION = 800 << 20, 0.04
@@ -48,18 +48,18 @@ class Row(NamedTuple):
     batch_size: int
     micro_batch: int | None
     peak: int
+    fits: bool
     works: list[Work]
 
 
 class Step:
     """The step of a config on a device that need not be there; `model` stays on fake tensors."""
 
-    def __init__(self, config: Config, precision: str, device: str = "cuda") -> None:
+    def __init__(self, config: Config, precision: str, device: torch.device = CARD) -> None:
         """Counts the passes from which rows of all sizes follow.
 
-        All terms of the loss that the run has at some step count. A teacher is the one of the
-        shards or, where they are not on this machine, one of TEACHER_WIDTH. Towers are not
-        compiled. precision: "fp32", "bf16" or "fp16". device: "cuda" or "cpu".
+        All terms of the loss that the run has at some step count. A teacher has features as
+        TEACHER. Towers are not compiled. precision: "fp32", "bf16" or "fp16".
         """
         weights = config.loss.weights.items()
         self.config = config = config.replaced(
@@ -69,25 +69,17 @@ class Step:
         )
         with torch.device("meta"):  # folding frozen parts makes new modules
             shapes = setup.shapes_of(config)
-            prepared = setup.prepare_model(*shapes, [], config, torch.device(device))
-        teacher: Any = None
-        if config.loss.needs_teacher:
-            teacher = {"name": "a teacher", "width": TEACHER_WIDTH, "logit_scale": 100.0}
-            with contextlib.suppress(UserError, OSError):
-                teacher = data.teacher_stamp(config.data.sidecars)
+            prepared = setup.prepare_model(*shapes, [], config, device)
         self.model = prepared.model
-        self._width = setup.width_of(config)
-        modules = [self.model, *prepared.folded.values()]
-        with fake_device(modules, device) as meter:
+        with fake_device([self.model, *prepared.folded.values()], device) as meter:
             for block in self.model.modules():
                 if isinstance(block, SimplifiedBlock) and block.recompute:
                     block.recompute = False
                     vars(block)["forward"] = partial(meter.checkpoint, block.forward)
+            teacher = TEACHER if config.loss.needs_teacher else None
             with meter:
-                meter.hold([(*module.parameters(), *module.buffers()) for module in modules])
-                place = torch.device("cuda:0" if device == "cuda" else "cpu")
                 state = setup.make_state(
-                    config, place, precision, prepared=prepared, teacher=teacher
+                    config, device, precision, prepared=prepared, teacher=teacher
                 )
             self._count_update(state, meter)
             self._count_towers(state, meter)
@@ -99,8 +91,8 @@ class Step:
         with meter:
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
-        meter.count(state.optimizer.step)
-        self._update, self._most_of_update = meter.works, meter.peak
+        self._update = meter.count(state.optimizer.step).works
+        self._most_of_update = meter.peak
         state.optimizer.zero_grad(set_to_none=True)
         self._bytes = meter.live  # of weights, averages and the optimizer's moments
         visual = {*self.model.visual.parameters()}
@@ -113,10 +105,6 @@ class Step:
         an eighth and 8 tokens for captions like COCO's and CC12M's.
         """
         model, options = self.model, self.config.data
-        whole = (model if hasattr(model, "context_length") else model.text).context_length
-        tokens = whole
-        if state.prepared.crop is not None and options.mean_tokens is not None:
-            tokens = min(whole, math.ceil(options.mean_tokens * 9 / 8 + 8))
         size = to_2tuple(model.visual.image_size)
         frozen = {m for m in largest_modules(model).values() if not isinstance(m, nn.Embedding)}
         visual = {*model.visual.modules()}
@@ -133,27 +121,33 @@ class Step:
             # in the trainer's order
             return [steps.encode_text(state, batch), steps.encode_image(state, batch)]
 
+        @functools.cache
+        def line(tokens: int) -> tuple[Pass, Pass]:
+            few, many = (meter.count(partial(encode, pairs, tokens)) for pairs in (FEW, MANY))
+            return few, many
+
+        whole = tokens = (model if hasattr(model, "context_length") else model.text).context_length
+        if state.prepared.crop is not None and options.mean_tokens is not None:
+            tokens = min(whole, math.ceil(options.mean_tokens * 9 / 8 + 8))
         with register_module_forward_hook(note):
-            self._towers = {
-                length: [meter.count(partial(encode, pairs, length)) for pairs in (FEW, MANY)]
-                for length in {tokens, whole}
-            }
-        self._tokens, self._whole_texts = tokens, whole
+            self._of_batch, self._of_micro_batch = line(tokens), line(whole)
         self._frozen = sum(ends.values()) if self.config.run.keep_frozen else 0
 
     def _count_loss(self, state: setup.State, meter: Meter) -> None:
         """Counts the pass of a loss over the features of OF_LOSS pairs."""
         texts = OF_LOSS * self.config.data.captions_per_image
-        batch: dict[str, Tensor] = {"group": torch.arange(OF_LOSS)}
-        if state.teacher:
-            width = state.teacher["width"]
-            batch["teacher_image"] = torch.empty(OF_LOSS, width, dtype=torch.float16)
-            batch["teacher_text"] = torch.empty(texts, width, dtype=torch.float16)
+        batch = {
+            "group": torch.arange(OF_LOSS),
+            "teacher_image": torch.empty(OF_LOSS, TEACHER["width"], dtype=torch.float16),
+            "teacher_text": torch.empty(texts, TEACHER["width"], dtype=torch.float16),
+        }
+        width = setup.width_of(self.config)
         with meter:
             image, text = (
-                torch.empty(rows, self._width, device=state.device, requires_grad=True)
+                torch.empty(rows, width, device=state.device, requires_grad=True)
                 for rows in (OF_LOSS, texts)
             )
+        self._features = (image.nbytes + text.nbytes) / OF_LOSS
         self._loss = meter.count(lambda: steps.compute_losses(state, [batch], image, text))
 
     def row(self, pairs: int, micro: int | None, memory: int) -> Row:
@@ -162,30 +156,30 @@ class Step:
         memory: the device's bytes, of which gradient caching may fill a part with outputs of
         frozen beginnings. Raises InputError if `micro` is given and the model does not allow it.
         """
-        captions = self.config.data.captions_per_image
-        tokens = self._tokens if micro is None else self._whole_texts
-        encoded = between(*self._towers[tokens], micro or pairs)
+        encoded = at(micro or pairs, self._of_micro_batch if micro else self._of_batch)
         # the loss's multiply-adds grow as the square of the pairs, its bytes as the pairs; backward
         # has a chunk of a matrix of similarities
+        kept, peak, works = self._loss
         share = pairs / OF_LOSS
-        loss = [w._replace(flops=w.flops * share**2, bytes=w.bytes * share) for w in self._loss.works]
-        chunk = min(SCRATCH_BYTES_ELSEWHERE, 2 * pairs * pairs * captions)
-        most_of_loss = max(self._loss.peak * share, self._loss.kept * share + chunk)
-        peak, works = max(encoded.peak, encoded.kept + most_of_loss), []
+        works = [w._replace(flops=w.flops * share**2, bytes=w.bytes * share) for w in works]
+        chunk = 2 * pairs * pairs * self.config.data.captions_per_image
+        peak = max(peak * share, kept * share + min(SCRATCH_BYTES_ELSEWHERE, chunk))
+        peak = max(encoded.peak, encoded.kept + peak)
+        works += [*encoded.works, *self._update]
         if micro is not None:
             gradient_cache.check(self.model)
             kept = (pairs - micro) * self._frozen
             kept *= kept <= memory / steps.KEPT_SHARE
             # all but the last micro-batch are encoded without autograd first; what is frozen, once
             times = pairs // micro - 1
-            works = [work._replace(runs=0, times=times) for work in encoded.works]
+            works += [work._replace(runs=0, times=times) for work in encoded.works]
             works += [w._replace(times=times) for w in encoded.works if w.runs or not kept]
             # when a micro-batch is encoded again there are gradients of features and of texts
-            features = 4 * self._width * pairs * (1 + captions)  # in float32
+            features = pairs * self._features
             again = (encoded.kept if kept else encoded.peak) + features + self._text_gradients
             peak = kept + features + max(peak, again)
-        works += [*encoded.works, *loss, *self._update]
-        return Row(pairs, micro, round(max(self._bytes + peak, self._most_of_update)), works)
+        peak = round(max(self._bytes + peak, self._most_of_update))
+        return Row(pairs, micro, peak, peak <= usable(memory), works)
 
     def largest(self, memory: int, micro: int | None = None) -> Row | None:
         """Predicts the largest batch of at most MOST_PAIRS that fits; None if none does.
@@ -194,9 +188,8 @@ class Step:
         """
         unit = micro or 1
         sizes = range(unit, MOST_PAIRS + 1, unit)
-        limit = usable(memory)
-        fit = bisect_right(sizes, limit, key=lambda size: self.row(size, micro, memory).peak)
-        return self.row(sizes[fit - 1], micro, memory) if fit else None
+        count = bisect_left(sizes, True, key=lambda size: not self.row(size, micro, memory).fits)
+        return self.row(count * unit, micro, memory) if count else None
 
     def fitting(self, size: int, memory: int) -> Row:
         """Predicts the step of a batch in one graph or, if it does not fit, by gradient caching.
@@ -204,27 +197,27 @@ class Step:
         The micro-batch is the largest divisor of `size` that fits. Raises ConfigError if none fits,
         InputError if the model does not allow gradient caching, which the batch needs.
         """
-        limit = usable(memory)
         divisors = [n for n in range(size - 1, 0, -1) if size % n == 0]
         for micro in (None, *divisors):
             row = self.row(size, micro, memory)
-            if row.peak <= limit:
+            if row.fits:
                 return row
+        room = f"{usable(memory) / GIB:.2f} GiB"
         raise ConfigError(
-            f"data.batch_size: expected one that fits {limit / GIB:.2f} GiB one pair at a time, got "
-            f"{size:,}"
+            f"data.batch_size: expected one that fits {room} one pair at a time, got {size:,}"
         )
 
 
-def between(few: Pass, many: Pass, pairs: int) -> Pass:
+def at(pairs: int, line: tuple[Pass, Pass]) -> Pass:
     """Returns the pass of so many pairs, on the line through those of FEW and MANY."""
+    few, many = line
     share = (pairs - FEW) / (MANY - FEW)
 
-    def at(a: float, b: float) -> float:
+    def between(a: float, b: float) -> float:
         return a + share * (b - a)
 
     works = [
-        a._replace(flops=at(a.flops, b.flops), bytes=at(a.bytes, b.bytes))
+        a._replace(flops=between(a.flops, b.flops), bytes=between(a.bytes, b.bytes))
         for a, b in zip(few.works, many.works, strict=True)
     ]
-    return Pass(at(few.kept, many.kept), at(few.peak, many.peak), works)
+    return Pass(between(few.kept, many.kept), between(few.peak, many.peak), works)
