@@ -24,7 +24,7 @@ from simplclip.calls.attention import AttentionCall
 from simplclip.calls.block import BlockCall
 from simplclip.calls.mlp import MlpCall
 from simplclip.export import write_preprocessing
-from simplclip.ops.attention.reference import ReferenceAttention
+from simplclip.ops.attention.reference import shaped_attention_fwd
 from simplclip.ops.block.norm import norm_fwd
 from simplclip.ops.block.op import gains_of, heads_of
 from simplclip.ops.mlp.reference import ACTIVATIONS
@@ -33,7 +33,7 @@ from simplclip.ops.mlp.reference import ACTIVATIONS
 # simplclip's operators, which ONNX does not have, in plain torch. The last argument is a backend.
 # Results that only backward needs are empty tensors.
 def attention(q: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return *ReferenceAttention.shaped_attention_fwd(AttentionCall(q, *args[:-1])), q.new_empty(0)
+    return *shaped_attention_fwd(AttentionCall(q, *args[:-1])), q.new_empty(0)
 
 
 def parallel_mlp(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -57,7 +57,7 @@ def simplified_block(*args: Any) -> tuple[Tensor, ...]:
     attention_call = AttentionCall(
         q, k, v.reshape(heads), gains, call.lengths, call.scale, call.causal
     )
-    out, lse = ReferenceAttention.shaped_attention_fwd(attention_call)
+    out, lse = shaped_attention_fwd(attention_call)
     out = out.reshape(n.shape)
     if call.output_weight is not None:
         out = F.linear(out, call.output_weight)

@@ -27,7 +27,7 @@ from open_clip.utils import to_2tuple
 from safetensors.torch import save
 
 from simplclip import evaluation, models
-from simplclip.common.files import identity
+from simplclip.common.files import sha256
 from simplclip.model_card import BLENDED, card
 from simplclip.models.naming import CARD, EXPORT, FORMS, Form
 from simplclip.models.registry import configuration
@@ -50,19 +50,27 @@ def run(
     checkpoint: a file, or the folder of a run (its best.pt, else last.pt; with `last` last.pt). to:
     what loads the export. `out` is made if it does not exist, and does not change before all files
     are written. With `force` they replace an earlier export, except README.md, which is kept.
-    Prints the files and the lines that load the export. blend: alpha, from 0 for the weights with
-    which the run began to 1 for its own.
+    blend: alpha, from 0 for the weights with which the run began to 1 for its own.
+    Prints the files and the lines that load the export.
 
     The summary, the content of export.json, has "model" (name), "options", "step", "checkpoint"
     (path), "versions" and "files" (name -> bytes and sha256 of the weights); of a blend also
     "blend", its alpha and start.
 
-    Raises: FileNotFoundError, CheckpointError (not a checkpoint, or of another architecture),
-    FileExistsError (`out` has an export or other files), OSError (the disk is full), InputError (no
-    alpha, a run without a start to blend with, or a model that transformers lacks).
+    Raises: CheckpointError (not a checkpoint, or of another architecture), OSError (no checkpoint,
+    `out` has an export or other files, the disk is full), InputError (no alpha, a run without a
+    start to blend with, or a model that transformers lacks).
     """
     out = Path(out)
-    _check_out(out, force, to)
+    weights, whole = FORMS[to]
+    names = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    names = [name for name in names if name != CARD and not name.startswith(".")]
+    # an export that was interrupted has only the weights
+    if names and not (force and {weights, whole} & {*names}):
+        raise FileExistsError(
+            "out: expected an empty folder, or with --force one with an export to replace, got "
+            f"{out} with {names[0]!r}"
+        )
     file = parse_source(checkpoint, last=last).label
     model, state = load_model(file)
     if file != str(checkpoint) and not last:
@@ -84,21 +92,20 @@ def run(
         print(BLENDED.format(**summary["blend"]))
     about = open_clip_config(model, name, options)
     tokenizer = models.tokenizer(name, about["model_cfg"]["text_cfg"]["context_length"])
-    weights, whole = FORMS[to]
 
     # Beside a mounted folder, or a link to one, is another file system, from which none can rename.
     place = out if out.is_dir() else out.absolute().parent
     place.mkdir(parents=True, exist_ok=True)
+    register = REGISTER if "simplclip" in about["model_cfg"] else ""
+    lines = LOADING[to].format(folder=str(out), hub=f"local-dir:{out}", register=register)
     with TemporaryDirectory(prefix=".export-", dir=place) as temporary:
         work = Path(temporary)
         if to == "transformers":
             # its import takes seconds
             from simplclip.models import to_transformers
 
-            lines = LOADING.format(folder=repr(str(out)))
             to_transformers.write(model, tokenizer, work)
         else:
-            lines = loading(out, needs_simplclip="simplclip" in about["model_cfg"])
             (work / "open_clip_config.json").write_text(json.dumps(about, indent=2) + "\n")
             # The format has neither shared memory nor strides.
             named = model.state_dict().items()
@@ -111,7 +118,8 @@ def run(
         else:
             text = card(model, state, Path(file), lines, to, summary.get("blend"))
             (work / CARD).write_text(text, "utf-8")
-        summary["files"] = {weights: identity(work / weights)}
+        size = (work / weights).stat().st_size
+        summary["files"] = {weights: {"bytes": size, "sha256": sha256(work / weights)}}
         if to == "open_clip":
             (work / EXPORT).write_text(json.dumps(summary, indent=2) + "\n")
         for path in work.iterdir():
@@ -119,8 +127,8 @@ def run(
                 os.fsync(written_file.fileno())
         out.mkdir(exist_ok=True)
         (out / whole).unlink(missing_ok=True)
-        written = [path.name for path in work.iterdir()]
-        written.sort(key=lambda name: (name == whole, name != weights, name))
+        others = {path.name for path in work.iterdir()} - {weights, whole}
+        written = [*sorted(others), weights, whole]
         for name in written:  # nothing is printed between, since a closed pipe would end it
             os.replace(work / name, out / name)
 
@@ -128,28 +136,6 @@ def run(
         print(f"wrote {out / name}: {(out / name).stat().st_size:,} bytes")
     print(lines)
     return summary
-
-
-def _check_out(out: Path, force: bool, form: Form) -> None:
-    """Raises FileExistsError unless an export of this form may be written to the folder `out`.
-
-    It may be missing, empty but for a model card and hidden files, or with `force` an export of the
-    form.
-    """
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"out: expected a folder, got the file {out}")
-    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if not names.isdisjoint(FORMS[form]):  # one that was interrupted has only the weights
-        if force:
-            return
-        raise FileExistsError(
-            f"out: expected a folder without an export, got {out}; --force replaces the export"
-        )
-    others = sorted(name for name in names if name != CARD and not name.startswith("."))
-    if others:
-        raise FileExistsError(
-            f"out: expected an empty folder, or one with an export, got {out} with {others[0]!r}"
-        )
 
 
 def write_preprocessing(folder: Path, model: Any, tokenizer: Any) -> None:
@@ -168,33 +154,25 @@ def write_preprocessing(folder: Path, model: Any, tokenizer: Any) -> None:
     (folder / "preprocessing.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
-LOADING = """To load it in transformers:
+LOADING = {
+    "transformers": """To load it in transformers:
 
     from transformers import AutoModel, AutoProcessor
-    model = AutoModel.from_pretrained({folder})
-    processor = AutoProcessor.from_pretrained({folder})"""
+    model = AutoModel.from_pretrained({folder!r})
+    processor = AutoProcessor.from_pretrained({folder!r})""",
+    "open_clip": """To load it in open_clip:
 
+    import open_clip{register}
+    model, _, preprocess = open_clip.create_model_and_transforms({hub!r})
+    tokenizer = open_clip.get_tokenizer({hub!r})
 
-def loading(out: Path, needs_simplclip: bool) -> str:
-    """Returns the lines of text and Python that load an export.
+To load it here:
 
-    needs_simplclip: whether open_clip needs `register_models` for it.
-    """
-    lines = ["import open_clip"]
-    if needs_simplclip:
-        lines += [
-            "from simplclip.integrations.open_clip import register_models",
-            "register_models()",
-        ]
-    folder = repr(f"local-dir:{out}")
-    lines.append(f"model, _, preprocess = open_clip.create_model_and_transforms({folder})")
-    lines.append(f"tokenizer = open_clip.get_tokenizer({folder})")
-    head = "To load it in open_clip:"
-    if needs_simplclip:
-        head = "To load it in open_clip, with simplclip installed:"
-    code = "\n    ".join(lines)
-    here = f"encoder = simplclip.load({str(out)!r})"
-    return f"{head}\n\n    {code}\n\nTo load it here:\n\n    {here}"
+    encoder = simplclip.load({folder!r})""",
+}
+REGISTER = """
+    from simplclip.integrations.open_clip import register_models
+    register_models()"""
 
 
 def open_clip_config(model: Any, name: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,6 @@ Nothing in it is guessed: the data and the licences are the user's to write.
 from __future__ import annotations
 
 import json
-import re
-import textwrap
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,35 +15,27 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
-from simplclip.common.files import differences
 from simplclip.evaluation.blending import BLEND
 from simplclip.evaluation.results import Figure, percent
 from simplclip.models.naming import Form
-from simplclip.train.config import ConfigError, from_dict
-from simplclip.train.setup import sources_of
 from simplclip.version import __version__
 
 TASK = "zero-shot-image-classification"
-# settings that name files, whose folders are not told
-_PATHS = re.compile(
-    r"data\.train|data\.sidecars|eval\.splits|run\.out|model\.checkpoint|inherit\.source"
-)
-METRICS = {"top1": "top 1", "top5": "top 5", "mean_per_class": "mean per class"}
-
 BLENDED = "These weights are {alpha} of the training's and 1 - {alpha} of its start, {start}."
 TEMPLATE = """---
 {{ card_data }}
 # license: to be filled in by you, such as apache-2.0
 ---
-# {{ name }}
+# {{ card_data.model_name }}
 
-A CLIP model of {{ parameters }} parameters, trained to step {{ step }} by simplclip {{ version }}.
+A CLIP model of {{ "{:,}".format(parameters) }} parameters, trained to step {{ step }} by simplclip
+{{ version }}.
 {{ blend }}
 
 ## Figures
 
-{% for figure in figures -%}
-- {{ figure }}
+{% for split, name, figure in figures -%}
+- {{ split }}, {{ name }}: {{ percent(figure.value) }} (chance {{ percent(figure.chance) }})
 {% else -%}
 The weights had not been evaluated before the export: there are no held-out figures.
 `simplclip evaluate` measures them; then remove this file, and export again with `--force`.
@@ -54,11 +44,10 @@ The weights had not been evaluated before the export: there are no held-out figu
 
 - Data: to be filled in by you
 - Started from: {{ starts }}
-- Images in an epoch: {{ images }}
+- Images in an epoch: {{ images or "unknown" }}
 
-Settings that differ from the defaults, without those of files:
-
-{{ settings }}
+```yaml
+{{ settings }}```
 
 ## Licence
 
@@ -83,43 +72,35 @@ def card(
     state: the checkpoint's content, as `load_model` returns it. lines: that load the export.
     library: which loads it. blend: as in export.json.
     """
-    name = state["config"]["model"]["name"]
-    starts = settings = "unknown"
-    with suppress(ConfigError):  # of another version
-        config = from_dict(state["config"])
-        names = (f"`{'/'.join(Path(source).parts[-2:])}`" for source in sources_of(config))
-        starts = ", ".join(names) or "random weights"
-        required = {"data": {"train": config.data.train}, "run": {"out": config.run.out}}
-        changes = differences(from_dict(required).to_dict(), config.to_dict())
-        chosen = {key: new for key, (_, new) in changes.items() if not _PATHS.match(key)}
-        text = yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True) if chosen else "none"
-        settings = textwrap.indent(text, "    ").rstrip()
+    config = state["config"]
+    sources = config.get("inherit", {}).get("source") or []
+    sources = [sources] if isinstance(sources, str) else sources
+    starts = filter(None, [config["model"].get("checkpoint"), *sources])
+    names = ["/".join(Path(start).parts[-2:]) for start in starts]
+    settings = {name: config.get(name) for name in ("loss", "optim")}  # which name no files
     figures: list[tuple[str, str, Figure]] = []
     # without a file of figures, or with one that is damaged
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         figures = list(_figures(file, state["step"], blend))
-    results = [
-        EvalResult(TASK, split, split, metric, figure["value"], metric_name=metric)
-        for split, metric, figure in figures
-    ]
+    results = [EvalResult(TASK, split, split, name, f["value"]) for split, name, f in figures]
     about = ModelCardData(
-        library_name=library, pipeline_tag=TASK, model_name=name, eval_results=results or None
+        library_name=library,
+        pipeline_tag=TASK,
+        model_name=config["model"]["name"],
+        eval_results=results or None,
     )
     content = ModelCard.from_template(
         about,
         template_str=TEMPLATE,
-        name=name,
-        parameters=f"{sum(parameter.numel() for parameter in model.parameters()):,}",
-        step=f"{state['step']:,}",
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        step=state["step"],
         version=__version__,
         blend=BLENDED.format(**blend) if blend else "",
-        figures=[
-            f"{split}, {metric}: {percent(figure['value'])} (chance {percent(figure['chance'])})"
-            for split, metric, figure in figures
-        ],
-        starts=starts,
-        images=f"{state['images']:,}" if state.get("images") else "unknown",
-        settings=settings,
+        figures=figures,
+        percent=percent,
+        starts=", ".join(names) or "random weights",
+        images=state.get("images"),
+        settings=yaml.safe_dump(settings, sort_keys=False),
         lines=lines,
     )
     return str(content)
@@ -137,8 +118,8 @@ def _figures(
     if is_other or (blend and result["start"] != blend["start"]):
         return
     for split, found in result["splits"].items():
-        for direction in ("image_to_text", "text_to_image"):
-            for name, figure in found.get(direction, {}).items():
-                yield split, f"{direction.replace('_', ' ')} {name}", figure
-        for name in ("top1", "top5", "mean_per_class") if found["zero_shot"] else ():
-            yield split, METRICS[name], found["zero_shot"][name]
+        for group in ("image_to_text", "text_to_image", "zero_shot"):
+            for name, figure in (found.get(group) or {}).items():
+                if isinstance(figure, dict):  # zero_shot has words too
+                    label = f"{group} {name}".replace("_", " ")
+                    yield split, label, Figure(value=figure["value"], chance=figure["chance"])

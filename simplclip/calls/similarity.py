@@ -50,7 +50,7 @@ class SigmoidRow(IntEnum):
     MIX = 4  # the term's weight in the sum that has the gradient
 
 
-@dataclass(frozen=True)
+@dataclass
 class SimilarityCall:
     """Arguments of simplclip::similarity_loss_fwd and of the backends' functions for it.
 
@@ -84,7 +84,7 @@ class SimilarityCall:
         return 2 if self.has_teacher else 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class SimilarityGradient(SimilarityCall):
     """Arguments of backward: those of forward, its results and the gradients of its results."""
 
@@ -97,7 +97,7 @@ class SimilarityGradient(SimilarityCall):
     need_text: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class SigmoidCall:
     """Arguments of similarity_sigmoid: K sigmoid terms of l = weight x yᵀ + bias, which share one
     sweep.

@@ -9,12 +9,6 @@ import typer
 
 from simplclip.commands.app import app
 
-FIRST_HOUR = (  # docs/first-hour.md
-    "simplclip doctor --why        lists the backend of each op, and why no other runs",
-    "simplclip selftest            compares each op on each backend of this machine with float64",
-    "python -m benchmarks.gpu      measures all of them and a training step (in a checkout)",
-)
-
 
 @app.command(
     short_help="Show which backend runs each op on this machine.",
@@ -69,7 +63,7 @@ def render(machine: dict[str, Any], why: bool = False) -> str:
         for device, entry in devices.items():
             lines.append(f"{op}, {device}: {entry['backend'] or entry['error']}")
             lines += [f"    not {name}: {reason}" for name, reason in entry["others"].items()]
-    return "\n".join([*lines, *FIRST_HOUR])
+    return "\n".join([*lines, "What to run first on a machine: docs/first-hour.md"])
 
 
 def _served(ops: dict[str, Any], device: str) -> str:

@@ -62,7 +62,7 @@ def evaluate(
     images: Annotated[
         str | None,
         typer.Option(
-            help="Folder of the images that a table or JSON file names. Default: the file's own."
+            help="Folder of the images that tables or JSON files name. Default: the file's own."
         ),
     ] = None,
     captions: Annotated[
@@ -96,7 +96,7 @@ def evaluate(
     if blend or not splits:  # a blend is judged by the run's own data too
         splits = splits_of(models[0]) | splits
     if images is not None:
-        splits = _with_images(splits, images)
+        splits = {name: {"shards": split, "images": images} for name, split in splits.items()}
     from simplclip import evaluation
     from simplclip.common import ranks
 
@@ -124,17 +124,6 @@ def evaluate(
         evaluation.evaluate_blend(encoder, start, splits, settings, out=out)
 
 
-def _with_images(splits: dict[str, Any], images: str) -> dict[str, Any]:
-    """Returns splits in which tables and JSON files have their images in the folder `images`."""
-    from simplclip.data.rows import is_table
-
-    tables = {name: split for name, split in splits.items() if is_table(split)}
-    if not tables:
-        got = ", ".join(map(str, splits.values())) or "no data"
-        raise InputError(f"--images: expected data in a table or a JSON file, got {got}")
-    return splits | {name: {"shards": path, "images": images} for name, path in tables.items()}
-
-
 def splits_of(model: str) -> dict[str, Any]:
     """Returns a run's eval.splits and the share of eval.hold_out; {} without a config.yaml.
 
@@ -151,8 +140,7 @@ def splits_of(model: str) -> dict[str, Any]:
         settings = config.load(file)
     except config.ConfigError as error:
         raise InputError(
-            f"data: expected a config of this version in {file}, got {error}; name the data by "
-            "--data"
+            f"data: expected --data, or a config of this version, got {file}: {error}"
         ) from None
     splits = settings.eval.splits | settings.held_out
     for name, split in splits.items():

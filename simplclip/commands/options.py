@@ -73,7 +73,7 @@ def named_splits(items: list[str]) -> dict[str, Any]:
     A name has no characters of paths and patterns: / \ * ? [ ] { } # and =; pipe: begins DATA.
     Raises InputError for an empty item, or for a name that comes twice.
     """
-    from simplclip.data.rows import ENDINGS, split_of
+    from simplclip.data.rows import split_of
 
     splits: dict[str, Any] = {}
     for item in items:
@@ -83,11 +83,9 @@ def named_splits(items: list[str]) -> dict[str, Any]:
         name = match[1]
         if not name:
             file, split = split_of(match[2])
-            endings = "|".join(map(re.escape, (*ENDINGS, ".txt")))
-            ending = rf"[-_.]?[*?\[{{]|(?:[-_.]\d+)?\.tar|{endings}"
+            ending = r"[-_.]?[*?\[{]|([-_.]\d+)?\.tar|\.\w+$"
             name = re.split(ending, Path(file).name)[0] or "data"
-            if split:
-                name += f"-{split}"
+            name += f"-{split}" if split else ""
         if name in splits:
             raise InputError(
                 f"--data: expected different split names (--data NAME=DATA), got {name!r} twice"

@@ -61,7 +61,7 @@ def selftest(
         for failure in row.failures:
             typer.echo(f"    {visible(failure)}")
         if row.backend != "reference" and row.parts:
-            avoided = ",".join(f"{op}=reference" for op in dict.fromkeys(row.parts.values()))
+            avoided = ",".join(f"{op}=reference" for op in dict.fromkeys(row.parts))
             typer.echo(f"    SIMPLCLIP_BACKEND={avoided} avoids it")
     if as_json is not None:
         written = [{**asdict(row), "dtype": _name(row.dtype)} for row in rows]

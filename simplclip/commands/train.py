@@ -64,24 +64,19 @@ def train(
     # torch reads it when it is imported: else each rank warns of a search for unused parameters
     if "RANK" in os.environ:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    try:
-        values = given = configs.load(config, set_ or ())
-        own = Path(given.run.out, "config.yaml")
-        if resume and own.exists():
-            out = f"run.out={json.dumps(given.run.out)}"
-            values = configs.load(own, [*(set_ or ()), out])
-        changed = differences(given.to_dict(), values.to_dict())
-        if changed and os.environ.get("RANK", "0") == "0":
-            typer.echo(
-                f"resume     {own} is used, not {config}, which differs in {', '.join(changed)}; "
-                "--set changes settings"
-            )
-    except (UserError, OSError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            raise
-        raise typer.Exit(2) from error
+    values = given = configs.load(config, set_ or ())
+    own = Path(given.run.out, "config.yaml")
+    if resume and own.exists():
+        out = f"run.out={json.dumps(given.run.out)}"
+        values = configs.load(own, [*(set_ or ()), out])
+    changed = differences(given.to_dict(), values.to_dict())
+    if changed and os.environ.get("RANK", "0") == "0":
+        typer.echo(
+            f"resume     {own} is used, not {config}, which differs in {', '.join(changed)}; "
+            "--set changes settings"
+        )
 
-    # outside of the try: after a Ctrl-C that stops this import, `except` would begin it again
+    # outside of a try: after a Ctrl-C that stops this import, `except` would begin it again
     from simplclip.train import Interrupted, TrainingError, run
 
     try:

@@ -20,12 +20,6 @@ def check_count(name: str, value: int, least: int) -> None:
         raise InputError(f"{name}: expected an integer of at least {least}, got {value!r}")
 
 
-def check_share(name: str, value: float) -> None:
-    """Raises InputError unless `value` is a number from 0 to 1."""
-    if not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise InputError(f"{name}: expected a number from 0 to 1, got {value!r}")
-
-
 def visible(text: str, keep: str = "") -> str:
     """Returns `text` with `repr`'s escapes in place of unprintable characters, for a terminal.
 

@@ -8,8 +8,6 @@ import hashlib
 import os
 import re
 import secrets
-import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +16,6 @@ import filelock
 
 from simplclip.common.errors import InputError
 
-HOUR = 3600.0  # seconds
 WAIT = 6.0  # seconds in which the loader processes of a killed run end
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
@@ -42,7 +39,8 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     After an error it is removed, and `path` stays as it was; see also `remove_leftovers`.
     """
     path = Path(path)
-    temporary = _temporary(path)
+    # random: other users of a shared folder could put a link under a name that they guess
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     file = open(temporary, "xb")  # noqa: SIM115
     try:
         yield file
@@ -50,17 +48,6 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
         file.close()
         os.replace(temporary, path)
-        # some systems cannot open a folder to make the rename durable
-        with contextlib.suppress(OSError):
-            descriptor = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    except OSError as error:
-        if error.errno in FULL_DISK and error.filename is None:
-            error.filename = str(path)
-        raise
     finally:
         # after an error: closing flushes the buffer, which fails again on a full disk
         with contextlib.suppress(OSError):
@@ -68,46 +55,12 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def temporary_folder(path: str | Path) -> Iterator[Path]:
-    """Context with a new folder beside `path`, whose parents are made too.
-
-    It is removed with its files at the end unless it has been renamed.
-    """
-    folder = _temporary(Path(path))
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _temporary(path: Path) -> Path:
-    """Returns a path beside `path` with a random hidden name, .NAME.HEX.tmp; makes nothing."""
-    # random: other users of a shared folder could put a link under a name that they guess
-    path = path.absolute()  # "." has no name
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-
-
-def remove_leftovers(
-    folder: str | Path, removable: Callable[[str], object], seconds: float = 0.0
-) -> None:
-    """Removes files of `replacing` and `temporary_folder` that killed processes left in `folder`.
-
-    removable: whether it may be removed, by its final name. seconds: what was written to within
-    this time stays, since another process may still be writing.
-    """
+def remove_leftovers(folder: str | Path, removable: Callable[[str], object]) -> None:
+    """Removes files of `replacing` that killed processes left; removable: by the final name."""
     for path in Path(folder).glob(".*.tmp"):
         match = _TEMPORARY.fullmatch(path.name)
-        if not match or not removable(match[1]):
-            continue
-        with contextlib.suppress(FileNotFoundError):
-            if seconds and time.time() - path.lstat().st_mtime < seconds:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink()
+        if match and removable(match[1]):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -157,11 +110,6 @@ def size_and_time(path: str | os.PathLike) -> dict[str, int]:
     """Returns {"bytes", "mtime_ns"} of a file, which tell in a meta.json whether it has changed."""
     about = os.stat(path)
     return {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns}
-
-
-def identity(path: str | os.PathLike) -> dict[str, int | str]:
-    """Returns {"bytes": size, "sha256": hexadecimal digits} of a file, for an export.json."""
-    return {"bytes": os.path.getsize(path), "sha256": sha256(path)}
 
 
 def differences(

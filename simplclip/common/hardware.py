@@ -15,15 +15,7 @@ from simplclip.common.errors import InputError
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Values of ONEDNN_MAX_CPU_ISA by which oneDNN, which computes torch's products, copies bf16
 # operands to fp32.
-ISAS_WITHOUT_BF16 = (
-    "SSE41",
-    "AVX",
-    "AVX2",
-    "AVX2_VNNI",
-    "AVX2_VNNI_2",
-    "AVX512_CORE",
-    "AVX512_CORE_VNNI",
-)
+ISAS_WITHOUT_BF16 = re.compile("SSE41|AVX|AVX2(_VNNI(_2)?)?|AVX512_CORE(_VNNI)?")
 # the memory limit of a container, by versions 2 and 1 of control groups
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -54,7 +46,7 @@ def native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    if device.type != "cpu" or isa in ISAS_WITHOUT_BF16:
+    if device.type != "cpu" or ISAS_WITHOUT_BF16.fullmatch(isa):
         return False
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -113,9 +105,7 @@ def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
-    if not status.exists():
-        return 0.0
-    kib = re.search(r"VmHWM:\s*(\d+)", status.read_text())
+    kib = re.search(r"VmHWM:\s*(\d+)", status.read_text() if status.exists() else "")
     return int(kib[1]) / 2**10 if kib else 0.0
 
 

@@ -11,12 +11,11 @@ from typing import Any
 
 import matplotlib
 from matplotlib import font_manager
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from simplclip.common.files import write_atomically
 
-GREEN, GREY = "#1a9850", "#57606a"
+GREY = "#57606a"
 # Fonts of other letters than those of matplotlib's own font; the ones found here are used.
 SCRIPTS = (
     "Noto Sans CJK SC",
@@ -46,14 +45,6 @@ def shortened(text: str, most: int) -> str:
     # bytes of a file's name that are no UTF-8 are such, which matplotlib refuses
     text = " ".join(text.split()).encode("utf-8", "replace").decode()
     return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def show(axis: Axes, image: object, label: str = "", right: bool = False) -> None:
-    """Draws a picture with a label below it, in a green frame if it is `right`."""
-    axis.imshow(image)  # type: ignore[arg-type]
-    axis.set(xticks=[], yticks=[])
-    axis.set_xlabel(label, fontsize=8, color=GREY)
-    axis.spines[:].set(color=GREEN if right else "#d0d7de", linewidth=3 if right else 0.8)
 
 
 def write(figure: Figure, path: Path) -> None:

@@ -1,13 +1,11 @@
-"""Lines of long commands, and their progress: rich's bar on a terminal, elsewhere a line from time
-to time and at the end, as logs need it.
-"""
+"""Lines of long commands, and their progress: rich's bar, in logs a line from time to time."""
 
 from __future__ import annotations
 
 import os
 import re
-import sys
 import time
+from datetime import timedelta
 
 from rich import progress
 from rich.console import Console
@@ -21,12 +19,8 @@ REDRAWN = 0.1  # seconds between two drawings of a bar
 
 
 def duration(seconds: float) -> str:
-    """Returns seconds as text: "7 s", "3:10" (minutes and seconds) or "1:03:10" (with hours)."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}:{minutes:02}:{rest:02}"
-    return f"{minutes}:{rest:02}" if minutes else f"{seconds:.0f} s"
+    """Returns seconds as hours, minutes and seconds: "0:03:10", "1:03:10"."""
+    return str(timedelta(seconds=int(seconds)))
 
 
 def print_lines(text: str, console: Console | None = None) -> None:
@@ -53,15 +47,15 @@ class Pace:
 
     def due(self) -> bool:
         """Whether it is time for a line; if so, the time until the next one begins."""
-        now = time.monotonic()
-        if now - self._last < min(max(FIRST, (now - self.began) / 10), self.at_most):
+        seconds = min(max(FIRST, self.seconds / 10), self.at_most)
+        if time.monotonic() - self._last < seconds:
             return False
-        self._last = now
+        self._last = time.monotonic()
         return True
 
 
 class Progress:
-    """Context that shows on stderr how much of `total` is done, how fast it goes and when it ends.
+    """Context that shows on stderr how much of `total` is done, since when and when it ends.
 
     done: what an earlier run has done. unit: plural noun of what is counted. Ranks other than the
     first never show anything.
@@ -76,47 +70,34 @@ class Progress:
         unit: str = "samples",
         shown: bool = True,
     ) -> None:
-        self.title, self.total, self.done, self.unit = title, total, done, unit
-        self._earlier = done
-        self._shown = shown and os.environ.get("RANK", "0") == "0"
         console = Console(stderr=True)
-        self._has_bar = self._shown and console.is_interactive
-        self._pace = Pace(REDRAWN if self._has_bar else LATER)
-        # Drawn by `update` alone: a thread would be at work while workers fork.
-        columns = progress.BarColumn(), progress.TextColumn("{task.description}", markup=False)
+        shown = shown and os.environ.get("RANK", "0") == "0"
+        self._has_lines = shown and not console.is_interactive
+        self._pace = Pace(LATER if self._has_lines else REDRAWN)
         self._bar = progress.Progress(
-            *columns, console=console, auto_refresh=False, disable=not self._has_bar
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(20),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn(unit),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+            console=console,
+            auto_refresh=False,  # by a thread, which would be at work while workers fork
+            disable=not shown or self._has_lines,
         )
-        self._task = self._bar.add_task(self._line(), total=total)
+        self._task = self._bar.add_task(title, total=total, completed=done)
 
     def __enter__(self) -> Progress:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self._draw()
+    def __exit__(self, *error: object) -> None:
         self._bar.stop()
-        if self._shown and not self._has_bar and kind is None and self._pace.seconds >= 1:
-            taken = duration(self._pace.seconds)
-            print(f"{self.title}: {self.done:,} {self.unit} in {taken}", file=sys.stderr)
 
     def update(self, count: int) -> None:
         """Adds `count` units to those done, and redraws the bar or prints a line if one is due."""
-        self.done += count
-        if self._shown and self._pace.due():
-            self._draw()
-            if not self._has_bar:
-                print(self._line(), file=sys.stderr)
-
-    def _draw(self) -> None:
-        self._bar.update(self._task, completed=self.done, description=self._line(), refresh=True)
-
-    def _line(self) -> str:
-        """Returns a line for a log: units done, of how many, the speed and the time left."""
-        rate = (self.done - self._earlier) / max(self._pace.seconds, 1e-9)
-        speed = f"{rate:,.{0 if rate >= 10 else 2}f} {self.unit}/s"
-        if not self.total:
-            return f"{self.title}: {self.done:,} {self.unit}, {speed}"
-        left = duration(max(0, self.total - self.done) / rate) if rate else "?"
-        share = f"{self.total:,} {self.unit} ({self.done / self.total:.0%})"
-        return f"{self.title}: {self.done:,} of {share}, {speed}, {left} left"
+        self._bar.update(self._task, advance=count)
+        if self._pace.due():
+            self._bar.refresh()
+            if self._has_lines:
+                self._bar.print(self._bar.get_renderable())

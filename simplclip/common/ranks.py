@@ -3,7 +3,7 @@
 join            a context in which there are ranks; elsewhere there is one
 on_first        a call on the first rank, whose result all get
 all_gather      the values of all ranks, on each of them
-gather_to_first, map_to_first   items of all ranks, on the first one
+gather_to_first items of all ranks, on the first one
 
 An error of one rank ends it, and torchrun then ends the others.
 """
@@ -132,14 +132,6 @@ def gather_to_first(items: Iterable[Item]) -> Iterator[Item]:
             return
         if first():
             yield from chain.from_iterable(parts)
-
-
-def map_to_first(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Yields `function(item)` of each item, in order, on the first rank; nothing on others.
-
-    The ranks divide the items, which must be the same on all.
-    """
-    return gather_to_first(function(item) for item in islice(items, number(), None, count()))
 
 
 def seed_apart(seed: int) -> None:

@@ -38,12 +38,7 @@ class Term:
 
 # In the order of the results of WIKDLoss and of the columns of metrics.csv.
 TERMS = (
-    Term(
-        "contrastive",
-        weight="contrastive_weight",
-        sweeps=("softmax",),
-        is_base=True,
-    ),
+    Term("contrastive", weight="contrastive_weight", sweeps=("softmax",), is_base=True),
     Term(
         "sigmoid",
         weight="contrastive_weight",
@@ -58,24 +53,9 @@ TERMS = (
         sweeps=("softmax",),
         needs_teacher=True,
     ),
-    Term(
-        "interactive",
-        weight="interactive_weight",
-        needs_teacher=True,
-        choices=("infonce", "kl"),
-    ),
-    Term(
-        "feature",
-        weight="feature_weight",
-        needs_teacher=True,
-        compares_pairs=False,
-    ),
-    Term(
-        "pair_matching",
-        weight="pm_weight",
-        sweeps=("softmax", "sigmoid"),
-        needs_plane=True,
-    ),
+    Term("interactive", weight="interactive_weight", needs_teacher=True, choices=("infonce", "kl")),
+    Term("feature", weight="feature_weight", needs_teacher=True, compares_pairs=False),
+    Term("pair_matching", weight="pm_weight", sweeps=("softmax", "sigmoid"), needs_plane=True),
 )
 BY_NAME = {term.name: term for term in TERMS}
 BASES = tuple(term.name for term in TERMS if term.is_base)

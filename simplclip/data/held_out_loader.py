@@ -22,6 +22,7 @@ from simplclip.data.rows import (
     OPTION_NAMES,
     Options,
     PairRow,
+    RowSource,
     is_source,
     label_of_folder,
     open_source,
@@ -30,11 +31,10 @@ from simplclip.data.samples import (
     Pair,
     Sample,
     captions_of,
-    check_files,
     clean,
-    image_of,
     is_held_out,
     label_of,
+    pair_of,
     record_of,
 )
 from simplclip.data.shards import Source, in_words, sources_of
@@ -66,7 +66,7 @@ class HeldOutRow(NamedTuple):
 
 
 class HeldOutBatch(NamedTuple):
-    """N images, and what was skipped; a batch at the end of each source has no image."""
+    """N images, and what was skipped; N may be 0."""
 
     # [N, 3, S, S], uint8 or float32; [0] without images
     images: torch.Tensor
@@ -76,10 +76,7 @@ class HeldOutBatch(NamedTuple):
 
 @dataclass
 class HeldOut:
-    """Held-out data, made by `held_out`.
-
-    It is copied to the workers, each of which goes over all samples.
-    """
+    """Held-out data, made by `held_out`."""
 
     sources: Sequence[Source]
     classes: Classes
@@ -88,7 +85,7 @@ class HeldOut:
     # of training data the share that is held out, see `samples.is_held_out`; 0: all data are
     share: float = 0.0
     sidecars: Folders = ()  # those that training joins, since their json may have other groups
-    options: Options = NO_OPTIONS  # of a table or JSON file
+    rows: RowSource | None = None  # those of a table, JSON file or folder, which are no tars
 
     def __str__(self) -> str:
         return in_words(self.sources)
@@ -102,26 +99,24 @@ class HeldOut:
         row: PairRow | None = sample.get("__row__")
         if row is not None:
             sample = sample | files_of(row)
-        check_files(sample)
         record = record_of(sample)
-        label = label_of(sample, record)
+        pair = pair_of(sample, [])
+        pair.label = label_of(sample, record)
+        if self.classes.folders:  # the caption of an image is only the name of its class
+            pair.label = self.classes.folders.index(pair.key.split(os.sep)[0])
+            return pair
         try:
             captions = captions_of(sample, record, txt_lines=self.txt_lines)
         except BrokenSample as broken:
-            if label is None or broken.reason not in ("missing caption", "empty caption"):
+            if pair.label is None or broken.reason not in ("missing caption", "empty caption"):
                 raise
             captions = []
-        if self.captions:
-            captions = captions[: self.captions]
-        any_row_captions = row is not None and bool(row.captions)
-        json_captions = isinstance(record.get("captions"), list)
-        if self.classes.folders:  # the caption of an image is only the name of its class
-            captions = []
-            label = self.classes.folders.index(sample["__key__"].split(os.sep)[0])
-        elif self.captions is None and json_captions and not any_row_captions:
-            captions = captions[:1]
-        key, url, shard = sample["__key__"], sample["__url__"], sample["__shard__"]
-        return Pair(image_of(sample), captions, record, key, url, shard, label=label)
+        several = isinstance(record.get("captions"), list) and not (row and row.captions)
+        count = self.captions
+        if count is None and several:
+            count = 1
+        pair.captions = captions[: count or None]
+        return pair
 
     def batches(
         self,
@@ -174,16 +169,14 @@ class HeldOut:
 
     def _read(self, source: Source, skipped: Skipped) -> Iterator[Sample]:
         """Yields a source's samples in stored order; of divided training data the held-out ones."""
-        if self.share or not is_source(source.url):
+        if self.rows is None:
             for sample in read_joined(source, skipped, self.sidecars):
                 if not self.share or is_held_out(sample, self.share):
                     yield sample
             return
-        rows = open_source(source.url, self.options)
-        for row in rows.rows():
+        for row in self.rows.rows(skipped):
             key = row.name.partition("/")[2]
             yield {"__key__": key, "__url__": source.url, "__shard__": source.name, "__row__": row}
-        skipped.merge(rows.bad)
 
     def _prepare(self, sample: Sample, transform: Transform) -> tuple[torch.Tensor, HeldOutRow]:
         """Returns the pixels [3, S, S] of a sample, and its row; raises BrokenSample."""
@@ -241,7 +234,7 @@ def held_out(source: Any, *, captions: int | None = None, name: str = "data") ->
         raise InputError(f"{name}: {str(error).removeprefix('source: ')}") from None
     names = [label_of_folder(folder) for folder in rows.classes] or None
     classes = Classes(names, rows.classes)
-    return HeldOut([Source(path, name=rows.name)], classes, captions, options=options)
+    return HeldOut([Source(path, name=rows.name)], classes, captions, rows=rows)
 
 
 def _collate(

@@ -4,11 +4,10 @@ In each epoch the tars are shuffled by (seed, epoch) and divided, samples are sh
 and only then captions are drawn, images decoded and augmented, and texts tokenised. There are two
 ways to divide. Where each part has TEN batches or more, a worker has tars of its own, as by
 webdataset's split_by_worker. In smaller data every worker reads all samples of its rank and
-prepares every n-th batch, so that a batch has different samples; a broken sample leaves a batch
-short, and samples of the next one fill it.
+prepares those of every n-th batch, so that a batch has different samples.
 
-A position is two numbers for each worker, the epoch and the samples consumed in it. Another process
-can go on from there without decoding what came before.
+A position is three numbers for each worker, see Place. Another process can go on from there without
+decoding what came before.
 """
 
 from __future__ import annotations
@@ -33,7 +32,8 @@ from simplclip.data.transforms import Transform, pixels_of, seeded, stack_pixels
 from simplclip.data.workers import from_workers
 
 TEN = 10
-EMPTY_EPOCHS = 100  # in a row without a usable sample for a worker, after which it is an error
+# epochs in a row, or broken samples up to the end of one, without a usable sample for a worker
+EMPTY_EPOCHS, BROKEN_SAMPLES = 100, 10_000
 # arguments that are at least 1
 COUNTS = ("batch_size", "batches_per_step", "captions_per_image", "shuffle_buffer", "max_bytes")
 # attributes of the loader in which a state must agree
@@ -43,17 +43,18 @@ Batch = dict[str, Any]
 
 
 class Place(NamedTuple):
-    """Where a sample stands among those that its worker reads."""
+    """Where a worker stands among the samples that it reads."""
 
-    epoch: int
-    consumed: int  # samples of the epoch up to this one, broken ones included
+    epoch: int = 0
+    consumed: int = 0  # samples of the epoch, broken ones included
+    number: int = 0  # samples of all epochs that train
 
 
 class Block(NamedTuple):
-    """Samples that a worker prepared, as a batch."""
+    """A batch that a worker made."""
 
-    batch: Batch  # {} without a usable sample
-    places: list[Place]  # of the samples in the batch
+    batch: Batch
+    place: Place  # after the batch
     worker: int
     skipped: Skipped  # since the worker's last block
 
@@ -77,49 +78,39 @@ class Loader:
     the images of a caller's own transform are float32 and finished), "text" int64 [N, L], "group"
     int64 [N] (hash of the json's "group", else of shard and key), "key" list[str], "meta"
     list[dict] (the json), "captions" list[list[str]] (those drawn). With captions_per_image k > 1
-    "text" is [N, k, L].
+    "text" is [N, k, L]. With `teacher` there are also "teacher_image" [N, D] and "teacher_text"
+    [N, D] or [N, k, D], float16. If the teacher saw views of an image, one of them is drawn in
+    place of the transform's own augmentation.
 
-    With `teacher` there are also "teacher_image" [N, D] and "teacher_text" [N, D] or [N, k, D],
-    float16: a teacher's features of the images and of the drawn captions. If the teacher saw views
-    of an image, one of them is drawn in place of the transform's own augmentation; otherwise the
-    features are those of the image without augmentation.
-
-    Order: in each epoch of all ranks every sample comes once, or as often as its weight says. It
-    depends on (seed, workers, world_size) and the size of a step; in small data not on the workers.
-    The drawn caption and the augmentation of a sample depend on (seed, epoch, shard's name, key):
-    the transform may draw from the global generators of torch (CPU), random and numpy, which are
-    seeded for it and restored.
+    In each epoch of all ranks every sample comes once, or as often as its weight says. The order
+    depends on (seed, workers, world_size) and the size of a step; in small data without broken
+    samples not on the workers. The drawn caption and the augmentation of a sample depend on (seed,
+    epoch, shard's name, key): the transform may draw from the global generators of torch (CPU),
+    random and numpy, which are seeded for it and restored.
 
     Args:
-        shards: tars by path, brace expression, glob, URL or pipe:COMMAND; a mapping {"shards": one
-            of these or a list, "weight": W}; or a list of these. See `sources_of`.
+        shards: tars, see `sources_of`.
         tokenizer: list of captions -> int64 [N, L], with one L for all lists.
-        transform: an ImageTransform; or a function of a PIL image, RGB -> float32 [3, S, S], such
-            as open_clip's.
+        transform: an ImageTransform; or a function of a PIL image, RGB -> float32 [3, S, S].
         batch_size: samples of each of this rank's batches, N.
         batches_per_step: batches of a step; more than 1 with gradient caching.
         workers: number of loader processes; 0 reads in the calling process.
         captions_per_image: k captions drawn for each sample, different ones if there are enough.
         teacher: read the features that `simplclip teacher` wrote.
-        sidecars: folders with further files of the samples, in the order in which they are joined;
-            see sidecars.py.
-        shuffle_buffer: number of samples, whose files are held in memory; one that holds all of a
-            worker shuffles fully.
+        sidecars: folders with further files of the samples, see sidecars.py.
+        shuffle_buffer: number of samples, whose files are held in memory.
         pin_memory: copy batches to page-locked memory, for a GPU.
-        on_error: "skip" counts damaged tars, "stop" raises ShardError. Broken samples are counted
-            in both cases.
+        on_error: "stop" raises ShardError for damaged tars, "skip" counts them, as broken samples.
         max_bytes: a sample with a file of more bytes is skipped without being read.
-        hold_out: share of the samples that is left out, see `samples.is_held_out`;
-            `held_out` reads it.
+        hold_out: share of the samples that is left out; `held_out` reads it.
         rank, world_size: this process and their number.
-        skipped: counts of what was damaged in the batches so far, by reason, with the first of
-            each.
+        skipped: counts of what was damaged in the batches so far.
 
-    Raises: InputError if an argument is out of range, if shards match no file, or if files have
+    Raises: InputError if an argument is out of range, if shards match no file, or if they have
     fewer samples than a step of all ranks; ShardError if a shard has no sidecar or has changed
     since its sidecar was made. While iterating: ShardError if a file cannot be read or a teacher's
-    features are missing; EmptyDataError if no sample is usable, or none of a worker's in
-    EMPTY_EPOCHS epochs; DataLoader's RuntimeError if a loader process died.
+    features are missing; EmptyDataError if no sample is usable; DataLoader's RuntimeError if a
+    loader process died.
     """
 
     shards: Any
@@ -157,7 +148,7 @@ class Loader:
         self.shards_digest = digest_of([*zip(tars, (source.size for source in self.sources))])
         self.own_tars = self._divides_tars()
         self.turn = 0  # the worker that yields the next batch
-        self.positions = [Place(0, 0)] * max(1, self.workers)  # of each
+        self.positions = [Place()] * max(1, self.workers)  # of each
 
     def _divides_tars(self) -> bool:
         """Whether each worker has tars of its own. Raises InputError for less than a step."""
@@ -235,23 +226,17 @@ class Loader:
         Starts the loader processes, which end with the iterator. Each batch moves the position that
         `state_dict` returns, and adds to `skipped`. Raises ShardError, EmptyDataError.
         """
-        blocks: Iterable[Block] = from_workers(self.items, self.workers, self.pin_memory)
-        if not self.own_tars:
-            blocks = whole_batches(blocks, self.batch_size)
-        for block in blocks:
+        for block in from_workers(self.items, self.workers, self.pin_memory):
             self.skipped.merge(block.skipped)
-            if self.own_tars:
-                self.positions[block.worker] = block.places[-1]
-                self.turn = (block.worker + 1) % len(self.positions)
-            else:
-                self.positions = [block.places[-1]] * len(self.positions)
+            self.positions[block.worker] = block.place
+            self.turn = (block.worker + 1) % len(self.positions)
             yield block.batch
 
     def state_dict(self) -> dict[str, Any]:
         """Returns this rank's position after the last batch yielded, for `load_state_dict`.
 
         The values of STATE_OWNER say whose position it is; "turn" is the worker that makes the next
-        batch; "positions" has each worker's epoch and the samples consumed in it.
+        batch; "positions" has each worker's Place.
         """
         owner = {name: getattr(self, name) for name in STATE_OWNER}
         return owner | {"turn": self.turn, "positions": [list(place) for place in self.positions]}
@@ -271,70 +256,45 @@ class Loader:
         self.positions = [Place(*place) for place in state["positions"]]
 
     def items(self, process: int, workers: int) -> Iterator[Block]:
-        """Yields the blocks of one loader process without end; of shared samples some are short.
+        """Yields the blocks of one loader process without end.
 
         process: its number, 0 to workers - 1; the first one makes the next batch of the loader. The
-        loader itself is not changed. Raises ShardError, and EmptyDataError as the class.
+        loader itself is not changed. Raises ShardError, EmptyDataError.
         """
         worker = (process + self.turn) % workers
-        first_epoch, consumed_before = self.positions[worker]
+        first_epoch, consumed_before, number = self.positions[worker]
         skipped = Skipped()
         rows: list[Prepared] = []  # of the next block
-        places: list[Place] = []
-        number = 0  # of the next sample that trains
-        empty = 0  # epochs in a row without a usable sample
+        idle = broken = 0  # epochs, and samples, in a row without a usable sample
         for epoch in itertools.count(first_epoch):
+            idle += 1
             samples = self._epoch(epoch, worker, skipped)
-            resumed = consumed_before > 0
-            if resumed:
+            if consumed_before:
                 deque(itertools.islice(samples, consumed_before), maxlen=0)
+                consumed_before = 0
                 # counted before the resume, but for the damage within the shuffle buffer
                 skipped.take()
-            consumed_before = 0
-            read = tried = usable = 0
             for consumed, sample in samples:
                 if is_held_out(sample, self.hold_out):
                     continue
                 turn = number // self.batch_size % workers
                 number += 1
-                read += 1
                 if not self.own_tars and turn != worker:
                     continue
-                tried += 1
-                row = self._prepared(sample, epoch, skipped)
-                if row is not None:
-                    usable += 1
-                    rows.append(row)
-                    places.append(Place(epoch, consumed))
-                block_ends = not self.own_tars and number % self.batch_size == 0
-                if block_ends or len(rows) == self.batch_size:
-                    yield Block(self._collate(rows), places, worker, skipped.take())
-                    rows, places = [], []
-            if usable or resumed:
-                empty = 0
-            elif tried or not read:  # else others had all samples
-                empty += 1
-                self._check_usable(epoch, empty)
-
-    def _check_usable(self, epoch: int, empty: int) -> None:
-        """Raises EmptyDataError if no sample is usable, or after too many `empty` epochs."""
-        got = f"expected usable samples, got none in {in_words(self.sources)}"
-        if empty == EMPTY_EPOCHS:
-            raise EmptyDataError(f"data: {got} in {empty} epochs")
-        skipped = Skipped()
-        for sample in self._samples([(source, 0) for source in self.sources], skipped):
-            trains = not is_held_out(sample, self.hold_out)
-            if trains and self._prepared(sample, epoch, skipped) is not None:
-                return
-        raise EmptyDataError(f"data: {got}; {skipped}")
-
-    def _prepared(self, sample: Sample, epoch: int, skipped: Skipped) -> Prepared | None:
-        """Returns what `_prepare` returns; None for a broken sample, which `skipped` then has."""
-        try:
-            return self._prepare(sample, epoch)
-        except BrokenSample as broken:
-            skipped.add(broken.reason, described(sample), broken.detail)
-            return None
+                try:
+                    rows.append(self._prepare(sample, epoch))
+                except BrokenSample as error:
+                    skipped.add(error.reason, described(sample), error.detail)
+                    broken += 1
+                    continue
+                idle = broken = 0
+                if len(rows) == self.batch_size:
+                    place = Place(epoch, consumed, number)
+                    yield Block(self._collate(rows), place, worker, skipped.take())
+                    rows = []
+            if idle == EMPTY_EPOCHS or (idle and broken >= BROKEN_SAMPLES):
+                got = f"none in {in_words(self.sources)} in {idle} epochs; {skipped}"
+                raise EmptyDataError(f"data: expected usable samples, got {got}")
 
     def _prepare(self, sample: Sample, epoch: int) -> Prepared:
         """Parses a sample and draws its captions and pixels for this epoch."""
@@ -366,9 +326,7 @@ class Loader:
         return numbers
 
     def _collate(self, rows: list[Prepared]) -> Batch:
-        """Tokenises the captions of N samples; returns their batch, {} of none."""
-        if not rows:
-            return {}
+        """Tokenises the captions of N samples; returns their batch."""
         images, captions, groups, keys, records, features = zip(*rows)
         stacked = stack_pixels if images[0].dtype == torch.uint8 else torch.stack
         tokens = self.tokenizer(list(itertools.chain.from_iterable(captions)))
@@ -388,32 +346,3 @@ class Loader:
             batch["teacher_image"] = teacher_rows[:, 0]
             batch["teacher_text"] = teacher_rows[:, 1:] if several else teacher_rows[:, 1]
         return batch
-
-
-def whole_batches(blocks: Iterable[Block], size: int) -> Iterator[Block]:
-    """Yields the samples of `blocks`, which have at most `size`, in blocks of `size`."""
-    rest = Block({}, [], 0, Skipped())  # less than a batch
-    for block in blocks:
-        skipped = rest.skipped
-        skipped.merge(block.skipped)
-        batch = block.batch or rest.batch
-        if rest.places and block.places:
-            batch = {name: _joined(rest.batch[name], value) for name, value in batch.items()}
-        rest = Block(batch, rest.places + block.places, block.worker, skipped)
-        if len(rest.places) >= size:
-            yield _rows(rest, slice(size))
-            rest = _rows(rest, slice(size, None))._replace(skipped=Skipped())
-
-
-def _rows(block: Block, rows: slice) -> Block:
-    """Returns some of a block's samples, without a copy of the tensors."""
-    batch = {name: value[rows] for name, value in block.batch.items()}
-    return block._replace(batch=batch, places=block.places[rows])
-
-
-def _joined(first: Any, second: Any) -> Any:
-    """Returns a value of two batches as that of one, a tensor (pinned as before) or a list."""
-    if not isinstance(first, torch.Tensor):
-        return first + second
-    joined = torch.cat([first, second])
-    return joined.pin_memory() if first.is_pinned() else joined

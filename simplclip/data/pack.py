@@ -6,8 +6,7 @@
                               out of it
 
 A shard has the samples of SAMPLES rows of the source. It gets its name when it is complete, so the
-same command continues after a stop. Processes on every core read the rows as a stream, and each
-writes shards.
+same command continues after a stop. Processes on every core read the rows, and each writes shards.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ import itertools
 import json
 import os
 import re
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ from simplclip.data.rows import (
     open_source,
     split_of,
 )
-from simplclip.data.samples import MAX_BYTES, captions_of, file_bytes, record_of
+from simplclip.data.samples import captions_of, file_bytes, record_of
 from simplclip.data.shards import entries_of, meta_of
 from simplclip.data.workers import from_workers
 
@@ -78,29 +77,26 @@ class TarFolder:
         """
         if self.out.exists() and not self.out.is_dir():
             raise InputError(f"out: expected a folder, got the file {self.out}")
-        names = sorted(os.listdir(self.out)) if self.out.exists() else []
-        # `pack_shards` makes the folder "shards" for this command
-        others = [name for name in names if not name.startswith(".") and name != "shards"]
+        self.out.mkdir(parents=True, exist_ok=True)
         former = meta_of(self.out)
-        if others and not (entries_of(self.out) or former.get("format") == self.about["format"]):
-            raise InputError(
-                f"out: expected a new folder or that of an earlier run, got {self.out}, which "
-                f"holds other files ({others[0]})"
-            )
-        if former:
+        if former.get("format") == self.about["format"]:
+            entries = entries_of(self.out)
+            whole = {n: e for n, e in entries.items() if e["bytes"] == _size_of(self.out / n)}
+            self.entries = whole
+            self.complete = former.pop("complete", False) and whole == entries
             former.pop("splits", None)
-            self.entries = entries_of(self.out)
-            self.complete = former.pop("complete", False)
             if former != self.about:
                 raise InputError(
                     f"out: expected {self.out} to hold what an earlier run made of the same data "
                     f"with the same settings, got other ones: was {former}, now {self.about}; "
                     "remove it or choose another folder"
                 )
-            whole = {n: e for n, e in self.entries.items() if e["bytes"] == _size_of(self.out / n)}
-            self.complete = self.complete and whole == self.entries
-            self.entries = whole
-        self.out.mkdir(parents=True, exist_ok=True)
+        # `pack_shards` makes the folder "shards" for this command
+        elif others := [path.name for path in self.out.glob("[!.]*") if path.name != "shards"]:
+            raise InputError(
+                f"out: expected a new folder or that of an earlier run, got {self.out}, which "
+                f"holds other files ({min(others)})"
+            )
         remove_leftovers(self.out, lambda name: True)
         if not self.complete:
             self.save()
@@ -176,15 +172,13 @@ def pack(
     JSON file of the same size and time, of a folder of the same name.
 
     Args:
-        source: a table, a JSON file, FILE.json#SPLIT, or a folder of images: with captions beside
-            them, with a table that names them, or with a folder for each class.
+        source: what `rows.open_source` takes.
         options: of tables and JSON files.
-        workers: processes, by default one for each core; a table that holds the image files is
-            packed by this one.
+        workers: processes, by default one for each core.
         progress: print lines.
 
-    Raises: InputError (the source is none of these, no row is usable, `out` has other shards or
-    files, the disk is full); DataLoader's RuntimeError (a process died).
+    Raises: InputError (the source is none, no row is usable, `out` has other shards or files, the
+    disk is full); DataLoader's RuntimeError (a process died).
     """
     rows = open_source(source, options)
     file, _ = split_of(os.path.expanduser(os.fspath(source)))
@@ -242,24 +236,18 @@ def _write_missing_shards(
 
     def entries(worker: int, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yields (name, entry) of each shard that process `worker` of `count` writes."""
-        rows = source.rows()
-        for number in itertools.count():
-            first_row = next(rows, None)
-            if first_row is None:
-                break
-            shard_rows = itertools.chain([first_row], itertools.islice(rows, SAMPLES - 1))
+        bad = Skipped()
+        rows = source.rows(bad)
+        for number, shard_rows in enumerate(iter(lambda: [*itertools.islice(rows, SAMPLES)], [])):
             name = f"{stem}-{number:06d}.tar"
             if number % count == worker and name not in folder.entries:
                 yield name, _write_shard(folder.out / name, number * SAMPLES, shard_rows)
-            deque(shard_rows, maxlen=0)  # those that were not written
-        if worker == 0 and source.bad.counts:
-            yield source.name, entry_of(folder.out / "", 0, source.bad)
+        if worker == 0 and bad.counts:
+            yield source.name, entry_of(folder.out, 0, bad)
 
-    # other processes would read all images of a table that holds them
-    workers = 0 if source.embedded or workers == 1 else workers
     done = sum(entry.get("rows", 0) for entry in folder.entries.values())
     with Progress("pack", source.total, done, unit="rows", shown=progress) as bar:
-        for name, entry in from_workers(entries, workers):
+        for name, entry in from_workers(entries, workers if workers > 1 else 0):
             folder.entries[name] = entry
             folder.save()
             bar.update(entry.get("rows", 0))
@@ -276,22 +264,20 @@ def _write_missing_shards(
     folder.save()
 
 
-def _write_shard(path: Path, first: int, rows: Iterable[PairRow]) -> dict[str, Any]:
-    """Writes the tar of some rows, at least one, of the number `first` on; returns its entry."""
+def _write_shard(path: Path, first: int, rows: Sequence[PairRow]) -> dict[str, Any]:
+    """Writes the tar of some rows, of the number `first` on; returns its entry."""
     skipped, remarks = Skipped(), Skipped()
     samples = 0
     with new_tar(path) as tar:
         for number, row in enumerate(rows, first):
             try:
-                files = files_of(row, remarks)
+                tar.write({"__key__": f"{number:09d}", **files_of(row, remarks)})
+                samples += 1
             except BrokenSample as broken:
                 skipped.add(broken.reason, row.name, broken.detail)
-                continue
-            tar.write({"__key__": f"{number:09d}", **files})
-            samples += 1
     if not samples:
         path.unlink()
-    return entry_of(path, samples, skipped, remarks) | {"rows": number - first + 1}
+    return entry_of(path, samples, skipped, remarks) | {"rows": len(rows)}
 
 
 def files_of(row: PairRow, remarks: Skipped | None = None) -> dict[str, bytes]:
@@ -306,14 +292,12 @@ def files_of(row: PairRow, remarks: Skipped | None = None) -> dict[str, bytes]:
     texts = {suffix: _read(path) for suffix, path in row.texts.items()}
     record = record_of(texts)
     captions = captions_of(texts, record if row.texts else {"captions": row.captions})
-    image = _read(row.image) if row.encoded is None else row.encoded
-    if len(image) > MAX_BYTES:
-        raise BrokenSample("file too large", f"expected at most {MAX_BYTES:,} bytes")
+    image = _read(row.image)
     opened = open_image(image)
     form = str(opened.format)
     suffix = "jpg" if form in JPEGS else form.lower()
     if remarks is not None and is_transparent(opened):
-        remarks.add(TRANSPARENT, row.image or row.name)
+        remarks.add(TRANSPARENT, row.image)
     record |= {"captions": [" ".join(caption.split()) for caption in captions], "source": row.name}
     if row.group is not None:
         record["group"] = row.group

@@ -7,11 +7,12 @@ Neighbouring rows of a table that have one image are one row.
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import itertools
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,6 @@ TABLES = (".csv", ".tsv", ".jsonl", ".parquet")  # endings
 ENDINGS = (*TABLES, ".json")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # tables of a folder's images
 SEPARATORS = "\t,|;"
-_BATCH, _EMBEDDED_BATCH = 4096, 16  # rows that are read at a time; of image files
 
 
 class PairRow(NamedTuple):
@@ -46,7 +46,6 @@ class PairRow(NamedTuple):
     problem: tuple[str, str] | None = None
     # of a table, the image as it is written there: rows of one image may be no neighbours
     group: str | None = None
-    encoded: bytes | None = None  # the image file, if the table holds it in place of a path
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,8 @@ class RowSource:
 
     path: str
     total: int  # number of rows
-    rows: Callable[[], Iterator[PairRow]]  # starts to read them
+    rows: Callable[[Skipped], Iterator[PairRow]]  # reads them; counts lines of a table that are bad
     classes: tuple[str, ...] = ()  # of a folder with a folder for each class: their names, in order
-    embedded: bool = False  # whether the rows hold the image files, and so are large
-    bad: Skipped = field(default_factory=Skipped)  # lines of a table that are no rows
 
     @property
     def name(self) -> str:
@@ -133,7 +130,7 @@ def open_source(path: str | os.PathLike, options: Options = NO_OPTIONS) -> RowSo
     if os.path.isdir(file):
         for name in METADATA:
             table = os.path.join(file, name)
-            if os.path.isfile(table) and "file_name" in _opened_table(table).schema.names:
+            if os.path.isfile(table) and "file_name" in _opened(table).schema.names:
                 return replace(_table(table, options), path=file)
     elif file.lower().endswith(TABLES):
         return _table(file, options)
@@ -148,7 +145,7 @@ def open_source(path: str | os.PathLike, options: Options = NO_OPTIONS) -> RowSo
     raise InputError(f"source: expected {expected}, got {file!r}{hint}")
 
 
-def _opened_table(path: str, columns: Sequence[str] = (), bad: Skipped | None = None) -> Any:
+def _opened(path: str, columns: Sequence[str] = (), bad: Skipped | None = None) -> Any:
     """Returns pyarrow's dataset of a table. columns: of a csv, read as bytes. bad: counts bad rows.
 
     Raises InputError for a file that is no such table.
@@ -156,25 +153,23 @@ def _opened_table(path: str, columns: Sequence[str] = (), bad: Skipped | None = 
     import pyarrow
     from pyarrow import csv, dataset
 
+    def count(row: csv.InvalidRow) -> str:
+        if bad is not None:
+            got = f"expected {row.expected_columns} columns, got {row.actual_columns}"
+            bad.add("bad row", os.path.basename(path), f"{got}: {row.text}")
+        return "skip"
+
     kind: Any = {".jsonl": "json", ".parquet": "parquet"}.get(os.path.splitext(path)[1].lower())
     if kind is None:
-
-        def count(row: csv.InvalidRow) -> str:
-            if bad is not None:
-                got = f"expected {row.expected_columns} columns, got {row.actual_columns}"
-                bad.add("bad row", os.path.basename(path), f"{got}: {row.text}")
-            return "skip"
-
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             header = file.readline(1 << 20)
         separator = "\t" if path.lower().endswith(".tsv") else max(SEPARATORS, key=header.count)
+        types = dict.fromkeys(columns, pyarrow.binary())
         kind = dataset.CsvFileFormat(
             csv.ParseOptions(
                 delimiter=separator, newlines_in_values=True, invalid_row_handler=count
             ),
-            convert_options=csv.ConvertOptions(
-                column_types=dict.fromkeys(columns, pyarrow.binary()), strings_can_be_null=False
-            ),
+            convert_options=csv.ConvertOptions(column_types=types, strings_can_be_null=False),
         )
     with _named(path):
         return dataset.dataset(path, format=kind)
@@ -193,45 +188,17 @@ def _named(path: str) -> Iterator[None]:
 
 
 def _table(path: str, options: Options) -> RowSource:
-    """Returns the rows of a csv, tsv, jsonl or parquet file; a column of image files is preferred.
+    """Returns the rows of a csv, tsv, jsonl or parquet file.
 
-    A row's image is a path, or in parquet the file itself: bytes, or Hugging Face's struct of bytes
-    and path. Its captions are a text, a number, or a list of these.
+    A row's image is a path, its captions are a text, a number, or a list of these.
     """
     with _named(path):
-        schema = _opened_table(path).schema
-        titles = schema.names
-    with_files = [column.name for column in schema if _holds_files(column.type)]
-    image_key = options.image_key
-    if image_key is None:
-        image_key = next((name for name in IMAGE_NAMES if name in with_files), None)
-    image = _column(titles, "image_key", image_key, IMAGE_NAMES, path)
+        titles = _opened(path).schema.names
+    image = _column(titles, "image_key", options.image_key, IMAGE_NAMES, path)
     caption = _column(titles, "caption_key", options.caption_key, CAPTION_NAMES, path)
-    embedded = image in with_files
-    bad = Skipped()
     with _named(path):
-        total = _opened_table(path, (image, caption)).count_rows()
-
-    def pairs() -> Iterator[tuple[Any, Any]]:
-        """Yields (image, captions) of each row as pyarrow scalars."""
-        with _named(path):
-            table = _opened_table(path, (image, caption), bad)
-            bad.take()  # of the lines that told the schema
-            for batch in table.to_batches(
-                columns=[image, caption],
-                batch_size=_EMBEDDED_BATCH if embedded else _BATCH,
-                batch_readahead=1,
-                fragment_readahead=1,
-                use_threads=False,
-            ):
-                yield from zip(batch.column(0), batch.column(1))
-
-    def rows() -> Iterator[PairRow]:
-        for number, (picture, captions) in enumerate(pairs()):
-            name = f"{os.path.basename(path)}/{number:09d}"
-            yield _table_row(name, picture, captions, path, options)
-
-    return RowSource(path, total, lambda: _merged(rows()), embedded=embedded, bad=bad)
+        total = _opened(path, [image, caption]).count_rows()
+    return RowSource(path, total, partial(_table_rows, path, [image, caption], options))
 
 
 def _column(
@@ -249,35 +216,48 @@ def _column(
     return column
 
 
-def _holds_files(kind: Any) -> bool:
-    """Whether a column may hold image files: binary, or a struct as Hugging Face's image."""
-    import pyarrow.types
+def _table_rows(path: str, columns: list[str], options: Options, bad: Skipped) -> Iterator[PairRow]:
+    """Yields the rows of a table, by its columns of images and captions."""
+    found = Skipped()
 
-    if pyarrow.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
-    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+    def rows() -> Iterator[PairRow]:
+        table = _opened(path, columns, found)
+        found.take()  # of the lines that told the schema
+        batches = table.to_batches(
+            columns=columns,
+            batch_size=4096,
+            batch_readahead=1,
+            fragment_readahead=1,
+            use_threads=False,
+        )
+        pairs = itertools.chain.from_iterable(
+            zip(*(column.to_pylist() for column in batch.columns)) for batch in batches
+        )
+        for number, (image, captions) in enumerate(pairs):
+            name = f"{os.path.basename(path)}/{number:09d}"
+            yield _table_row(name, image, captions, path, options)
+
+    with _named(path):
+        for _, same in itertools.groupby(rows(), lambda row: row.image or row.name):
+            first, *others = same
+            captions = itertools.chain(first.captions, *(row.captions for row in others))
+            yield first._replace(captions=list(captions))
+    bad.merge(found)
 
 
 def _table_row(name: str, image: Any, captions: Any, path: str, options: Options) -> PairRow:
-    """Returns the row of a table's scalars; its problem says if a text is not UTF-8."""
+    """Returns the row of a table's values; its problem says if a text is not UTF-8."""
     try:
-        values = captions.as_py()
-        texts = [_text(value) for value in (values if isinstance(values, list) else [values])]
+        texts = [_text(value) for value in (captions if isinstance(captions, list) else [captions])]
     except UnicodeDecodeError:
         return PairRow(name, problem=("caption not UTF-8", ""))
-    value = image.as_py()
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    # no path has NUL, and no image of a format that is read is without and in UTF-8
-    if isinstance(value, bytes) and b"\0" not in value:
-        with contextlib.suppress(UnicodeDecodeError):
-            value = value.decode().strip()
-    if isinstance(value, bytes) and value:
-        digest = hashlib.blake2b(value, digest_size=16).hexdigest()
-        return PairRow(name, captions=texts, group=digest, encoded=value)
-    if isinstance(value, str) and value:
-        return PairRow(name, options.image(path, value), texts, group=value)
-    return PairRow(name, problem=("missing image", ""))
+    with contextlib.suppress(UnicodeDecodeError):
+        image = _text(image)
+    if isinstance(image, str) and image.strip():
+        image = image.strip()
+        return PairRow(name, options.image(path, image), texts, group=image)
+    detail = f"expected a path, got {str(image)[:80]}" if image else ""
+    return PairRow(name, problem=("missing image", detail))
 
 
 def _text(value: object) -> object:
@@ -288,46 +268,30 @@ def _text(value: object) -> object:
     return str(value) if is_number else value
 
 
-def _merged(rows: Iterator[PairRow]) -> Iterator[PairRow]:
-    """Yields neighbouring rows of one image as one row, with the first's name."""
-    joined: PairRow | None = None
-    for row in rows:
-        image = None if row.problem else row.image or row.group  # a path in full, or a digest
-        if joined and image is not None and image == (joined.image or joined.group):
-            joined = joined._replace(captions=[*joined.captions, *row.captions])
-            continue
-        if joined:
-            yield joined
-        joined = row
-    if joined:
-        yield joined
-
-
 def _json(path: str, split: str, options: Options) -> RowSource:
     """Returns a row for each image of a JSON file in Karpathy's or COCO's format."""
-    expected = "images with captions, as in Karpathy's or COCO's JSON"
-    captions: dict[str, list[object]] = {}
+    captions: dict[str, list[object]] = defaultdict(list)
     try:
         content = json_of(Path(path).read_text("utf-8-sig"))
-        if isinstance(content, list):
-            raise ValueError(f"a list; make a table of it: jq -c '.[]' {path} > {path}l")
         for image, texts in _entries(content, split):
-            captions.setdefault(image, []).extend(texts)
+            captions[image] += texts
     except InputError:
         raise
-    except KeyError as error:
-        raise InputError(f"source: expected {expected}, got {path!r} without {error}") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"source: expected {expected}, got {path!r}: {error}") from None
-    if not captions:
-        part = f" of the split {split!r}" if split else ""
-        raise InputError(f"source: expected images with captions, got none{part} in {path!r}")
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        reason = f"without {error}" if isinstance(error, KeyError) else error
+        expected = "images with captions, as in Karpathy's or COCO's JSON"
+        raise InputError(f"source: expected {expected}, got {path!r}: {reason}") from None
     name = os.path.basename(path)
     rows = [
         PairRow(f"{name}/{image}", options.image(path, image), texts)
         for image, texts in captions.items()
     ]
-    return RowSource(path, len(rows), lambda: iter(rows))
+    return RowSource(path, len(rows), partial(_listed, rows))
+
+
+def _listed(rows: Iterable[PairRow], bad: Skipped) -> Iterator[PairRow]:
+    """Returns an iterator of rows of which none is bad."""
+    return iter(rows)
 
 
 def _entries(content: dict[str, Any], split: str) -> Iterator[tuple[str, list[object]]]:
@@ -339,14 +303,12 @@ def _entries(content: dict[str, Any], split: str) -> Iterator[tuple[str, list[ob
             number = entry["image_id"]
             yield str(files.get(number, f"image_id {number}")), [entry["caption"]]
         return
-    splits = list(dict.fromkeys(image["split"] for image in images if "split" in image))
-    if not split and len(splits) > 1:
-        several = ", ".join(map(str, splits))
-        raise InputError(
-            f"source: expected one of the splits {several}, as FILE.json#{splits[0]}, got none"
-        )
+    splits = [*dict.fromkeys(image["split"] for image in images if "split" in image)]
+    if split not in splits and (split or len(splits) > 1):
+        expected = f"one of the splits {', '.join(map(str, splits))}, as FILE.json#SPLIT"
+        raise InputError(f"source: expected {expected}, got {split or 'none'}")
     for image in images:
-        if not split or image.get("split", split) == split:
+        if not split or image.get("split") == split:
             captions = [text["raw"] for text in image.get("sentences", [])]
             yield os.path.join(image.get("filepath", ""), image["filename"]), captions
 
@@ -359,31 +321,20 @@ def _folder(path: str) -> RowSource:
     row with `problem`, unless it was converted beside.
     """
     path = path.rstrip(os.sep) or path
-    texts_of_images = [bool(texts) for _, texts in _images(path)]
-    if not texts_of_images:
+    rows = [*_images(path)]
+    if not rows:
         hint = " (try its *.tar)" if [*Path(path).glob("*.tar")] else ""
         expected = "a folder of images with captions"
         raise InputError(f"source: expected {expected}, got {path!r}, which has no image{hint}")
-    any_text = any(texts_of_images)
-
-    def rows() -> Iterator[PairRow]:
-        for image, texts in _images(path):
-            name = os.path.join(os.path.basename(path), os.path.splitext(image)[0])
-            folder = image.partition(os.sep)[0]
-            suffix = _suffix(image)
-            if suffix in OTHER_IMAGE_SUFFIXES:
-                yield PairRow(name, problem=(f"{suffix} image", f"not read; {CONVERT}"))
-                continue
-            row = PairRow(name, os.path.join(path, image), texts=texts)
-            if not any_text and folder != image:
-                label = label_of_folder(folder)
-                row = row._replace(captions=[label] if label else [], label=label)
-            yield row
-
-    classes: tuple[str, ...] = ()
-    if not any_text:
-        classes = tuple(sorted(entry.name for entry in os.scandir(path) if entry.is_dir()))
-    return RowSource(path, len(texts_of_images), rows, classes)
+    if any(row.texts for row in rows):
+        return RowSource(path, len(rows), partial(_listed, rows))
+    for number, row in enumerate(rows):
+        folder, *inside = row.name.split(os.sep)[1:]
+        if inside and not row.problem:
+            label = label_of_folder(folder)
+            rows[number] = row._replace(captions=[label] if label else [], label=label)
+    classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+    return RowSource(path, len(rows), partial(_listed, rows), tuple(classes))
 
 
 def label_of_folder(name: str) -> str:
@@ -391,8 +342,25 @@ def label_of_folder(name: str) -> str:
     return clean(name.replace("_", " "))
 
 
-def _suffix(file: str) -> str:
-    return os.path.splitext(file)[1][1:].lower()
+def _images(path: str) -> Iterator[PairRow]:
+    """Yields the images in a folder with the texts beside them, in order of names."""
+    for folder, subfolders, files in os.walk(path, onerror=_refuse):
+        subfolders.sort()
+        place = os.path.join(os.path.basename(path), os.path.relpath(folder, path))
+        by_key: dict[str, dict[str, str]] = defaultdict(dict)  # file -> suffix
+        for file in sorted(files):
+            key, suffix = os.path.splitext(os.path.join(folder, file))
+            by_key[key][key + suffix] = suffix[1:].lower()
+        for key, suffixes in sorted(by_key.items()):
+            name = os.path.normpath(os.path.join(place, os.path.basename(key)))
+            texts = {suffix: file for file, suffix in suffixes.items() if suffix in ("txt", "json")}
+            images = [file for file, suffix in suffixes.items() if suffix in IMAGE_SUFFIXES]
+            others = [file for file, suffix in suffixes.items() if suffix in OTHER_IMAGE_SUFFIXES]
+            for file in images or others:
+                problem = None
+                if not images:
+                    problem = f"{suffixes[file]} image", f"not read; {CONVERT}"
+                yield PairRow(name, file, texts=texts, problem=problem)
 
 
 def _refuse(error: OSError) -> None:
@@ -400,25 +368,3 @@ def _refuse(error: OSError) -> None:
     raise InputError(
         f"source: expected folders that can be read, got {error.filename!r}: {error.strerror}"
     ) from error
-
-
-def _images(path: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields (image, {"txt" or "json": path of the text beside it}) in order of names; the image is
-    relative to `path`.
-    """
-    for folder, subfolders, files in os.walk(path, onerror=_refuse):
-        subfolders.sort()
-        inside = os.path.relpath(folder, path) if folder != path else ""
-        by_key: defaultdict[str, dict[str, str]] = defaultdict(dict)  # file name -> suffix
-        for file in sorted(files):
-            by_key[os.path.splitext(file)[0]][file] = _suffix(file)
-        for _, suffixes in sorted(by_key.items()):
-            texts = {
-                suffix: os.path.join(folder, file)
-                for file, suffix in suffixes.items()
-                if suffix in ("txt", "json")
-            }
-            images = [file for file, suffix in suffixes.items() if suffix in IMAGE_SUFFIXES]
-            others = [file for file, suffix in suffixes.items() if suffix in OTHER_IMAGE_SUFFIXES]
-            for file in images or others:
-                yield os.path.join(inside, file), texts

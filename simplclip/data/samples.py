@@ -9,13 +9,14 @@ No content of a file ends the program. Nothing here imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import math
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,10 +67,7 @@ class Pair:
 
     @property
     def group(self) -> str | None:
-        """The json's "group", a name of the thing that the image shows; None without one.
-
-        Samples of one group match each other, so they are no negatives.
-        """
+        """The json's "group": samples of one group match each other, so they are no negatives."""
         return text_of(self.record, "group")
 
     @property
@@ -85,58 +83,45 @@ def text_of(record: dict[str, Any], name: str) -> str | None:
 
 
 def _group_id(group: str | None, name: str) -> int:
-    """Returns a hash, below 2**63, of a group, or of the sample's `name` if the group is None."""
     # by the shard's name too, since keys often repeat in every shard
-    text = f"key/{name}" if group is None else f"group/{group}"
-    return stable_hash(text) >> 1
+    return stable_hash(f"key/{name}" if group is None else f"group/{group}") >> 1
 
 
 def is_held_out(sample: Sample, share: float) -> bool:
     """Whether a sample is in the share, 0 to 1, that evaluation reads and training skips.
 
-    It is told by the hash of its group, else of the path in its json's "source", else of its
-    shard's name and key. A sample whose json is broken is not held out; its reader counts it.
+    The hash of its group tells, else of the image's path in its json's "source", else of the
+    sample's name. A sample whose json is broken is not held out.
     """
-    if not share or isinstance(sample.get("json"), BrokenSample):
+    if not share:
         return False
     try:
         record = record_of(sample)
     except BrokenSample:
         return False
-    group, path = text_of(record, "group"), _path_of(record)
-    if group is None and path is not None:
-        hashed = stable_hash(f"picture/{path}") >> 1
-    else:
-        hashed = _group_id(group, sample_name(sample))
+    group, source = text_of(record, "group"), source_of(record)
+    hashed = _group_id(group, sample_name(sample))
+    if group is None and source is not None and "://" not in source:
+        # copies of a collection have the same paths, and may have other formats
+        path, ending = os.path.splitext(source.partition("/")[2])
+        if ending[1:].lower() not in IMAGE_SUFFIXES:
+            path += ending
+        if path:
+            hashed = stable_hash(f"picture/{path}") >> 1
     return hashed < share * 2**63
 
 
-def _path_of(record: dict[str, Any]) -> str | None:
-    """Returns the path of a sample's image in its collection, without the image's ending.
-
-    Copies of the collection have the same paths. None without a "source", or if it is a URL.
-    """
-    source = source_of(record)
-    if source is None or "://" in source:
-        return None
-    path = source.partition("/")[2]
-    stem, ending = os.path.splitext(path)
-    return (stem if ending[1:].lower() in IMAGE_SUFFIXES else path) or None
-
-
 def sample_name(sample: Sample) -> str:
-    """Returns the name of a sample in messages and seeds: the name of its shard, and its key."""
+    """Returns the name of a sample, see `Pair.name`."""
     return f"{sample['__shard__']}/{sample['__key__']}"
 
 
 def described(sample: Sample) -> str:
     """Returns the name of a broken sample for a message, with its source if it has one."""
-    name = sample_name(sample)
-    try:
+    source = None
+    with contextlib.suppress(BrokenSample):
         source = source_of(record_of(sample))
-    except (BrokenSample, TypeError):  # TypeError: a json that was not read
-        return name
-    return name if source is None else f"{name}, source {source[:500]}"
+    return sample_name(sample) if source is None else f"{sample_name(sample)}, source {source}"
 
 
 def source_of(record: dict[str, Any]) -> str | None:
@@ -151,29 +136,26 @@ def parse(sample: Sample, teacher: bool = False) -> Pair:
     Raises BrokenSample, also for features of another image or other captions, and ShardError if
     they are missing.
     """
-    check_files(sample)
     record = record_of(sample)
-    captions = captions_of(sample, record)
-    key, url, shard = sample["__key__"], sample["__url__"], sample["__shard__"]
-    pair = Pair(image_of(sample), captions, record, key, url, shard)
+    pair = pair_of(sample, captions_of(sample, record))
     if teacher:
         pair.features, pair.views = _features(sample, pair)
     return pair
 
 
-def check_files(sample: Sample) -> None:
-    """Raises BrokenSample if a file of the sample was not read, e.g. since it is too large."""
+def pair_of(sample: Sample, captions: list[str]) -> Pair:
+    """Returns a sample with these captions as a Pair.
+
+    Raises BrokenSample without an image, and if a file was not read, e.g. since it is too large.
+    """
     for value in sample.values():
         if isinstance(value, BrokenSample):
             raise value
-
-
-def image_of(sample: Sample) -> bytes:
-    """Returns the encoded image of a sample. Raises BrokenSample if it has none."""
-    for suffix in IMAGE_SUFFIXES:
-        if suffix in sample:
-            return sample[suffix]
-    raise BrokenSample("missing image")
+    image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
+    if image is None:
+        raise BrokenSample("missing image")
+    place = sample["__key__"], sample["__url__"], sample["__shard__"]
+    return Pair(image, captions, record_of(sample), *place)
 
 
 def record_of(sample: Sample) -> dict[str, Any]:
@@ -181,16 +163,18 @@ def record_of(sample: Sample) -> dict[str, Any]:
 
     Raises BrokenSample if it is no JSON object.
     """
-    if "__record__" in sample:
-        return sample["__record__"]
-    try:
-        record = json_of(sample.get("json", b"{}"))
-    except ValueError as error:
-        raise BrokenSample("bad json", error) from None
-    if not isinstance(record, dict):
-        raise BrokenSample("bad json", f"expected an object, got {type(record).__name__}")
-    sample["__record__"] = record
-    return record
+    if "__record__" not in sample:
+        content = sample.get("json", b"{}")
+        if isinstance(content, BrokenSample):
+            raise content
+        try:
+            record = json_of(content)
+        except ValueError as error:
+            raise BrokenSample("bad json", error) from None
+        if not isinstance(record, dict):
+            raise BrokenSample("bad json", f"expected an object, got {type(record).__name__}")
+        sample["__record__"] = record
+    return sample["__record__"]
 
 
 def captions_of(sample: Sample, record: dict[str, Any], *, txt_lines: bool = False) -> list[str]:
@@ -200,39 +184,32 @@ def captions_of(sample: Sample, record: dict[str, Any], *, txt_lines: bool = Fal
     one, its white space joined. Raises BrokenSample.
     """
     several = record.get("captions")
-    fields = [several if isinstance(several, list) else [], [record.get("caption")]]
-    for values in fields:
-        captions = _captions_in(values)
-        if captions:
-            return captions
-    if "txt" in sample:
-        try:
-            text = sample["txt"].decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise BrokenSample("caption not UTF-8", error) from None
-        captions = _captions_in(text.splitlines() if txt_lines else [" ".join(text.split())])
-        if captions:
-            return captions
-    any_text = any(isinstance(value, str) for values in fields for value in values)
+    forms = [several if isinstance(several, list) else [], [record.get("caption")]]
+    txt = sample.get("txt", b"")
+    if isinstance(txt, BrokenSample):
+        raise txt
+    try:
+        text = txt.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BrokenSample("caption not UTF-8", error) from None
+    forms.append(text.splitlines() if txt_lines else [" ".join(text.split())])
+    for values in forms:
+        captions = [clean(value) for value in values if isinstance(value, str)]
+        if any(captions):
+            return [caption for caption in captions if caption]
+    any_text = any(isinstance(value, str) for value in [*forms[0], *forms[1]])
     raise BrokenSample("empty caption" if any_text or "txt" in sample else "missing caption")
-
-
-def _captions_in(values: Iterable[object]) -> list[str]:
-    """Returns those of some values that are texts and not empty, as `clean` returns them."""
-    captions = [clean(value) for value in values if isinstance(value, str)]
-    return [caption for caption in captions if caption]
 
 
 def label_of(sample: Sample, record: dict[str, Any]) -> str | int | None:
     """Returns a sample's class: the number in its cls, else the json's "label", else None."""
-    if "cls" in sample:
-        content = sample["cls"]
-        try:
-            return int(content)
-        except ValueError:
-            detail = f"expected the number of a class, got {content[:40]!r}"
-            raise BrokenSample("bad cls", detail) from None
-    return clean(text_of(record, "label") or "") or None
+    if "cls" not in sample:
+        return clean(text_of(record, "label") or "") or None
+    try:
+        return int(sample["cls"])
+    except ValueError:
+        detail = f"expected the number of a class, got {sample['cls'][:40]!r}"
+        raise BrokenSample("bad cls", detail) from None
 
 
 def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
@@ -249,18 +226,15 @@ def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, An
         views = about.get("views") or None
         if about.get("features", "") not in ("", digest_of_features(sample[TEACHER], views)):
             raise ValueError("expected the bytes that were written, got others")
-        images = 1 if views is None else len(views)
+        if features.dtype != np.float16 or features.ndim != 2 or not np.isfinite(features).all():
+            got = f"{features.dtype} {list(features.shape)}"
+            raise ValueError(f"expected finite float16 [V + C, D], got {got}")
+        rows = len(pair.captions) + (1 if views is None else len(views))
         digests = digests_of(pair)
         stale = [name for name in digests if about.get(name, digests[name]) != digests[name]]
-        if features.dtype != np.float16 or features.ndim != 2:
-            raise ValueError(
-                f"expected float16 [V + C, D], got {features.dtype} {list(features.shape)}"
-            )
-        if not np.isfinite(features).all():
-            raise ValueError("expected finite numbers")
     except Exception as error:  # the type depends on the damage
         raise BrokenSample("bad teacher features", error) from None
-    if stale or len(features) != images + len(pair.captions):
+    if stale or len(features) != rows:
         decode_pil(pair.encoded)  # an image that broke since is no other one
         changed = "another image" if stale == ["image"] else "other captions"
         raise BrokenSample(f"teacher features of {changed}")

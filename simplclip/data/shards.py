@@ -88,9 +88,7 @@ def sources_of(shards: Any, name: str = "shards") -> list[Source]:
     sources = list(_sources(shards, name))
     if not sources:
         raise InputError(f"{name}: expected at least one path or pattern, got an empty list")
-    # samples of a/000.tar and b/000.tar may have the same keys
-    names = _different_names(source.url for source in sources)
-    return [replace(source, name=names[source.url]) for source in sources]
+    return _named(sources)
 
 
 def _sources(shards: Any, name: str) -> Iterator[Source]:
@@ -164,28 +162,23 @@ def _path_of(url: str) -> str:
     return [url, *re.findall(r"\S+\.tar\b", url)][-1]
 
 
-def _different_names(urls: Iterable[str]) -> dict[str, str]:
-    """Returns {url: name}: its file name, or the end of its path that tells it from others."""
-    names = {url: name_of(url) for url in urls}
-    urls_by_name: dict[str, list[str]] = defaultdict(list)
-    for url, name in names.items():
-        urls_by_name[name].append(url)
-    for same_name in urls_by_name.values():
-        if len(same_name) > 1:
-            names |= zip(same_name, _different_ends(same_name))
-    return names
-
-
-def _different_ends(urls: list[str]) -> list[str]:
-    """Returns the shortest ends of paths or URLs, of one length, that differ; else all of each."""
-    whole = [url if isinstance(url, Address) else os.path.abspath(url) for url in urls]
-    paths = [_path_of(url).split("/") for url in whole]
-    longest = max(map(len, paths))
-    for length in range(2, longest + 1):
-        ends = ["/".join(path[-length:]) for path in paths]
-        if len(set(ends)) == len(set(whole)):
-            return ends
-    return whole
+def _named(sources: Iterable[Source]) -> list[Source]:
+    """Returns sources with names: that of the file, of files of one name the paths from their
+    common parent, since their samples may have the same keys.
+    """
+    by_name: dict[str, dict[str, list[Source]]] = defaultdict(lambda: defaultdict(list))
+    for source in sources:
+        is_file = not isinstance(source.url, Address)
+        whole = os.path.abspath(source.url) if is_file else source.url
+        by_name[name_of(source.url)][whole].append(source)
+    names: dict[str, str] = {}
+    for name, same in by_name.items():
+        paths = [_path_of(whole).split("/") for whole in same]
+        parent = len(os.path.commonprefix(paths))
+        for (whole, copies), path in zip(same.items(), paths):
+            different = "/".join(path[parent:]) or whole
+            names |= {source.url: different if len(same) > 1 else name for source in copies}
+    return [replace(source, name=names[source.url]) for source in sources]
 
 
 def in_words(sources: Iterable[Source]) -> str:
@@ -266,7 +259,15 @@ def _members(source: Source, max_bytes: int, damage: list[Damage]) -> Iterator[d
                 if not member.isreg() or suffix is None or suffix.lower() not in SUFFIXES:
                     continue
                 unread_key = key
-                data = _contents(archive, member, max_bytes)
+                data: Any
+                if member.size > max_bytes:
+                    size = f"{member.size:,} bytes, expected at most {max_bytes:,}"
+                    data = BrokenSample("file too large", f"{member.name} of {size}")
+                else:  # extractfile would take three times as long
+                    archive.fileobj.seek(member.offset_data)
+                    data = archive.fileobj.read(member.size)
+                    if len(data) < member.size:
+                        raise tarfile.ReadError("unexpected end of data")
                 unread_key = None
                 yield {"fname": member.name, "data": data, "__url__": source.url}
             _check_rest(archive)
@@ -294,21 +295,6 @@ def _opened(url: str) -> Iterator[tuple[Any, Any]]:
         stream.ignore_errors = True
         stream.proc.kill()
         stream.close()
-
-
-def _contents(
-    archive: tarfile.TarFile, member: tarfile.TarInfo, limit: int
-) -> bytes | BrokenSample:
-    """Returns the current member's bytes; a BrokenSample for one that is too large."""
-    if member.size > limit:
-        return BrokenSample(
-            "file too large", f"{member.name} of {member.size:,} bytes, expected at most {limit:,}"
-        )
-    archive.fileobj.seek(member.offset_data)  # extractfile would take three times as long
-    data = archive.fileobj.read(member.size)
-    if len(data) < member.size:
-        raise tarfile.ReadError("unexpected end of data")
-    return data
 
 
 def _check_rest(archive: tarfile.TarFile) -> None:

@@ -6,23 +6,18 @@ samples by key.
     taught/meta.json            how they were made, and the samples and bytes of each
 
 A sidecar's file replaces the sample's file of the same suffix. A sidecar has its samples in the
-order of the shard, and may lack some. `simplclip teacher` and `simplclip caption` write sidecars:
-worker processes read, decode and prepare the samples, this one computes on whole batches and
-writes. Ranks divide the shards, and the first one writes meta.json.
+order of the shard, and may lack some. To write them, worker processes read, decode and prepare the
+samples, and this one computes on whole batches and writes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from webdataset import TarWriter
+from typing import Any
 
 from simplclip.common import ranks
 from simplclip.common.errors import InputError, check_count
@@ -49,14 +44,9 @@ Folders = Sequence[str | os.PathLike]
 Files = Sequence[Mapping[str, bytes]]  # the new files of each sample of a batch, by suffix
 
 
-def sidecar_name(shard: str) -> str:
-    """Returns the file name of a shard's sidecars: its own, without a .gz that is unpacked."""
-    return re.sub(r"\.(gz|xz|bz2|zst)$", "", name_of(shard))
-
-
 def sidecars_of(shard: str, folders: Folders) -> list[str]:
     """Returns a shard's sidecars, one in each folder. Raises ShardError if one is no file."""
-    paths = [os.path.join(os.path.expanduser(folder), sidecar_name(shard)) for folder in folders]
+    paths = [os.path.join(os.path.expanduser(folder), name_of(shard)) for folder in folders]
     for path in paths:
         if not os.path.isfile(path):
             raise ShardError(
@@ -70,7 +60,7 @@ def by_sidecar_name(sources: Iterable[Source]) -> dict[str, Source]:
     """Returns {file name of its sidecars: source}. Raises InputError if two have one name."""
     named: dict[str, Source] = {}
     for source in sources:
-        first = named.setdefault(sidecar_name(source.url), source)
+        first = named.setdefault(name_of(source.url), source)
         if first.url != source.url:
             got = f"{str(first.url)!r} and {str(source.url)!r}"
             raise InputError(
@@ -174,27 +164,23 @@ def write_sidecars(
 ) -> dict[str, Any]:
     """Writes a sidecar of each of `shards`, and meta.json, to the folder `out`.
 
-    A sidecar has the files that are made for the shard's samples. Broken samples are left out and
-    counted by reason. The bytes of a sidecar depend only on its shard, the functions and
-    `batch_size`, not on the number of workers or ranks. A sidecar gets its name after all of it is
-    on disk. Those of an earlier run are kept, unless the size or time of their shard, or of a
-    joined sidecar, is another one. A second command may add other shards. All ranks have to call
-    it.
+    Broken samples are left out and counted by reason. The bytes of a sidecar depend only on its
+    shard, the functions and `batch_size`, not on the number of workers or ranks. Sidecars of an
+    earlier run are kept, unless the size or time of their shard, or of a joined sidecar, is another
+    one. All ranks have to call it; they divide the shards.
 
     Args:
         shards: tars, as `sources_of` takes them, of different file names.
         out: folder for the sidecars, other than those of the shards. It may be new, empty or that
             of an earlier run with the same stamp.
         prepare: function of a parsed sample, in a worker; BrokenSample leaves the sample out.
-        process: function of a batch of prepared samples; returns {suffix: bytes} for each of its
-            samples.
+        process: function of a batch; returns {suffix: bytes} for each of its samples.
         stamp: keys of meta.json that describe how the files were made, e.g. {"teacher": {"name":
             ...}}; JSON types only.
         batch_size: most samples of a batch; they are of one shard.
-        collate: function of a list of prepared samples, in the worker too.
+        collate: function of a list of prepared samples, in the worker; returns a batch.
         workers: processes; 0 prepares in this process.
-        sidecars: folders of sidecars that are joined to the samples first, e.g. with other
-            captions.
+        sidecars: folders of sidecars that are joined to the samples first.
         max_bytes: a sample with a file of more bytes is left out and counted.
         title, progress: title of the progress that is shown, and whether to print at all.
 
@@ -231,7 +217,6 @@ def write_sidecars(
         partial(_parse_and_prepare, prepare=prepare),
         batch_size,
         collate,
-        divide_sources=True,
     )
     done = sum(folder.entries[name]["samples"] for name in sources if name not in origins)
     total = dataset_size([source.url for source in sources.values()])
@@ -285,15 +270,6 @@ def _unfinished_origins(
     return origins
 
 
-class UnfinishedTar(NamedTuple):
-    """A sidecar that is being written."""
-
-    closing: contextlib.ExitStack  # gives the tar its name
-    tar: TarWriter
-    skipped: Skipped
-    keys: list[str]  # of the samples in it
-
-
 def _write(
     portions: Iterator[Portion[Collated]],
     targets: Sequence[Path],
@@ -301,22 +277,14 @@ def _write(
     bar: Progress,
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Writes the sidecars at `targets`; yields (path, entry) of each complete one."""
-    unfinished: dict[int, UnfinishedTar] = {}
-    with contextlib.ExitStack() as all_tars:
-        for portion in portions:
-            target = targets[portion.source]
-            if portion.source not in unfinished:
-                closing = all_tars.enter_context(contextlib.ExitStack())
-                tar = closing.enter_context(new_tar(target))
-                unfinished[portion.source] = UnfinishedTar(closing, tar, Skipped(), [])
-            sidecar = unfinished[portion.source]
-            sidecar.skipped.merge(portion.skipped)
-            if portion.batch is not None:
-                for key, files in zip(portion.keys, process(portion.batch), strict=True):
-                    sidecar.tar.write({"__key__": key, **files})
-                sidecar.keys.extend(portion.keys)
-            bar.update(len(portion.keys) + portion.skipped.counts.total())
-            if portion.end:
-                sidecar.closing.close()
-                del unfinished[portion.source]
-                yield target, entry_of(target, len(sidecar.keys), sidecar.skipped)
+    for source, of_source in groupby(portions, lambda portion: portion.source):
+        target, samples, skipped = targets[source], 0, Skipped()
+        with new_tar(target) as tar:
+            for portion in of_source:
+                skipped.merge(portion.skipped)
+                samples += len(portion.keys)
+                bar.update(len(portion.keys) + portion.skipped.counts.total())
+                if portion.batch is not None:
+                    for key, files in zip(portion.keys, process(portion.batch), strict=True):
+                        tar.write({"__key__": key, **files})
+        yield target, entry_of(target, samples, skipped)

@@ -205,21 +205,14 @@ class ImageTransform:
         if self.resize_mode == "squash":
             return list(self.size), self.interpolation
         longest = self.resize_mode == "longest"
-        square = self.size[0] == self.size[1]
-        if square and not longest:  # open_clip calls torchvision, which rounds in another way
-            side, short = self.size[0], min(height, width)
-            size = [side, side]
-            if height > short:
-                size[0] = int(side * height / short)
-            if width > short:
-                size[1] = int(side * width / short)
-        else:
-            ratios = height / self.size[0], width / self.size[1]
-            ratio = max(ratios) if longest else min(ratios)
-            size = [max(1, round(height / ratio)), max(1, round(width / ratio))]
+        ratios = height / self.size[0], width / self.size[1]
+        ratio = max(ratios) if longest else min(ratios)
+        size = [max(1, round(height / ratio)), max(1, round(width / ratio))]
         check_pixels(*size)  # an image one pixel wide would become gigabytes
-        if longest or square:
+        if longest:
             return size, self.interpolation
+        if self.size[0] == self.size[1]:  # as open_clip calls torchvision, which rounds otherwise
+            return [self.size[0]], self.interpolation
         return size, BICUBIC  # to which open_clip passes no interpolation on
 
 
@@ -299,35 +292,22 @@ def _parsed_augment(augment: Any) -> Any:
     """Returns the argument `augment` of ImageTransform as None, "affine" or an AugmentationCfg."""
     if augment is None or augment == "affine":
         return augment
-    if not isinstance(augment, AugmentationCfg):
-        try:
+    fields = ", ".join(AugmentationCfg.__dataclass_fields__)
+    expected = f"augment: expected 'affine', 'none' or fields of AugmentationCfg ({fields})"
+    try:
+        if not isinstance(augment, AugmentationCfg):
             augment = AugmentationCfg(**augment)
-        except TypeError:
-            fields = f"fields of AugmentationCfg ({', '.join(asdict(AugmentationCfg()))})"
-            raise InputError(
-                f"augment: expected 'affine', 'none' or {fields}, got {augment!r}"
-            ) from None
-
-    def check(name: str, valid: bool, expected: str) -> None:
-        if not valid:
-            raise InputError(f"augment.{name}: expected {expected}, got {getattr(augment, name)!r}")
-
-    for name in ("use_timm", "re_prob", "re_count"):
-        check(name, not getattr(augment, name), "none, as timm's transforms take PIL images")
-    check("scale", _is_range(augment.scale), "two numbers above 0 in order")
-    if augment.ratio is not None:
-        check("ratio", _is_range(augment.ratio), "two numbers above 0 in order")
-    jitter = augment.color_jitter
-    valid = jitter is None
-    if augment.color_jitter_prob:
-        valid = isinstance(jitter, (list, tuple)) and len(jitter) == 4
-    expected = "brightness, contrast, saturation and hue, and their color_jitter_prob"
-    check("color_jitter", valid, expected)
-    if augment.color_jitter_prob:
-        try:
+        (least, most), (narrow, wide) = augment.scale, augment.ratio or RATIO
+        if not (0 < least <= most and 0 < narrow <= wide):
+            raise ValueError("scale and ratio are two numbers above 0 in order")
+        if augment.color_jitter_prob:
             ColorJitter(*augment.color_jitter)
-        except (ValueError, TypeError) as error:
-            check("color_jitter", False, f"what torchvision's ColorJitter takes ({error})")
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{expected}, got {augment!r}: {error}") from None
+    if augment.use_timm or augment.re_prob or augment.re_count:
+        raise InputError(f"{expected} without timm's transforms, got {augment!r}")
+    if augment.color_jitter and not augment.color_jitter_prob:
+        raise InputError(f"{expected}, color_jitter with color_jitter_prob, got {augment!r}")
     return augment
 
 
@@ -342,16 +322,6 @@ def _operate(image: Tensor, view: View) -> Tensor:
         scaled = magnitude * side / view_side
         image = _apply_op(image, name, scaled, InterpolationMode.NEAREST, fill=None)
     return image
-
-
-def _is_range(ends: object) -> bool:
-    """Whether `ends` are two numbers above 0, the first not above the second."""
-    if not isinstance(ends, (list, tuple)) or len(ends) != 2:
-        return False
-    first, last = ends
-    if not isinstance(first, (int, float)) or not isinstance(last, (int, float)):
-        return False
-    return 0 < first <= last
 
 
 def _draw_colour(jitter: ColorJitter | None, jitter_prob: float, grey_prob: float) -> list[float]:
@@ -414,10 +384,22 @@ def pixels_of(transform: Transform, pair: Pair, view: View | None = None) -> tor
     draws one, from global generators. Raises BrokenSample, and ShardError for a view that a
     function cannot replay.
     """
-    if not isinstance(transform, ImageTransform):
-        return _pixels_of_other(transform, pair, view)
     if view is None:
-        return transform(pair.encoded)
+        image: Any = pair.encoded
+        if not isinstance(transform, ImageTransform):
+            image = decode_pil(image)
+        try:
+            return transform(image)
+        except BrokenSample:
+            raise
+        except Exception as error:
+            error.add_note(f"The transform failed on sample {pair.key!r} of shard {pair.url!r}.")
+            raise
+    if not isinstance(transform, ImageTransform):
+        raise ShardError(
+            f"sample {pair.name!r} has the views that a teacher saw, which only simplclip's "
+            f"ImageTransform replays, got {transform!r}"
+        )
     try:
         return transform.apply(pair.encoded, view)
     except BrokenSample:
@@ -425,18 +407,3 @@ def pixels_of(transform: Transform, pair: Pair, view: View | None = None) -> tor
     except Exception as error:  # the type depends on what a damaged sidecar has for a view
         detail = f"view {str(view)[:100]}: {error!r}"
         raise BrokenSample("bad teacher features", detail) from None
-
-
-def _pixels_of_other(transform: Callable, pair: Pair, view: View | None) -> torch.Tensor:
-    """Returns what a caller's own transform makes of a sample's decoded image."""
-    if view is not None:
-        raise ShardError(
-            f"sample {pair.name!r} has the views that a teacher saw, which only simplclip's "
-            f"ImageTransform replays, got {transform!r}"
-        )
-    image = decode_pil(pair.encoded)
-    try:
-        return transform(image)
-    except Exception as error:
-        error.add_note(f"The transform failed on sample {pair.key!r} of shard {pair.url!r}.")
-        raise

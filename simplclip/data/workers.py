@@ -87,34 +87,29 @@ class _Items(IterableDataset):
 
 
 class Portion(NamedTuple, Generic[Collated]):
-    """Some samples of one source; none at its end."""
+    """Some samples of one source."""
 
     source: int  # its index
     keys: list[str]  # of the usable samples
     batch: Collated | None  # from `collate`; None if no sample is usable
     skipped: Skipped  # damage of the samples, and of the tar up to them
-    end: bool  # of the source
 
 
 @dataclass
 class StoredOrder(Generic[Prepared, Collated]):
-    """The samples of sources in stored order, in portions of `batch_size`.
+    """The samples of sources in stored order, in portions of at most `batch_size`.
 
-    prepare: function of a sample, in a worker, which has its position among all samples under
-    "__position__"; it may raise BrokenSample. collate: function of a list of prepared samples.
-    rank, world_size: this rank makes every `world_size`-th portion.
+    Every process reads all, and prepares every n-th portion.
     """
 
     sources: Sequence[Source]
     read: Callable[[Source, Skipped], Iterator[Sample]]
+    # in a process, of a sample that has its position among all under "__position__"
     prepare: Callable[[Sample], Prepared]
     batch_size: int
     collate: Callable[[list[Prepared]], Collated]
-    rank: int = 0
+    rank: int = 0  # this one makes every `world_size`-th portion
     world_size: int = 1
-    # whether each worker has sources of its own, if there are enough; only the portions of each
-    # source are then in order. Else every worker reads all, and prepares every n-th portion.
-    divide_sources: bool = False
 
     def portions(self, workers: int = 0) -> Iterator[Portion[Collated]]:
         """Yields this rank's portions, made by `workers` processes; 0: by this one."""
@@ -125,23 +120,19 @@ class StoredOrder(Generic[Prepared, Collated]):
     def _portions(self, worker: int, workers: int) -> Iterator[Portion[Collated]]:
         """Yields the portions that process `worker` of `workers` makes for this rank."""
         turn, turns = worker * self.world_size + self.rank, workers * self.world_size
-        sources = list(enumerate(self.sources))
-        if self.divide_sources and len(sources) >= workers:
-            turn, turns = 0, 1
-            sources = sources[worker::workers]
         number = start = 0  # of the next portion, and the position of its first sample
-        for index, source in sources:
-            damage = Skipped()
-            samples = self.read(source, damage)
-            end = False
-            while not end:
-                rows = list(islice(samples, self.batch_size))
-                end = not rows
-                read_damage = damage.take()
+        for index, source in enumerate(self.sources):
+            skipped = Skipped()
+            samples = self.read(source, skipped)
+            size = self.batch_size
+            while size == self.batch_size:
+                rows = [*islice(samples, self.batch_size)]
+                size = len(rows)
+                damage = skipped.take()  # counted with this portion, by one process
                 if number % turns == turn:
-                    yield self._portion(index, start, rows, read_damage)
+                    yield self._portion(index, start, rows, damage)
                 number += 1
-                start += len(rows)
+                start += size
 
     def _portion(
         self, source: int, start: int, samples: list[Sample], skipped: Skipped
@@ -157,4 +148,4 @@ class StoredOrder(Generic[Prepared, Collated]):
             except BrokenSample as broken:
                 skipped.add(broken.reason, described(sample), broken.detail)
         batch = self.collate(prepared) if prepared else None
-        return Portion(source, keys, batch, skipped, end=not samples)
+        return Portion(source, keys, batch, skipped)

@@ -7,26 +7,23 @@ Training on own data forgets some of what a model knew; a blend with the start m
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from statistics import fmean
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
 from simplclip.common import ranks
-from simplclip.common.errors import InputError, check_share
+from simplclip.common.errors import InputError
 from simplclip.common.progress import print_lines
 from simplclip.evaluation.encoder import Encoder
 from simplclip.evaluation.results import first_right, percent, write_json
 from simplclip.evaluation.run import (
     VERSIONS,
     Settings,
-    about,
+    about_model,
     evaluate_split,
     open_splits,
     results_folder,
@@ -34,7 +31,6 @@ from simplclip.evaluation.run import (
 
 BLEND = "blend.json"
 ALPHAS = tuple(tenths / 10 for tenths in range(11))
-ABOUT = "share of queries whose first answer is right"
 
 
 def blend(
@@ -47,7 +43,8 @@ def blend(
     Dtypes are those of `end`. Tensors of the result may be those of the arguments.
     Raises InputError for another alpha, or if names or shapes differ.
     """
-    check_share("alpha", alpha)
+    if not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
+        raise InputError(f"alpha: expected a number from 0 to 1, got {alpha!r}")
     shapes, others = ({name: t.shape for name, t in state.items()} for state in (start, end))
     if unlike := sorted(name for name, _ in shapes.items() ^ others.items()):
         raise InputError(f"start: expected the names and shapes of end, got others of {unlike[0]}")
@@ -72,14 +69,13 @@ def evaluate_blend(
 ) -> dict[str, Any]:
     """Evaluates the weights between a run's start and the run, for each of ALPHAS, on splits.
 
-    Writes OUT/blend.json and prints a table; returns the content of the JSON: its "rows" have
-    "alpha", "mean" (of the splits' `first_right`) and "splits", and "best" is the alpha of the
-    highest mean, of equal ones the lowest. The data are read for each alpha. Ranks divide the work
-    as in `evaluate`, which has the errors.
+    Writes OUT/blend.json and prints a line for each; returns the content of the JSON: its "rows"
+    have "alpha", "mean" (of the splits' `first_right`) and "splits", and "best" is the alpha of the
+    highest mean, of equal ones the lowest. The data are read for each alpha.
 
-    encoder: of the run; its weights change, and are the run's again at the end. start: what names
-    the weights with which the run began, and their state dict, by `simplclip.train.setup`. Other
-    arguments are those of `evaluate`; device and precision are the encoder's.
+    encoder: of the run; its weights change, and are the run's again at the end. start: the name and
+    state dict of the weights with which the run began, by `simplclip.train.setup`. Other arguments
+    and errors are those of `evaluate`; device and precision are the encoder's.
     """
     console = console or Console(quiet=not ranks.first())
     say, settings = partial(print_lines, console=console), settings or Settings()
@@ -87,40 +83,22 @@ def evaluate_blend(
     say(f"start: {start[0]}; run: {encoder.source}, step {encoder.step}")
     end = {name: tensor.to("cpu", copy=True) for name, tensor in encoder.model.state_dict().items()}
     rows: list[dict[str, Any]] = []
-    told: Callable[[str], object] = say  # what is read and left out, once
     for alpha in ALPHAS:
         encoder.model.load_state_dict(blend(start[1], end, alpha))
-        found = {}
+        told = str if rows else say  # what is read and left out, once
+        found, shares = {}, []
         for name, held in data.items():
             label = f"{name}, alpha {alpha}"
             found[name] = evaluate_split(encoder, held, settings, encoder.config, label, told)
-        mean = fmean(first_right(result)["value"] for result in found.values())
-        rows.append({"alpha": alpha, "mean": mean, "splits": found})
-        told = str
+            shares.append(first_right(found[name])["value"])
+        rows.append({"alpha": alpha, "mean": fmean(shares), "splits": found})
+        named = [*zip(data, shares), ("mean", fmean(shares))]
+        line = ", ".join(f"{name} {percent(share)}" for name, share in named)
+        say(f"alpha {alpha}: first answers right: {line}")
     best = max(rows, key=lambda row: row["mean"])
-    results = {
-        **about(encoder),
-        "versions": VERSIONS,
-        "start": start[0],  # what named the weights with which the run began
-        "best": best["alpha"],
-        "rows": rows,
-    }
+    results = about_model(encoder) | {"versions": VERSIONS, "start": start[0]}
+    results |= {"best": best["alpha"], "rows": rows}
     ranks.on_first(write_json, folder / BLEND, results)
-    console.print(_table(results))
     say(f"best for the mean: alpha {best['alpha']}, {percent(best['mean'])}")
     say(f"wrote {folder / BLEND}")
     return results
-
-
-def _table(results: dict[str, Any]) -> Table:
-    """Returns the shares by alpha and split as a table."""
-    table = Table("alpha", title=results["model"], caption=ABOUT, box=SIMPLE_HEAD, pad_edge=False)
-    for name in (*results["rows"][0]["splits"], "mean"):
-        table.add_column(escape(name), justify="right", overflow="fold")
-    for row in results["rows"]:
-        figures = [first_right(split) for split in row["splits"].values()]
-        shares = [*(figure["value"] for figure in figures), row["mean"]]
-        style = "bold" if row["alpha"] == results["best"] else ""
-        table.add_row(str(row["alpha"]), *map(percent, shares), style=style)
-    table.add_row("chance", *(percent(figure["chance"]) for figure in figures), style="dim")
-    return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from simplclip.common.errors import InputError
+from simplclip.common.errors import InputError, first_line
 from simplclip.data import HeldOut
 from simplclip.data.samples import clean
 from simplclip.evaluation.encoder import Encoder
@@ -26,19 +27,14 @@ TEMPLATES = {
 }
 
 
-class NamelessError(InputError):
-    """The error for labels that are numbers without class names."""
-
-
 def named(data: HeldOut, classnames: str | os.PathLike | None) -> HeldOut:
     """Returns the data with other names of classes, in the order of class numbers.
 
-    `data` itself stays as it is. If it has a folder for each class there must be a name for each.
     classnames: "imagenet" for open_clip's list; a file with a name a line; None: those of the data.
     If all folders are named by synsets of ImageNet (n01440764, ...), each gets its name in the
     list.
-    Raises InputError for fewer than two names, another number than that of the folders, or a file
-    that is not UTF-8; FileNotFoundError.
+    Raises InputError for another number of names than of folders with images, and for a file that
+    is missing or no UTF-8.
     """
     if classnames is None:
         return data
@@ -50,10 +46,6 @@ def named(data: HeldOut, classnames: str | os.PathLike | None) -> HeldOut:
             names = [by_synset[folder] for folder in folders]
     else:
         names = _lines(classnames, "classnames: expected imagenet or a file of names")
-    if len(names) < 2:
-        raise InputError(
-            f"classnames: expected at least two names, got {len(names)} in {classnames}"
-        )
     if folders and len(names) != len(folders):
         raise InputError(
             f"classnames: expected a name for each of the {len(folders)} folders of {data}, got "
@@ -67,37 +59,30 @@ def phrases(templates: str | Sequence[str]) -> list[str]:
 
     templates: one or several of: a phrase with {} or {c}; "openai" or "simple", a list of
     open_clip; a .txt file with a phrase a line.
-    Raises InputError for a phrase without exactly one {}, FileNotFoundError.
+    Raises InputError for a phrase without exactly one {}, and for a file that cannot be read.
     """
-    if isinstance(templates, str):
-        templates = [templates]
     texts: list[str] = []
-    for template in templates:
+    for template in [templates] if isinstance(templates, str) else templates:
         if template.endswith(".txt") and "{" not in template:
             texts += _lines(template, "templates: expected openai, simple, or a file of phrases")
         else:
             texts += TEMPLATES.get(template, [template])
     texts = [text.replace("{c}", "{}") for text in texts]
     for text in texts:
-        rest = text.replace("{}", "", 1)
-        if rest == text or set("{}") & set(rest):
-            lists = ", ".join(TEMPLATES)
+        if not re.fullmatch(r"[^{}]*\{\}[^{}]*", text):
             raise InputError(
-                f"template: expected a phrase with one {{}} for the label, {lists}, or a file, got "
-                f"{text!r}"
+                "template: expected a phrase with one {} for the label, openai, simple, or a file, "
+                f"got {text!r}"
             )
     return texts
 
 
 def _lines(path: str | os.PathLike, expected: str) -> list[str]:
     """Returns the lines of a UTF-8 text file, stripped, without empty lines."""
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{expected}, got {str(file)!r}, which does not exist")
     try:
-        lines = map(clean, file.read_text("utf-8-sig").splitlines())
-    except ValueError as error:
-        raise InputError(f"{expected}, got {file}: {error}") from None
+        lines = map(clean, Path(path).read_text("utf-8-sig").splitlines())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{expected}, got {os.fspath(path)}: {first_line(error)}") from None
     return [line for line in lines if line]
 
 
@@ -111,8 +96,8 @@ def zero_shot(encoder: Encoder, index: Index, templates: Sequence[str]) -> Class
     images that are right.
     encoder: the one of the images; here it encodes the names of the classes.
 
-    Raises: NamelessError for labels that are numbers if there are no names; InputError for a label
-    that is not a known class, and if a feature of a name is not finite.
+    Raises InputError for a label that is not a known class, and if a feature of a name is not
+    finite.
     """
     templates = phrases(templates)
     classes, numbers = _classes(index)
@@ -157,28 +142,23 @@ def class_weights(encoder: Encoder, classes: list[str], templates: list[str]) ->
 def _classes(index: Index) -> tuple[list[str], list[int]]:
     """Returns the class names, of the data or else the sorted labels, and numbers (-1: no label).
 
-    Where a label is a name, equal names are one class, else each number keeps a class of its own.
+    Equal names are one class if labels are names, and a class for each number else.
     """
     labels = [row.label for row in index.rows]
     words = {label for label in labels if isinstance(label, str)}
     names = index.data.classes.names
     if names is None:
         names = sorted(words)
-    by_name = {name: number for number, name in enumerate(names)}
-    numbers = []
+    if not words.isdisjoint(names):
+        names = list(dict.fromkeys(names))
+    numbers: dict[str | int | None, int] = {None: -1}
+    for number in range(len(names)):
+        numbers |= {number: number, str(number): number}
+    numbers |= {name: number for number, name in enumerate(names)}
     for label in labels:
-        if isinstance(label, str):
-            # the name of a class, or its number as text
-            number = by_name.get(label, int(label) if label.isdecimal() else -1)
-        else:
-            number = -1 if label is None else label
-        if label is not None and not 0 <= number < len(names):
-            expected = f"classnames: expected a name for each label of {index.data}"
-            if not names:
-                raise NamelessError(f"{expected}, got the number {label}, and no names")
-            raise InputError(f"{expected}, got {label} of {len(names)} classes")
-        numbers.append(number)
-    if by_name.keys().isdisjoint(words):
-        return names, numbers
-    merged = {name: number for number, name in enumerate(by_name)}
-    return list(merged), [-1 if number < 0 else merged[names[number]] for number in numbers]
+        if label not in numbers:
+            raise InputError(
+                f"classnames: expected a name for each label of {index.data}, got the label "
+                f"{label!r} and {len(names)} names"
+            )
+    return names, [numbers[label] for label in labels]

@@ -78,11 +78,7 @@ class Encoder:
         return digest.hexdigest()[:16]
 
     def stamp(self) -> dict[str, Any]:
-        """Returns what files of this encoder's features say of it.
-
-        A dict of "name", "width", "logit_scale" (the factor), "weights" (the fingerprint) and
-        "precision".
-        """
+        """Returns what files of this encoder's features say of it; "weights": the fingerprint."""
         return {
             "name": self.name,
             "width": self.width,
@@ -95,11 +91,10 @@ class Encoder:
         """Returns features float32 [N, width] of N images.
 
         images: paths, PIL images, or tensors: preprocessed float [3, S, S], or uint8 [3, H, W]; a
-        single image (N = 1), a list of images, or a tensor [N, 3, ...].
-        batch_size: images that are decoded and encoded at a time.
-
-        Raises: FileNotFoundError; InputError for a file that is not an image, a tensor of another
-        shape, or features that are not finite.
+        single image (N = 1), a list of images, or a tensor [N, 3, ...]. They are decoded and
+        encoded `batch_size` at a time.
+        Raises OSError for a file that cannot be read; InputError for one that is not an image, a
+        tensor of another shape, or features that are not finite; TypeError.
         """
         if isinstance(images, Tensor):
             images = images[None] if images.ndim == 3 else images
@@ -112,13 +107,10 @@ class Encoder:
         return self._joined(features)
 
     def encode_text(self, texts: str | Sequence[str], batch_size: int = 256) -> Tensor:
-        """Returns features float32 [N, width], L2-normalised, of a text (N = 1) or of N texts.
+        """Returns features float32 [N, width] of a text (N = 1) or of N texts.
 
-        They are on `self.device`, in the order of the texts. Raises InputError if a feature is not
-        finite.
-
-        Each different text is encoded once, together with texts of similar length. batch_size:
-        texts at a time.
+        Each different text is encoded once, together with texts of similar length, `batch_size` at
+        a time. Raises InputError if a feature is not finite.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         different = sorted(set(texts), key=lambda text: (len(text), text))
@@ -163,12 +155,8 @@ class Encoder:
             if image.dtype == torch.uint8:
                 return self.preprocess(to_pil_image(image))
             return image.float()
-        if not isinstance(image, (str, os.PathLike, Image.Image)):
-            raise InputError(
-                f"images: expected paths, PIL images or tensors, got {type(image).__name__}"
-            )
         try:
-            content = image if isinstance(image, Image.Image) else file_bytes(image)
+            content = image if isinstance(image, Image.Image) else file_bytes(os.fspath(image))
             return self.preprocess(decode_pil(content))
         except BrokenSample as broken:
             raise InputError(

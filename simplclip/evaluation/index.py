@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from simplclip import losses
@@ -24,7 +24,6 @@ from simplclip.evaluation.results import KS, Recall
 BATCH_SIZE = 64  # images or captions that are encoded at a time
 _TILE_BYTES = 64 * 2**20  # of a tile of similarities
 _TILE_COLUMNS = 16384
-_PICTURE = (160, 160)  # the largest of a sheet
 
 
 def nearest(
@@ -166,37 +165,22 @@ class Index:
         """
         if not self.captions:
             return None
-        captions: dict[int, int] = {}  # of each group, the first
+        first: dict[int, int] = {}  # caption of each group
         for row, group in enumerate(self.caption_groups.tolist()):
-            captions.setdefault(group, row)
-        rows = []
-        for row, group in enumerate(self.groups.tolist()):
-            if group in captions:
-                rows.append((row, captions[group]))
-        pairs = torch.tensor(rows)
+            first.setdefault(group, row)
+        groups = self.groups.tolist()
+        pairs = torch.tensor([(row, first[g]) for row, g in enumerate(groups) if g in first])
         size = min(batch_size, len(pairs))
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
         loss: Any = losses.ClipLoss()
-        bias = {}
         if logit_bias is not None:
-            loss = losses.SigLipLoss()
-            bias = {"logit_bias": logit_bias}
+            loss = partial(losses.SigLipLoss(), logit_bias=logit_bias)
         values = []
         for batch in order[: len(pairs) // size * size].split(size):
             images, texts = pairs[batch].unbind(1)
             features = self.image_features[images], self.text_features[texts]
-            values.append(loss(*features, logit_scale, ids=self.groups[images], **bias))
+            values.append(loss(*features, logit_scale, ids=self.groups[images]))
         return torch.stack(values).mean().item()
-
-    def pictures(self, rows: Sequence[int]) -> dict[int, Image.Image]:
-        """Returns the RGB images of these rows, by row, scaled down to be looked at.
-
-        The data are read again, up to the last of them.
-        """
-        images = self.data.pictures(self.rows[row].position for row in rows)
-        for image in images.values():
-            image.thumbnail(_PICTURE)
-        return {row: images[self.rows[row].position] for row in rows}
 
     def report(self) -> str:
         """Returns one line: the number of samples read, and the number skipped by reason."""
@@ -249,8 +233,8 @@ def encode(
     if ranks.first() and not rows:
         raise data.nothing_usable(skipped)
     captions, caption_groups, groups = ranks.on_first(candidates_of, rows)
-    starts = range(0, len(captions), batch_size)
-    texts = list(ranks.map_to_first(text_features, starts))
+    starts = range(0, len(captions), batch_size)[ranks.number() :: ranks.count()]
+    texts = list(ranks.gather_to_first(map(text_features, starts)))
     # ranks but the first have none
     x, y = (torch.cat(parts) if parts else torch.empty(0, 0) for parts in (images, texts))
     return Index(data, rows, captions, caption_groups, groups, x, y, skipped)

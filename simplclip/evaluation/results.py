@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -88,30 +88,28 @@ def table(results: Results) -> Table:
     Each column is a k of KS. Figures of several models stand above their common chance.
     """
     models = [results, *results.get("baselines", {}).values()]
-    several = len(models) > 1
-    title = results["model"]
-    if results["step"] is not None:
-        title += f", step {results['step']}"
-    if several:
-        title = f"{len(models)} models"
+    title = f"{len(models)} models"
+    if len(models) == 1:
+        title = results["model"] + ("" if results["step"] is None else f", step {results['step']}")
     caption = "share found among the first k"
     shown = Table(title=title, caption=caption, box=SIMPLE_HEAD, pad_edge=False)
     shown.add_column("split", overflow="fold", max_width=14)
     shown.add_column("among", no_wrap=True)
-    shown.add_column("model" if several else "", overflow="fold")
+    shown.add_column("model" if models[1:] else "", overflow="fold")
     for k in KS:
         shown.add_column(f"@{k}", justify="right", no_wrap=True)
     for split in results["splits"]:
         heading = escape(split)
-        rows = [_rows(model["splits"][split]) for model in models]
         # by their places, since another model may have skipped another number of images
-        for place, (among, figures) in enumerate(rows[0]):
-            first, second = heading, among
-            for model, others in zip(models, rows):
-                name = escape(model["checkpoint"]) if several else ""
-                shown.add_row(first, second, name, *_column(others[place][1], "value"))
-                first = second = heading = ""
-            shown.add_row("", "  chance", "", *_column(figures, "chance"), style="dim")
+        for rows in zip(*(_rows(model["splits"][split]) for model in models)):
+            among, figures = rows[0]
+            for model, (_, values) in zip(models, rows):
+                name = escape(model["checkpoint"]) if models[1:] else ""
+                shares = [percent(figure["value"]) for figure in values]
+                shown.add_row(heading, among, name, *shares)
+                heading = among = ""
+            chances = [percent(figure["chance"]) for figure in figures]
+            shown.add_row("", "  chance", "", *chances, style="dim")
         shown.add_section()
     return shown
 
@@ -128,17 +126,9 @@ def _rows(result: SplitResult) -> list[tuple[str, list[Figure]]]:
     return rows
 
 
-def _column(figures: list[Figure], key: Literal["value", "chance"]) -> list[str]:
-    """Returns the values or the chances of figures in per cent."""
-    return [percent(figure[key]) for figure in figures]
-
-
 def percent(share: float) -> str:
     """Returns a share as "12.3%"; below 0.0005 with one significant digit, as "0.002%"."""
-    if share >= 5e-4 or not share:
-        return f"{share:.1%}"
-    digit = float(f"{100 * share:.1g}")
-    return f"{digit:.7f}".rstrip("0") + "%"
+    return f"{share:.1%}" if share >= 5e-4 or not share else f"{100 * share:.1g}%"
 
 
 def in_words(figures: Recall, among: int) -> str:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,11 +22,10 @@ from simplclip.common.progress import print_lines
 from simplclip.data import HeldOut, held_out
 from simplclip.data.errors import Skipped
 from simplclip.data.transforms import Transform
-from simplclip.evaluation.classification import NamelessError, named, phrases, zero_shot
+from simplclip.evaluation.classification import named, phrases, zero_shot
 from simplclip.evaluation.encoder import Encoder, load
 from simplclip.evaluation.index import BATCH_SIZE, Index, encode
 from simplclip.evaluation.results import (
-    Classification,
     Results,
     SplitResult,
     in_words,
@@ -114,11 +112,11 @@ def evaluate(
         encoder = settings.load(source)
         if encoder.source != source and encoder.step is not None and not settings.last:
             say(about_best(encoder.source, encoder.step))
-        model, ending = about(encoder), ""
+        model, ending = about_model(encoder), ""
         if not results:
             folder, config = results_folder(out, source), encoder.config
-            results = model
-            results["versions"] = VERSIONS
+            results = model | {"versions": VERSIONS}
+            model = results
         else:
             ending = f"-{file_name(source)}"
             results.setdefault("baselines", {})[source] = model
@@ -140,7 +138,7 @@ def evaluate(
     return results
 
 
-def about(encoder: Encoder) -> dict[str, Any]:
+def about_model(encoder: Encoder) -> dict[str, Any]:
     """Returns what the files of results say of a model."""
     return {
         "checkpoint": encoder.source,
@@ -164,14 +162,14 @@ def open_splits(splits: Mapping[str, Any], settings: Settings) -> dict[str, Held
 def load_splits(splits: Mapping[str, Any], transform: Transform) -> dict[str, HeldOut]:
     """Returns the held-out data of a run's model with this image transform.
 
-    splits: name -> data as `data.held_out` takes them. The first samples of each are read as a
-    check.
+    splits: name -> data as `data.held_out` takes them.
     Raises InputError, which names the split's key, for data that `data.held_out` rejects or that
-    have less than LEAST_SAMPLES usable samples.
+    have less than LEAST_SAMPLES usable samples, as far as the first of them tell.
     """
     loaded = {}
     for name, source in splits.items():
-        loaded[name] = data = held_out(source, name=f"eval.splits.{name}")
+        argument = f"eval.splits.{name}"
+        loaded[name] = data = held_out(source, name=argument)
         samples, skipped = 0, Skipped()
         try:
             for batch in data.batches(transform, 1):
@@ -179,13 +177,11 @@ def load_splits(splits: Mapping[str, Any], transform: Transform) -> dict[str, He
                 samples += len(batch.rows)
                 if samples == LEAST_SAMPLES:
                     break
+            else:
+                got = f"expected at least {LEAST_SAMPLES} usable samples, got {samples}; {skipped}"
+                raise InputError(got)
         except UserError as error:
-            raise InputError(f"eval.splits.{name}: {error}") from None
-        if samples < LEAST_SAMPLES:
-            raise InputError(
-                f"eval.splits.{name}: expected at least {LEAST_SAMPLES} usable samples, got "
-                f"{samples}; {skipped}"
-            )
+            raise InputError(f"{argument}: {error}") from None
     return loaded
 
 
@@ -220,6 +216,7 @@ def evaluate_split(
 
     config: of the run that has eval.templates. label: of lines and of the progress. say: prints
     what was read and left out. picture: where the contact sheet is written.
+    Raises InputError if the split has neither captions nor labels of at least two classes.
     """
     workers = settings.workers
     if workers is None:
@@ -228,7 +225,7 @@ def evaluate_split(
     say(f"{label}: {index.report()}")
     own = (config or {}).get("eval", {}).get("templates")
     templates = settings.templates or held.classes.templates or own or TEMPLATES
-    result = ranks.on_first(partial(_figures, encoder, index, label, templates, picture))
+    result = ranks.on_first(_figures, encoder, index, label, templates, picture)
     for line in result["left_out"]:
         say(f"warning: {label}: {line}")
     return result
@@ -237,59 +234,48 @@ def evaluate_split(
 def _figures(
     encoder: Encoder, index: Index, label: str, templates: Sequence[str], picture: Path | None
 ) -> SplitResult:
-    """Returns the figures of a split, and writes a `picture` if it has captions.
-
-    Raises InputError if it has neither captions nor labels of at least two classes, or a label of
-    an unknown class; NamelessError if it has no captions, and numbers without names as labels.
-    """
+    """Returns the figures of a split, and writes a `picture` if it has captions."""
     retrieval: Any = index.retrieval(encoder.device)
-    classes, nameless = None, ""
+    left_out = [*_left_out(encoder, index)]
     try:
         classes = zero_shot(encoder, index, templates)
-    except NamelessError as error:
+    except InputError as error:  # of the labels
         if not retrieval:
             raise
-        nameless = f"no classification: {error}"
+        classes = None
+        left_out.append(f"no classification: {error}")
+    if classes and classes["images"] < len(index):
+        missing = len(index) - classes["images"]
+        left_out.append(f"no classification of images without a label: {missing} of {len(index)}")
     if not retrieval and not classes:
         raise InputError(
             f"data: expected captions or labels of at least two classes in {label}, got neither"
         )
     if retrieval and picture:
-        subtitles = [
-            in_words(retrieval["text_to_image"], len(index)),
-            in_words(retrieval["image_to_text"], len(index.captions)),
-        ]
         step = "" if encoder.step is None else f", step {encoder.step}"
+        to_image = in_words(retrieval["text_to_image"], len(index))
+        to_text = in_words(retrieval["image_to_text"], len(index.captions))
+        subtitles = [f"caption → pictures: {to_image}", f"picture → captions: {to_text}"]
         write_sheet(picture, index, f"{encoder.name}{step}: {label}", subtitles)
     return {
         "images": len(index),
         "texts": len(index.captions),
         **retrieval,
         "zero_shot": classes,
-        "left_out": [*_left_out(encoder, index, classes), *filter(None, [nameless])],
+        "left_out": left_out,
         "contact_sheet": str(picture) if retrieval and picture else None,
     }
 
 
-def _left_out(encoder: Encoder, index: Index, classes: Classification | None) -> Iterator[str]:
-    """Yields lines about what has no figures, and about texts and names that cannot count."""
+def _left_out(encoder: Encoder, index: Index) -> Iterator[str]:
+    """Yields lines about what has no figures of retrieval, and about captions that are cut."""
     images, captioned = len(index), int(index.captioned().sum())
     if not captioned:
         yield "no retrieval: no image has a caption"
     elif captioned < images:
         yield (
             "no image-to-text retrieval of images without a caption: "
-            f"{images - captioned:,} of {images:,}"
+            f"{images - captioned} of {images}"
         )
     if cut := cut_in_words(encoder.tokenizer, index.captions):
         yield cut
-    if classes is None:
-        return
-    if missing := images - classes["images"]:
-        yield f"no classification of images without a label: {missing:,} of {images:,}"
-    counts = Counter(classes["classes"])
-    if repeated := [name for name in classes["classes"] if counts[name] > 1]:
-        yield (
-            "no distinction of classes with equal names, which count as different: "
-            f"{len(repeated):,} of {len(classes['classes']):,}, such as {repeated[0]!r}"
-        )

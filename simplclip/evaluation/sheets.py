@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from simplclip.common.plotting import GREEN, GREY, any_text, shortened, show, write
+from simplclip.common.plotting import GREY, any_text, shortened, write
 from simplclip.evaluation.index import Index
 
 TOP = 5  # answers of a query
 PARTS = ("best", "middle", "worst")
 EACH = 2  # queries of each part
-WIDTH, ROW, HEAD = 8.0, 1.45, 0.6  # inches; a row has a query
+WIDTH, ROW, HEAD = 8.0, 1.5, 1.2  # inches; a row has a query
+LARGEST = (160, 160)  # pixels of a picture
+GREEN = "#1a9850"
 LEGEND = "green: the right answer; with #23 it is the 23rd; the numbers are similarities"
 
 
@@ -41,60 +44,50 @@ def write_sheet(picture: Path, index: Index, title: str, subtitles: Sequence[str
     write(contact_sheet(index, title, subtitles), picture)
 
 
-def contact_sheet(index: Index, title: str, subtitles: Sequence[str] = ("", "")) -> Figure:
+def contact_sheet(index: Index, title: str, subtitles: Sequence[str] = ()) -> Figure:
     """Returns a figure of captions with their TOP nearest images, and the reverse.
 
     It shows the best, middle and worst queries by the rank of the right answer (same group), which
     is green and, where it is not among the nearest, comes last with its rank. index: one with
-    captions, whose images are read again. subtitles: a line for each half, e.g. its metrics.
+    captions, whose images are read again. subtitles: more lines of the title.
     """
     texts = index.text_features, index.caption_groups
     images = index.image_features, index.groups
     by_text, by_image = queries_of(*texts, *images), queries_of(*images, *texts)
     found = [answer.row for query in by_text for answer in query.answers]
-    pictures = index.pictures([*found, *(query.row for query in by_image)])
-    counts = [len(by_text), len(by_image)]
-    with any_text():
-        figure = Figure(figsize=(WIDTH, ROW * sum(counts) + 3 * HEAD), dpi=100)
-        heights = [HEAD, *(ROW * count + HEAD for count in counts)]
-        parts: Any = figure.subfigures(3, 1, height_ratios=heights)
-        head, upper, lower = parts
-        head.suptitle(f"{shortened(title, 90)}\n{LEGEND}", fontsize=9)
-        for part, queries, heading in (
-            (upper, by_text, f"Caption → nearest pictures\n{subtitles[0]}"),
-            (lower, by_image, f"Picture → nearest captions\n{subtitles[1]}"),
-        ):
-            high = ROW * len(queries) + HEAD
-            part.suptitle(heading, fontsize=9, y=1 - 0.05 / high)
-            axes = part.subplots(len(queries), TOP + 1, squeeze=False)
-            part.subplots_adjust(0.02, 0.2 / high, 0.98, 1 - 0.7 / high, hspace=0.45)
-            for row, query in zip(axes, queries):
-                for axis in row:
-                    axis.set(xticks=[], yticks=[], frame_on=False)
-                if queries is by_text:
-                    _draw_images(row, index.captions[query.row], query, pictures)
-                else:
-                    _draw_captions(row, index.captions, query, pictures)
-    return figure
+    found += [query.row for query in by_image]
+    pictures = index.data.pictures(index.rows[row].position for row in found)
+    for image in pictures.values():
+        image.thumbnail(LARGEST)
 
-
-def _draw_images(axes: Any, caption: str, query: Query, pictures: dict) -> None:
-    """Draws a caption above the images that it found."""
-    label = f"{query.part}: {caption}" if query.part else caption
-    axes[0].set_title(shortened(label, 110), fontsize=9, loc="left")
-    for axis, answer in zip(axes, query.answers):
+    def show(axis: Axes, row: int, label: str, right: bool = False) -> None:
+        axis.imshow(pictures[index.rows[row].position])
         axis.set_frame_on(True)
-        show(axis, pictures[answer.row], answer.label, answer.right)
+        axis.set_xlabel(label, fontsize=8, color=GREY)
+        axis.spines[:].set(color=GREEN if right else "#d0d7de", linewidth=3 if right else 0.8)
 
-
-def _draw_captions(axes: Any, captions: Sequence[str], query: Query, pictures: dict) -> None:
-    """Draws an image, and beside it the captions that it found."""
-    axes[0].set_frame_on(True)
-    show(axes[0], pictures[query.row], query.part)
-    for line, answer in enumerate(query.answers):
-        text = f"{answer.label:>10}  {shortened(captions[answer.row], 85)}"
-        color = GREEN if answer.right else GREY
-        axes[1].text(0, 0.85 - line / (TOP + 1), text, fontsize=8, color=color)
+    lines = [shortened(title, 90), *(shortened(line, 110) for line in subtitles), LEGEND]
+    count = len(by_text) + len(by_image)
+    height = ROW * count + HEAD
+    edges = {"left": 0.02, "right": 0.98, "top": 1 - HEAD / height, "bottom": 0.3 / height}
+    with any_text():
+        figure = Figure(figsize=(WIDTH, height), dpi=100)
+        figure.suptitle("\n".join(lines), fontsize=9, y=1 - 0.1 / height)
+        axes = figure.subplots(count, TOP + 1, squeeze=False, gridspec_kw={**edges, "hspace": 0.5})
+        for axis in axes.flat:
+            axis.set(xticks=[], yticks=[], frame_on=False)
+        for row, query in zip(axes, by_text):
+            caption = f"{query.part}: {index.captions[query.row]}".removeprefix(": ")
+            row[0].set_title(shortened(caption, 110), fontsize=9, loc="left")
+            for axis, answer in zip(row, query.answers):
+                show(axis, answer.row, answer.label, answer.right)
+        for row, query in zip(axes[len(by_text) :], by_image):
+            show(row[0], query.row, query.part)
+            for line, answer in enumerate(query.answers):
+                text = f"{answer.label:>10}  {shortened(index.captions[answer.row], 85)}"
+                color = GREEN if answer.right else GREY
+                row[1].text(0, 0.85 - line / (TOP + 1), text, fontsize=8, color=color)
+    return figure
 
 
 def queries_of(

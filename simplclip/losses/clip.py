@@ -110,13 +110,15 @@ class SimilarityLoss(DistributedLoss):
         Also the terms that only the loss has, and these in the sum with weights.
         """
         image, text, scale = pairs
-        checks.check_features("image_features", image, "[N, D]")
-        checks.check_features("text_features", text, "[N, D]")
-        if self.world_size > 1:
-            of_teacher = (None, None) if teacher is None else teacher[:2]
-            image, text = self._scaled_for_ranks(image, text, *of_teacher, ids)
-        if text.shape[0] != image.shape[0]:
-            inputs.check_features(NAMES, image, text, equal_rows=True)
+        are_tensors = isinstance(image, Tensor) and isinstance(text, Tensor)
+        if self.world_size > 1 or not are_tensors or text.shape != image.shape:
+            checks.check_features("image_features", image, "[N, D]")
+            checks.check_features("text_features", text, "[N, D]")
+            if self.world_size > 1:
+                of_teacher = (None, None) if teacher is None else teacher[:2]
+                image, text = self._scaled_for_ranks(image, text, *of_teacher, ids)
+            if text.shape[0] != image.shape[0]:
+                inputs.check_features(NAMES, image, text, equal_rows=True)
         options = {"weights": weights, "ids": ids, "logit_bias": logit_bias}
         values = self._computed((image, text, scale), terms, teacher, options)
         if self.world_size > 1:

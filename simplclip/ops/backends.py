@@ -1,8 +1,8 @@
 """Backends: the ways to compute an op, and which one runs a call.
 
-A backend is a class in a file of its own, with a static method for each op that it has. An op's
-op.py lists its backends in the order in which they are tried: the first that supports a call runs
-the call. docs/architecture.md says what each is.
+A backend is a row of `TABLE`: a module that has a function for each of the op's registered ops,
+named after it, and a function that says which calls it cannot run. The first row that can run a
+call runs it. docs/architecture.md says what each is.
 
 `with simplclip.backend("cpu"):` and the environment variable SIMPLCLIP_BACKEND=cpu force a backend
 for all ops; `simplclip.backend(shaped_attention="sdpa")` and
@@ -14,21 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import graphlib
 import importlib.util
-import itertools
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import fields
-from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from simplclip.calls.fields import schema_of
 from simplclip.ops.extension import load
-
-library = torch.library.Library("simplclip", "DEF")
 
 extension, extension_error = load("_C")
 # A constant, so that torch.compile can trace code that depends on it.
@@ -50,7 +43,7 @@ def computes_in(dtype: torch.dtype, device: str) -> torch.dtype:
 
 
 class Facts(NamedTuple):
-    """What the predicates read of a call of attention, besides device and dtype.
+    """What the functions `why_not` read of a call of attention, besides device and dtype.
 
     Calls of other ops have the defaults.
     """
@@ -61,24 +54,6 @@ class Facts(NamedTuple):
 
 
 NO_FACTS = Facts()
-
-
-class Backend:
-    """A way to compute some ops: a static method for each, which is named after the op.
-
-    The method takes the op's call, or the call that the op's `run` makes of it, see
-    registry.define, and returns what the reference's method returns.
-    """
-
-    name: str
-
-    @staticmethod
-    def why_not(device: torch.device, dtype: torch.dtype, facts: Facts) -> str | None:
-        """Returns why the backend cannot run a call with these `Facts`; None if it can.
-
-        device, dtype: of the call's tensors.
-        """
-        raise NotImplementedError
 
 
 def why_not_kernels(serves: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -132,120 +107,169 @@ def extension_on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
     )
 
 
-class Reference(Backend):
-    """Plain torch, for every device and dtype."""
-
-    name = "reference"
-
-    @staticmethod
-    def why_not(device: torch.device, dtype: torch.dtype, facts: Facts) -> None:
-        """Returns None: the reference runs every call."""
-
-
-class Triton(Backend):
-    """Triton kernels, whose methods import their launchers from simplclip.kernels when called:
-    importing Triton takes time, and some platforms lack it.
-    """
-
-    name = "triton"
-
-    @staticmethod
-    def why_not(device: torch.device, dtype: torch.dtype, facts: Facts = NO_FACTS) -> str | None:
-        """Returns why Triton cannot run a call of any op; None if it can."""
-        if not installed("triton"):
-            return "the package triton is not installed"
-        if reason := why_not_kernels("cuda", device, dtype):
-            return reason
-        card = capability(device)
-        if card is not None and (card < (8, 0) or card[0] == 10):
-            return (
-                "is compiled for compute capabilities 8.x, 9.x and 12.x; the device has "
-                f"{card[0]}.{card[1]}"
-            )
-        return None
-
-
-class Cpu(Backend):
-    """C++ for the CPU, whose methods are `native`."""
-
-    name = "cpu"
-
-    @staticmethod
-    def why_not(device: torch.device, dtype: torch.dtype, facts: Facts) -> str | None:
-        """Returns why the extension for the CPU cannot run a call of any op; None if it can."""
-        if extension is None:
-            return extension_error
-        return why_not_kernels("cpu", device, dtype)
-
-
-def native(name: str, call_type: type, returns: str, empty: Callable) -> Any:
-    """Registers the op `simplclip::name`, which C++ implements; returns a backend's method for it.
-
-    name: the method's, and the backend's after an underscore. call_type: the dataclass of its call,
-    whose fields are the arguments. returns: the result types in the schema. empty(call): makes its
-    results for fake tensors, uninitialised.
-    """
-    # C++ runs with numbers, never traced
-    arguments = schema_of(call_type).replace("SymInt", "int")
-    library.define(f"{name}({arguments}) -> {returns}")
-    torch.library.register_fake(
-        f"simplclip::{name}", lambda *fields: empty(call_type(*fields)), lib=library
+def _why_not_cuda(device: torch.device, dtype: torch.dtype, facts: Facts) -> str | None:
+    if reason := extension_on_cuda(device, dtype):
+        return reason
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return (
+            "serves float32 only through TF32, which torch does not allow "
+            "(torch.backends.cuda.matmul.allow_tf32)"
+        )
+    reason = cuda_extension.shaped_attention_why_not(
+        facts.length, facts.width, dtype == torch.float32
     )
-    overload = getattr(torch.ops.simplclip, name).default
-    values = attrgetter(*(field.name for field in fields(call_type)))
-    return staticmethod(lambda call: overload(*values(call)))
+    return reason and f"{reason}; got {facts.length} tokens, width {facts.width}"
 
 
-# op -> name -> backend, in the order in which they are tried; simplclip.ops.registry.define adds an
-# op's row.
-TABLE: dict[str, dict[str, type[Backend]]] = {}
+def why_not_triton(device: torch.device, dtype: torch.dtype, facts: Facts = NO_FACTS) -> str | None:
+    """Returns why Triton cannot run a call of any op; None if it can."""
+    if not installed("triton"):
+        return "the package triton is not installed"
+    if reason := why_not_kernels("cuda", device, dtype):
+        return reason
+    card = capability(device)
+    if card is not None and (card < (8, 0) or card[0] == 10):
+        return (
+            "is compiled for compute capabilities 8.x, 9.x and 12.x; the device has "
+            f"{card[0]}.{card[1]}"
+        )
+    return None
 
 
-def names() -> tuple[str, ...]:
-    """Returns the names of all backends, in an order that is the one of each op."""
-    before: dict[str, list[str]] = {}
-    for row in TABLE.values():
-        for first, second in itertools.pairwise(row):
-            before.setdefault(second, []).append(first)
-    return tuple(graphlib.TopologicalSorter(before).static_order())
+def _why_not_cpu(device: torch.device, dtype: torch.dtype, facts: Facts) -> str | None:
+    return extension_error if extension is None else why_not_kernels("cpu", device, dtype)
 
 
-def public_name(op: str) -> str:
-    """Returns the name of the public op that an op of the table belongs to, e.g. without "_fwd"."""
-    if op.startswith("similarity"):
-        return "similarity_loss"
-    return op.removesuffix("_fwd").removesuffix("_bwd")
+def _why_not_sdpa(device: torch.device, dtype: torch.dtype, facts: Facts) -> str | None:
+    if device.type not in ("cuda", "cpu"):
+        return f"serves cuda and cpu tensors, not {device.type}"
+    return why_not_kernels(device.type, device, dtype)
 
 
-@functools.cache
-def _parse(spec: str) -> dict[str, str]:
+def _why_not_xformers(device: torch.device, dtype: torch.dtype, facts: Facts) -> str | None:
+    if not installed("xformers"):
+        return "the package xformers is not installed"
+    if facts.lengths:
+        return "takes lengths only as a list on the host"
+    return why_not_kernels("cuda", device, dtype)
+
+
+def _serves_all(device: torch.device, dtype: torch.dtype, facts: Facts) -> None:
+    return None
+
+
+class Backend(NamedTuple):
+    """A way to compute an op.
+
+    module: of the functions, imported at the first call, since importing Triton takes time and some
+    platforms lack it. A function takes the op's call, or the call that the op's `run` makes of it
+    (see registry.define), and returns what the reference's function returns. why_not(device, dtype,
+    facts) returns why the backend cannot run a call, or None.
+    """
+
+    module: str
+    why_not: Callable[[torch.device, torch.dtype, Facts], str | None]
+
+
+NAMES = ("cuda", "triton", "cpu", "sdpa", "xformers", "reference")
+# public op -> name -> backend, in the order in which they are tried
+TABLE: dict[str, dict[str, Backend]] = {
+    "similarity_loss": {
+        "triton": Backend("simplclip.kernels.similarity.launch", why_not_triton),
+        "cpu": Backend("simplclip.ops.native", _why_not_cpu),
+        "reference": Backend("simplclip.ops.similarity.reference", _serves_all),
+    },
+    "shaped_attention": {
+        "cuda": Backend("simplclip.ops.attention.cuda", _why_not_cuda),
+        "cpu": Backend("simplclip.ops.native", _why_not_cpu),
+        "sdpa": Backend("simplclip.ops.attention.sdpa", _why_not_sdpa),
+        "xformers": Backend("simplclip.ops.attention.xformers", _why_not_xformers),
+        "reference": Backend("simplclip.ops.attention.reference", _serves_all),
+    },
+    "parallel_mlp": {
+        "triton": Backend("simplclip.kernels.mlp.launch", why_not_triton),
+        "cpu": Backend("simplclip.ops.native", _why_not_cpu),
+        "reference": Backend("simplclip.ops.mlp.reference", _serves_all),
+    },
+}
+# public ops that are composed of others
+PARTS = {"simplified_block": ("shaped_attention", "parallel_mlp")}
+
+
+def why_not(
+    op: str, name: str, device: torch.device, dtype: torch.dtype, facts: Facts = NO_FACTS
+) -> str | None:
+    """Returns why backend `name` cannot run a call of `op`, or None if it can.
+
+    op: a key of TABLE. device, dtype: of the call's tensors. facts: see `Facts`.
+    """
+    if name not in TABLE[op]:
+        return f"{op} has no {name} implementation"
+    return TABLE[op][name].why_not(device, dtype, facts)
+
+
+def select(
+    op: str, device: torch.device, dtype: torch.dtype, name: str = "", facts: Facts = NO_FACTS
+) -> str:
+    """Returns the forced backend `name`, or if it is "" the first that can run a call.
+
+    op: a key of TABLE. facts: see `Facts`. Raises RuntimeError if the forced backend, or without
+    one every backend, cannot run; ValueError if SIMPLCLIP_BACKEND has an unknown name.
+    """
+    _check(_forced)
+    if name:
+        if reason := why_not(op, name, device, dtype, facts):
+            raise RuntimeError(f"backend {name!r} was forced but cannot serve {op}: {reason}")
+        return name
+    for name, backend in TABLE[op].items():
+        if backend.why_not(device, dtype, facts) is None:
+            return name
+    raise RuntimeError(f"no backend serves {op} on {device.type} with {dtype}")
+
+
+def _parsed(text: str) -> dict[str, str]:
     """Parses a text as in SIMPLCLIP_BACKEND: public op, or "" for all ops -> forced backend."""
     by_op = {}
-    for part in filter(None, spec.split(",")):
+    for part in filter(None, text.replace(" ", "").split(",")):
         op, _, name = part.rpartition("=")
-        ops = {public_name(op) for op in TABLE}
-        if op and op not in ops:
-            raise ValueError(f"backend: expected an op among {', '.join(sorted(ops))}, got {op!r}")
-        if name not in names():
-            raise ValueError(f"backend: expected one of {', '.join(names())}, got {name!r}")
         by_op[op] = name
     return by_op
 
 
-_forced: str = os.environ.get("SIMPLCLIP_BACKEND", "").replace(" ", "")
+def _check(by_op: dict[str, str]) -> None:
+    """Raises ValueError for an unknown op or backend."""
+    for op, name in by_op.items():
+        if op and op not in TABLE:
+            expected = ", ".join(sorted(TABLE))
+            raise ValueError(f"backend: expected an op among {expected}, got {op!r}")
+        if name not in NAMES:
+            raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
+
+
+_forced: dict[str, str] = _parsed(os.environ.get("SIMPLCLIP_BACKEND", ""))
 
 
 def forced() -> str:
     """Returns which backends are forced now, in the form of SIMPLCLIP_BACKEND; "" if none is."""
-    return _forced
+    return ",".join([f"{op}={name}" if op else name for op, name in _forced.items()])
 
 
-def forced_for(op: str, spec: str) -> str:
-    """Returns the backend that a spec (see `forced`) forces for an op; "" if it forces none."""
-    if not spec:
+def forced_for(op: str) -> str:
+    """Returns the backend that is forced for a public op; "" if none is.
+
+    Of an op that is composed of others, it returns theirs, with commas between them. A part without
+    the backend that is forced for all ops is free.
+    """
+    if not _forced:
         return ""
-    by_op = _parse(spec)
-    return by_op.get(public_name(op)) or by_op.get("", "")
+    for_all = _forced.get("", "")
+    if op not in PARTS:
+        return _forced.get(op, for_all)
+    names = []
+    for part in PARTS[op]:
+        free = for_all in NAMES and for_all not in TABLE[part]
+        names.append(_forced.get(part, "" if free else for_all))
+    return ",".join(names)
 
 
 @contextlib.contextmanager
@@ -266,59 +290,17 @@ def backend(
     backend of its forward. Raises ValueError for an unknown backend.
     """
     global _forced
-    outer = {"": name} if name else _parse(_forced)
     by_op = {
         "similarity_loss": similarity_loss,
         "shaped_attention": shaped_attention,
         "parallel_mlp": parallel_mlp,
     }
-    merged = outer | {op: value for op, value in by_op.items() if value is not None}
-    spec = ",".join(f"{op}={value}" if op else value for op, value in merged.items())
-    _parse(spec)
+    merged = {"": name} if name else dict(_forced)
+    merged |= {op: value for op, value in by_op.items() if value is not None}
+    _check(merged)
     before = _forced
-    _forced = spec
+    _forced = merged
     try:
         yield
     finally:
         _forced = before
-
-
-def why_not(
-    op: str, name: str, device: torch.device, dtype: torch.dtype, facts: Facts = NO_FACTS
-) -> str | None:
-    """Returns why backend `name` cannot run a call of `op`, or None if it can.
-
-    op: a key of TABLE. device, dtype: of the call's tensors. facts: see `Facts`.
-    """
-    if name not in TABLE[op]:
-        return f"{op} has no {name} implementation"
-    return TABLE[op][name].why_not(device, dtype, facts)
-
-
-def select(
-    op: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    spec: str = "",
-    facts: Facts = NO_FACTS,
-    *,
-    part: bool = False,
-) -> type[Backend]:
-    """Returns the backend that is forced, or the first that can run a call.
-
-    op: a key of TABLE. spec: the forced backends, see `forced`. facts: see `Facts`. part:
-    whether `op` is a part of another op: a backend that is forced for all ops is ignored if the
-    part does not have it. Raises RuntimeError if the forced backend, or without one every backend,
-    cannot run.
-    """
-    name = forced_for(op, spec)
-    if name and part and name not in TABLE[op] and public_name(op) not in _parse(spec):
-        name = ""
-    if name:
-        if reason := why_not(op, name, device, dtype, facts):
-            raise RuntimeError(f"backend {name!r} was forced but cannot serve {op}: {reason}")
-        return TABLE[op][name]
-    for backend in TABLE[op].values():
-        if backend.why_not(device, dtype, facts) is None:
-            return backend
-    raise RuntimeError(f"no backend serves {op} on {device.type} with {dtype}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from operator import index
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -69,11 +69,87 @@ def check_like(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
         raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {t.dtype}")
 
 
-def check_all_like_x(x: Tensor, names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
-    """Raises ValueError or TypeError unless each tensor, or None, has the device and dtype of x."""
-    for name, t in zip(names, tensors):
-        if t is not None and (t.dtype != x.dtype or t.device != x.device):
-            check_like(name, t, "x", x)
+def check_all_like(of: str, other: Tensor, tensors: Mapping[str, Any]) -> None:
+    """Raises ValueError or TypeError unless each tensor, or None, is like `other`, named `of`."""
+    for name, t in tensors.items():
+        if t is not None and (t.dtype != other.dtype or t.device != other.device):
+            check_like(name, t, of, other)
+
+
+class Shape(NamedTuple):
+    """The shape of a tensor in letters."""
+
+    letters: str  # "2C C"
+    optional: bool  # whether None is allowed
+    dims: list[tuple[str, int]]  # of each dimension the letter and a factor
+
+
+def shapes(**letters: str) -> dict[str, Shape]:
+    """Returns the shapes of tensors for `expect`, as in shapes(x="... C", w="2C C", bias="C?").
+
+    A letter is the same size everywhere. "..." is any number of dimensions, "?" says that None is
+    allowed.
+    """
+    result = {}
+    for name, text in letters.items():
+        shape = text.removesuffix("?")
+        dims = [(dim[-1], 2 if dim[0] == "2" else 1) for dim in shape.split()]
+        result[name] = Shape(shape, text != shape, dims)
+    return result
+
+
+def expect(
+    tensors: Mapping[str, Any], shapes: Mapping[str, Shape], of: str, sizes: dict[str, Any]
+) -> None:
+    """Raises TypeError or ValueError unless tensors are dense and floating, of these shapes.
+
+    of: the tensor whose device the others have. sizes: those of letters, none of them 0, to which
+    those of other letters are added.
+    """
+    device = getattr(tensors[of], "device", None)
+    right: dict[str, Any] = {}  # shapes by their letters
+    for name, (letters, optional, dims) in shapes.items():
+        t = tensors[name]
+        if t is None and optional:
+            continue
+        if (
+            not isinstance(t, Tensor)
+            or t.dtype not in FLOATS
+            or t.device != device
+            or t.layout is not torch.strided
+            or t.is_nested
+        ):
+            check_floating(name, t)
+            check_floating(of, tensors[of])
+            check_device(name, t, of, tensors[of].device)
+        shape = t.shape
+        if letters in right and shape == right[letters]:
+            continue
+        last = shape
+        if dims[0][0] == ".":
+            dims = dims[1:]
+            last = shape[-len(dims) :]
+        if len(last) != len(dims) or 0 in shape:
+            _refuse_shape(name, t, letters, sizes)
+        for (letter, factor), size in zip(dims, last):
+            if sizes.setdefault(letter, size) * factor != size:
+                _refuse_shape(name, t, letters, sizes)
+        right[letters] = shape
+
+
+def _refuse_shape(name: str, t: Tensor, letters: str, sizes: Mapping[str, Any]) -> None:
+    """Raises ValueError, which says the sizes of the letters if all are known."""
+    dims = letters.split()
+    expected = f"[{', '.join(dims)}]"
+    if 0 in t.shape:
+        expected += " without an empty dimension"
+    elif sizes.keys() >= {dim[-1] for dim in dims if dim != "..."}:
+        numbers = []
+        for dim in dims:
+            factor = 2 if dim[0] == "2" else 1
+            numbers.append(dim if dim == "..." else str(factor * sizes[dim[-1]]))
+        expected += f" = [{', '.join(numbers)}]"
+    raise ValueError(f"{name}: expected {expected}, got shape {shape_of(t)}")
 
 
 def scalar(
@@ -186,40 +262,6 @@ def number(name: str, value: Any, *, positive: bool = False) -> float:
     return float(value)
 
 
-def check_attention(
-    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor
-) -> None:
-    """Raises TypeError or ValueError if one of these tensors of shaped_attention is not valid."""
-    gains = (("alpha", alpha), ("beta", beta), ("gamma", gamma))
-    for name, t in (("q", q), ("k", k), ("v", v), *gains):
-        if (
-            not isinstance(t, Tensor)
-            or t.dtype not in FLOATS
-            or t.device != q.device
-            or t.layout is not torch.strided
-        ):
-            check_floating(name, t)
-            check_device(name, t, "q", q.device)
-    if q.is_nested:
-        check_dense("q", q)
-    if q.dim() != 4:
-        raise ValueError(f"q: expected a tensor [B, L, H, K], got shape {shape_of(q)}")
-    if 0 in q.shape:
-        raise ValueError(
-            f"q: expected [B, L, H, K] without an empty dimension, got shape {shape_of(q)}"
-        )
-    for name, t in (("k", k), ("v", v)):
-        if t.shape != q.shape:
-            raise ValueError(f"{name}: expected the shape of q, {shape_of(q)}, got {shape_of(t)}")
-        if t.dtype != q.dtype:
-            check_like(name, t, "q", q)
-    for name, t in gains:
-        if t.shape != q.shape[2:3]:
-            raise ValueError(
-                f"{name}: expected one value per head, [{q.shape[2]}], got {shape_of(t)}"
-            )
-
-
 def lengths_of_batch(lengths: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
     """Returns the lengths [batch] as int32 in 0..length, a new tensor.
 
@@ -240,103 +282,3 @@ def lengths_of_batch(lengths: Tensor, batch: int, length: int, device: torch.dev
         if not 0 <= extreme <= length:
             raise ValueError(f"lengths: expected 0 to {length} valid tokens, got {extreme}")
     return lengths.clamp(0, length).to(torch.int32)
-
-
-def check_mlp(
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-) -> None:
-    """Raises an error if the type or shape of a tensor of parallel_mlp is not valid."""
-    weights = (("fc1_weight", fc1_weight), ("fc2_weight", fc2_weight))
-    biases = (("fc1_bias", fc1_bias), ("fc2_bias", fc2_bias))
-    for name, t in (("x", x), *weights, *biases):
-        if isinstance(t, Tensor) and t.dtype in FLOATS and t.layout is torch.strided:
-            continue
-        if t is not None or not name.endswith("bias"):
-            check_floating(name, t)
-    if x.is_nested:
-        check_dense("x", x)
-    if x.dim() < 1 or 0 in x.shape:
-        raise ValueError(
-            f"x: expected [..., C] without an empty dimension, got shape {shape_of(x)}"
-        )
-    for (name, t), letters in zip(weights, ("[F, C]", "[C_out, F]")):
-        if t.dim() != 2 or 0 in t.shape:
-            raise ValueError(
-                f"{name}: expected {letters} without an empty dimension, got shape {shape_of(t)}"
-            )
-    f, c = fc1_weight.shape
-    if x.shape[-1] != c:
-        raise ValueError(
-            f"x: expected the width of fc1_weight, {c}, in the last dimension, got shape "
-            f"{shape_of(x)}"
-        )
-    if fc2_weight.shape[1] != f:
-        raise ValueError(
-            f"fc2_weight: expected [C_out, F] with F = {f} of fc1_weight, got shape "
-            f"{shape_of(fc2_weight)}"
-        )
-    for (name, t), size in zip(biases, (f, fc2_weight.shape[0])):
-        if t is not None and t.shape != (size,):
-            raise ValueError(f"{name}: expected [{size}], got shape {shape_of(t)}")
-
-
-def check_block(x: Tensor, tensors: Mapping[str, Any], norm: str) -> None:
-    """Raises an error if one of simplified_block's tensors is not valid; not of unequal dtypes."""
-    fc1_weight = tensors["fc1_weight"]
-    are_tensors = isinstance(x, Tensor) and isinstance(fc1_weight, Tensor)
-    if not are_tensors or x.is_nested or x.dim() != 3 or fc1_weight.dim() != 2:
-        _check_mlp_of_block(x, tensors)
-        raise ValueError(f"x: expected a tensor [B, L, C], got shape {shape_of(x)}")
-    c = x.shape[2]
-    f = fc1_weight.shape[0]
-    if not x.numel() or not f:
-        _check_mlp_of_block(x, tensors)
-    alpha = tensors["alpha"]
-    is_vector = isinstance(alpha, Tensor) and alpha.dim() == 1 and alpha.shape[0] > 0
-    if not is_vector or c % alpha.shape[0]:
-        got = shape_of(alpha) if isinstance(alpha, Tensor) else type(alpha).__name__
-        raise ValueError(
-            f"alpha: expected one value per head, [H] with H a divisor of C = {c}, got {got}"
-        )
-    if norm == "rmsnorm" and tensors["norm_bias"] is not None:
-        raise ValueError("norm_bias: expected None, since RMSNorm has no bias, got a tensor")
-    check_floating("x", x)
-    shapes = {
-        "qk_weight": (2 * c, c),
-        "fc1_weight": (f, c),
-        "fc1_bias": (f,),
-        "fc2_weight": (c, f),
-        "fc2_bias": (c,),
-        "norm_weight": (c,),
-        "alpha": alpha.shape,
-        "beta": alpha.shape,
-        "gamma": alpha.shape,
-        "value_weight": (c, c),
-        "output_weight": (c, c),
-        "norm_bias": (c,),
-    }
-    for name, shape in shapes.items():
-        t = tensors[name]
-        if t is None and name in ("value_weight", "output_weight", "norm_bias"):
-            continue
-        if (
-            isinstance(t, Tensor)
-            and t.dtype in FLOATS
-            and t.device == x.device
-            and t.layout is torch.strided
-            and t.shape == shape
-        ):
-            continue
-        _check_mlp_of_block(x, tensors)
-        check_floating(name, t)
-        check_device(name, t, "x", x.device)
-        raise ValueError(f"{name}: expected shape {list(shape)}, got {shape_of(t)}")
-
-
-def _check_mlp_of_block(x: Tensor, tensors: Mapping[str, Any]) -> None:
-    """Raises the errors of `check_mlp`, which say more of a block's shapes, if there are any."""
-    check_mlp(x, *[tensors[name] for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")])

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from simplclip.ops import backends
-
 FIRST_ORDER = (
     "{op}: expected a first derivative in reverse mode, got {got}; the ops have no other "
     "derivatives"
@@ -84,7 +82,7 @@ def check_reverse_mode(name: str, values: Sequence, *, vmap: bool = True) -> Non
         if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
             got = "a forward-mode tangent"
     if got:
-        raise NotImplementedError(FIRST_ORDER.format(op=backends.public_name(name), got=got))
+        raise NotImplementedError(FIRST_ORDER.format(op=name, got=got))
 
 
 def first_order_only(
@@ -96,7 +94,7 @@ def first_order_only(
     the node that raises has the sources as inputs: the tensors that the gradients were computed
     from, or a result of the op that depends on these.
     """
-    message = FIRST_ORDER.format(op=backends.public_name(name), got="a double backward")
+    message = FIRST_ORDER.format(op=name, got="a double backward")
     node: Any = torch._C._functions.DelayedError(message.encode(), len(gradients) + len(sources))
     return node(*gradients, *sources)[: len(gradients)]
 

@@ -7,11 +7,11 @@ which has the same forward and backward.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,45 +27,34 @@ from simplclip.ops.modes import (
     no_autocast,
 )
 
+library = torch.library.Library("simplclip", "DEF")
 _PLAIN = (Tensor, nn.Parameter)
-_selected: dict[tuple, type[backends.Backend]] = {}  # the backends that earlier calls selected
 
 
-def _select(
-    op: str, facts: backends.Facts = backends.NO_FACTS, *, first: Tensor, spec: str, part: bool
-) -> Callable:
-    """Returns the function of the backend that backends.select chooses, cached by kind of call."""
-    # CUDA attention's why_not() reads it
-    tf32 = first.is_cuda and torch.backends.cuda.matmul.fp32_precision
-    key = op, spec, part, first.device, first.dtype, tf32, facts
-    backend = _selected.get(key)
-    if backend is None:
-        backend = backends.select(op, first.device, first.dtype, spec, facts, part=part)
-        _selected[key] = backend
-        if first.is_cuda and op.startswith("shaped_attention"):
-            _warn_without_cuda()
-    function: Callable = getattr(backend, op)
-    return function
+class Choice(NamedTuple):
+    """The backends of a kind of call."""
+
+    names: str  # "cpu"; of an op that is composed of others, theirs: "sdpa,cpu"
+    functions: tuple[Any, ...]  # what `run` takes before the call
+
+
+OPS: dict[str, Op] = {}  # by name
+_choices: dict[tuple, Choice] = {}  # those of earlier calls
 
 
 def forget_calls() -> None:
     """Lets `backends_of_calls` begin anew."""
-    _selected.clear()
+    _choices.clear()
 
 
 def backends_of_calls(device: torch.device) -> dict[str, list[str]]:
     """Returns public ops -> names of the backends that ran their calls on such a device so far."""
     names: dict[str, set[str]] = {}
-    for (op, _, _, where, *_), backend in _selected.items():
+    for (op, _, where, *_), choice in _choices.items():
         if where.type == device.type:
-            names.setdefault(backends.public_name(op), set()).add(backend.name)
+            for part, name in zip(OPS[op].parts, choice.names.split(",")):
+                names.setdefault(part, set()).add(name)
     return {op: sorted(names[op]) for op in sorted(names)}
-
-
-def _warn_without_cuda() -> None:
-    """Warns, once per process, if torch has CUDA but the CUDA extension is not loaded."""
-    if torch.version.cuda and backends.cuda_extension is None:
-        warn_without_cuda(backends.cuda_extension_error)
 
 
 def _getter(names: Sequence[str]) -> Callable[[Any], tuple]:
@@ -81,18 +70,18 @@ class Op:
     def __init__(
         self,
         name: str,
+        public: str,
         call_type: type,
         run: Callable,
-        facts: Callable[..., backends.Facts] | None,
-        *,
-        composed: bool,
+        facts: Callable[..., backends.Facts],
         differentiable: int,
     ):
         self.name = name
+        self.public = public
+        self.parts = backends.PARTS.get(public, (public,))
         self.call_type: Callable = call_type
         self.run = run
         self.facts = facts
-        self.composed = composed
         self.differentiable = differentiable
         self.names = [field.name for field in fields(call_type)]
         self.values = attrgetter(*self.names)
@@ -119,19 +108,43 @@ class Op:
         """The registered op, torch.ops.simplclip.<name>.default."""
         return getattr(torch.ops.simplclip, self.name).default
 
-    def dispatch(self, call: Any, spec: str) -> Any:
-        """Runs a laid out call on its backend, without autocast and autograd."""
+    def choose(self, call: Any, names: str) -> Choice:
+        """Returns the backends of a call; names: of those that are forced, see `define`."""
         first = getattr(call, self.first)
-        function: Callable
-        if self.composed:
-            function = partial(_select, first=first, spec=spec, part=True)
-        else:
-            facts = self.facts(call) if self.facts else backends.NO_FACTS
-            function = _select(self.name, facts, first=first, spec=spec, part=False)
-        if not autocasts(first.device):
-            return self.run(function, call)
-        with no_autocast(first.device):
-            return self.run(function, call)
+        facts = self.facts(call)
+        # CUDA attention's why_not() reads it
+        tf32 = first.is_cuda and torch.backends.cuda.matmul.fp32_precision
+        key = self.name, names, first.device, first.dtype, tf32, facts
+        choice = _choices.get(key)
+        if choice is None:
+            choice = _choices[key] = self._choice(first, names, facts)
+        return choice
+
+    def _choice(self, first: Tensor, names: str, facts: backends.Facts) -> Choice:
+        """Returns what `choose` does, of a call with this tensor and these facts."""
+        forced = dict(zip(self.parts, names.split(",")))
+        chosen = []
+        modules = []
+        for part in self.parts:
+            name = forced.get(part, "")
+            # a backward runs on its forward's backend, also if that would not be chosen any more
+            if not name or self.backward is not None:
+                name = backends.select(part, first.device, first.dtype, name, facts)
+            chosen.append(name)
+            modules.append(importlib.import_module(backends.TABLE[part][name].module))
+        without_cuda = torch.version.cuda and backends.cuda_extension is None
+        if without_cuda and first.is_cuda and "shaped_attention" in self.parts:
+            warn_without_cuda(backends.cuda_extension_error)
+        functions = modules if len(modules) > 1 else [getattr(modules[0], self.name)]
+        return Choice(",".join(chosen), tuple(functions))
+
+    def dispatch(self, call: Any, choice: Choice) -> Any:
+        """Runs a laid out call on these backends, without autocast and autograd."""
+        device = getattr(call, self.first).device
+        if not autocasts(device):
+            return self.run(*choice.functions, call)
+        with no_autocast(device):
+            return self.run(*choice.functions, call)
 
     def laid_out(self, values: Sequence) -> Any:
         """Returns a call of the fields' values; tensors that kernels could not read are copied."""
@@ -146,20 +159,20 @@ class Op:
         return self.call_type(*values)
 
     def dispatch_flat(self, *args: Any) -> Any:
-        """Runs a call from the dispatcher's arguments: its fields in their order, and `spec`."""
-        return self.dispatch(self.laid_out(args[:-1]), args[-1])
+        """Runs a call from the dispatcher's arguments: its fields, and the names of backends."""
+        call = self.laid_out(args[:-1])
+        return self.dispatch(call, self.choose(call, args[-1]))
 
-    def keep(self, ctx: Any, call: Any, spec: str, results: Sequence[Tensor]) -> None:
+    def keep(self, ctx: Any, call: Any, names: str, results: Sequence[Tensor]) -> None:
         """Keeps in ctx what `gradients` reads; the first `differentiable` results have some."""
-        others = results[self.differentiable :]
-        ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
         if self.keeps_call:
+            others = results[self.differentiable :]
             ctx.save_for_backward(*self.tensor_values(call), *others)
             ctx.options = self.other_values(call)
         else:
             ctx.save_for_backward(*results)
-        ctx.spec = spec
+        ctx.backends = names
 
     def gradients(
         self, ctx: Any, grads: Sequence[Tensor | None], needed: Mapping[str, bool]
@@ -181,22 +194,25 @@ class Op:
             values = (*saved[:count], *ctx.options)
             call = self.call_type(*[values[i] for i in self.order])
         with torch.no_grad():
-            by_name = self.backward(call, kept, grads, needed, ctx.spec)
+            by_name = self.backward(call, kept, grads, needed, ctx.backends)
         if not torch.is_grad_enabled():
             return by_name
         names = [name for name, need in needed.items() if need and name in by_name]
         gradients = [by_name[name] for name in names]  # with create_graph=True
-        return dict(zip(names, first_order_only(self.name, gradients, *saved, *grads)))
+        return dict(zip(names, first_order_only(self.public, gradients, *saved, *grads)))
 
 
 class _Eager(torch.autograd.Function):
     """A call of an op on plain tensors that is differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, op: Op, spec: str, call: Any, *tensors: Tensor | None) -> Any:
-        results = op.dispatch(call, spec)
+    def forward(ctx: Any, op: Op, choice: Choice, call: Any, *tensors: Tensor | None) -> Any:
+        results = op.dispatch(call, choice)
         ctx.op = op
-        op.keep(ctx, call, spec, results)
+        op.keep(ctx, call, choice.names, results)
+        if op.keeps_call:
+            return results[: op.differentiable]
+        ctx.mark_non_differentiable(*results[op.differentiable :])
         return results
 
     @staticmethod
@@ -207,22 +223,23 @@ class _Eager(torch.autograd.Function):
         return None, None, None, *[by_name.get(name) if needed[name] else None for name in names]
 
 
-def call(op: Op, arguments: Any, spec: str | None = None) -> Any:
-    """Runs an op and returns its results, with gradients if it has them and a tensor requires one.
+def call(op: Op, arguments: Any, names: str | None = None) -> Any:
+    """Runs an op and returns its results, with gradients if it has them and a tensor requires one:
+    then those alone that have gradients, if the op keeps its call and is not compiled or traced.
 
     arguments: the dataclass of the call; a tensor that is not contiguous is copied, see
-    `Op.laid_out`. spec: the forced backends, see backends.forced; None: those that are forced now.
-    Raises RuntimeError if no backend can run, NotImplementedError for a tensor with a forward-mode
-    tangent and under torch.func.grad.
+    `Op.laid_out`. names: of backends, see `define`; None: those that are forced now. Raises
+    RuntimeError if no backend can run, NotImplementedError for a tensor with a forward-mode tangent
+    and under torch.func.grad.
     """
-    if spec is None:
-        spec = backends.forced()
+    if names is None:
+        names = backends.forced_for(op.public)
     if torch.compiler.is_compiling():
-        return op.overload(*flat(arguments), spec)
+        return op.overload(*flat(arguments), names)
     tensors = op.tensor_values(arguments)
     if is_transformed():
-        check_reverse_mode(op.name, tensors)
-        return op.overload(*flat(arguments), spec)
+        check_reverse_mode(op.public, tensors)
+        return op.overload(*flat(arguments), names)
     plain = not (
         torch._C._len_torch_dispatch_stack() or tensors[0].is_meta or torch.jit.is_tracing()
     )
@@ -233,52 +250,47 @@ def call(op: Op, arguments: Any, spec: str | None = None) -> Any:
             requires_grad = requires_grad or t.requires_grad
             contiguous = contiguous and t.is_contiguous()
     if not plain:
-        return op.overload(*flat(arguments), spec)
+        return op.overload(*flat(arguments), names)
     if not contiguous:
         arguments = op.laid_out(flat(arguments))
+    choice = op.choose(arguments, names)
     if op.backward is None or not requires_grad or not torch.is_grad_enabled():
-        return op.dispatch(arguments, spec)
-    return _Eager.apply(op, spec, arguments, *op.tensor_values(arguments))
+        return op.dispatch(arguments, choice)
+    return _Eager.apply(op, choice, arguments, *op.tensor_values(arguments))
 
 
 def define(
     name: str,
+    public: str,
     call_type: type,
     returns: str,
     run: Callable,
     empty: Callable,
     *,
-    served_by: Sequence[type[backends.Backend]] = (),
-    facts: Callable[..., backends.Facts] | None = None,
+    facts: Callable[..., backends.Facts] = lambda call: backends.NO_FACTS,
     differentiable: int = 1,
 ) -> Op:
-    """Registers the op `simplclip::name`; returns the Op.
+    """Registers the op `simplclip::name` of a public op; returns the Op.
 
-    Also adds its row to backends.TABLE. The last argument of the op is spec: the backends that are
-    forced, see backends.forced. call_type: the dataclass of a call, from whose fields the schema is
-    generated. returns: the result types in the schema, e.g. "(Tensor, Tensor)".
+    Its last argument is the name of the backend that runs it; "" for the first that can. If the
+    public op is composed of others (backends.PARTS), it has a name for each, with commas between
+    them. call_type: the dataclass of a call, from whose fields the schema is generated. returns:
+    the result types in the schema, e.g. "(Tensor, Tensor)".
 
-    run(function, call): runs a backend's method, whose argument is a call too. empty(call, spec):
-    makes the op's results for fake tensors, uninitialised.
+    run(function, call): runs a backend's function, whose argument is a call too. If the public op
+    is composed of others, run(*modules, call) gets the module of each part's backend. empty(call,
+    names): makes the op's results for fake tensors, uninitialised.
 
-    served_by: the backends, in the order in which they are tried; one that has no method of the
-    op's name is left out. Without any, the op is composed of other ops, and its `run` gets
-    `pick(op, facts)`, which returns the function of such an op.
-
-    facts(call): returns the facts of a call, besides device and dtype, that the backends'
-    why_not() needs; None: there are none. differentiable: so many results, the first ones, have
-    gradients; the others are for backward.
+    facts(call): returns what the backends' why_not() needs besides device and dtype.
+    differentiable: so many results, the first ones, have gradients; the others are for backward.
     """
-    row = {backend.name: backend for backend in served_by if hasattr(backend, name)}
-    if row:
-        backends.TABLE[name] = row
-    backends.library.define(f"{name}({schema_of(call_type)}, str backend) -> {returns}")
-    op = Op(name, call_type, run, facts, composed=not row, differentiable=differentiable)
-    backends.library.impl(name, op.dispatch_flat, "CompositeExplicitAutograd")
+    library.define(f"{name}({schema_of(call_type)}, str backend) -> {returns}")
+    op = OPS[name] = Op(name, public, call_type, run, facts, differentiable)
+    library.impl(name, op.dispatch_flat, "CompositeExplicitAutograd")
     torch.library.register_fake(
         f"simplclip::{name}",
         lambda *args: empty(call_type(*args[:-1]), args[-1]),
-        lib=backends.library,
+        lib=library,
     )
     return op
 
@@ -286,11 +298,10 @@ def define(
 def register_gradient(op: Op, backward: Callable, *, keeps_call: bool = True) -> None:
     """Registers gradients of the op's differentiable results with torch and in `op`.
 
-    backward(call, kept, grads, needed, spec) returns gradients of the call's tensors by the names
+    backward(call, kept, grads, needed, names) returns gradients of the call's tensors by the names
     of its fields. kept: the results that are not differentiable. grads: of the differentiable
     results, None for one that was not used. needed: by the names of tensors whether a gradient is
-    needed; others may be returned too. spec: the backends that were forced in forward, see
-    backends.forced.
+    needed; others may be returned too. names: of the backends that ran forward, see `define`.
 
     keeps_call: whether backward needs the call; else `call` is None and `kept` are all results.
     """
@@ -298,6 +309,7 @@ def register_gradient(op: Op, backward: Callable, *, keeps_call: bool = True) ->
     op.backward = backward
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.mark_non_differentiable(*output[op.differentiable :])
         op.keep(ctx, op.call_type(*inputs[:-1]), inputs[-1], output)
 
     def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -305,8 +317,8 @@ def register_gradient(op: Op, backward: Callable, *, keeps_call: bool = True) ->
         needed = {name: of_fields[name] for name in op.tensors}
         by_name = op.gradients(ctx, grads, needed)
         results = [by_name.get(name) if of_fields[name] else None for name in op.names]
-        return *results, None  # of the backends that are forced
+        return *results, None  # of the names of backends
 
     torch.library.register_autograd(
-        f"simplclip::{op.name}", gradients, setup_context=setup_context, lib=backends.library
+        f"simplclip::{op.name}", gradients, setup_context=setup_context, lib=library
     )

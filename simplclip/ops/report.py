@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from simplclip.common import hardware
-from simplclip.ops import backends
+from simplclip.ops import backends, registry
 from simplclip.version import __version__
 
 LONG = 197  # tokens of an attention that is reported beside a short one
@@ -25,12 +25,13 @@ def report() -> dict[str, Any]:
     Attention has a second entry, "long", with 197 tokens, since the backend depends on the number
     of tokens. The report contains only plain types, so that it can be written as JSON.
     """
-    # entry -> op, and the facts that the choice of its backend depends on
+    # entry -> public op, and the facts that the choice of its backend depends on
     calls: dict[str, tuple[str, backends.Facts]] = {}
-    for op in backends.TABLE:
-        calls[op] = op, backends.NO_FACTS
-        if op.startswith("shaped_attention"):
-            calls[f"{op}, long"] = op, backends.Facts(length=LONG)
+    for name, op in registry.OPS.items():
+        if op.public in backends.TABLE:
+            calls[name] = op.public, backends.NO_FACTS
+        if op.public == "shaped_attention":
+            calls[f"{name}, long"] = op.public, backends.Facts(length=LONG)
     return {
         "simplclip": __version__,
         "python": platform.python_version(),
@@ -115,12 +116,12 @@ def _backend(
     """Returns the backend that runs such calls of an op on a device, and why no other does."""
     selected = problem = None
     try:
-        selected = backends.select(op, device, dtype, backends.forced(), facts).name
+        selected = backends.select(op, device, dtype, backends.forced_for(op), facts)
     except (RuntimeError, ValueError) as error:
         problem = str(error)
     reasons = {}
     free = "can run; another is forced"
-    for name in backends.names():
+    for name in backends.NAMES:
         if name == selected:  # the backends after it could run, but come later
             free = f"can run; {selected} comes first"
             continue

@@ -21,8 +21,6 @@ from simplclip.selftest.compare import Case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COMPILED = "torch.compile"  # in a row, in place of a backend
-# ops that are composed of others
-PARTS = {"simplified_block": ("shaped_attention", "parallel_mlp")}
 
 
 @dataclass
@@ -37,14 +35,10 @@ class Row:
     failures: list[str] = field(default_factory=list)
 
     @property
-    def parts(self) -> dict[str, str]:
-        """The ops in the table of backends that the row's backend runs, and their public names."""
-        parts = {}
-        for op, served in backends.TABLE.items():
-            name = backends.public_name(op)
-            if self.backend in served and name in PARTS.get(self.op, (self.op,)):
-                parts[op] = name
-        return parts
+    def parts(self) -> list[str]:
+        """The ops in the table of backends that the row's backend runs."""
+        parts = backends.PARTS.get(self.op, (self.op,))
+        return [op for op in parts if self.backend in backends.TABLE.get(op, ())]
 
     def serves(self, call: Call, device: torch.device) -> bool:
         """Whether the row's backend runs a call in the row's dtype on the device.
@@ -66,7 +60,7 @@ class Row:
 
 def check(row: Row, call: Call, device: torch.device) -> None:
     """Runs a call on the row's backend; adds its largest error and what is wrong to `row`."""
-    forced = dict.fromkeys(row.parts.values(), row.backend)
+    forced = dict.fromkeys(row.parts, row.backend)
     tf32 = (
         device.type == "cuda"
         and row.dtype == torch.float32
@@ -98,7 +92,7 @@ def check_ops(device: torch.device, names: Iterable[str] | None = None) -> Itera
     """Yields a Row for each op, backend and dtype. names: keys of CALLS; None: all."""
     for op in CALLS if names is None else names:
         every = [make() for make in CALLS[op]]
-        for backend, dtype in itertools.product((*backends.names(), COMPILED), DTYPES):
+        for backend, dtype in itertools.product((*backends.NAMES, COMPILED), DTYPES):
             row = Row(op, backend, dtype)
             calls = [call for call in every if row.serves(call, device)]
             if backend == COMPILED:  # which takes seconds: one call

@@ -189,7 +189,7 @@ def _evaluate(
             if snapshot.keep_best(mean, samples):
                 best = snapshot.out / "best.pt"
                 log.print(f"best       step {state.step}: mean R@1 {mean:.1%}, in {best}")
-        ranks.on_first(log.end_evaluation)
+        ranks.on_first(log.write_curves)
 
 
 def _loss(state: State, index: evaluation.Index) -> float | None:

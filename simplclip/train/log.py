@@ -31,7 +31,6 @@ from simplclip.train.setup import State
 
 Points = tuple[list[int], list[float]]  # steps and values of a line
 NAMES = ("split", "direction")  # columns of evaluation.csv without figures
-RISE = 0.1  # share by which a held-out loss is above its lowest, in two evaluations, for a warning
 COLUMNS = ("lr", "logit_scale", "logit_bias", "grad_norm")  # with a panel of their own
 
 
@@ -179,20 +178,8 @@ class Log:
         try:
             write_curves(self.out)
         except (ValueError, KeyError) as error:
-            self._warn(f"no curves.png: expected figures by step in CSV files, got others: {error}")
-
-    def end_evaluation(self) -> None:
-        """Draws the curves after an evaluation, and warns once in a run of a loss that rises."""
-        self.write_curves()
-        with contextlib.suppress(ValueError, KeyError):  # of which the line above warns
-            if risen := rise(read_figures(self.out / "evaluation.csv"), self.state.step):
-                self._warn(risen)
-
-    def _warn(self, text: str) -> None:
-        """Prints a warning; the same one once in a run."""
-        if text not in self._reports:
-            self._reports.add(text)
-            self.print(f"warning    {text}")
+            got = f"expected figures by step in CSV files, got others: {error}"
+            self.print(f"warning    no curves.png: {got}")
 
     def write_sheet(self, name: str, index: Index) -> None:
         """Adds the sheet of a split with captions to TensorBoard, if run.tensorboard is set."""
@@ -284,30 +271,6 @@ def read_figures(path: Path) -> list[dict[str, str]]:
     whole = [row for row in rows if None not in row and None not in row.values()]
     last = {(int(row["step"]), *map(row.get, NAMES)): row for row in whole}
     return sorted(last.values(), key=lambda row: int(row["step"]))
-
-
-def rise(evaluated: list[dict[str, str]], step: int) -> str | None:
-    """Returns a text if a held-out loss is above its lowest by RISE, for the first time in a run.
-
-    It is so in the last two evaluations, of which the second is that of `step`. evaluated: rows of
-    evaluation.csv.
-    """
-    losses: dict[str, dict[int, float]] = {}  # by split and step
-    for row in evaluated:
-        losses.setdefault(row["split"], {})[int(row["step"])] = float(row.get("loss") or "nan")
-    risen: dict[int, str] = {}
-    for split, by_step in losses.items():
-        steps = [*by_step]
-        for before, (second, last) in enumerate(zip(steps[1:], steps[2:]), 1):
-            lowest = min(steps[:before], key=by_step.__getitem__)
-            if min(by_step[second], by_step[last]) > (1 + RISE) * by_step[lowest]:
-                risen.setdefault(
-                    last,
-                    f"{split} loss {by_step[last]:.3f}: in two evaluations more than {RISE:.0%} "
-                    f"above {by_step[lowest]:.3f}, its lowest, of step {lowest}; the model may "
-                    "overfit, best.pt keeps the highest R@1",
-                )
-    return risen.get(step) if min(risen, default=None) == step else None
 
 
 def write_curves(run: Path) -> None:

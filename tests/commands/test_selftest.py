@@ -2,6 +2,7 @@
 avoids them.
 """
 
+import importlib
 import json
 import re
 
@@ -27,7 +28,7 @@ def test_each_backend_that_serves_is_checked(op, monkeypatch):
     monkeypatch.setattr(selftest, "check", lambda *_: None)
     served = {(row.backend, row.dtype) for row in selftest.check_ops(CPU, [op])}
     expected = {(selftest.COMPILED, torch.float32)}
-    for name in {"reference", *backends.names()}:
+    for name in {"reference", *backends.NAMES}:
         for dtype in selftest.DTYPES:
             row = selftest.Row(op, name, dtype)
             serves = any(row.serves(make(), CPU) for make in selftest.CALLS[op])
@@ -38,17 +39,18 @@ def test_each_backend_that_serves_is_checked(op, monkeypatch):
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """Returns a function that replaces a backend's function of an op by wrong(function, call)."""
+    """Yields a function that replaces a backend's function of an op by wrong(function, call)."""
     calls = {"shaped_attention": selftest.CALLS["shaped_attention"][:2]}
     monkeypatch.setattr(selftest, "CALLS", calls)
-    monkeypatch.setattr(registry, "_selected", {})
+    registry.forget_calls()
 
     def replace(op, backend, wrong):
-        served = backends.TABLE[op][backend]
+        served = importlib.import_module(backends.TABLE["shaped_attention"][backend].module)
         right = getattr(served, op)
-        monkeypatch.setattr(served, op, staticmethod(lambda call: wrong(right, call)))
+        monkeypatch.setattr(served, op, lambda call: wrong(right, call))
 
-    return replace
+    yield replace
+    registry.forget_calls()  # which keep the replaced functions
 
 
 def run(*arguments):

@@ -128,23 +128,23 @@ def test_paths_patterns_and_weights(tmp_path, monkeypatch):
     assert [source.weight for source in weighted] == [3, 1.5, 1]
     same = tmp_path / "more" / a.name
     same.write_bytes(a.read_bytes())
-    assert names([a, same, b]) == [f"{tmp_path.name}/{a.name}", f"more/{a.name}", b.name]
+    assert names([a, same, b]) == [a.name, f"more/{a.name}", b.name]
 
 
 def names(what):
     return [source.name for source in data.sources_of(what)]
 
 
-def test_names_are_the_ends_of_paths_that_differ(tmp_path, monkeypatch):
+def test_files_of_one_name_are_named_from_their_common_parent(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("a/x", "b/x", "c"):
         shard(tmp_path / folder)
     three = ["a/x/train-000.tar", "b/x/train-000.tar", "c/train-000.tar"]
-    assert names(three) == [*three[:2], f"{tmp_path.name}/{three[2]}"]
+    assert names(three) == three
     # however a path is written
     assert names(["c/../a/x/train-000.tar", str(tmp_path / three[1])]) == three[:2]
-    twice = [three[2], f"./{three[2]}"]
-    assert names([three[0], *twice]) == ["x/train-000.tar", *2 * [three[2]]]
+    assert names([three[0], three[2], f"./{three[2]}"]) == [three[0], three[2], three[2]]
+    assert names([three[2], f"./{three[2]}"]) == ["train-000.tar"] * 2
     assert names(["http://host/{a,b}/0.tar?signature=c/d"]) == ["a/0.tar", "b/0.tar"]
     assert names(["pipe:aws s3 cp s3://bucket/{a,b}/0.tar -"]) == ["a/0.tar", "b/0.tar"]
     same_path = ["http://host/get?file=0.tar", "http://host/get?file=1.tar"]

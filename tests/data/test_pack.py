@@ -1,6 +1,5 @@
 """Packing: every form of pairs as shards."""
 
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from open_clip.transform import PreprocessCfg
 from simplclip import data
 from simplclip.common.errors import InputError
 from simplclip.data import pack, rows
+from simplclip.data.errors import Skipped
 from simplclip.data.rows import Options
 from simplclip.data.transforms import ImageTransform
 from support.data.packs import packed, samples, skipped_of, write_images, write_parquet
@@ -26,14 +26,11 @@ ROWS = [("img/a.png", "one"), ("img/a.png", "two"), ("img/sub/b.png", "three")]
 TWO = [("000000000", ["one", "two"]), ("000000002", ["three"])]
 IMAGES = [("img/a.png", ["one", "two"]), ("img/sub/b.png", ["three"])]
 OTHER = Options(image_key="where", caption_key="what", images="img")
-DIGEST = hashlib.blake2b(png(), digest_size=16).hexdigest()  # of an image's file
 KINDS = {
     "rows.csv": (Options(), TWO),
     "rows.tsv": (Options(), TWO),
     "rows.parquet": (Options(), TWO),
     "rows.jsonl": (Options(), TWO),
-    "files.parquet": (Options(), TWO),
-    "bytes.parquet": (Options(), TWO),
     "imagefolder": (Options(), TWO),
     "imagefolder_csv": (Options(), TWO),
     "other.csv": (OTHER, TWO),
@@ -58,12 +55,6 @@ def folder(tmp_path_factory):
     paths, texts = map(list, zip(*ROWS))
     columns = {"caption": texts, "image_path": paths}
     write_parquet(here / "rows.parquet", columns, row_group_size=2)
-    files = [(here / path).read_bytes() for path in paths]
-    # Hugging Face's image, and a plain column
-    structs = [{"bytes": file, "path": "x"} for file in files]
-    for name, column in (("files", structs), ("bytes", files)):
-        columns = {"file_name": ["elsewhere.png"] * 3, "image": column, "text": texts}
-        write_parquet(here / f"{name}.parquet", columns)
     for name in ("imagefolder", "imagefolder_csv"):
         shutil.copytree(here / "img", here / name / "img")
     objects = [json.dumps({"file_name": path, "text": text}) for path, text in ROWS]
@@ -103,14 +94,13 @@ def test_every_form(folder, tmp_path, monkeypatch, kind):
     labels = {"texts": "x", "classes": "cat x"}
     groups = {"texts": "g", "classes": "cat x", "other.csv": "a.png"}
     groups |= {"karpathy.json#val": None, "coco.json": None}
-    groups |= {"files.parquet": DIGEST, "bytes.parquet": DIGEST}
     assert record.get("label") == labels.get(kind)
     assert record.get("group") == groups.get(kind, "img/a.png")
     assert meta(tmp_path / "out")["splits"]["data"]["samples"] == len(wanted)
     assert {*folder.rglob("*")} == before
 
 
-@pytest.mark.parametrize("kind", ["rows.jsonl", "files.parquet", "bytes.parquet", "imagefolder"])
+@pytest.mark.parametrize("kind", ["rows.jsonl", "rows.parquet", "imagefolder"])
 def test_evaluation_reads_them_too(folder, kind):
     transform = ImageTransform(PreprocessCfg(size=8))
     ((images, held, _),), _ = batches_of(data.held_out(str(folder / kind)), transform)
@@ -119,7 +109,7 @@ def test_evaluation_reads_them_too(folder, kind):
     assert torch.equal(images, torch.stack(expected))
 
 
-def test_rows_of_json_lines_and_of_files_that_are_bad(tmp_path):
+def test_rows_of_json_lines_that_are_bad(tmp_path):
     (tmp_path / "a.png").write_bytes(png())
     lines = [
         {"image": "a.png", "caption": ["one", "two"]},
@@ -133,31 +123,13 @@ def test_rows_of_json_lines_and_of_files_that_are_bad(tmp_path):
     found, skipped = packed(path, tmp_path / "out")
     assert found == [("000000000", ["one", "two"]), ("000000004", ["last"])]
     assert skipped == {"missing image": 1, "missing caption": 1, "cannot be read": 1}
-    files = [
-        {"bytes": png(), "path": None},
-        {"bytes": None, "path": "a.png"},
-        {"bytes": b"not an image \0", "path": "a.png"},
-        {"bytes": None, "path": None},
-        None,
-    ]
-    path = write_parquet(tmp_path / "t.parquet", {"image": files, "text": [*"abcde"]})
-    found, skipped = packed(path, tmp_path / "files")
-    assert found == [("000000000", ["a"]), ("000000001", ["b"])]
-    assert skipped == {"not an image": 1, "missing image": 2}
 
 
-@pytest.mark.slow
-def test_files_in_a_table_are_a_stream(tmp_path):
-    """Those of a shard are not held at a time."""
-    files = [png(number, (64, 64)) for number in range(400)]
-    columns = {"image": files, "text": [f"number {number}" for number in range(400)]}
-    write_parquet(tmp_path / "t.parquet", columns)
-    tracemalloc.start()
-    pack.pack(tmp_path / "t.parquet", tmp_path / "out", workers=4, progress=False)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert meta(tmp_path / "out")["splits"]["data"]["samples"] == 400
-    assert peak < sum(map(len, files)) / 4
+@pytest.mark.parametrize("file", [png(), {"bytes": png(), "path": None}])
+def test_a_table_that_holds_files_of_images_is_refused(tmp_path, file):
+    write_parquet(tmp_path / "t.parquet", {"image": [file], "text": ["a"]})
+    message = r"usable in .*t.parquet'; 1 skipped: 1 missing image \(.*: expected a path, got .*PNG"
+    assert re.search(message, refusal(tmp_path / "t.parquet"))
 
 
 def test_another_metadata_file_names_no_images(tmp_path):
@@ -208,22 +180,23 @@ def test_separators_and_wrong_tables(tmp_path):
     for name, content, message in (
         ("u.csv", "path,title\n".encode("utf-16"), "expected a table, got .*u.csv': "),
         ("p.parquet", b"PAR1", "expected a table, got .*p.parquet': "),
-        ("j.json", b'{"a": 1}', "Karpathy's or COCO's JSON, got .* without 'images'"),
+        ("j.json", b'{"a": 1}', "Karpathy's or COCO's JSON, got .*: without 'images'"),
         ("cut.json", b'{"images": [', "Karpathy's or COCO's JSON, got .*: Expecting"),
-        ("k.json", b'{"images": [{"sentences": []}]}', "got .* without 'filename'"),
+        ("k.json", b'{"images": [{"sentences": []}]}', "got .*: without 'filename'"),
         ("n.json", b'{"images": [5]}', "Karpathy's or COCO's JSON, got .*n.json': "),
         ("e.jsonl", b"\n", "expected a table, got .*e.jsonl': "),
         ("l.jsonl", b'["a"]\n', "expected a table, got .*l.jsonl': "),
         ("c.jsonl", b'{"text": "x"}\n', r"a column filepath or .* the columns 'text'"),
         ("d.json", b"[" * 100_000, "nested too deeply"),
-        ("s.json", b'{"images": [{"split": "a"}, {"split": "b"}]}', "a, b, as .*#a, got none"),
+        ("s.json", b'{"images": [{"split": "a"}, {"split": "b"}]}', "a, b, as .*#SPLIT, got none"),
         ("x.tar", b"", "in .csv, .tsv, .jsonl, .parquet, .json, got .*; training reads tars as"),
     ):
         (tmp_path / name).write_bytes(content)
         assert re.search(message, refusal(tmp_path / name))
     for name, options, message in (
-        ("list.json", {}, r"a list; .*jq -c '\.\[\]' .*list.json > "),
-        ("instances.json", {}, "got .*instances.json' without 'caption'"),
+        ("list.json", {}, "Karpathy's or COCO's JSON, got .*list.json': list indices"),
+        ("s.json#c", {}, "splits a, b, as FILE.json#SPLIT, got c"),
+        ("instances.json", {}, "got .*instances.json': without 'caption'"),
         ("none.csv", {}, "got '.*none.csv', which does not exist"),
         ("t.csv", {"image_key": "x"}, r"a column x \(image_key\), got .* the columns 'filepath'"),
         ("", {"image_key": "x"}, "image_key: expected none, as '.*' has no such part, got 'x'"),
@@ -249,7 +222,7 @@ def test_no_large_table_is_held(tmp_path, kind):
     source = rows.open_source(path)
     assert source.total == count
     tracemalloc.start()
-    (last,) = deque(source.rows(), maxlen=1)
+    (last,) = deque(source.rows(Skipped()), maxlen=1)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert last.captions == [f"a photo of {count - 1}"]

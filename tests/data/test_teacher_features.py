@@ -119,9 +119,9 @@ INFINITE[2, 3] = math.inf
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (npy(INFINITE), "expected finite numbers"),
+        (npy(INFINITE), r"expected finite float16 \[V \+ C, D\], got float16"),
         (npy(features_of(1))[:150], "EOF: reading array data"),
-        (npy(features_of(1).astype(float)), r"expected float16 \[V \+ C, D\], got float64"),
+        (npy(features_of(1).astype(float)), r"expected finite float16 .*, got float64"),
         (npy(np.array([[print, 1]], object)), "Object arrays cannot be loaded"),
         (b"x", "."),
     ],

@@ -19,6 +19,7 @@ from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms import functional as TF
 
 from simplclip import models
+from simplclip.common.errors import InputError
 from simplclip.data import transforms
 from simplclip.data.errors import BrokenSample
 from simplclip.data.images import decode_pil, open_image
@@ -305,31 +306,20 @@ def test_an_image_one_pixel_wide_does_not_become_gigabytes():
         assert longest(file).shape == (3, 32, 32)
 
 
-FIELDS = r"fields of AugmentationCfg \(scale, .*\)"
-TIMM = "expected none, as timm's transforms take PIL images"
-JITTER = ".color_jitter: expected"
-RANGE = "expected two numbers above 0 in order"
-
-
 @pytest.mark.parametrize(
     ("augment", "message"),
     [
-        ("flip", rf": expected 'affine', 'none' or {FIELDS}, got 'flip'"),
-        ({"scal": (0.1, 1)}, rf": expected .* {FIELDS}, got \{{'scal'"),
-        ({"use_timm": True}, f".use_timm: {TIMM}, got True"),
-        ({"re_prob": 0.25}, f".re_prob: {TIMM}, got 0.25"),
-        (AugmentationCfg(re_count=2), f".re_count: {TIMM}, got 2"),
-        ({"color_jitter": 0.4}, f"{JITTER} brightness, contrast, saturation and hue, and"),
-        ({"color_jitter_prob": 0.4}, f"{JITTER} .* got None"),
-        (
-            {"color_jitter": (0.4, 0.4, 0.4, 0.9), "color_jitter_prob": 0.4},
-            rf"{JITTER} what .* takes \(hue values should be .*\), got",
-        ),
-        ({"color_jitter": (0.1, 0.1, 0.1), "color_jitter_prob": 0.4}, JITTER),
-        *(({"scale": value}, f".scale: {RANGE}, got ") for value in ("x", (0.9, 0.1), (-3, -1))),
-        ({"ratio": 5}, f".ratio: {RANGE}, got 5"),
+        ("flip", ", got 'flip': "),
+        ({"scal": (0.1, 1)}, r", got \{'scal'.*unexpected keyword argument 'scal'"),
+        (AugmentationCfg(re_count=2), " without timm's transforms, got .*re_count=2"),
+        ({"color_jitter": 0.4}, ", color_jitter with color_jitter_prob, got "),
+        ({"color_jitter_prob": 0.4}, ", got "),
+        ({"color_jitter": (0.4, 0.4, 0.4, 0.9), "color_jitter_prob": 0.4}, ", got .*: hue values"),
+        *(({"scale": value}, ", got ") for value in ("x", (0.9, 0.1), (-3, -1), (1, 2, 3))),
+        ({"ratio": 5}, ", got .*ratio=5"),
     ],
 )
 def test_augmentations_that_are_refused(augment, message):
-    with pytest.raises(ValueError, match=f"augment{message}"):
+    expected = r"augment: expected 'affine', 'none' or fields of AugmentationCfg \(scale, .*\)"
+    with pytest.raises(InputError, match=expected + message):
         ImageTransform(PreprocessCfg(), augment)

@@ -130,8 +130,9 @@ def test_both_ends_have_the_figures_of_evaluate_and_the_best_mean_is_named(insid
             shares.append(sum(way["R@1"]["value"] for way in ways) / 2)
         shares.append(row["splits"]["labels"]["zero_shot"]["top1"]["value"])
         assert row["mean"] == pytest.approx(sum(shares) / 3)
-        (line,) = [line for line in text.splitlines() if line.split()[:1] == [str(row["alpha"])]]
-        assert line.split()[1:] == [f"{value:.1%}" for value in (*shares, row["mean"])]
+        one, held, labels, mean = (f"{value:.1%}" for value in (*shares, row["mean"]))
+        line = f"one {one}, held_out {held}, labels {labels}, mean {mean}\n"
+        assert f"alpha {row['alpha']}: first answers right: {line}" in text
     highest = max(row["mean"] for row in rows)
     assert results["best"] == min(row["alpha"] for row in rows if row["mean"] == highest)
     assert f"best for the mean: alpha {results['best']}, {highest:.1%}\n" in text

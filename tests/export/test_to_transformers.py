@@ -96,6 +96,6 @@ def test_an_export_of_another_form_is_not_replaced(tmp_path):
     for _ in range(2):
         assert not call(*command, "transformers").exit_code
     error = one_line(*command, "open_clip")
-    assert "out: expected an empty folder, or one with an export" in error
+    assert "out: expected an empty folder, or with --force one with an export" in error
     with pytest.raises(FileNotFoundError, match="expected a file of weights, or the folder of a"):
         simplclip.load(tmp_path / "out")

@@ -30,7 +30,7 @@ WHOLE = {
 }
 
 
-@pytest.fixture(params=itertools.product(selftest.CALLS, backends.names()[:-1], DTYPES), ids=str)
+@pytest.fixture(params=itertools.product(selftest.CALLS, backends.NAMES[:-1], DTYPES), ids=str)
 def both(request):
     """Two calls of each op on each backend but the reference, if it serves them, in each dtype."""
     op, backend, dtype = request.param

@@ -1,8 +1,6 @@
 import importlib
 import json
-import pkgutil
 import re
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,11 +8,11 @@ import pytest
 import torch
 
 import simplclip
-from simplclip import ops
 from simplclip.commands.doctor import render
 from simplclip.common import hardware
-from simplclip.ops import backends, registry, similarity_loss
+from simplclip.ops import backends, registry, similarity_loss, simplified_block
 from simplclip.ops import report as reports
+from simplclip.selftest.calls import block_call
 from support.devices import needs_cpu_kernels
 from support.programs import run_python
 
@@ -29,93 +27,79 @@ def loss(x=FEATURES):
     return similarity_loss(x, x, 10.0)["contrastive"]
 
 
-def selected(op, dtype=torch.float32, spec=None, device=CPU, facts=backends.NO_FACTS, **options):
+def selected(op, dtype=torch.float32, device=CPU, facts=backends.NO_FACTS):
     """Returns the name of the backend that is selected."""
-    spec = backends.forced() if spec is None else spec
-    return backends.select(op, device, dtype, spec, facts, **options).name
+    return backends.select(op, device, dtype, backends.forced_for(op), facts)
 
 
 def test_forcing_is_scoped_and_named():
     with simplclip.backend("reference"):
-        assert selected("similarity_loss_fwd") == "reference"
+        assert selected("similarity_loss") == "reference"
         loss()
         with simplclip.backend(similarity_loss="cpu"):
             assert backends.forced() == "reference,similarity_loss=cpu"
-            assert selected("parallel_mlp_fwd") == "reference"
-            assert selected("similarity_sigmoid") == "cpu"
+            assert selected("parallel_mlp") == "reference"
+            assert selected("similarity_loss") == "cpu"
     assert backends.forced() == ""
     got_gpu = "backend: expected one of cuda, triton, cpu, sdpa, xformers, reference, got 'gpu'"
     with pytest.raises(ValueError, match=got_gpu), simplclip.backend("gpu"):
         pass
-    got_mlp = "backend: expected an op among .*parallel_mlp.*, got 'mlp'"
-    with pytest.raises(ValueError, match=got_mlp):
-        backends.forced_for("parallel_mlp_fwd", "mlp=reference")
     with pytest.raises(TypeError, match="mlp"), simplclip.backend(mlp="reference"):
         pass
-    names = {backends.public_name(op) for op in backends.TABLE}
-    with simplclip.backend(**dict.fromkeys(names, "reference")):
-        assert {backends.forced_for(op, backends.forced()) for op in names} == {"reference"}
+    with simplclip.backend(**dict.fromkeys(backends.TABLE, "reference")):
+        assert {backends.forced_for(op) for op in backends.TABLE} == {"reference"}
 
 
-def test_every_class_of_a_backend_is_listed():
-    for module in pkgutil.walk_packages(ops.__path__, "simplclip.ops."):
-        importlib.import_module(module.name)
-    classes, bases = set(), [backends.Backend]
-    while bases:
-        base = bases.pop()
-        bases += base.__subclasses__()
-        if not base.__subclasses__() and base.__module__.startswith("simplclip.ops."):
-            classes.add(base)
-    listed = {backend for row in backends.TABLE.values() for backend in row.values()}
-    assert classes == listed, "BACKENDS of an op"
-    inherited = {"why_not", "name", "attention", "attention_backward"}
-    for backend in classes:
-        own = {name for name in vars(backend) if not name.startswith("_")}
-        assert own <= inherited | set(backends.TABLE), backend
+def test_every_backend_has_every_function_of_its_op():
+    for op in registry.OPS.values():
+        for backend in backends.TABLE.get(op.public, {}).values():
+            assert callable(getattr(importlib.import_module(backend.module), op.name)), backend
+    for rows in backends.TABLE.values():
+        assert [name for name in backends.NAMES if name in rows] == [*rows]
 
 
 def test_the_page_lists_every_backend():
     page = (Path(__file__).parents[2] / "docs/architecture.md").read_text()
     table = page.partition("| backend |")[2].partition("\n\n")[0]
-    assert re.findall(r"^\| (\w+) \|", table, re.MULTILINE) == [*backends.names()]
+    assert re.findall(r"^\| (\w+) \|", table, re.MULTILINE) == [*backends.NAMES]
 
 
 def test_a_backend_forced_for_all_ops_spares_parts_that_lack_it():
-    attention = partial(
-        selected, "shaped_attention_fwd", facts=backends.Facts(length=4, width=64), part=True
-    )
-    assert attention(spec="triton") == "cpu"
-    assert attention(spec="reference") == "reference"
-    message = "backend 'cuda' was forced but cannot serve shaped_attention_fwd"
-    with pytest.raises(RuntimeError, match=message):
-        attention(spec="shaped_attention=cuda")
+    block = block_call()
+    names = {"reference": "reference,reference", "sdpa": "sdpa,", "cpu": "cpu,cpu"}
+    for name, parts in names.items():
+        with simplclip.backend(name):
+            assert backends.forced_for("simplified_block") == parts
+    registry.forget_calls()
+    with simplclip.backend("sdpa"):
+        simplified_block(**block.arguments(block.typed(torch.float32)))
+    ran = {"parallel_mlp": [selected("parallel_mlp")], "shaped_attention": ["sdpa"]}
+    assert registry.backends_of_calls(CPU) == ran
+    message = "backend 'cuda' was forced but cannot serve shaped_attention"
+    with simplclip.backend(shaped_attention="cuda"), pytest.raises(RuntimeError, match=message):
+        simplified_block(**block.arguments(block.typed(torch.float32)))
 
 
 @pytest.mark.parametrize(
     ("name", "features"), [("cuda", FEATURES), ("triton", FEATURES), ("cpu", FEATURES.double())]
 )
 def test_a_forced_backend_never_falls_back(name, features):
-    message = f"backend '{name}' was forced but cannot serve similarity_loss_fwd"
+    message = f"backend '{name}' was forced but cannot serve similarity_loss"
     with simplclip.backend(name), pytest.raises(RuntimeError, match=message):
         loss(features)
 
 
 @needs_cpu_kernels
-def test_backward_keeps_the_backend_of_forward(monkeypatch):
-    chosen, select = [], backends.select
-
-    def recorded(op, *args, **options):
-        chosen.append((op, select(op, *args, **options).name))
-        return select(op, *args, **options)
-
-    monkeypatch.setattr(backends, "select", recorded)
-    monkeypatch.setattr(registry, "_selected", {})
+def test_backward_keeps_the_backend_of_forward():
+    registry.forget_calls()
     x = FEATURES.clone().requires_grad_()
     with simplclip.backend("cpu"):
-        value = loss(x)
+        forced = loss(x)
+    free = loss(x)
     with simplclip.backend("reference"):
-        value.backward()
-    assert chosen == [("similarity_loss_fwd", "cpu"), ("similarity_loss_bwd", "cpu")]
+        forced.backward()
+        free.backward()
+    assert registry.backends_of_calls(CPU) == {"similarity_loss": ["cpu"]}
 
 
 OF_THE_ENVIRONMENT = """
@@ -136,20 +120,31 @@ for call in calls + ([backends.extension.cpu_isa] if backends.extension else [])
 """
 
 
+UNKNOWN = """
+import torch
+from simplclip.ops import similarity_loss
+try:
+    similarity_loss(torch.eye(3), torch.eye(3), 1.0)
+except ValueError as error:
+    print(error)
+"""
+
+
 @pytest.mark.slow
-def test_a_process_imports_what_it_needs_and_names_what_its_environment_forces(monkeypatch):
+def test_a_process_imports_what_it_needs_and_names_what_its_environment_forces():
     """No torch before a submodule is named, and then no GPU context and no open_clip."""
     forced = {"SIMPLCLIP_BACKEND": "triton", "SIMPLCLIP_CPU_ISA": "mmx"}
     first, then, *errors = run_python(OF_THE_ENVIRONMENT, **forced).stdout.splitlines()
     assert (first, then) == ("True []", "False False")
-    assert "backend 'triton' was forced but cannot serve similarity_loss_fwd" in errors[0]
+    assert "backend 'triton' was forced but cannot serve similarity_loss" in errors[0]
     if backends.extension:
         assert re.match("SIMPLCLIP_CPU_ISA: expected one of .* got 'mmx'", errors[1])
     # the value of SIMPLCLIP_BACKEND is read once
-    monkeypatch.setattr(backends, "_forced", "fastest")
-    message = "backend: expected one of cuda, .*, reference, got 'fastest'"
-    with pytest.raises(ValueError, match=message):
-        loss()
+    got = {"fastest": "one of cuda, .*, reference", "mlp=reference": "an op among .*parallel_mlp.*"}
+    for text, expected in got.items():
+        value = text.split("=")[0]
+        (line,) = [*run_python(UNKNOWN, SIMPLCLIP_BACKEND=text).stdout.splitlines()]
+        assert re.fullmatch(f"backend: expected {expected}, got '{value}'", line)
 
 
 WITHOUT_EXTENSION = """
@@ -179,13 +174,15 @@ def test_without_extension_and_triton_the_reference_serves():
 def test_report_is_json_and_names_a_backend_for_every_op():
     report = simplclip.report()
     assert json.loads(json.dumps(report)) == report
-    assert {name.removesuffix(", long") for name in report["ops"]} == set(backends.TABLE)
+    served = {name: op for name, op in registry.OPS.items() if op.public in backends.TABLE}
+    assert {name.removesuffix(", long") for name in report["ops"]} == set(served)
     assert report["ops"]["shaped_attention_fwd, long"]["cuda"]["backend"] == "sdpa"
     for name, devices in report["ops"].items():
         for entry in devices.values():
-            assert entry["backend"] in backends.TABLE[name.removesuffix(", long")]
+            op = served[name.removesuffix(", long")].public
+            assert entry["backend"] in backends.TABLE[op]
             assert all(entry["others"].values())
-            assert set(entry["others"]) == set(backends.names()) - {entry["backend"]}
+            assert set(entry["others"]) == set(backends.NAMES) - {entry["backend"]}
     text = render(report, why=True)
     assert all(f"{op}, {device}: " in text for op in report["ops"] for device in ("cpu", "cuda"))
     few = render(report)
@@ -213,7 +210,7 @@ def test_report_has_the_dtype_of_training(monkeypatch, capability, dtype):
 def test_the_cuda_kernels_of_attention_name_what_they_do_not_serve(monkeypatch):
     def why_not(dtype=torch.bfloat16, device=CUDA, **call):
         facts = backends.Facts(**call)
-        return backends.why_not("shaped_attention_fwd", "cuda", device, dtype, facts) or ""
+        return backends.why_not("shaped_attention", "cuda", device, dtype, facts) or ""
 
     monkeypatch.setattr(backends, "capability", lambda device: (8, 6))
     widths = "serves heads of width 16, 32, ... or 128; got 77 tokens, width 40"
@@ -243,10 +240,10 @@ def test_a_device_without_code_gets_the_next_backend(monkeypatch):
     facts = backends.Facts(length=77, width=64)
     for index in (0, 1):
         device = torch.device("cuda", index)
-        name = selected("shaped_attention_fwd", torch.bfloat16, device=device, facts=facts)
+        name = selected("shaped_attention", torch.bfloat16, device=device, facts=facts)
         assert (name == "cuda") == (index == 1)
     device = torch.device("cuda", 0)
-    reason = backends.why_not("shaped_attention_bwd", "cuda", device, torch.bfloat16)
+    reason = backends.why_not("shaped_attention", "cuda", device, torch.bfloat16)
     assert reason == (
         "was built for 8.6, the device has compute capability 9.0: rebuild with "
         "TORCH_CUDA_ARCH_LIST=9.0"
@@ -278,5 +275,5 @@ def test_triton_asks_for_a_capability_that_the_kernels_were_compiled_for(
 ):
     monkeypatch.setattr(backends, "capability", lambda device: capability)
     monkeypatch.setattr(backends, "installed", lambda package: True)
-    name = selected("similarity_loss_fwd", torch.bfloat16, device=CUDA)
+    name = selected("similarity_loss", torch.bfloat16, device=CUDA)
     assert name == ("triton" if serves else "reference")

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import simplclip
-from simplclip.ops import shaped_attention
+from simplclip.ops import backends, shaped_attention
 from simplclip.ops.attention import sdpa
-from simplclip.ops.attention.xformers import XformersAttention
 from simplclip.selftest.calls import attention_call, block_call, of_lengths
 from support.devices import BACKENDS, DTYPES
 from support.ops import plain, torch_attention
@@ -93,7 +92,9 @@ def around(request, monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
     package = SimpleNamespace(fmha=fmha, LowerTriangularMask=torch_attention.LowerTriangularMask)
     monkeypatch.setitem(sys.modules, "xformers.ops", package)
-    monkeypatch.setattr(XformersAttention, "why_not", lambda *_: None)
+    row = backends.TABLE["shaped_attention"]["xformers"]
+    served = row._replace(why_not=lambda *of_call: None)
+    monkeypatch.setitem(backends.TABLE["shaped_attention"], "xformers", served)
     return "xformers"
 
 

@@ -15,7 +15,7 @@ import simplclip
 from simplclip.calls.similarity import SigmoidCall
 from simplclip.common.terms import SWEPT as TERMS
 from simplclip.ops import similarity_loss
-from simplclip.ops.similarity.reference import ReferenceSimilarity, empty_sigmoids
+from simplclip.ops.similarity.reference import empty_sigmoids, similarity_sigmoid
 from simplclip.selftest.calls import similarity_call
 from simplclip.selftest.compare import outputs_of, run
 from support.devices import BACKENDS, DTYPES, needs_cpu_kernels
@@ -110,7 +110,7 @@ def test_the_reference_keeps_the_small_gradients_of_float16():
     image, text = (torch.eye(4, dtype=torch.float16) for _ in range(2))
     numbers = torch.tensor([[1.0], [0.0], [1e-9], [1e-9], [1.0]])
     call = SigmoidCall(image, text, numbers, None, None, 0, 4, True, True, True)
-    results = ReferenceSimilarity.similarity_sigmoid(call)
+    results = similarity_sigmoid(call)
     assert [t.dtype for t in results] == [t.dtype for t in empty_sigmoids(call)]
     assert results[1].all()
     assert results[2].all()

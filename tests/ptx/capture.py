@@ -242,7 +242,7 @@ def card(
         mock.patch.object(op, "sweep_rows", _as_on_cuda(sweeps.sweep_rows)),
         mock.patch.object(torch, "mm", widening(torch.mm)),
         mock.patch.object(torch, "addmm", widening(torch.addmm)),
-        mock.patch.dict(registry._selected, clear=True),
+        mock.patch.dict(registry._choices, clear=True),
         _settings(tf32),
         driven(Driver(machine)),
     )

@@ -17,7 +17,7 @@ import simplclip
 from simplclip import data, evaluation
 from simplclip.common.errors import InputError
 from simplclip.models.trained import read_checkpoint
-from simplclip.train import checkpoint, log
+from simplclip.train import checkpoint
 from simplclip.train.config import ConfigError, load
 from simplclip.train.evaluate import Interrupted
 from support.data.pairs import digests, members, table, write
@@ -83,28 +83,6 @@ def test_what_is_held_out_stays_so_and_is_evaluated(tmp_path, request):
     shard = str(tmp_path / "data/train-0.tar")
     file.write_text(file.read_text().replace(shard, f"pipe:cat {other}"))
     assert "expected local files in the eval.splits of " in one_line("evaluate", tmp_path / "run")
-
-
-@pytest.mark.slow
-def test_a_held_out_loss_that_rises_is_told_once(tmp_path, monkeypatch):
-    """Also by a run that continues; a damaged file costs the picture alone."""
-    losses = iter([9.0, 3.0, 3.5, 3.1, 3.4, 3.6, 4.0, 5.0])
-    monkeypatch.setattr(evaluation.Index, "loss", lambda *_: next(losses))
-
-    def run(steps, **options):
-        changes = ("eval.hold_out=0.4", "eval.every=1", f"run.steps={steps}")
-        text = go(tiny.settings(tmp_path, *changes), **options)
-        return [line for line in text.splitlines() if line.startswith("warning")]
-
-    assert run(5) == []
-    (line,) = run(7, resume=True)
-    assert line == (
-        "warning    held_out loss 3.600: in two evaluations more than 10% above 3.000, its lowest, "
-        "of step 2; the model may overfit, best.pt keeps the highest R@1"
-    )
-    monkeypatch.setattr(log, "write_curves", lambda run: log.read_figures(run / "config.yaml"))
-    (line,) = run(8, resume=True, curves=True)
-    assert line.startswith("warning    no curves.png: expected figures by step in ")
 
 
 def means(run):

@@ -15,7 +15,7 @@ from simplclip import losses
 from simplclip.common import progress
 from simplclip.common.errors import InputError
 from simplclip.models.trained import read_checkpoint
-from simplclip.ops.attention.cpu import CpuAttention
+from simplclip.ops import backends
 from simplclip.train import checkpoint, log, loop
 from simplclip.train.config import ConfigError, load
 from simplclip.train.log import Log
@@ -80,7 +80,8 @@ def test_the_log_names_the_backends_that_ran(tmp_path, monkeypatch):
     def why_not(device, dtype, facts):
         return "is for texts" if facts.length == 9 else None
 
-    monkeypatch.setattr(CpuAttention, "why_not", staticmethod(why_not))
+    row = backends.TABLE["shaped_attention"]["cpu"]._replace(why_not=why_not)
+    monkeypatch.setitem(backends.TABLE["shaped_attention"], "cpu", row)
     text = go(tiny.settings(tmp_path, "run.steps=1"))
     assert "ops        parallel_mlp by cpu, shaped_attention by cpu and sdpa, simil" in text
 
@@ -234,8 +235,11 @@ def test_lines_by_time_and_a_checkpoint_after_some_minutes(tmp_path, monkeypatch
     monkeypatch.setattr(loop, "SAVE_MINUTES", 1)
     text = go(tiny.settings(tmp_path, "optim.warmup=9"))
     assert [call.args[1]["step"] for call in save.call_args_list] == [4, 7]
-    assert re.findall(r"^step (\d)/7  (.*?)  loss", text, re.M)[0] == ("1", "20 s gone, 2:00 left")
-    assert f"done       step 7 in 2:20: {tmp_path / 'run' / 'last.pt'}" in text
+    assert re.findall(r"^step (\d)/7  (.*?)  loss", text, re.M)[0] == (
+        "1",
+        "0:00:20 gone, 0:02:00 left",
+    )
+    assert f"done       step 7 in 0:02:20: {tmp_path / 'run' / 'last.pt'}" in text
     assert "warning    optim.warmup = 9 is longer than the run" in text
 
 

@@ -7,6 +7,7 @@ Triton kernels where these run, elsewhere by plain torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
@@ -14,14 +15,16 @@ import torch
 from torch import Tensor
 
 from simplclip.calls.attention import AttentionCall, AttentionInto
-from simplclip.ops.backends import Backend, Triton
+from simplclip.ops.backends import why_not_triton
 
 Call = TypeVar("Call", bound=AttentionCall)
+Attention = Callable[[AttentionCall], tuple[Tensor, Tensor]]
+Gradients = Callable[[AttentionInto], tuple[Tensor, Tensor, Tensor]]
 
 
 def _on_triton(call: AttentionCall) -> bool:
     """Whether the Triton kernels of kernels/attention compute all but the softmax attention."""
-    return Triton.why_not(call.q.device, call.q.dtype) is None
+    return why_not_triton(call.q.device, call.q.dtype) is None
 
 
 def _padding_mask(call: AttentionCall) -> Tensor | None:  # [B, L, 1, 1]
@@ -98,87 +101,65 @@ def _gradients_without_softmax(call: AttentionInto) -> Tensor:  # [3, H]
     return torch.stack([d_alpha, d_beta, -d_gamma])
 
 
-class LibraryAttention(Backend):
-    """Shaped attention around the softmax attention of another library.
+def forward(attention: Attention, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns out and log-sum-exps [B, H, L], 0 at padding, and A v [B, L, H, K].
 
-    Its forward also returns A v [B, L, H, K], which the op keeps for backward.
+    attention(call): returns A v [B, L, H, K], A = softmax(q kᵀ scale), and log-sum-exps [B, H, L]
+    of q kᵀ scale. It honours the call's `causal` and `lengths`; both results are arbitrary at
+    padded tokens. The call's `gains` are not used.
     """
+    out = call.q.new_empty(call.q.shape)
+    padding = _padding_mask(call)
+    av, lse = attention(_with_positive_scale(call)[0])
+    if padding is not None:
+        lse = lse.masked_fill(padding[:, None, :, 0, 0], 0)
+    if _on_triton(call):
+        from simplclip.kernels.attention import launch
 
-    @staticmethod
-    def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """Returns A v [B, L, H, K], A = softmax(q kᵀ scale), and log-sum-exps [B, H, L] of q kᵀ
-        scale.
+        launch.shaped_attention_terms(call, av, out)
+        return out, lse.contiguous(), av.contiguous()
+    if padding is not None:
+        av = av.masked_fill(padding, 0)
+        call = replace(call, v=call.v.masked_fill(padding, 0))
+    _write_terms(call, av, out)
+    if padding is not None:
+        out.masked_fill_(padding, 0)
+    return out, lse.contiguous(), av.contiguous()
 
-        It honours the call's `causal` and `lengths`; both results are arbitrary at padded tokens.
-        The call's `gains` are not used.
-        """
-        raise NotImplementedError
 
-    @staticmethod
-    def attention_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the gradients dq, dk and dv = Aᵀ grad of ordinary attention A v, [B, L, H, K].
+def backward(attention: Attention, gradients: Gradients, call: AttentionInto) -> Tensor:  # [3, H]
+    """Overwrites call.dq, call.dk and call.dv; returns the gradients of alpha, beta and gamma.
 
-        A = softmax(q kᵀ scale). The gains are not used, call.av is needed, and the call's dq, dk
-        and dv are not written. Values at padded tokens are arbitrary.
-        """
-        raise NotImplementedError
+    With dO = call.grad, the softmax attention A and the uniform attention C:
+    dv = alpha dO + beta Aᵀ dO − gamma Cᵀ dO; dalpha = Σ dO v, dbeta = Σ dO A v,
+    dgamma = −Σ v Cᵀ dO. If call.av is empty, forward runs again.
 
-    @classmethod
-    def shaped_attention_fwd(cls, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns out and log-sum-exps [B, H, L], 0 at padding, and A v [B, L, H, K]."""
-        out = call.q.new_empty(call.q.shape)
-        padding = _padding_mask(call)
-        if not call.q.numel():
-            batch, length, heads, _ = call.q.shape
-            return out, call.gains.new_empty(batch, heads, length), torch.empty_like(out)
-        av, lse = cls.attention(_with_positive_scale(call)[0])
-        if padding is not None:
-            lse = lse.masked_fill(padding[:, None, :, 0, 0], 0)
-        if _on_triton(call):
-            from simplclip.kernels.attention import launch
-
-            launch.shaped_attention_terms(call, av, out)
-            return out, lse.contiguous(), av.contiguous()
+    attention: as of `forward`. gradients(call): returns the gradients dq, dk and dv = Aᵀ grad of
+    ordinary attention A v, [B, L, H, K]. The gains are not used, call.av is needed, and the call's
+    dq, dk and dv are not written. Values at padded tokens are arbitrary.
+    """
+    on_triton = _on_triton(call)
+    padding = None if on_triton else _padding_mask(call)
+    if padding is not None:
+        v = call.v.masked_fill(padding, 0)
+        call = replace(call, v=v, grad=call.grad.masked_fill(padding, 0))
+    call, sign = _with_positive_scale(call)
+    if not call.av.numel():  # forward did not keep A v
+        av, lse = attention(call)
         if padding is not None:
             av = av.masked_fill(padding, 0)
-            call = replace(call, v=call.v.masked_fill(padding, 0))
-        _write_terms(call, av, out)
-        if padding is not None:
-            out.masked_fill_(padding, 0)
-        return out, lse.contiguous(), av.contiguous()
+        call = replace(call, av=av, lse=lse)
+    if on_triton:
+        from simplclip.kernels.attention import launch
 
-    @classmethod
-    def shaped_attention_bwd(cls, call: AttentionInto) -> Tensor:  # [3, H]
-        """Overwrites call.dq, call.dk and call.dv; returns the gradients of alpha, beta and gamma.
-
-        With dO = call.grad, the softmax attention A and the uniform attention C:
-        dv = alpha dO + beta Aᵀ dO − gamma Cᵀ dO; dalpha = Σ dO v, dbeta = Σ dO A v,
-        dgamma = −Σ v Cᵀ dO. If call.av is empty, forward runs again.
-        """
-        if not call.q.numel():
-            return torch.zeros_like(call.gains)
-        on_triton = _on_triton(call)
-        padding = None if on_triton else _padding_mask(call)
-        if padding is not None:
-            v = call.v.masked_fill(padding, 0)
-            call = replace(call, v=v, grad=call.grad.masked_fill(padding, 0))
-        call, sign = _with_positive_scale(call)
-        if not call.av.numel():  # forward did not keep A v
-            av, lse = cls.attention(call)
-            if padding is not None:
-                av = av.masked_fill(padding, 0)
-            call = replace(call, av=av, lse=lse)
-        if on_triton:
-            from simplclip.kernels.attention import launch
-
-            return launch.shaped_attention_gradients(call, cls.attention_backward(call), sign)
-        d_gains = _gradients_without_softmax(call)
-        dq, dk, dv = cls.attention_backward(call)
-        beta = call.gains[1, :, None]
-        torch.mul(dq, sign * beta, out=call.dq)
-        torch.mul(dk, beta, out=call.dk)
-        call.dv.addcmul_(dv, beta)
-        if padding is not None:
-            for gradient in (call.dq, call.dk, call.dv):
-                gradient.masked_fill_(padding, 0)
-        return d_gains
+        return launch.shaped_attention_gradients(call, gradients(call), sign)
+    d_gains = _gradients_without_softmax(call)
+    dq, dk, dv = gradients(call)
+    beta = call.gains[1, :, None]
+    torch.mul(dq, sign * beta, out=call.dq)
+    torch.mul(dk, beta, out=call.dk)
+    call.dv.addcmul_(dv, beta)
+    if padding is not None:
+        for gradient in (call.dq, call.dk, call.dv):
+            gradient.masked_fill_(padding, 0)
+    return d_gains

@@ -10,18 +10,12 @@ from torch import Tensor
 from simplclip.calls.attention import AttentionCall, AttentionGradient, AttentionInto
 from simplclip.calls.fields import accumulate_dtype
 from simplclip.ops import checks, registry
-from simplclip.ops.attention.cpu import CpuAttention
-from simplclip.ops.attention.cuda import CudaAttention
-from simplclip.ops.attention.library import LibraryAttention
-from simplclip.ops.attention.reference import ReferenceAttention, empty_gradient, empty_results
-from simplclip.ops.attention.sdpa import SdpaAttention
-from simplclip.ops.attention.xformers import XformersAttention
 from simplclip.ops.backends import Facts, select
 from simplclip.ops.modes import autocast
 from simplclip.ops.registry import define, register_gradient
 
-# The backends of shaped_attention, in the order in which they are tried.
-BACKENDS = (CudaAttention, CpuAttention, SdpaAttention, XformersAttention, ReferenceAttention)
+SHAPES = checks.shapes(q="B L H K", k="B L H K", v="B L H K", alpha="H", beta="H", gamma="H")
+KEEP_AV = ("sdpa", "xformers")  # the backends whose forward also returns A v
 
 
 def facts_of(shape: Sequence[int], lengths: Tensor | None) -> Facts:
@@ -37,11 +31,11 @@ def run_forward(function: Callable, call: AttentionCall) -> tuple[Tensor, Tensor
     return results
 
 
-def av_shape(shape: Sequence[int], q: Tensor, spec: str, lengths: Tensor | None) -> Sequence[int]:
+def av_shape(shape: Sequence[int], q: Tensor, name: str, lengths: Tensor | None) -> Sequence[int]:
     """Returns the shape of forward's A v on the backend that runs: `shape`, or (0,)."""
     facts = facts_of(shape, lengths)
-    backend = select("shaped_attention_fwd", q.device, q.dtype, spec, facts, part=True)
-    return shape if issubclass(backend, LibraryAttention) else (0,)
+    name = select("shaped_attention", q.device, q.dtype, name, facts)
+    return shape if name in KEEP_AV else (0,)
 
 
 def _facts(call: AttentionCall) -> Facts:
@@ -49,10 +43,12 @@ def _facts(call: AttentionCall) -> Facts:
     return facts_of(call.q.shape, call.lengths)
 
 
-def _fwd_empty(call: AttentionCall, spec: str) -> tuple[Tensor, Tensor, Tensor]:
+def _fwd_empty(call: AttentionCall, names: str) -> tuple[Tensor, Tensor, Tensor]:
     """Returns uninitialised out [B, L, H, K], log-sum-exps [B, H, L], and A v of `av_shape`."""
-    av = av_shape(call.q.shape, call.q, spec, call.lengths)
-    return *empty_results(call), call.q.new_empty(av)
+    batch, length, heads, _ = call.q.shape
+    lse = call.gains.new_empty(batch, heads, length)
+    av = av_shape(call.q.shape, call.q, names, call.lengths)
+    return call.q.new_empty(call.q.shape), lse, call.q.new_empty(av)
 
 
 def _bwd(function: Callable, call: AttentionGradient) -> tuple[Tensor, ...]:
@@ -61,9 +57,9 @@ def _bwd(function: Callable, call: AttentionGradient) -> tuple[Tensor, ...]:
     return dq, dk, dv, function(AttentionInto(**vars(call), dq=dq, dk=dk, dv=dv))
 
 
-def _bwd_empty(call: AttentionGradient, spec: str) -> tuple[Tensor, ...]:
+def _bwd_empty(call: AttentionGradient, names: str) -> tuple[Tensor, ...]:
     """Returns uninitialised gradients of q, k, v and gains, for fake tensors."""
-    return *_empty_gradients(call), empty_gradient(call)
+    return *_empty_gradients(call), torch.empty_like(call.gains)
 
 
 def _empty_gradients(call: AttentionCall) -> list[Tensor]:
@@ -73,20 +69,20 @@ def _empty_gradients(call: AttentionCall) -> list[Tensor]:
 
 FORWARD = define(
     "shaped_attention_fwd",
+    "shaped_attention",
     AttentionCall,
     "(Tensor, Tensor, Tensor)",
     run_forward,
     _fwd_empty,
-    served_by=BACKENDS,
     facts=_facts,
 )
 BACKWARD = define(
     "shaped_attention_bwd",
+    "shaped_attention",
     AttentionGradient,
     "(Tensor, Tensor, Tensor, Tensor)",
     _bwd,
     _bwd_empty,
-    served_by=BACKENDS,
     facts=_facts,
 )
 
@@ -96,13 +92,13 @@ def _gradient(
     kept: Sequence[Tensor],
     grads: Sequence[Tensor],
     needed: Mapping[str, bool],
-    spec: str,
+    names: str,
 ) -> dict[str, Tensor]:
     """Returns the gradients of q, k, v and gains by name, all of them; see register_gradient."""
     lse, av = kept
     (grad,) = grads
     gradient = AttentionGradient(**vars(call), grad=grad, lse=lse, av=av)
-    return dict(zip(("q", "k", "v", "gains"), registry.call(BACKWARD, gradient, spec)))
+    return dict(zip(("q", "k", "v", "gains"), registry.call(BACKWARD, gradient, names)))
 
 
 register_gradient(FORWARD, _gradient)
@@ -158,7 +154,10 @@ def shaped_attention(
     Source: He & Hofmann 2023, arXiv 2311.01906, where C is causal only; C over all valid keys and
     `lengths` are additions of this library.
     """
-    checks.check_attention(q, k, v, alpha, beta, gamma)
+    tensors = {"q": q, "k": k, "v": v, "alpha": alpha, "beta": beta, "gamma": gamma}
+    checks.expect(tensors, SHAPES, "q", {})
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        checks.check_all_like("q", q, {"k": k, "v": v})
     checks.check_boolean("causal", causal)
     if lengths is not None:
         lengths = checks.lengths_of_batch(lengths, q.shape[0], q.shape[1], q.device)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from simplclip.calls.attention import AttentionCall, AttentionGradient, AttentionInto
+from simplclip.calls.attention import AttentionCall, AttentionInto
 from simplclip.calls.fields import accumulate_dtype
-from simplclip.ops.backends import Reference
 
 
 def _visible(call: AttentionCall) -> Tensor:
@@ -49,44 +48,28 @@ def _definition(
     return out.transpose(1, 2), logits.logsumexp(-1).masked_fill(~seen[..., 0], 0)
 
 
-class ReferenceAttention(Reference):
-    """Backend "reference"."""
+def shaped_attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Returns out = alpha v + beta A v − gamma C v [B, L, H, K], and log-sum-exps [B, H, L].
 
-    @staticmethod
-    def shaped_attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """Returns out = alpha v + beta A v − gamma C v [B, L, H, K], and log-sum-exps [B, H, L].
-
-        A = softmax(q kᵀ scale) and the uniform attention C are over the keys that a query sees, as
-        are the log-sum-exps, which are in the dtype of sums. Both results are 0 at padded tokens.
-        """
-        out, lse = _definition(call, call.q, call.k, call.v, call.gains)
-        return out.to(call.q.dtype).clone(memory_format=torch.contiguous_format), lse
-
-    @staticmethod
-    def shaped_attention_bwd(call: AttentionInto) -> Tensor:  # [3, H]
-        """Overwrites call.dq, call.dk and call.dv; returns the gradients of alpha, beta and gamma.
-
-        Autograd differentiates the definition.
-        """
-        dtype = call.gains.dtype
-        with torch.enable_grad():
-            leaves = [
-                t.detach().to(dtype).requires_grad_() for t in (call.q, call.k, call.v, call.gains)
-            ]
-            out, _ = _definition(call, *leaves)
-        *gradients, d_gains = torch.autograd.grad(out, leaves, call.grad.to(dtype))
-        for result, gradient in zip((call.dq, call.dk, call.dv), gradients):
-            result.copy_(gradient)
-        return d_gains
+    A = softmax(q kᵀ scale) and the uniform attention C are over the keys that a query sees, as
+    are the log-sum-exps, which are in the dtype of sums. Both results are 0 at padded tokens.
+    """
+    out, lse = _definition(call, call.q, call.k, call.v, call.gains)
+    return out.to(call.q.dtype).clone(memory_format=torch.contiguous_format), lse
 
 
-def empty_results(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Returns uninitialised tensors like the results of a backend's forward."""
-    batch, length, heads, _ = call.q.shape
-    lse = call.q.new_empty(batch, heads, length, dtype=call.gains.dtype)
-    return call.q.new_empty(call.q.shape), lse
+def shaped_attention_bwd(call: AttentionInto) -> Tensor:  # [3, H]
+    """Overwrites call.dq, call.dk and call.dv; returns the gradients of alpha, beta and gamma.
 
-
-def empty_gradient(call: AttentionGradient) -> Tensor:
-    """Returns an uninitialised gradient of the gains, the result of a backend's backward."""
-    return torch.empty_like(call.gains)
+    Autograd differentiates the definition.
+    """
+    dtype = call.gains.dtype
+    with torch.enable_grad():
+        leaves = [
+            t.detach().to(dtype).requires_grad_() for t in (call.q, call.k, call.v, call.gains)
+        ]
+        out, _ = _definition(call, *leaves)
+    *gradients, d_gains = torch.autograd.grad(out, leaves, call.grad.to(dtype))
+    for result, gradient in zip((call.dq, call.dk, call.dv), gradients):
+        result.copy_(gradient)
+    return d_gains

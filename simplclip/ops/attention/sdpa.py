@@ -8,14 +8,15 @@ host, and padding does not reach valid tokens.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.calls.attention import AttentionCall, AttentionInto
 from simplclip.ops import backends
-from simplclip.ops.attention.library import LibraryAttention
-from simplclip.ops.backends import Facts
+from simplclip.ops.attention import library
 
 aten = torch.ops.aten
 ROW_BYTES = 16  # heads begin at multiples of 16 bytes, and their width is a multiple of 16 bytes
@@ -73,7 +74,7 @@ def _unpacked(t: Tensor, call: AttentionCall) -> Tensor:
 
 
 def _flash(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Returns A v and its log-sum-exps by FlashAttention, see LibraryAttention."""
+    """Returns A v and its log-sum-exps by FlashAttention, see `library`."""
     batch, length, heads, _ = call.q.shape
     tensors, bounds = _packed(call, call.q, call.k, call.v)
     av, lse, *_ = aten._flash_attention_forward(
@@ -85,7 +86,7 @@ def _flash(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _flash_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dq, dk and dv by FlashAttention, see LibraryAttention."""
+    """Returns dq, dk and dv by FlashAttention, see `library`."""
     length = call.q.shape[1]
     tensors, bounds = _packed(call, call.grad, call.q, call.k, call.v, call.av)
     lse = call.lse
@@ -101,7 +102,7 @@ def _flash_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _efficient(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Returns A v and its log-sum-exps by the memory-efficient kernel, see LibraryAttention."""
+    """Returns A v and its log-sum-exps by the memory-efficient kernel, see `library`."""
     length = call.q.shape[1]
     tensors, bounds = _packed(call, call.q, call.k, call.v)
     longest = None
@@ -118,7 +119,7 @@ def _efficient(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _efficient_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dq, dk and dv by the memory-efficient kernel, see LibraryAttention."""
+    """Returns dq, dk and dv by the memory-efficient kernel, see `library`."""
     length = call.q.shape[1]
     tensors, bounds = _packed(call, call.grad, call.q, call.k, call.v, call.av)
     lse = call.lse
@@ -140,7 +141,7 @@ def _efficient_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _on_cpu(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Returns A v and its log-sum-exps by torch's kernel for the CPU, see LibraryAttention."""
+    """Returns A v and its log-sum-exps by torch's kernel for the CPU, see `library`."""
     tensors, mask = _heads_and_mask(call, call.q, call.k, call.v)
     av, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         *tensors, 0.0, call.causal, attn_mask=mask, scale=call.scale
@@ -149,7 +150,7 @@ def _on_cpu(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _on_cpu_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dq, dk and dv by torch's kernel for the CPU, see LibraryAttention."""
+    """Returns dq, dk and dv by torch's kernel for the CPU, see `library`."""
     tensors, mask = _heads_and_mask(call, call.grad, call.q, call.k, call.v, call.av)
     gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *tensors, call.lse, 0.0, call.causal, attn_mask=mask, scale=call.scale
@@ -177,24 +178,15 @@ _FORWARD = {"cpu": _on_cpu, "flash": _flash, "efficient": _efficient}
 _BACKWARD = {"cpu": _on_cpu_backward, "flash": _flash_backward, "efficient": _efficient_backward}
 
 
-class SdpaAttention(LibraryAttention):
-    """Backend "sdpa"."""
+def _attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Returns A v and the log-sum-exps, see library.forward."""
+    return _FORWARD[kernel(call.q)](call)
 
-    name = "sdpa"
 
-    @staticmethod
-    def why_not(device: torch.device, dtype: torch.dtype, facts: Facts) -> str | None:
-        """Returns why torch's kernels cannot run a call; None if they can."""
-        if device.type not in ("cuda", "cpu"):
-            return f"serves cuda and cpu tensors, not {device.type}"
-        return backends.why_not_kernels(device.type, device, dtype)
+def _gradients(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns dq, dk and dv of ordinary attention, see library.backward."""
+    return _BACKWARD[kernel(call.q)](call)
 
-    @staticmethod
-    def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """Returns A v and the log-sum-exps, see LibraryAttention."""
-        return _FORWARD[kernel(call.q)](call)
 
-    @staticmethod
-    def attention_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns dq, dk and dv of ordinary attention, see LibraryAttention."""
-        return _BACKWARD[kernel(call.q)](call)
+shaped_attention_fwd = partial(library.forward, _attention)
+shaped_attention_bwd = partial(library.backward, _attention, _gradients)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from simplclip.calls.attention import AttentionCall, AttentionInto
-from simplclip.ops import backends
-from simplclip.ops.attention.library import LibraryAttention
+from simplclip.ops.attention import library
 from simplclip.ops.attention.sdpa import aligned
-from simplclip.ops.backends import Facts
 
 
 def _options(call: AttentionCall) -> dict[str, Any]:
@@ -21,37 +19,26 @@ def _options(call: AttentionCall) -> dict[str, Any]:
     return {"attn_bias": LowerTriangularMask() if call.causal else None, "scale": call.scale}
 
 
-class XformersAttention(LibraryAttention):
-    """Backend "xformers"."""
+def _attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Returns A v and the log-sum-exps, see library.forward; the call has no `lengths`."""
+    from xformers.ops import fmha
 
-    name = "xformers"
+    q, k, v = aligned(call.q, call.k, call.v)
+    av, lse = fmha.memory_efficient_attention_forward_requires_grad(q, k, v, **_options(call))
+    length, width = call.q.shape[1::2]
+    return av[..., :width], lse[:, :, :length].contiguous()  # some kernels pad the log-sum-exps
 
-    @staticmethod
-    def why_not(device: torch.device, dtype: torch.dtype, facts: Facts) -> str | None:
-        """Returns why xformers cannot run a call; None if it can."""
-        if not backends.installed("xformers"):
-            return "the package xformers is not installed"
-        if facts.lengths:
-            return "takes lengths only as a list on the host"
-        return backends.why_not_kernels("cuda", device, dtype)
 
-    @staticmethod
-    def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """Returns A v and the log-sum-exps, see LibraryAttention; the call has no `lengths`."""
-        from xformers.ops import fmha
+def _gradients(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns dq, dk and dv of ordinary attention, see library.backward."""
+    from xformers.ops import fmha
 
-        q, k, v = aligned(call.q, call.k, call.v)
-        av, lse = fmha.memory_efficient_attention_forward_requires_grad(q, k, v, **_options(call))
-        length, width = call.q.shape[1::2]
-        return av[..., :width], lse[:, :, :length].contiguous()  # some kernels pad the log-sum-exps
+    grad, av, *inputs = aligned(call.grad, call.av, call.q, call.k, call.v)
+    gradients = fmha.memory_efficient_attention_backward(
+        grad, av, call.lse, *inputs, **_options(call)
+    )
+    return tuple(t[..., : call.q.shape[3]] for t in gradients)
 
-    @staticmethod
-    def attention_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns dq, dk and dv of ordinary attention, see LibraryAttention."""
-        from xformers.ops import fmha
 
-        grad, av, *inputs = aligned(call.grad, call.av, call.q, call.k, call.v)
-        gradients = fmha.memory_efficient_attention_backward(
-            grad, av, call.lse, *inputs, **_options(call)
-        )
-        return tuple(t[..., : call.q.shape[3]] for t in gradients)
+shaped_attention_fwd = partial(library.forward, _attention)
+shaped_attention_bwd = partial(library.backward, _attention, _gradients)

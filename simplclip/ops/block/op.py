@@ -5,7 +5,8 @@ A standard block saves 16C.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -17,21 +18,28 @@ from simplclip.calls.fields import accumulate_dtype
 from simplclip.calls.mlp import HiddenGradient
 from simplclip.ops import checks, registry
 from simplclip.ops.attention.op import av_shape, facts_of, run_forward
+from simplclip.ops.backends import Facts
 from simplclip.ops.block.norm import NORMS, norm_bwd, norm_fwd
 from simplclip.ops.mlp.op import keeps_hidden, to_overwrite, write_mlp
 from simplclip.ops.mlp.reference import ACTIVATIONS
 from simplclip.ops.modes import autocast
 from simplclip.ops.registry import define, register_gradient
 
-MATRICES = (
-    "qk_weight",
-    "fc1_weight",
-    "fc1_bias",
-    "fc2_weight",
-    "fc2_bias",
-    "value_weight",
-    "output_weight",
+HEADS = checks.shapes(x="B L C", alpha="H")
+SHAPES = checks.shapes(
+    qk_weight="2C C",
+    fc1_weight="F C",
+    fc1_bias="F",
+    fc2_weight="C F",
+    fc2_bias="C",
+    value_weight="C C?",
+    output_weight="C C?",
+    norm_weight="C",
+    norm_bias="C?",
+    beta="H",
+    gamma="H",
 )
+MATRICES = list(SHAPES)[:7]
 
 
 def heads_of(call: BlockCall) -> tuple[int, int, int, int]:
@@ -39,6 +47,11 @@ def heads_of(call: BlockCall) -> tuple[int, int, int, int]:
     batch, length, width = call.x.shape
     heads = call.alpha.shape[0]
     return batch, length, heads, width // heads
+
+
+def _facts(call: BlockCall) -> Facts:
+    """Returns the facts of the attention for the backends' why_not()."""
+    return facts_of(heads_of(call), call.lengths)
 
 
 def gains_of(call: BlockCall) -> Tensor:  # [3, H], in the dtype of sums
@@ -68,14 +81,19 @@ def _attention_call(
     return AttentionCall(q, k, v.view(shape), gains, call.lengths, call.scale, call.causal)
 
 
-def _fwd(pick: Callable, call: BlockCall) -> tuple[Tensor, ...]:
-    """Returns the results of BlockCall; [q|k], h and A v are empty unless call.keep."""
+def _fwd(attention: ModuleType, mlp: ModuleType, call: BlockCall) -> tuple[Tensor, ...]:
+    """Returns the results of BlockCall; [q|k], h and A v are empty unless call.keep.
+
+    attention, mlp: the modules of the backends of shaped_attention and of parallel_mlp.
+    """
     x = call.x.view(-1, call.x.shape[2])
     shape = heads_of(call)
     n, _ = norm_fwd(x, call)
     qk = F.linear(n, call.qk_weight)
-    attention = pick("shaped_attention_fwd", facts_of(shape, call.lengths))
-    out, lse, av = run_forward(attention, _attention_call(call, shape, n, qk, gains_of(call)))
+    # a call that had a name would keep qk while the MLP runs
+    out, lse, av = run_forward(
+        attention.shaped_attention_fwd, _attention_call(call, shape, n, qk, gains_of(call))
+    )
     out = out.view(x.shape)
     if not call.keep:
         qk = x.new_empty(0)
@@ -84,14 +102,14 @@ def _fwd(pick: Callable, call: BlockCall) -> tuple[Tensor, ...]:
         out = F.linear(out, call.output_weight)
     weight = call.fc2_weight * call.mlp_gain
     bias = call.fc2_bias * call.mlp_gain
-    h = write_mlp(pick("parallel_mlp_fwd"), n, call, weight, bias, out, accumulate=True)
+    h = write_mlp(mlp.parallel_mlp_fwd, n, call, weight, bias, out, accumulate=True)
     # autograd lets no view that an op returns be changed in place
     out = torch.ops.aten._unsafe_view(out, call.x.shape)
     return out, qk, h, lse, av
 
 
-def _fwd_empty(call: BlockCall, spec: str) -> tuple[Tensor, ...]:
-    """Returns uninitialised results of the op; the shape of A v depends on spec's backend."""
+def _fwd_empty(call: BlockCall, names: str) -> tuple[Tensor, ...]:
+    """Returns uninitialised results of the op; the shape of A v depends on the attention's."""
     x = call.x
     shape = heads_of(call)
     batch, length, heads, _ = shape
@@ -102,11 +120,12 @@ def _fwd_empty(call: BlockCall, spec: str) -> tuple[Tensor, ...]:
         return out, x.new_empty(0), h, lse, x.new_empty(0)
     qk = x.new_empty(batch * length, 2 * x.shape[2])
     h = x.new_empty(batch * length, call.fc1_weight.shape[0])
-    return out, qk, h, lse, x.new_empty(av_shape(shape, x, spec, call.lengths))
+    av = av_shape(shape, x, names.partition(",")[0], call.lengths)
+    return out, qk, h, lse, x.new_empty(av)
 
 
 def _mlp_bwd(
-    pick: Callable, call: BlockGradient, n: Tensor, grad: Tensor, need: Needed, need_n: bool
+    mlp: ModuleType, call: BlockGradient, n: Tensor, grad: Tensor, need: Needed, need_n: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the gradient of h, which overwrites h, and those of fc1, fc2, mlp_gain by name."""
     gradients = {}
@@ -116,9 +135,9 @@ def _mlp_bwd(
     if need_n or need_w or need.fc1_weight or need.fc1_bias:
         if not h.numel():
             h = F.linear(n, call.fc1_weight, call.fc1_bias)
-        function = pick("parallel_mlp_bwd")
         # with w = gain fc2_weight: d gain = <dw, fc2_weight>, d fc2_weight = gain dw
-        dw = function(HiddenGradient(grad, h, call.fc2_weight * gain, call.act, need_w))
+        hidden = HiddenGradient(grad, h, call.fc2_weight * gain, call.act, need_w)
+        dw = mlp.parallel_mlp_bwd(hidden)
         if need.mlp_gain:
             weight = call.fc2_weight.flatten().to(gain.dtype)
             gradients["mlp_gain"] = torch.dot(dw.flatten().to(gain.dtype), weight)
@@ -135,28 +154,27 @@ def _mlp_bwd(
     return h, gradients
 
 
-def _bwd(pick: Callable, call: BlockGradient) -> tuple[Tensor, ...]:
+def _bwd(attention: ModuleType, mlp: ModuleType, call: BlockGradient) -> tuple[Tensor, ...]:
     """Returns the gradients in the order of Needed, empty where not needed; overwrites call.h."""
     x = call.x.view(-1, call.x.shape[2])
     need = Needed(*call.need)
     n, stats = norm_fwd(x, call)
     grad = call.grad.view(x.shape)
     need_n = need.x or need.norm_weight or need.norm_bias
-    d_h, gradients = _mlp_bwd(pick, call, n, grad, need, need_n)
+    d_h, gradients = _mlp_bwd(mlp, call, n, grad, need, need_n)
 
     need_gains = need.alpha or need.beta or need.gamma or need.attention_gain
     need_attention = need_n or need.qk_weight or need_gains or need.value_weight
     if need_attention or need.output_weight:
         qk = call.qk if call.qk.numel() else F.linear(n, call.qk_weight)
         gains = gains_of(call)
-        attention = _attention_call(call, heads_of(call), n, qk, gains)
+        forward = _attention_call(call, heads_of(call), n, qk, gains)
     if need.output_weight:
-        function = pick("shaped_attention_fwd", facts_of(attention.q.shape, call.lengths))
-        out, *_ = function(attention)
+        out, *_ = attention.shaped_attention_fwd(forward)
         gradients["output_weight"] = torch.mm(grad.t(), out.view(x.shape))
     if need_attention:
         d_out = grad if call.output_weight is None else torch.mm(grad, call.output_weight)
-        dqk, dv, d_gains = _attention_bwd(pick, call, attention, d_out)
+        dqk, dv, d_gains = _attention_bwd(attention, call, forward, d_out)
         if need.attention_gain:
             gradients["attention_gain"] = torch.dot(d_gains.flatten(), gains.flatten())
         # one kernel on a GPU
@@ -179,7 +197,7 @@ def _bwd(pick: Callable, call: BlockGradient) -> tuple[Tensor, ...]:
 
 
 def _attention_bwd(
-    pick: Callable, call: BlockGradient, attention: AttentionCall, d_out: Tensor
+    attention: ModuleType, call: BlockGradient, forward: AttentionCall, d_out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of [q|k] [T, 2C], of v [T, C] and of the attention's gains [3, H]."""
     shape = heads_of(call)
@@ -188,7 +206,7 @@ def _attention_bwd(
     dv = d_out.new_empty(rows, width)
     dq, dk = _split(dqk, shape)
     gradient = AttentionInto(
-        **vars(attention),
+        **vars(forward),
         grad=d_out.view(shape),
         lse=call.lse,
         av=call.av,
@@ -196,11 +214,10 @@ def _attention_bwd(
         dk=dk,
         dv=dv.view(shape),
     )
-    function = pick("shaped_attention_bwd", facts_of(shape, call.lengths))
-    return dqk, dv, function(gradient)
+    return dqk, dv, attention.shaped_attention_bwd(gradient)
 
 
-def _bwd_empty(call: BlockGradient, spec: str) -> tuple[Tensor, ...]:
+def _bwd_empty(call: BlockGradient, names: str) -> tuple[Tensor, ...]:
     """Returns uninitialised gradients in the order of Needed, empty where not needed."""
     results = []
     for name, needed in zip(Needed._fields, call.need):
@@ -211,9 +228,23 @@ def _bwd_empty(call: BlockGradient, spec: str) -> tuple[Tensor, ...]:
 
 _GRADIENTS = f"({', '.join(['Tensor'] * len(Needed._fields))})"
 FORWARD = define(
-    "simplified_block_fwd", BlockCall, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _fwd, _fwd_empty
+    "simplified_block_fwd",
+    "simplified_block",
+    BlockCall,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fwd,
+    _fwd_empty,
+    facts=_facts,
 )
-BACKWARD = define("simplified_block_bwd", BlockGradient, _GRADIENTS, _bwd, _bwd_empty)
+BACKWARD = define(
+    "simplified_block_bwd",
+    "simplified_block",
+    BlockGradient,
+    _GRADIENTS,
+    _bwd,
+    _bwd_empty,
+    facts=_facts,
+)
 
 
 def _gradient(
@@ -221,7 +252,7 @@ def _gradient(
     kept: Sequence[Tensor],
     grads: Sequence[Tensor],
     needed: Mapping[str, bool],
-    spec: str,
+    names: str,
 ) -> dict[str, Tensor]:
     """Returns gradients of the call's tensors by name, empty where not needed; may overwrite h."""
     qk, h, lse, av = kept
@@ -230,7 +261,7 @@ def _gradient(
     gradient = BlockGradient(
         **vars(call), grad=grad, qk=qk, h=to_overwrite(h), lse=lse, av=av, need=need
     )
-    return dict(zip(Needed._fields, registry.call(BACKWARD, gradient, spec)))
+    return dict(zip(Needed._fields, registry.call(BACKWARD, gradient, names)))
 
 
 register_gradient(FORWARD, _gradient)
@@ -305,6 +336,7 @@ def simplified_block(
     checks.check_boolean("recompute", recompute)
     matrices = (qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, value_weight, output_weight)
     tensors = {
+        "x": x,
         **dict(zip(MATRICES, matrices)),
         "norm_weight": norm_weight,
         "norm_bias": norm_bias,
@@ -312,11 +344,20 @@ def simplified_block(
         "beta": beta,
         "gamma": gamma,
     }
-    checks.check_block(x, tensors, norm)
+    sizes: dict[str, int] = {}
+    checks.expect(tensors, HEADS, "x", sizes)
+    if sizes["C"] % sizes["H"]:
+        raise ValueError(
+            f"alpha: expected one value per head, [H] with H a divisor of C = {sizes['C']}, got "
+            f"{checks.shape_of(alpha)}"
+        )
+    if norm == "rmsnorm" and norm_bias is not None:
+        raise ValueError("norm_bias: expected None, since RMSNorm has no bias, got a tensor")
+    checks.expect(tensors, SHAPES, "x", sizes)
     if lengths is not None:
         lengths = checks.lengths_of_batch(lengths, x.shape[0], x.shape[1], x.device)
     x, *cast = autocast(x, *matrices)
-    checks.check_all_like_x(x, MATRICES, cast)
+    checks.check_all_like("x", x, dict(zip(MATRICES, cast)))
     qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, value_weight, output_weight = cast
     wide = accumulate_dtype(x.dtype)
     attention_gain = checks.scalar("attention_gain", attention_gain, x.device, wide, of="x")

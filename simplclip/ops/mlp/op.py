@@ -11,14 +11,11 @@ from torch import Tensor
 from simplclip.calls.block import BlockCall
 from simplclip.calls.mlp import HiddenCall, HiddenGradient, MlpCall, MlpGradient
 from simplclip.ops import checks, registry
-from simplclip.ops.mlp.cpu import CpuMlp
-from simplclip.ops.mlp.reference import ACTIVATIONS, ReferenceMlp
-from simplclip.ops.mlp.triton import TritonMlp
+from simplclip.ops.mlp.reference import ACTIVATIONS
 from simplclip.ops.modes import autocast, wants_grad
 from simplclip.ops.registry import define, register_gradient
 
-# The backends of parallel_mlp, in the order in which they are tried.
-BACKENDS = (TritonMlp, CpuMlp, ReferenceMlp)
+SHAPES = checks.shapes(fc1_weight="F C", fc2_weight="O F", x="... C", fc1_bias="F?", fc2_bias="O?")
 WEIGHTS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 HIDDEN_BYTES = 16 << 20  # of a chunk of the hidden layer, if forward does not keep it
 
@@ -77,7 +74,7 @@ def _fwd(function: Callable, call: MlpCall) -> tuple[Tensor, Tensor]:
     return out, h
 
 
-def _fwd_empty(call: MlpCall, spec: str) -> tuple[Tensor, Tensor]:
+def _fwd_empty(call: MlpCall, names: str) -> tuple[Tensor, Tensor]:
     """Returns uninitialised out [T, C_out], and h [T, F], or [0, F] unless call.keep."""
     rows = call.x.shape[0]
     out = call.x.new_empty(rows, call.fc2_weight.shape[0])
@@ -106,7 +103,7 @@ def _bwd(function: Callable, call: MlpGradient) -> tuple[Tensor, ...]:
     return d_x, d_fc1_weight, d_fc1_bias, d_fc2_weight, d_fc2_bias
 
 
-def _bwd_empty(call: MlpGradient, spec: str) -> tuple[Tensor, ...]:
+def _bwd_empty(call: MlpGradient, names: str) -> tuple[Tensor, ...]:
     """Returns uninitialised gradients of x and both layers' weight and bias, [0] if not needed."""
     c, f = call.fc2_weight.shape
     shapes = (call.x.shape, call.fc1_weight.shape, (f,), (c, f), (c,))
@@ -115,16 +112,14 @@ def _bwd_empty(call: MlpGradient, spec: str) -> tuple[Tensor, ...]:
     )
 
 
-FORWARD = define(
-    "parallel_mlp_fwd", MlpCall, "(Tensor, Tensor)", _fwd, _fwd_empty, served_by=BACKENDS
-)
+FORWARD = define("parallel_mlp_fwd", "parallel_mlp", MlpCall, "(Tensor, Tensor)", _fwd, _fwd_empty)
 BACKWARD = define(
     "parallel_mlp_bwd",
+    "parallel_mlp",
     MlpGradient,
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd,
     _bwd_empty,
-    served_by=BACKENDS,
 )
 
 
@@ -133,7 +128,7 @@ def _gradient(
     kept: Sequence[Tensor],
     grads: Sequence[Tensor],
     needed: Mapping[str, bool],
-    spec: str,
+    names: str,
 ) -> dict[str, Tensor]:
     """Returns the gradients by name, empty where not needed; may overwrite h."""
     (h,) = kept
@@ -142,7 +137,7 @@ def _gradient(
     gradient = MlpGradient(
         grad, to_overwrite(h), call.x, call.fc1_weight, call.fc2_weight, call.act, need
     )
-    return dict(zip(FORWARD.names, registry.call(BACKWARD, gradient, spec)))
+    return dict(zip(FORWARD.names, registry.call(BACKWARD, gradient, names)))
 
 
 register_gradient(FORWARD, _gradient)
@@ -178,12 +173,13 @@ def parallel_mlp(
         RuntimeError: a forced backend does not support the call.
     """
     checks.check_choice("act", act, tuple(ACTIVATIONS))
-    checks.check_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    x, *weights = autocast(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    checks.check_all_like_x(x, WEIGHTS, weights)
+    tensors = dict(zip(WEIGHTS, (fc1_weight, fc1_bias, fc2_weight, fc2_bias)))
+    checks.expect({"x": x, **tensors}, SHAPES, "x", {})
+    x, *weights = autocast(x, *tensors.values())
+    checks.check_all_like("x", x, dict(zip(WEIGHTS, weights)))
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
     keep = keeps_hidden(x, *weights)
     rows = x.reshape(-1, x.shape[-1])
     call = MlpCall(rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, keep)
-    out, _ = registry.call(FORWARD, call)
+    out = registry.call(FORWARD, call)[0]
     return out.reshape(*x.shape[:-1], out.shape[1])

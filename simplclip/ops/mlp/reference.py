@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.calls.mlp import HiddenCall, HiddenGradient
-from simplclip.ops.backends import Reference
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -22,29 +21,25 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class ReferenceMlp(Reference):
-    """Backend "reference"."""
+def parallel_mlp_fwd(call: HiddenCall) -> None:
+    """Writes act(h) weightᵀ + bias to call.out [T, C], or adds it if call.accumulate."""
+    product = F.linear(ACTIVATIONS[call.act](call.h), call.weight, call.bias)
+    if call.accumulate:
+        call.out.add_(product)
+    else:
+        call.out.copy_(product)
 
-    @staticmethod
-    def parallel_mlp_fwd(call: HiddenCall) -> None:
-        """Writes act(h) weightᵀ + bias to call.out [T, C], or adds it if call.accumulate."""
-        product = F.linear(ACTIVATIONS[call.act](call.h), call.weight, call.bias)
-        if call.accumulate:
-            call.out.add_(product)
-        else:
-            call.out.copy_(product)
 
-    @staticmethod
-    def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], or [0, F]
-        """Overwrites h by dh = (grad weight) ∘ act'(h); returns dweight = gradᵀ act(h)."""
-        grad = call.grad
-        with torch.enable_grad():
-            h = call.h.detach().requires_grad_()
-            activated = ACTIVATIONS[call.act](h)
-        if call.need_weight:
-            d_weight = grad.T @ activated.detach()
-        else:
-            d_weight = grad.new_empty(0, call.weight.shape[1])
-        (d_h,) = torch.autograd.grad(activated, h, grad @ call.weight)
-        call.h.copy_(d_h)
-        return d_weight
+def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], or [0, F]
+    """Overwrites h by dh = (grad weight) ∘ act'(h); returns dweight = gradᵀ act(h)."""
+    grad = call.grad
+    with torch.enable_grad():
+        h = call.h.detach().requires_grad_()
+        activated = ACTIVATIONS[call.act](h)
+    if call.need_weight:
+        d_weight = grad.T @ activated.detach()
+    else:
+        d_weight = grad.new_empty(0, call.weight.shape[1])
+    (d_h,) = torch.autograd.grad(activated, h, grad @ call.weight)
+    call.h.copy_(d_h)
+    return d_weight

@@ -174,9 +174,9 @@ def similarity_loss(
     if softmaxes:
         matrices = 2 if has_teacher else 1
         chunk = sweep_rows(image, m, matrices, scratch_bytes, keeps=store_bytes is None)
-        of_sweep = torch.stack(of_plane) if "pair_matching" in softmaxes else None
+        of_sweep = of_plane if "pair_matching" in softmaxes else (None, None)
         kept_rows = 0
-        if wants_grad(image, text, scale, of_sweep):
+        if wants_grad(image, text, scale, *of_sweep):
             kept_rows = stored_rows(image, m, matrices, store_bytes, chunk)
         mix = weights if weights is not None and len(softmaxes) > 1 else {}
         of_terms_call: Callable = TermsCall
@@ -185,7 +185,7 @@ def similarity_loss(
             text,
             scale,
             *teacher,
-            of_sweep,
+            *of_sweep,
             ids,
             text_ids,
             share,
@@ -206,6 +206,7 @@ def similarity_loss(
             if weights is not None and weights[softmaxes[0]] != 1:
                 loss = weights[softmaxes[0]] * loss
         else:
+            of_terms = of_terms if weights is None else of_terms.detach()
             values |= zip(softmaxes, of_terms.unbind())
         totals.append(loss)
     if sigmoids:
@@ -233,8 +234,7 @@ def _sweeps_of(terms: Sequence[str], device: torch.device) -> tuple[list[str], l
     if either and softmaxes:
         # On a GPU a sweep with a teacher has no registers left for pair matching.
         joins = TEACHER_TERMS.isdisjoint(softmaxes) or (
-            device.type == "cpu"
-            and backends.forced_for(FORWARD.name, backends.forced()) != "triton"
+            device.type == "cpu" and backends.forced_for("similarity_loss") != "triton"
         )
         if joins:
             return softmaxes + either, sigmoids

@@ -20,7 +20,7 @@ from simplclip.calls.similarity import (
     SimilarityCall,
     SimilarityGradient,
 )
-from simplclip.ops.backends import Reference, computes_in
+from simplclip.ops.backends import computes_in
 from simplclip.ops.similarity.statistics import merge_columns
 
 
@@ -73,7 +73,7 @@ def _softmax(logits: Tensor, lse: Tensor) -> Tensor:
     return (logits - lse.masked_fill(lse == -torch.inf, 0)).exp_()
 
 
-class ReferenceSimilarity(Reference):
+class ReferenceSimilarity:
     """Backend "reference"."""
 
     @staticmethod
@@ -206,6 +206,12 @@ class ReferenceSimilarity(Reference):
             if g is not None and call.need_text:
                 d_text.addmm_(g.T, image[chunk.rows])
         return terms, d_image.to(stored), d_text.to(stored), d_sigmoids
+
+
+# The backend's functions.
+similarity_loss_fwd = ReferenceSimilarity.similarity_loss_fwd
+similarity_loss_bwd = ReferenceSimilarity.similarity_loss_bwd
+similarity_sigmoid = ReferenceSimilarity.similarity_sigmoid
 
 
 def empty_statistics(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:

@@ -66,13 +66,16 @@ def terms(call: Any, stats: Tensor) -> tuple[list[Tensor], Tensor]:
         loss = torch.sub(loss, _softplus(teacher_excess), alpha=call.entropy)
         results.append(_nan_of_infinite(loss, teacher).mean())
         excess = torch.cat([excess, teacher_excess])
-    if call.plane is not None:
+    if call.plane_weight is not None:
         diagonal = stats[RowStat.DIAGONAL_STUDENT]
-        weight, bias = call.plane
-        logits = torch.addcmul(bias, weight, diagonal)
-        unmatched = stats[RowStat.PAIR_MATCHING].sum() * call.negative_share
-        matched = _nan_of_infinite(F.logsigmoid(logits), logits).sum()
-        results.append(torch.add(unmatched, matched, alpha=-0.5 / diagonal.shape[0]))
+        logits = torch.addcmul(call.plane_bias, call.plane_weight, diagonal)
+        losses = _nan_of_infinite(F.logsigmoid(logits), logits).mul_(-0.5 / diagonal.shape[0])
+        share = call.negative_share
+        if isinstance(share, Tensor):
+            losses.addcmul_(stats[RowStat.PAIR_MATCHING], share)
+        else:
+            losses.add_(stats[RowStat.PAIR_MATCHING], alpha=share)
+        results.append(losses.sum())
     return results, excess
 
 
@@ -90,15 +93,15 @@ def gradients(
     d_stats = rows.new_zeros(slots, rows.shape[1])
     d_diagonal = d_stats[RowStat.DIAGONAL_STUDENT]
     d_plane = None
-    if call.plane is not None:
+    weight = call.plane_weight
+    if weight is not None:
         *factors, factor = factors
         share = call.negative_share
         if isinstance(share, Tensor):
             d_stats[RowStat.PAIR_MATCHING].addcmul_(factor, share)
         else:
             d_stats[RowStat.PAIR_MATCHING].add_(factor, alpha=share)
-        weight, bias = call.plane
-        minus_logits = torch.addcmul(bias, weight, diagonal).neg_()
+        minus_logits = torch.addcmul(call.plane_bias, weight, diagonal).neg_()
         # by minus the logits and times 2 N, which is made up for without one more pass
         d_logits = torch.sigmoid(minus_logits).mul_(factor)
         d_plane = torch.stack([torch.dot(d_logits, diagonal), d_logits.sum()])

@@ -18,17 +18,11 @@ from simplclip.ops import backends, distributed, registry
 from simplclip.ops.backends import computes_in
 from simplclip.ops.registry import define, register_gradient
 from simplclip.ops.similarity import statistics
-from simplclip.ops.similarity.cpu import CpuSimilarity
 from simplclip.ops.similarity.reference import (
-    ReferenceSimilarity,
     empty_gradients,
     empty_sigmoids,
     empty_statistics,
 )
-from simplclip.ops.similarity.triton import TritonSimilarity
-
-# The backends of similarity_loss, in the order in which they are tried.
-BACKENDS = (TritonSimilarity, CpuSimilarity, ReferenceSimilarity)
 
 # Budget of a chunk, which has no more rows of a similarity matrix than fast matrix products need. A
 # GPU reads and writes gradients for every block, so that larger blocks cost it less.
@@ -89,10 +83,9 @@ def stored_rows(image: Tensor, m: int, matrices: int, store_bytes: int | None, c
     """
     n = image.shape[0]
     dtype = computes_in(image.dtype, "cpu")
-    spec = backends.forced()
     if image.device.type != "cpu" or dtype == torch.float64 or backends.extension is None:
         return 0  # only the CPU's kernels keep rows
-    if spec and backends.forced_for("similarity_loss_fwd", spec) not in ("", "cpu"):
+    if backends.forced_for("similarity_loss") not in ("", "cpu"):
         return 0
     row_bytes = m * dtype.itemsize * matrices
     rows = (STORE_BYTES if store_bytes is None else store_bytes) // row_bytes
@@ -122,7 +115,8 @@ class TermsCall:
     teacher_image: Tensor | None  # [N, D̂]
     teacher_text: Tensor | None  # [M, D̂]
     teacher_scale: Tensor | None  # []
-    plane: Tensor | None  # [2]
+    plane_weight: Tensor | None  # []
+    plane_bias: Tensor | None  # []
     ids: Tensor | None  # [N] int64
     text_ids: Tensor | None  # [M] int64
     share: Tensor | None  # [] `negative_share` with ids
@@ -143,12 +137,19 @@ class TermsCall:
         return self.teacher_image is not None
 
     @property
+    def plane(self) -> tuple[Tensor, Tensor] | None:
+        """p and q of pair matching, if it is asked for."""
+        if self.plane_weight is None or self.plane_bias is None:
+            return None
+        return self.plane_weight, self.plane_bias
+
+    @property
     def weights(self) -> list[float]:
         """The weights of the terms that the call has."""
         weights = [self.contrastive_weight] if self.contrastive else []
         if self.has_teacher:
             weights.append(self.relational_weight)
-        if self.plane is not None:
+        if self.plane_weight is not None:
             weights.append(self.pair_matching_weight)
         return weights
 
@@ -175,7 +176,7 @@ class TermsCall:
             teacher_image,
             teacher_text,
             self.teacher_scale,
-            self.plane,
+            None if self.plane is None else torch.stack(self.plane),
             self.ids,
             self.text_ids,
             self.label_offset,
@@ -233,9 +234,10 @@ class TermsGradient(TermsCall):
 def _fwd(function: Callable, call: TermsCall) -> tuple[Tensor, ...]:
     """Returns the results of TermsCall, of statistics by a backend's function."""
     rows, columns, stored = function(SimilarityCall(*call.of_kernels()))
-    parts = rows.new_empty(0)
     if call.group:
         parts = distributed.exchange_columns(columns, call.group)
+    else:
+        parts = rows.new_empty(0)
     terms, excess = statistics.terms(call, call.statistics(rows, columns, parts))
     kept = rows, columns, excess, parts, stored
     if len(terms) == 1:
@@ -307,28 +309,28 @@ def _sigmoid(function: Callable, call: SigmoidCall) -> tuple[Tensor, ...]:
 
 FORWARD = define(
     "similarity_loss_fwd",
+    "similarity_loss",
     TermsCall,
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd,
     _fwd_empty,
-    served_by=BACKENDS,
     differentiable=2,
 )
 BACKWARD = define(
     "similarity_loss_bwd",
+    "similarity_loss",
     TermsGradient,
     "(Tensor, Tensor, Tensor, Tensor)",
     _bwd,
     lambda call, spec: empty_gradients(call),
-    served_by=BACKENDS,
 )
 SIGMOID = define(
     "similarity_sigmoid",
+    "similarity_loss",
     SigmoidCall,
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _sigmoid,
     lambda call, spec: (call.sigmoids.new_empty(()), *empty_sigmoids(call)),
-    served_by=BACKENDS,
 )
 
 
@@ -339,10 +341,12 @@ def _gradient(
     needed: Mapping[str, bool],
     spec: str,
 ) -> dict[str, Tensor]:
-    """Returns gradients by name: image, text, scale, plane; see register_gradient."""
+    """Returns gradients by name: image, text, scale and the plane; see register_gradient."""
     of_gradient: Callable = TermsGradient
     gradient = of_gradient(*flat(call), *grads, *kept, needed["image"], needed["text"])
-    return dict(zip(("image", "text", "scale", "plane"), registry.call(BACKWARD, gradient, spec)))
+    *of_features, d_scale, d_plane = registry.call(BACKWARD, gradient, spec)
+    names = "image", "text", "scale", "plane_weight", "plane_bias"
+    return dict(zip(names, (*of_features, d_scale, *d_plane.unbind())))
 
 
 def _sigmoid_gradient(

@@ -142,7 +142,7 @@ def one_pass(shards: Any, **options: Any) -> tuple[list[str], Skipped]:
     pairs = loader(shards, batch_size=1, shuffle=False, transform=resize, **options)
     for block in pairs.items(0, 1):
         skipped.merge(block.skipped)
-        if block.places[0].epoch:
+        if block.place.epoch:
             break  # the damage behind the last batch is in the next one
         found += block.batch["key"]
     return found, skipped
@@ -151,10 +151,9 @@ def one_pass(shards: Any, **options: Any) -> tuple[list[str], Skipped]:
 def first_passes(pairs: data.Loader, worker: int, workers: int, count: int = 1) -> Iterator[Block]:
     """Yields the blocks of a worker in its first passes, of one sample each."""
     for block in pairs.items(worker, workers):
-        if block.places and block.places[0].epoch >= count:
+        if block.place.epoch >= count:
             return
-        if block.places:
-            yield block
+        yield block
 
 
 def take(batches: Iterable[dict], count: int) -> list[dict]:

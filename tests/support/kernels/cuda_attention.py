@@ -10,8 +10,10 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -140,13 +142,13 @@ def _backward(card: Card, call: AttentionInto) -> Tensor:
 @contextlib.contextmanager
 def card(sm: int, *, tf32: bool, variant: Variant | None = None) -> Iterator[Card]:
     """Context in which the backend "cuda" runs on a machine; see ptx.card."""
-    with ptx.card(sm, tf32=tf32, variant=variant) as machine, contextlib.ExitStack() as stack:
-
-        class Served(backends.Reference):
-            name = "cuda"
-            shaped_attention_fwd = staticmethod(functools.partial(_forward, machine))
-            shaped_attention_bwd = staticmethod(functools.partial(_backward, machine))
-
-        for op in ("shaped_attention_fwd", "shaped_attention_bwd"):
-            stack.enter_context(mock.patch.dict(backends.TABLE[op], cuda=Served))
+    module = SimpleNamespace()
+    served = backends.Backend("attention_on_a_machine", lambda *of_call: None)
+    with (
+        ptx.card(sm, tf32=tf32, variant=variant) as machine,
+        mock.patch.dict(sys.modules, {served.module: module}),
+        mock.patch.dict(backends.TABLE["shaped_attention"], cuda=served),
+    ):
+        module.shaped_attention_fwd = functools.partial(_forward, machine)
+        module.shaped_attention_bwd = functools.partial(_backward, machine)
         yield machine
