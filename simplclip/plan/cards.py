@@ -7,7 +7,8 @@ modules, V100 is SXM2. The RTX 3080 is that of 10 GB.
 rates.csv has the shares of these rates that ops reach by kind, and the milliseconds of a launch, by
 card and mode; "nchw" is the share that convolutions in one group, and depthwise ones, keep in this
 layout. `python -m benchmarks.cards --fit` writes it from steps that timm's authors measured, see
-docs/plan.md. No measured training had fused attention.
+docs/plan.md. No measured training had fused attention. An RTX 4090 and 5090 lose in training what
+an RTX 3090 loses; other architectures have its rates.
 """
 
 from __future__ import annotations
@@ -48,64 +49,42 @@ class Work(NamedTuple):
     nchw: bool = False  # whether this layout slows it
     times: int = 1
 
+    @property
+    def traffic(self) -> str:
+        """The column of its bytes."""
+        return "norm" if self.kind == "norm" else "bytes"
 
-def rows_of(name: str) -> list[dict[str, str]]:
-    """Returns the rows of a CSV file of this folder."""
+    def least_ms(self, card: Card) -> tuple[float, float]:
+        """Returns the milliseconds of its products, and of its bytes, by the data sheet."""
+        rate = card.half if self.half else card.float32
+        return self.flops / rate / 1e9, self.bytes / card.bandwidth / 1e6
+
+
+def rows_of(name: str) -> list[list[str]]:
+    """Returns the rows of a CSV file of this folder; the first one has the columns' names."""
     with open(Path(__file__).with_name(name), newline="") as file:
-        return list(csv.DictReader(file))
+        return list(csv.reader(file))
 
 
-CARDS = {
-    row.pop("name"): Card(**{field: json.loads(value) for field, value in row.items()})
-    for row in rows_of("cards.csv")
-}
-RATES = {
-    (row.pop("card"), row.pop("mode")): {kind: float(value) for kind, value in row.items()}
-    for row in rows_of("rates.csv")
-}
-
-
-def rates_of(card: Card, training: bool) -> dict[str, float]:
-    """Returns the rates of the measured card with this architecture, by default of an RTX 3090.
-
-    In training the others lose what an RTX 3090 loses.
-    """
-    rates = RATES[MEASURED.get(card.architecture, "rtx-3090"), "infer"]
-    if not training:
-        return rates
-    slow, fast = RATES["rtx-3090", "train"], RATES["rtx-3090", "infer"]
-    return {kind: rate * slow[kind] / fast[kind] for kind, rate in rates.items()}
-
-
-def traffic_of(kind: str) -> str:
-    """Returns the kind of the bytes of ops of a kind."""
-    return "norm" if kind == "norm" else "bytes"
-
-
-def least_ms(work: Work, card: Card) -> tuple[float, float]:
-    """Returns the milliseconds of an op's products, and of its bytes, by the data sheet."""
-    rate = card.half if work.half else card.float32
-    return work.flops / rate / 1e9, work.bytes / card.bandwidth / 1e6
-
-
-def forward_ms(work: Work, card: Card, rates: dict[str, float]) -> float:
-    """Returns the likely milliseconds of an op: the longest of products, bytes and a launch."""
-    products, moved = least_ms(work, card)
-    products /= rates[work.kind] * (rates["nchw"] if work.nchw else 1)
-    return max(products, moved / rates[traffic_of(work.kind)], rates["launch"])
+CARDS = {name: Card(*map(json.loads, sheet)) for name, *sheet in rows_of("cards.csv")[1:]}
+HEAD, *ROWS = rows_of("rates.csv")
+RATES = {(card, mode): dict(zip(HEAD[2:], map(float, rates))) for card, mode, *rates in ROWS}
 
 
 def step_ms(works: Iterable[Work], name: str) -> float:
     """Returns the likely milliseconds of a step's work on a card, by its name.
 
-    Forward and backward of an op are three times its forward.
+    An op takes the longest of products, bytes and a launch; its forward and backward together take
+    three times that.
     """
     card = CARDS[name]
-    inference, training = rates_of(card, training=False), rates_of(card, training=True)
+    measured = MEASURED.get(card.architecture, "rtx-3090")
     total = 0.0
     for work in works:
-        if work.runs != 1:
-            total += work.times * forward_ms(work, card, inference)
-        if work.runs:
-            total += 3 * work.times * forward_ms(work, card, training)
+        products, moved = work.least_ms(card)
+        for mode, runs in (("infer", work.runs != 1), ("train", 3 * (work.runs > 0))):
+            rates = RATES[measured, mode]
+            slowed = rates[work.kind] * (rates["nchw"] if work.nchw else 1)
+            longest = max(products / slowed, moved / rates[work.traffic], rates["launch"])
+            total += runs * work.times * longest
     return total

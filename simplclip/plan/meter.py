@@ -38,15 +38,15 @@ class Pass(NamedTuple):
 class Meter(TorchDispatchMode):
     """A mode that counts storages which ops return until they are freed, and the ops' work.
 
-    live, peak, largest (of a result), checkpointed (of what a checkpoint drops): bytes. Values of
-    tensors are read as 1.
+    Bytes: live, peak, and margin, the most that a result takes or that a checkpoint drops. Values
+    of tensors are read as 1.
     """
 
     def __init__(self, device: torch.device) -> None:
         """Counts nothing yet."""
         super().__init__()
         self.device = device
-        self.live = self.peak = self.largest = self.checkpointed = 0
+        self.live = self.peak = self.margin = 0
         self.works: list[Work] = []
         self._seen: set[int] = set()
         self._inputs: list[Any] = []  # of checkpoints, which keep them
@@ -54,15 +54,14 @@ class Meter(TorchDispatchMode):
 
     def count(self, run: Callable[[], Any]) -> Pass:
         """Counts a forward pass, and what the beginning of its backward adds."""
-        self.works, self._inputs = [], []
-        self.largest = self.checkpointed = 0
+        self.works, self._inputs, self.margin = [], [], 0
         before = self.peak = self.live
         with self:
             results = run()
         live = self.live
         del results
         # the gradient of the largest result, or a checkpointed part that runs again
-        peak = max(self.peak, live + max(self.checkpointed, self.largest))
+        peak = max(self.peak, live + self.margin)
         return Pass(live - before, peak - before, self.works)
 
     def hold(self, tensors: Any) -> None:
@@ -75,7 +74,7 @@ class Meter(TorchDispatchMode):
                 size = -(-storage.nbytes() // ROUNDED_TO) * ROUNDED_TO
                 self._seen.add(storage._cdata)
                 self.live += size
-                self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
+                self.peak, self.margin = max(self.peak, self.live), max(self.margin, size)
                 weakref.finalize(storage, self._free, storage._cdata, size)
 
     def _free(self, key: int, size: int) -> None:
@@ -88,7 +87,7 @@ class Meter(TorchDispatchMode):
         before, self._again = self.live, True
         out = function(*args, **options)
         self._again = False
-        self.checkpointed = max(self.checkpointed, self.live - before)
+        self.margin = max(self.margin, self.live - before)
         self._inputs.append(args)
         return out.detach().requires_grad_(out.requires_grad)
 
@@ -169,12 +168,8 @@ def fake_device(modules: Iterable[nn.Module], device: torch.device) -> Iterator[
         ]
     # of tensors on the meta device too
     mode = FakeTensorMode(allow_fallback_kernels=False, allow_non_fake_inputs=True)
-
-    def on_device(tensor: Tensor) -> Tensor:
-        return FakeTensor(mode, tensor.to("meta"), device)
-
     for part in {inner for outer in modules for inner in outer.modules()}:
-        part._apply(on_device, recurse=False)
+        part._apply(lambda t: FakeTensor(mode, t.to("meta"), device), recurse=False)
         meter.hold([*part.parameters(recurse=False), *part.buffers(recurse=False)])
     with contextlib.ExitStack() as stack:
         for patch in patches:

@@ -1,11 +1,9 @@
-"""A training step on fake tensors: what it keeps and does, from forward passes of the trainer's own
-functions, and the largest batches. The towers run at two sizes, between which all is a line; the
-loss runs at one.
+"""A training step on fake tensors: what forward passes of the trainer's functions keep and do. The
+towers run at two sizes, between which all is a line; the loss runs at one.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from bisect import bisect_left
 from functools import partial
@@ -61,15 +59,13 @@ class Step:
         All terms of the loss that the run has at some step count. A teacher has features as
         TEACHER. Towers are not compiled. precision: "fp32", "bf16" or "fp16".
         """
-        weights = config.loss.weights.items()
         self.config = config = config.replaced(
             # memory does not depend on steps, and the data to count may be elsewhere
             run={"compile": False, "steps": 1, "epochs": None},
-            loss={BY_NAME[term].weight: schedule.largest for term, schedule in weights},
+            loss={BY_NAME[term].weight: each.largest for term, each in config.loss.weights.items()},
         )
         with torch.device("meta"):  # folding frozen parts makes new modules
-            shapes = setup.shapes_of(config)
-            prepared = setup.prepare_model(*shapes, [], config, device)
+            prepared = setup.prepare_model(*setup.shapes_of(config), [], config, device)
         self.model = prepared.model
         with fake_device([self.model, *prepared.folded.values()], device) as meter:
             for block in self.model.modules():
@@ -95,8 +91,7 @@ class Step:
         self._most_of_update = meter.peak
         state.optimizer.zero_grad(set_to_none=True)
         self._bytes = meter.live  # of weights, averages and the optimizer's moments
-        visual = {*self.model.visual.parameters()}
-        self._text_gradients = sum(p.nbytes for p in trained if p not in visual)
+        self._text_gradients = sum(p.nbytes for p in {*trained} - {*self.model.visual.parameters()})
 
     def _count_towers(self, state: setup.State, meter: Meter) -> None:
         """Counts passes of both towers, and the bytes of a pair after frozen beginnings.
@@ -105,7 +100,6 @@ class Step:
         an eighth and 8 tokens for captions like COCO's and CC12M's.
         """
         model, options = self.model, self.config.data
-        size = to_2tuple(model.visual.image_size)
         frozen = {m for m in largest_modules(model).values() if not isinstance(m, nn.Embedding)}
         visual = {*model.visual.modules()}
         ends: dict[bool, float] = {}
@@ -115,22 +109,20 @@ class Step:
                 ends[module in visual] = output.nbytes / MANY
 
         def encode(pairs: int, tokens: int) -> list[Tensor]:
-            image = torch.empty(pairs, 3, *size, dtype=torch.uint8)
+            image = torch.empty(pairs, 3, *to_2tuple(model.visual.image_size), dtype=torch.uint8)
             text = torch.zeros(pairs, options.captions_per_image, tokens).long()
             batch = {"image": image, "text": text}
             # in the trainer's order
             return [steps.encode_text(state, batch), steps.encode_image(state, batch)]
 
-        @functools.cache
-        def line(tokens: int) -> tuple[Pass, Pass]:
-            few, many = (meter.count(partial(encode, pairs, tokens)) for pairs in (FEW, MANY))
-            return few, many
+        def line(tokens: int) -> list[Pass]:
+            return [meter.count(partial(encode, pairs, tokens)) for pairs in (FEW, MANY)]
 
-        whole = tokens = (model if hasattr(model, "context_length") else model.text).context_length
-        if state.prepared.crop is not None and options.mean_tokens is not None:
-            tokens = min(whole, math.ceil(options.mean_tokens * 9 / 8 + 8))
+        whole = (model if hasattr(model, "context_length") else model.text).context_length
         with register_module_forward_hook(note):
-            self._of_batch, self._of_micro_batch = line(tokens), line(whole)
+            self._of_batch = self._of_micro_batch = line(whole)
+        if state.prepared.crop is not None and options.mean_tokens is not None:
+            self._of_batch = line(min(whole, math.ceil(options.mean_tokens * 9 / 8 + 8)))
         self._frozen = sum(ends.values()) if self.config.run.keep_frozen else 0
 
     def _count_loss(self, state: setup.State, meter: Meter) -> None:
@@ -156,7 +148,7 @@ class Step:
         memory: the device's bytes, of which gradient caching may fill a part with outputs of
         frozen beginnings. Raises InputError if `micro` is given and the model does not allow it.
         """
-        encoded = at(micro or pairs, self._of_micro_batch if micro else self._of_batch)
+        encoded = at(micro or pairs, *(self._of_micro_batch if micro else self._of_batch))
         # the loss's multiply-adds grow as the square of the pairs, its bytes as the pairs; backward
         # has a chunk of a matrix of similarities
         kept, peak, works = self._loss
@@ -202,15 +194,14 @@ class Step:
             row = self.row(size, micro, memory)
             if row.fits:
                 return row
-        room = f"{usable(memory) / GIB:.2f} GiB"
         raise ConfigError(
-            f"data.batch_size: expected one that fits {room} one pair at a time, got {size:,}"
+            f"data.batch_size: expected one that fits {usable(memory) / GIB:.2f} GiB one pair at a "
+            f"time, got {size:,}"
         )
 
 
-def at(pairs: int, line: tuple[Pass, Pass]) -> Pass:
+def at(pairs: int, few: Pass, many: Pass) -> Pass:
     """Returns the pass of so many pairs, on the line through those of FEW and MANY."""
-    few, many = line
     share = (pairs - FEW) / (MANY - FEW)
 
     def between(a: float, b: float) -> float:

@@ -11,7 +11,7 @@ from simplclip.commands.plan import parse_card
 from simplclip.commands.train import predict_micro_batch
 from simplclip.common import hardware
 from simplclip.plan import step as plans
-from simplclip.plan.cards import CARDS, GIB, Work, rates_of, step_ms
+from simplclip.plan.cards import CARDS, GIB, RATES, Work, step_ms
 from simplclip.plan.meter import fake_device
 from simplclip.plan.step import Step
 from simplclip.train import config, setup
@@ -241,9 +241,9 @@ def test_an_op_takes_the_longest_of_products_bytes_and_launch():
     copy = Work("bytes", 0, 2e9, half=False, runs=0, times=2)
     few = Work("attention", 10, 10, half=True, runs=1)
     expected = [
-        2e12 / CARD.half / 1e9 / rates_of(CARD, training=False)["product"],
-        2 * 2e9 / CARD.bandwidth / 1e6 / rates_of(CARD, training=False)["bytes"],
-        3 * rates_of(CARD, training=True)["launch"],
+        2e12 / CARD.half / 1e9 / RATES["rtx-3090", "infer"]["product"],
+        2 * 2e9 / CARD.bandwidth / 1e6 / RATES["rtx-3090", "infer"]["bytes"],
+        3 * RATES["rtx-3090", "train"]["launch"],
     ]
     for work, time in zip((product, copy, few), expected):
         assert step_ms([work], "rtx-3090") == pytest.approx(time)
