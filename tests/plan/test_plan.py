@@ -68,6 +68,34 @@ def test_memory_of_a_measured_step(tiny, case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("micro", [None, 32])
+def test_memory_of_forward_and_backward(tiny, micro):
+    """The trainer's own steps, with backward, on fake tensors of a CPU: to 2 %."""
+    values = config.load(tiny, ["model={name: 'open_clip:ViT-B-32'}", "data.batch_size=128"])
+    values = values.replaced(data={"micro_batch": micro})
+    cpu = torch.device("cpu")
+    predicted = Step(values, "bf16", cpu).row(128, micro, MEMORY)
+    with torch.device("meta"):
+        prepared = setup.prepare_model(*setup.shapes_of(values), [], values, cpu)
+    prepared.crop.undo()
+    prepared.crop = None
+    size = micro or 128
+    with fake_device([prepared.model], cpu) as meter, meter:
+        state = setup.make_state(values, cpu, "bf16", prepared=prepared)
+        batch = {
+            "image": torch.empty(size, 3, 224, 224, dtype=torch.uint8),
+            "text": torch.zeros(size, 1, 77).long(),
+            "group": torch.arange(size),
+        }
+        inputs = sum(tensor.nbytes for tensor in batch.values())
+        batches = [batch] * (128 // size)
+        steps.train_step(state, batches)  # makes the optimizer's state
+        meter.peak = 0
+        steps.train_step(state, batches)
+    assert predicted.peak == pytest.approx(meter.peak - inputs, rel=0.02)
+
+
+@pytest.mark.slow
 def test_two_passes_give_the_line_through_every_size(tiny):
     """Of captions, a teacher and all terms; the optimizer's moments count."""
     changes = [*WIKD, "loss.pm_weight=1", "data.captions_per_image=2", "data.mean_tokens=5"]
