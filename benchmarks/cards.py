@@ -30,13 +30,14 @@ import torch
 from timm.layers import set_fused_attn
 from torch import nn
 
-from simplclip.plan import cards, rates
-from simplclip.plan.cards import CARDS
-from simplclip.plan.meter import Work, fake_device
+from simplclip.plan import cards
+from simplclip.plan.cards import CARDS, RATES, Work, step_ms
+from simplclip.plan.meter import fake_device
+from simplclip.plan.step import CARD
 
 STEPS = Path(__file__).parent / "results" / "cards-measured.csv"
 FITTED = Path(cards.__file__).with_name("rates.csv")
-KINDS = list(rates.RATES["rtx-3090", "infer"])
+KINDS = list(RATES["rtx-3090", "infer"])
 # What a rate is before any measurement, and the most that it can be.
 EXPECTED = (0.85, 0.8, 0.25, 0.25, 0.1, 0.5, 0.8, 0.7, 0.65, 0.004)  # by KINDS
 MOST = 9 * [1.05] + [0.05]
@@ -81,20 +82,18 @@ def works(mode: str, layout: str, name: str, batch: int, size: int) -> list[Work
     set_fused_attn(not training)
     model = created(name, size).train(training)
     form = torch.channels_last if layout == "nhwc" else torch.contiguous_format
-    model = model.to(memory_format=form)
+    model = model.to(memory_format=form).requires_grad_(training)
     parameters = sum(weight.numel() for weight in model.parameters())
-    with fake_device([model], "cuda") as meter, torch.set_grad_enabled(training):
-        images = torch.empty(batch, 3, size, size, device="cuda").contiguous(memory_format=form)
-        meter.start()
-        with torch.autocast("cuda", torch.float16), meter:
-            model(images)
+    with fake_device([model], CARD) as meter, torch.autocast("cuda", torch.float16):
+        images = torch.empty(batch, 3, size, size, device=CARD).contiguous(memory_format=form)
+        counted = meter.count(lambda: model(images))
     update = Work("bytes", 0, 20 * parameters * training, half=False, runs=0)
-    return [*meter.works, update]
+    return [*counted.works, update]
 
 
 def least_ms(work: Work, card: str) -> float:
     """Returns a bound by the data sheet: a clock a tenth higher, bytes that stay in the cache."""
-    products, moved = rates.least_ms(work, CARDS[card])
+    products, moved = work.least_ms(CARDS[card])
     cached = 2 * (CARDS[card].l2 << 20) / CARDS[card].bandwidth / 1e6
     longest = max(products / 1.1, moved - cached, 2e-3)
     return longest * (3 if work.runs else 1)
@@ -109,7 +108,7 @@ def summary(steps: list[Measured]) -> dict[str, float]:
         except Exception as error:  # of any kind, from code of the model
             print(f"{step.model}: not counted: {type(error).__name__}: {error}", file=sys.stderr)
             continue
-        likely = rates.step_ms(found, step.card)
+        likely = step_ms(found, step.card)
         print(*step, round(likely, 2), sep=",")
         errors.append(abs(likely / step.ms - 1))
         below += step.ms < sum(least_ms(work, step.card) for work in found)
@@ -130,9 +129,8 @@ def fit(steps: list[Measured]) -> dict[str, float]:
     for number, step in enumerate(steps):
         for work in works(*step[1:6]):
             times = 3 if step.mode == "train" and work.runs else 1
-            kinds = KINDS.index(work.kind), KINDS.index(rates.traffic_of(work))
-            indices = number, *kinds, work.nchw and work.kind != "grouped nchw"
-            rows.append([*indices, *rates.least_ms(work, CARDS[step.card]), times])
+            kinds = KINDS.index(work.kind), KINDS.index(work.traffic)
+            rows.append([number, *kinds, work.nchw, *work.least_ms(CARDS[step.card]), times])
     table = torch.tensor(rows, dtype=torch.float64)
     row, rate, traffic = table[:, :3].long().unbind(1)
     is_nchw, products, moved, times = table[:, 3:].unbind(1)
@@ -156,14 +154,22 @@ def fit(steps: list[Measured]) -> dict[str, float]:
 
 
 def fit_all(steps: list[Measured]) -> None:
-    """Fits the rates of each card and mode of rates.csv, uses them and writes the file."""
-    for card, mode in rates.RATES:
+    """Fits the rates of each card and mode of rates.csv, uses them and writes the file.
+
+    Without measured training, a card loses in it what an RTX 3090 loses.
+    """
+    for card, mode in RATES:
         found = [step for step in steps if (step.card, step.mode) == (card, mode)]
-        rates.RATES[card, mode] = fit(found)
+        RATES[card, mode] = fit(found) if found else {}
+    fast, slow = RATES["rtx-3090", "infer"], RATES["rtx-3090", "train"]
+    for (card, _), rates in RATES.items():
+        if not rates:
+            for kind, rate in RATES[card, "infer"].items():
+                rates[kind] = round(rate * slow[kind] / fast[kind], 4)
     with open(FITTED, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["card", "mode", *KINDS])
-        writer.writerows([*key, *row.values()] for key, row in rates.RATES.items())
+        writer.writerows([*key, *row.values()] for key, row in RATES.items())
 
 
 def main(words: list[str] | None = None) -> None:

@@ -7,10 +7,8 @@ from __future__ import annotations
 from typing import Any
 
 from simplclip.commands.plan import chosen
-from simplclip.plan.cards import CARDS, GIB
-from simplclip.plan.rates import step_ms
-from simplclip.plan.search import largest
-from simplclip.plan.step import Row, planned
+from simplclip.plan.cards import CARDS, GIB, step_ms
+from simplclip.plan.step import Row, Step
 from simplclip.train import config
 
 SHOWN = ("rtx-3090", "rtx-4090", "rtx-5090")
@@ -54,14 +52,14 @@ def hours() -> None:
     for form, make in FORMS.items():
         values = make()
         cells = [form]
-        with planned(values, "bf16") as step:
-            for card in SHOWN:
-                memory = CARDS[card].memory * GIB
-                row = largest(step, memory)
-                if "configured" in form:
-                    row = chosen(step, values, memory)
-                each = PAIRS / rate(row, card) / 3600
-                cells += [f"{row.batch_size:,}", f"{rate(row, card):,.0f}", f"{each:.0f}"]
+        step = Step(values, "bf16")
+        for card in SHOWN:
+            memory = CARDS[card].memory * GIB
+            row = step.largest(memory)
+            if "configured" in form:
+                row = chosen(step, values, memory)
+            each = PAIRS / rate(row, card) / 3600
+            cells += [f"{row.batch_size:,}", f"{rate(row, card):,.0f}", f"{each:.0f}"]
         print("| " + " | ".join(cells) + " |")
 
 
@@ -73,10 +71,10 @@ def fine_tuning() -> None:
     print("|---" + 5 * "|--:" + "|")
     for form, changes in FINETUNED.items():
         values = plain("open_clip:ViT-B-32", CC12M_TOKENS).replaced(**changes)
-        with planned(values, "bf16") as step:
-            few, many = (step.row(pairs, None, memory) for pairs in (FEW, MANY))
-            most = largest(step, memory)
-            count = sum(p.numel() for p in step.model.parameters() if p.requires_grad)
+        step = Step(values, "bf16")
+        few, many = (step.row(pairs, None, memory) for pairs in (FEW, MANY))
+        most = step.largest(memory)
+        count = sum(p.numel() for p in step.model.parameters() if p.requires_grad)
         sizes = f"{few.peak / GIB:.2f} | {many.peak / GIB:.2f}"
         print(
             f"| {form} | {count / 1e6:.1f} M | {sizes} | {rate(many, card):,.0f} | "

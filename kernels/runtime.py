@@ -14,7 +14,7 @@ COMPILE = {"enable_fp_fusion": True}
 
 
 @functools.cache
-def _device(index: int) -> tuple[int, int, int]:
+def card_of(index: int) -> tuple[int, int, int]:
     """Returns (architecture, multiprocessors, bytes of L2 cache) of the GPU of this index. Cached.
 
     For example (90, 132, 52428800).
@@ -26,12 +26,12 @@ def _device(index: int) -> tuple[int, int, int]:
 
 def architecture_and_processors(tensor: Tensor) -> tuple[int, int]:
     """Returns the architecture of the tensor's GPU, e.g. 90, and its number of multiprocessors."""
-    return _device(tensor.device.index)[:2]
+    return card_of(tensor.device.index)[:2]
 
 
 def cache_bytes(tensor: Tensor) -> int:
     """Returns the size of the L2 cache of the tensor's GPU."""
-    return _device(tensor.device.index)[2]
+    return card_of(tensor.device.index)[2]
 
 
 def precision_of(dtype: torch.dtype) -> str:

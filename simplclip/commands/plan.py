@@ -16,7 +16,7 @@ import typer
 from simplclip.commands.app import app
 from simplclip.commands.options import Overrides
 from simplclip.common.errors import InputError, UserError
-from simplclip.plan.cards import CARDS, GIB
+from simplclip.plan.cards import CARDS, GIB, step_ms
 
 if TYPE_CHECKING:
     from simplclip.plan.step import Row, Step
@@ -76,11 +76,11 @@ def plan(
             "torch: expected a build with CUDA, which a plan needs (the card itself is not), got "
             f"{torch.__version__}"
         )
-    from simplclip.plan.step import planned
+    from simplclip.plan.step import Step
 
-    with planned(values, precision) as step:
-        rows = [values_of(*each, memory, name) for each in rows_of(step, values, memory)]
-        best = chosen(step, values, memory)
+    step = Step(values, precision)
+    rows = [values_of(*each, name) for each in rows_of(step, values, memory)]
+    best = chosen(step, values, memory)
     if as_json:
         about = {"model": values.model.name, "precision": precision, "card": name}
         print(json.dumps(about | {"memory": memory, "rows": rows}, indent=2))
@@ -99,44 +99,39 @@ def rows_of(step: Step, config: Config, memory: int) -> Iterator[tuple[str, Row 
 
     A row is None if no batch fits; the last one is missing if the model does not allow caching.
     """
-    from simplclip.plan.search import fitting, largest
-
     size, micro = config.data.batch_size, config.data.micro_batch
     if micro == "auto":
-        micro = fitting(step, size, memory).micro_batch
+        micro = step.fitting(size, memory).micro_batch
     yield "as configured", step.row(size, micro, memory)
-    whole = largest(step, memory)
+    whole = step.largest(memory)
     yield "largest in one graph", whole
     micro = micro or min(SMALL_MICRO_BATCH, size)
     if whole and micro >= whole.batch_size:  # which would leave no memory for a larger batch
         micro = max(1, whole.batch_size // 2)
     with contextlib.suppress(InputError):
-        yield "largest by gradient caching", largest(step, memory, micro)
+        yield "largest by gradient caching", step.largest(memory, micro)
 
 
 def chosen(step: Step, config: Config, memory: int) -> Row | None:
     """Returns the fastest step of the configured batch that fits; else the largest in one graph."""
-    from simplclip.plan.search import fitting, largest, usable
-
     size, micro = config.data.batch_size, config.data.micro_batch
     for configured in (None, micro) if isinstance(micro, int) else (None,):
         row = step.row(size, configured, memory)
-        if row.peak <= usable(memory):
+        if row.fits:
             return row
     try:
-        return fitting(step, size, memory)
+        return step.fitting(size, memory)
     except InputError:
-        return largest(step, memory)
+        return step.largest(memory)
 
 
-def values_of(what: str, row: Row | None, memory: int, card: str | None) -> dict[str, Any]:
+def values_of(what: str, row: Row | None, card: str | None) -> dict[str, Any]:
     """Returns a row of the plan as JSON. at_least: larger batches were not tried."""
-    from simplclip.plan.rates import step_ms
-    from simplclip.plan.search import MOST_PAIRS, usable
+    from simplclip.plan.step import MOST_PAIRS
 
     if row is None:
         return {"what": what, "batch_size": 0, "fits": False}
-    values: dict[str, Any] = {"what": what} | row._asdict() | {"fits": row.peak <= usable(memory)}
+    values: dict[str, Any] = {"what": what} | row._asdict()
     del values["works"]
     values["at_least"] = row.batch_size + (row.micro_batch or 1) > MOST_PAIRS
     if card:
@@ -147,7 +142,7 @@ def values_of(what: str, row: Row | None, memory: int, card: str | None) -> dict
 
 def table(rows: list[dict[str, Any]], memory: int, card: str | None) -> Iterator[str]:
     """Yields the lines of a plan's table."""
-    from simplclip.plan.search import usable
+    from simplclip.plan.step import usable
 
     yield f"{card or 'a GPU'}: {usable(memory) / GIB:.2f} of {memory / GIB:.2f} GiB are usable\n"
     head = f"{'step':<27}{'pairs':>9}{'at a time':>10}{'GiB':>8}  fits"
@@ -168,8 +163,6 @@ def table(rows: list[dict[str, Any]], memory: int, card: str | None) -> Iterator
 
 def answers(row: Row | None, config: Config, card: str) -> Iterator[tuple[str, str]]:
     """Yields (topic, text) for each line on the run of a `chosen` row."""
-    from simplclip.plan.rates import step_ms
-
     if row is None:
         yield "run", "no step fits; a smaller model, or frozen parts, may"
         return

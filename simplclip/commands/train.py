@@ -101,14 +101,13 @@ def predict_micro_batch(config: Config) -> Config:
     device = hardware.pick_device(config.run.device)
     if device.type == "cuda" and ranks == 1:
         return config
-    from simplclip.plan.search import fitting
-    from simplclip.plan.step import planned
+    from simplclip.plan.step import Step
 
     size = config.data.batch_size // ranks
     share = config.replaced(data={"batch_size": size, "micro_batch": None})
     precision, _ = hardware.pick_precision(config.run.precision, device)
-    with planned(share, precision, device.type) as step:
-        micro = fitting(step, size, hardware.total_memory(device)).micro_batch
+    step = Step(share, precision, device)
+    micro = step.fitting(size, hardware.total_memory(device)).micro_batch
     if os.environ.get("RANK", "0") == "0":
         typer.echo(f"memory     data.micro_batch = {micro or 'null'} fits, by simplclip plan")
     return config.replaced(data={"micro_batch": micro})

@@ -1,5 +1,1 @@
-"""Predicts the memory and the time of a training step on a card, without the card.
-
-meter.py counts live bytes and work of a pass on fake tensors, step.py runs the trainer's functions
-under it, search.py searches for the largest batches. cards.py has data sheets, rates.py the time.
-"""
+"""Predicts the memory and the time of a training step on a card, without the card."""

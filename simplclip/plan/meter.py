@@ -19,60 +19,62 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
+from simplclip.plan.cards import Work
+
 aten = torch.ops.aten
 WIDE_GROUP = 64  # channels
 ROUNDED_TO = 512  # bytes, by torch's allocator
 NO_KERNEL = ("empty", "new_empty", "_unsafe_view")
 
 
-class Work(NamedTuple):
-    """What an op of a forward pass does."""
+class Pass(NamedTuple):
+    """A forward pass. Sizes are bytes beside what lived before."""
 
-    kind: str  # of rates.KINDS
-    flops: float
-    bytes: float  # that it reads and writes, each tensor once
-    half: bool  # whether tensor cores multiply half types
-    runs: int  # 0: without backward; 1: backward follows; 2: in backward it runs once more
-    nchw: bool = False  # whether it is a convolution in this layout
-    times: int = 1
+    kept: float  # when it ends, for backward
+    peak: float  # while it or the beginning of its backward runs
+    works: list[Work]
 
 
 class Meter(TorchDispatchMode):
     """A mode that counts storages which ops return until they are freed, and the ops' work.
 
-    live, peak, largest (of a result), checkpointed (of what a checkpoint drops): bytes. Values of
-    tensors are read as 1.
+    Bytes: live, peak, and margin, the most that a result takes or that a checkpoint drops. Values
+    of tensors are read as 1.
     """
 
-    def __init__(self, device: str) -> None:
-        """Counts nothing yet; device: the type of the device, "cuda" or "cpu"."""
+    def __init__(self, device: torch.device) -> None:
+        """Counts nothing yet."""
         super().__init__()
         self.device = device
-        self.live = 0
-        self._seen: set[int] = set()
-        self._again = False
-        self.start()
-
-    def start(self) -> int:
-        """Begins a new pass, with autograd or without as it is now; returns the live bytes."""
-        self._autograd = torch.is_grad_enabled()
+        self.live = self.peak = self.margin = 0
         self.works: list[Work] = []
+        self._seen: set[int] = set()
         self._inputs: list[Any] = []  # of checkpoints, which keep them
-        self.checkpointed = self.largest = 0
-        self.peak = self.live
-        return self.live
+        self._again = False
+
+    def count(self, run: Callable[[], Any]) -> Pass:
+        """Counts a forward pass, and what the beginning of its backward adds."""
+        self.works, self._inputs, self.margin = [], [], 0
+        before = self.peak = self.live
+        with self:
+            results = run()
+        live = self.live
+        del results
+        # the gradient of the largest result, or a checkpointed part that runs again
+        peak = max(self.peak, live + self.margin)
+        return Pass(live - before, peak - before, self.works)
 
     def hold(self, tensors: Any) -> None:
         """Counts the storages of a nest of tensors from now until they are freed."""
         for tensor in tree_leaves(tensors):
-            if not isinstance(tensor, Tensor) or tensor.device.type != self.device:
+            if not isinstance(tensor, Tensor) or tensor.device != self.device:
                 continue
             storage = tensor.untyped_storage()
             if storage._cdata not in self._seen:
                 size = -(-storage.nbytes() // ROUNDED_TO) * ROUNDED_TO
                 self._seen.add(storage._cdata)
                 self.live += size
-                self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
+                self.peak, self.margin = max(self.peak, self.live), max(self.margin, size)
                 weakref.finalize(storage, self._free, storage._cdata, size)
 
     def _free(self, key: int, size: int) -> None:
@@ -85,7 +87,7 @@ class Meter(TorchDispatchMode):
         before, self._again = self.live, True
         out = function(*args, **options)
         self._again = False
-        self.checkpointed = max(self.checkpointed, self.live - before)
+        self.margin = max(self.margin, self.live - before)
         self._inputs.append(args)
         return out.detach().requires_grad_(out.requires_grad)
 
@@ -96,92 +98,84 @@ class Meter(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             return 1.0
         out = func(*args, **kwargs)
-        if func is aten.convolution.default and _channels_last(args[0]):
-            # without a device torch picks a library that would not keep this layout
+        convolves = func is aten.convolution.default
+        nhwc = convolves and args[0].dim() == 4 and args[0].stride(1) == 1
+        if nhwc:  # without a device torch picks a library that would not keep this layout
             out = out.contiguous(memory_format=torch.channels_last)
         self.hold(out)
         name = func.name().partition("::")[2]
-        if not func.is_view and func.namespace != "prim" and not name.startswith(NO_KERNEL):
-            inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-            moved = sum(t.nbytes for t in {id(t): t for t in (*inputs, *results)}.values())
-            half = any(t.itemsize == 2 for t in results)
-            backward = self._autograd and any(t.requires_grad for t in inputs)
-            runs = 1 + self._again if backward else 0
-            formula = flop_registry.get(func._overloadpacket)
-            flops = formula(*args, **kwargs, out_val=out) if formula else 0
-            if func.namespace == "simplclip":
-                kernels = _own_kernels(name, args, moved)
-            else:
-                kernels = [(_kind(func, name, args, runs, flops), flops, moved)]
-            nchw = func is aten.convolution.default and not _channels_last(args[0])
-            self.works += [Work(*kernel, half, runs, nchw) for kernel in kernels]
+        if func.is_view or func.namespace == "prim" or name.startswith(NO_KERNEL):
+            return out
+        tensors = {t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)}
+        moved = sum(tensor.nbytes for tensor in tensors)
+        half = any(tensor.itemsize == 2 for tensor in tensors)
+        runs = 1 + self._again if any(tensor.requires_grad for tensor in tensors) else 0
+        formula = flop_registry.get(func._overloadpacket)
+        flops = formula(*args, **kwargs, out_val=out) if formula else _own_flops(name, args)
+        kind = "norm" if "norm" in name or func.namespace == "simplclip" else "bytes"
+        if convolves:
+            kind = _kind_of_convolution(args[1].shape[1], args[8], runs, nhwc)
+        elif flops:
+            kind = "attention" if "attention" in name else "product"
+        slow = convolves and not nhwc and kind != "grouped nchw"
+        self.works.append(Work(kind, flops, moved, half, runs, slow))
+        if name == "simplified_block_fwd":  # a norm, and an activation of hidden features
+            hidden = args[0].nbytes // args[0].shape[-1] * len(args[4])
+            self.works.append(Work("norm", 0, moved + 2 * hidden, half, runs))
         return out
 
 
-def _channels_last(image: Tensor) -> bool:
-    """Whether an image [N, C, H, W] has its channels next to each other."""
-    return image.dim() == 4 and image.stride(1) == 1
+def _kind_of_convolution(channels: int, groups: int, runs: int, nhwc: bool) -> str:
+    """Returns the kind of a convolution; channels: of a group."""
+    # forward of wide groups is about as fast as that of one group
+    if groups == 1 or (not runs and channels >= WIDE_GROUP):
+        return "convolution"
+    if channels == 1:
+        return "depthwise"
+    return "grouped" if nhwc else "grouped nchw"
 
 
-def _kind(func: OpOverload, name: str, args: tuple, runs: int, flops: int) -> str:
-    """Returns the kind of an op."""
-    if func is aten.convolution.default:
-        channels = args[1].shape[1]
-        # forward of wide groups is about as fast as that of one group
-        if args[8] == 1 or not (runs or channels < WIDE_GROUP):
-            return "convolution"
-        if channels == 1:
-            return "depthwise"
-        return "grouped" if _channels_last(args[0]) else "grouped nchw"
-    if flops:
-        return "attention" if "attention" in name else "product"
-    return "norm" if "norm" in name else "bytes"
-
-
-def _own_kernels(name: str, args: tuple, moved: int) -> list[tuple[str, float, float]]:
-    """Returns (kind, flops, bytes) of the kernels of an op of this library; moved: its bytes."""
+def _own_flops(name: str, args: tuple) -> int:
+    """Returns the flops of the matrix products of an op of this library; 0 of any other op."""
+    if not name.startswith(("similarity", "simplified_block_fwd")):
+        return 0
     x = args[0]
-    matrices = [t for t in args if isinstance(t, Tensor) and t.dim() == 2]
-    if name.startswith("similarity"):  # images [N, D], texts [M, D], perhaps those of a teacher
-        flops = 2 * len(x) * len(args[1]) * sum(t.shape[1] for t in matrices[::2])
-        return [("product", flops, moved)]
-    if name != "simplified_block_fwd":
-        return [("norm", 0, moved)]
-    rows = x.numel() // x.shape[-1]  # of x [B, L, C]; the matrices are weights
-    hidden = rows * max(len(t) for t in matrices) * x.itemsize
-    flops = 2 * rows * sum(t.numel() for t in matrices) + 4 * x.numel() * x.shape[1]
-    # products and attention; the norm and the activation
-    return [("product", flops, moved + hidden), ("norm", 0, moved + 2 * hidden)]
+    rows = x.numel() // x.shape[-1]
+    matrices = [t for t in args[1:] if isinstance(t, Tensor) and t.dim() == 2]
+    if x.dim() == 2:  # images [N, D]; texts [M, D], perhaps those of a teacher after its images
+        return 2 * rows * sum(t.numel() for t in matrices[::2])
+    # x [B, L, C] with weights, and attention
+    return 2 * rows * sum(t.numel() for t in matrices) + 4 * x.numel() * x.shape[1]
 
 
 @contextlib.contextmanager
-def fake_device(modules: Iterable[nn.Module], device: str) -> Iterator[Meter]:
-    """Context of a pass on a device, "cuda" or "cpu"; yields the meter, which is not entered yet.
+def fake_device(modules: Iterable[nn.Module], device: torch.device) -> Iterator[Meter]:
+    """Context of a pass on a device; yields the meter, which is not entered yet.
 
     New tensors are fake, and functions of torch are replaced, until the end; the modules' tensors
-    become fake ones on the device and stay so.
+    become fake ones on the device, which the meter holds, and stay so.
     """
     meter = Meter(device)
     patches: list[tuple[Any, str, Any]] = [(FakeTensor, "tolist", lambda t: [0] * t.numel())]
     for module in list(sys.modules.values()):
         if vars(module).get("checkpoint") is checkpoint:
             patches.append((module, "checkpoint", meter.checkpoint))
-    if device == "cuda":
+    if device.type == "cuda":
         patches += [
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
             (F, "scaled_dot_product_attention", attention_of_card),
         ]
+    # of tensors on the meta device too
+    mode = FakeTensorMode(allow_fallback_kernels=False, allow_non_fake_inputs=True)
+    for part in {inner for outer in modules for inner in outer.modules()}:
+        part._apply(lambda t: FakeTensor(mode, t.to("meta"), device), recurse=False)
+        meter.hold([*part.parameters(recurse=False), *part.buffers(recurse=False)])
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # optimizers compile
-        # of tensors on the meta device too
-        mode = FakeTensorMode(allow_fallback_kernels=False, allow_non_fake_inputs=True)
         stack.enter_context(mode)
-        for part in {inner for outer in modules for inner in outer.modules()}:
-            part.to_empty(device=device, recurse=False)
         yield meter
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from benchmarks import cards
-from simplclip.plan import rates
-from simplclip.plan.cards import CARDS
+from simplclip.plan.cards import CARDS, RATES, Work, step_ms
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="torch is a build without CUDA")
 
@@ -25,12 +24,12 @@ def test_the_work_of_a_model(layout):
 
 def test_a_fit_finds_the_constants_of_made_steps(monkeypatch):
     true = dict(zip(cards.KINDS, (0.9, 0.7, 0.25, 0.25, 0.1, 0.5, 0.7, 0.8, 0.65, 0.004)))
-    monkeypatch.setitem(rates.RATES, ("rtx-3090", "infer"), true)
+    monkeypatch.setitem(RATES, ("rtx-3090", "infer"), true)
     sizes = [("resnet18", 64), ("resnet18", 8), ("vit_tiny_patch16_224", 64), ("resnet34", 32)]
     steps = []
     for model, batch in sizes:
         works = cards.works("infer", "nhwc", model, batch, 224)
-        ms = rates.step_ms(works, "rtx-3090")
+        ms = step_ms(works, "rtx-3090")
         steps.append(cards.Measured("rtx-3090", "infer", "nhwc", model, batch, 224, ms))
     found = cards.fit(steps)
     for kind in ("product", "convolution", "bytes"):
@@ -51,8 +50,8 @@ def test_a_file_of_measured_steps(tmp_path, capsys):
 
 
 def test_rates_are_plausible():
-    for row in rates.RATES.values():
+    for row in RATES.values():
         assert len(row) <= 10
         assert all(0 < share <= 1.05 for share in row.values())
-    ms = {card: rates.step_ms([rates.Work("bytes", 0, 1e9, True, 1)], card) for card in CARDS}
+    ms = {card: step_ms([Work("bytes", 0, 1e9, True, 1)], card) for card in CARDS}
     assert ms["h100"] < ms["rtx-4090"] < ms["rtx-3090"] < ms["rtx-3060"]

@@ -116,7 +116,7 @@ def test_memory_of_a_rank_is_a_twentieth_of_open_clip_s_local_loss(half):
     peaks = []
     for loss_of in (ClipLoss, CONTRASTIVE):
         fake = FakeTensorMode(allow_fallback_kernels=False)
-        with warnings.catch_warnings(), pretended(4), fake, Meter("cpu") as meter:
+        with warnings.catch_warnings(), pretended(4), fake, Meter(torch.device("cpu")) as meter:
             warnings.simplefilter("ignore")
             loss = loss_of(local_loss=True, gather_with_grad=True, rank=0, world_size=4)
             loss.scratch_bytes, loss.store_bytes = 16 << 20, 0

@@ -10,10 +10,10 @@ from torch.utils._pytree import tree_leaves
 from simplclip.commands.plan import parse_card
 from simplclip.commands.train import predict_micro_batch
 from simplclip.common import hardware
-from simplclip.plan import rates, search
-from simplclip.plan.cards import CARDS, GIB
-from simplclip.plan.meter import Work, fake_device
-from simplclip.plan.step import planned
+from simplclip.plan import step as plans
+from simplclip.plan.cards import CARDS, GIB, RATES, Work, step_ms
+from simplclip.plan.meter import fake_device
+from simplclip.plan.step import Step
 from simplclip.train import config, setup
 from simplclip.train import step as steps
 from simplclip.train.config import ConfigError
@@ -27,14 +27,12 @@ MEMORY = 24 * GIB
 WIKD = ["loss.feature_weight=1", "loss.relational_weight=1", "loss.interactive_weight=1"]
 
 
-def row(tiny, *changes, pairs=96, micro=None, device="cuda", precision="bf16"):
-    values = config.load(tiny, changes)
-    with planned(values, precision, device) as step:
-        return step.row(pairs, micro, MEMORY)
+def row(tiny, *changes, pairs=96, micro=None):
+    return Step(config.load(tiny, changes), "bf16").row(pairs, micro, MEMORY)
 
 
 def ms(row):
-    return rates.step_ms(row.works, "rtx-3090")
+    return step_ms(row.works, "rtx-3090")
 
 
 CASES = {
@@ -53,7 +51,7 @@ def test_memory_of_a_measured_step(tiny, case):
     """On a CPU, where other kernels run: to a tenth."""
     values = config.load(tiny, CASES[case])
     pairs, micro = values.data.batch_size, values.data.micro_batch
-    predicted = row(tiny, *CASES[case], pairs=pairs, micro=micro, device="cpu", precision="fp32")
+    predicted = Step(values, "fp32", torch.device("cpu")).row(pairs, micro, MEMORY)
     state = random_state(values)
     batches = random_batches(state)
     steps.keep_frozen(state)
@@ -70,12 +68,40 @@ def test_memory_of_a_measured_step(tiny, case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("micro", [None, 32])
+def test_memory_of_forward_and_backward(tiny, micro):
+    """The trainer's own steps, with backward, on fake tensors of a CPU: to 2 %."""
+    values = config.load(tiny, ["model={name: 'open_clip:ViT-B-32'}", "data.batch_size=128"])
+    values = values.replaced(data={"micro_batch": micro})
+    cpu = torch.device("cpu")
+    predicted = Step(values, "bf16", cpu).row(128, micro, MEMORY)
+    with torch.device("meta"):
+        prepared = setup.prepare_model(*setup.shapes_of(values), [], values, cpu)
+    prepared.crop.undo()
+    prepared.crop = None
+    size = micro or 128
+    with fake_device([prepared.model], cpu) as meter, meter:
+        state = setup.make_state(values, cpu, "bf16", prepared=prepared)
+        batch = {
+            "image": torch.empty(size, 3, 224, 224, dtype=torch.uint8),
+            "text": torch.zeros(size, 1, 77).long(),
+            "group": torch.arange(size),
+        }
+        inputs = sum(tensor.nbytes for tensor in batch.values())
+        batches = [batch] * (128 // size)
+        steps.train_step(state, batches)  # makes the optimizer's state
+        meter.peak = 0
+        steps.train_step(state, batches)
+    assert predicted.peak == pytest.approx(meter.peak - inputs, rel=0.02)
+
+
+@pytest.mark.slow
 def test_two_passes_give_the_line_through_every_size(tiny):
     """Of captions, a teacher and all terms; the optimizer's moments count."""
     changes = [*WIKD, "loss.pm_weight=1", "data.captions_per_image=2", "data.mean_tokens=5"]
     values = config.load(tiny, changes)
-    with planned(values, "bf16") as step:
-        rows = {pairs: step.row(pairs, None, MEMORY) for pairs in (128, 300, 512, 2048)}
+    step = Step(values, "bf16")
+    rows = {pairs: step.row(pairs, None, MEMORY) for pairs in (128, 300, 512, 2048)}
     slope = (rows[512].peak - rows[128].peak) / 384
     assert rows[2048].peak == pytest.approx(rows[512].peak + 1536 * slope, rel=0.02)
     assert rows[300].peak == pytest.approx(rows[128].peak + 172 * slope, rel=0.02)
@@ -121,8 +147,8 @@ def test_outputs_of_frozen_parts_are_kept(tiny):
         "data": {"train": "nowhere/*.tar", "batch_size": 40, "micro_batch": 4},
         "run": {"out": "runs/none", "steps": 10},
     }
-    with planned(config.from_dict(values), "bf16") as step:
-        kept, not_kept = (step.row(4096, 64, memory) for memory in (MEMORY, 0))
+    step = Step(config.from_dict(values), "bf16")
+    kept, not_kept = (step.row(4096, 64, memory) for memory in (MEMORY, 0))
     assert kept.peak > not_kept.peak
     assert ms(kept) < ms(not_kept)
 
@@ -151,22 +177,22 @@ def test_terms_that_come_later_count(tiny):
 
 @pytest.mark.slow
 def test_the_largest_batches(tiny):
-    with planned(config.load(tiny), "bf16") as step:
-        for micro in (None, 64):
-            found = search.largest(step, 2 * GIB, micro)
-            limit = search.usable(2 * GIB)
-            assert found.peak <= limit
-            more = found.batch_size + max(micro or 1, found.batch_size // 40)
-            more = more // (micro or 1) * (micro or 1)
-            assert found.batch_size >= 65000 or step.row(more, micro, 2 * GIB).peak > limit
-        assert search.largest(step, 1 * GIB, None).batch_size < found.batch_size
-        assert search.largest(step, 860 << 20) is None
-        half = step.row(4096, 2048, 0).peak
-        memory = int((half + 1000) / (1 - search.FRAGMENTATION)) + search.CONTEXT + search.LIBRARIES
-        assert search.fitting(step, 4096, memory).micro_batch == 2048
-        assert search.fitting(step, 96, memory).micro_batch is None
-        with pytest.raises(ConfigError, match="data.batch_size: expected one that fits 0.06 GiB"):
-            search.fitting(step, 4096, 860 << 20)
+    step = Step(config.load(tiny), "bf16")
+    for micro in (None, 64):
+        found = step.largest(2 * GIB, micro)
+        assert found.fits
+        assert found.peak <= plans.usable(2 * GIB)
+        more = found.batch_size + max(micro or 1, found.batch_size // 40)
+        more = more // (micro or 1) * (micro or 1)
+        assert found.batch_size >= 65000 or not step.row(more, micro, 2 * GIB).fits
+    assert step.largest(1 * GIB).batch_size < found.batch_size
+    assert step.largest(860 << 20) is None
+    half = step.row(4096, 2048, 0).peak
+    memory = int((half + 1000) / (1 - plans.FRAGMENTATION)) + plans.LIBRARIES
+    assert step.fitting(4096, memory).micro_batch == 2048
+    assert step.fitting(96, memory).micro_batch is None
+    with pytest.raises(ConfigError, match="data.batch_size: expected one that fits 0.06 GiB"):
+        step.fitting(4096, 860 << 20)
 
 
 def test_the_largest_micro_batch_of_this_machine(tiny, monkeypatch):
@@ -243,24 +269,24 @@ def test_an_op_takes_the_longest_of_products_bytes_and_launch():
     copy = Work("bytes", 0, 2e9, half=False, runs=0, times=2)
     few = Work("attention", 10, 10, half=True, runs=1)
     expected = [
-        2e12 / CARD.half / 1e9 / rates.rate_of("product", CARD, False),
-        2 * 2e9 / CARD.bandwidth / 1e6 / rates.rate_of("bytes", CARD, False),
-        3 * rates.rate_of("launch", CARD, True),
+        2e12 / CARD.half / 1e9 / RATES["rtx-3090", "infer"]["product"],
+        2 * 2e9 / CARD.bandwidth / 1e6 / RATES["rtx-3090", "infer"]["bytes"],
+        3 * RATES["rtx-3090", "train"]["launch"],
     ]
     for work, time in zip((product, copy, few), expected):
-        assert rates.step_ms([work], "rtx-3090") == pytest.approx(time)
+        assert step_ms([work], "rtx-3090") == pytest.approx(time)
     again = few._replace(runs=2)
-    assert rates.step_ms([again], "rtx-3090") > rates.step_ms([few], "rtx-3090")
+    assert step_ms([again], "rtx-3090") > step_ms([few], "rtx-3090")
 
 
 def test_the_meter_counts_what_lives():
-    with fake_device([], "cuda") as meter, meter, torch.no_grad():
-        meter.start()
-        x = torch.empty(100, 100, device="cuda")
-        y = torch.mm(x, x)
-        del x
-        view = y.t()
-    assert (meter.live, meter.peak, meter.largest) == (40448, 2 * 40448, 40448)
-    assert [(work.kind, work.flops) for work in meter.works] == [("product", 2 * 100**3)]
-    del y, view
-    assert meter.live == 0
+    device = torch.device("cuda:0")
+    with fake_device([], device) as meter:
+        with meter:
+            x = [torch.empty(100, 100, device=device)]
+        results = []
+        counted = meter.count(lambda: results.append(torch.mm(x[0], x.pop()).t()))
+        assert (counted.kept, counted.peak, meter.live) == (0, 40448, 40448)
+        assert [(work.kind, work.flops) for work in counted.works] == [("product", 2 * 100**3)]
+        results.clear()
+        assert meter.live == 0

@@ -237,16 +237,17 @@ def card(
             backends, "extension_on_cuda", return_value="the card executes PTX alone"
         ),
         mock.patch.object(backends, "capability", return_value=divmod(sm, 10)),
-        mock.patch.object(launching, "_device", return_value=properties),
+        mock.patch.object(launching, "card_of", return_value=properties),
         mock.patch.object(sweeps, "computes_in", side_effect=lambda dtype, device: dtype),
         mock.patch.object(op, "sweep_rows", _as_on_cuda(sweeps.sweep_rows)),
         mock.patch.object(torch, "mm", widening(torch.mm)),
         mock.patch.object(torch, "addmm", widening(torch.addmm)),
-        mock.patch.dict(registry._choices, clear=True),
         _settings(tf32),
         driven(Driver(machine)),
     )
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
+        registry.forget_calls()
+        stack.callback(registry.forget_calls)
         yield machine
