@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 DIVERGENCES = ("kl", "cross_entropy")
@@ -52,10 +54,16 @@ class SigmoidRow(IntEnum):
 
 @dataclass
 class SimilarityCall:
-    """Arguments of simplclip::similarity_loss_fwd and of the backends' functions for it.
+    """Arguments of simplclip::similarity_loss_fwd: a sweep of the matrices, and terms of it.
 
-    The results are statistics of rows [6, N] (RowStat) and columns [3, M] (ColumnStat), and stored
-    products [matrices, stored_rows, M] (see SimilarityGradient).
+    The terms are contrastive if `contrastive`, relational with a teacher, and pair matching with a
+    plane. The results are the loss [], which is their weighted sum; the terms [T], or [0] if there
+    is one, of weight 1; and for backward the statistics of rows [6, N] (RowStat) and columns [3, M]
+    (ColumnStat), what statistics.terms returns, the columns' of each rank's rows [W, 3, N] with a
+    group, and stored products [matrices, stored_rows, M].
+
+    A backend's similarity_loss_fwd returns rows, columns and stored products. One that has also
+    similarity_terms_fwd and similarity_terms_bwd returns all results by them, without a group.
     """
 
     image: Tensor  # [N, D]
@@ -64,14 +72,21 @@ class SimilarityCall:
     teacher_image: Tensor | None  # [N, D̂]; with a teacher, T's statistics and the mean are computed
     teacher_text: Tensor | None  # [M, D̂]
     teacher_scale: Tensor | None  # []
-    plane: Tensor | None  # [2]: p and q of pair matching, if it joins this sweep
+    plane_weight: Tensor | None  # [] p of pair matching, if it joins this sweep
+    plane_bias: Tensor | None  # [] q
     ids: Tensor | None  # [N] int64: ids[i] = text_ids[j], except a positive's, is no negative
     text_ids: Tensor | None  # [M] int64
+    share: Tensor | None  # [] `negative_share` with ids
     label_offset: int  # column of row 0's positive
-    columns: bool  # whether statistics of columns are needed
+    columns: bool  # whether both directions count, and statistics of columns are needed
     entropy: float  # 1: the means include the teacher's entropy; 0: they do not
     chunk: int  # rows of a matrix in scratch at a time, on a GPU blocks of as many elements
     stored_rows: int  # the first rows, whose products x yᵀ forward keeps for backward; 0 on a GPU
+    contrastive: bool
+    contrastive_weight: float
+    relational_weight: float
+    pair_matching_weight: float
+    group: str  # the name of a process group whose ranks exchange statistics of columns; "": none
 
     @property
     def has_teacher(self) -> bool:
@@ -83,18 +98,58 @@ class SimilarityCall:
         """The number of similarity matrices: 1, or 2 with a teacher."""
         return 2 if self.has_teacher else 1
 
+    @cached_property
+    def plane(self) -> Tensor | None:
+        """p and q of pair matching [2], if it is asked for."""
+        if self.plane_weight is None or self.plane_bias is None:
+            return None
+        return torch.stack([self.plane_weight, self.plane_bias])
+
+    @property
+    def weights(self) -> list[float]:
+        """The weights of the terms that the call has."""
+        weights = [self.contrastive_weight] if self.contrastive else []
+        if self.has_teacher:
+            weights.append(self.relational_weight)
+        if self.plane_weight is not None:
+            weights.append(self.pair_matching_weight)
+        return weights
+
+    @property
+    def negative_share(self) -> Tensor | float:
+        """0.5 over the number of all negatives, at least 1."""
+        if self.share is not None:
+            return self.share
+        return 0.5 / max(1, self.image.shape[0] * (self.text.shape[0] - 1))
+
 
 @dataclass
-class SimilarityGradient(SimilarityCall):
-    """Arguments of backward: those of forward, its results and the gradients of its results."""
+class TermsGradient(SimilarityCall):
+    """Arguments of simplclip::similarity_loss_bwd: forward's, its results and their gradients.
 
-    grad_rows: Tensor  # [6, N], of the RowStat's
-    grad_columns: Tensor  # [3, M]
+    The results are d_image, d_text (without rows where not needed), d_scale [] and d_plane [2].
+    """
+
+    grad_loss: Tensor | None  # []
+    grad_terms: Tensor | None  # [T]
     row_stats: Tensor  # [6, N] RowStat
     column_stats: Tensor  # [3, M] ColumnStat
+    excess: Tensor  # see statistics.terms
+    parts: Tensor  # [W, 3, N], or [0]
     stored: Tensor  # [matrices, stored_rows, M]
     need_image: bool
     need_text: bool
+
+
+@dataclass
+class SimilarityGradient(TermsGradient):
+    """Arguments of a backend's similarity_loss_bwd, beside them the gradients of the statistics.
+
+    The results are those of TermsGradient as far as they depend on the statistics.
+    """
+
+    grad_rows: Tensor  # [6, N], of the RowStat's
+    grad_columns: Tensor  # [3, M]
 
 
 @dataclass

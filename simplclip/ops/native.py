@@ -12,7 +12,12 @@ import torch
 from simplclip.calls.attention import AttentionCall, AttentionInto
 from simplclip.calls.fields import schema_of
 from simplclip.calls.mlp import HiddenCall, HiddenGradient
-from simplclip.calls.similarity import SigmoidCall, SimilarityCall, SimilarityGradient
+from simplclip.calls.similarity import (
+    SigmoidCall,
+    SimilarityCall,
+    SimilarityGradient,
+    TermsGradient,
+)
 from simplclip.ops.registry import library
 
 
@@ -37,6 +42,14 @@ parallel_mlp_bwd = native("parallel_mlp_bwd_cpu", HiddenGradient, "Tensor")
 similarity_loss_fwd = native("similarity_loss_fwd_cpu", SimilarityCall, "(Tensor, Tensor, Tensor)")
 similarity_loss_bwd = native(
     "similarity_loss_bwd_cpu", SimilarityGradient, "(Tensor, Tensor, Tensor, Tensor)"
+)
+similarity_terms_fwd = native(
+    "similarity_terms_fwd_cpu",
+    SimilarityCall,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+similarity_terms_bwd = native(
+    "similarity_terms_bwd_cpu", TermsGradient, "(Tensor, Tensor, Tensor, Tensor)"
 )
 similarity_sigmoid = native(
     "similarity_sigmoid_cpu", SigmoidCall, "(Tensor, Tensor, Tensor, Tensor)"

@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from operator import attrgetter
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ class Choice(NamedTuple):
     """The backends of a kind of call."""
 
     names: str  # "cpu"; of an op that is composed of others, theirs: "sdpa,cpu"
-    functions: tuple[Any, ...]  # what `run` takes before the call
+    modules: tuple[ModuleType, ...]  # theirs, which `run` takes before the call
 
 
 OPS: dict[str, Op] = {}  # by name
@@ -135,16 +136,15 @@ class Op:
         without_cuda = torch.version.cuda and backends.cuda_extension is None
         if without_cuda and first.is_cuda and "shaped_attention" in self.parts:
             warn_without_cuda(backends.cuda_extension_error)
-        functions = modules if len(modules) > 1 else [getattr(modules[0], self.name)]
-        return Choice(",".join(chosen), tuple(functions))
+        return Choice(",".join(chosen), tuple(modules))
 
     def dispatch(self, call: Any, choice: Choice) -> Any:
         """Runs a laid out call on these backends, without autocast and autograd."""
         device = getattr(call, self.first).device
         if not autocasts(device):
-            return self.run(*choice.functions, call)
+            return self.run(*choice.modules, call)
         with no_autocast(device):
-            return self.run(*choice.functions, call)
+            return self.run(*choice.modules, call)
 
     def laid_out(self, values: Sequence) -> Any:
         """Returns a call of the fields' values; tensors that kernels could not read are copied."""
@@ -277,8 +277,8 @@ def define(
     them. call_type: the dataclass of a call, from whose fields the schema is generated. returns:
     the result types in the schema, e.g. "(Tensor, Tensor)".
 
-    run(function, call): runs a backend's function, whose argument is a call too. If the public op
-    is composed of others, run(*modules, call) gets the module of each part's backend. empty(call,
+    run(module, call): runs the call by functions of the backend's module. If the public op is
+    composed of others, run(*modules, call) gets the module of each part's backend. empty(call,
     names): makes the op's results for fake tensors, uninitialised.
 
     facts(call): returns what the backends' why_not() needs besides device and dtype.

@@ -1,8 +1,7 @@
 // similarity_loss on a CPU: a sweep over row chunks. The strip kernels read each chunk's matrices once, and in backward replace
 // the student's by its gradient, whose products with the features are the gradients of the features.
-#include "sweep.h"
+#include "terms.h"
 
-#include <cmath>
 #include <limits>
 #include <tuple>
 
@@ -10,12 +9,6 @@ namespace simplclip {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-
-// Returns the statistics of a tensor [6, N] of rows or [3, M] of columns.
-Stats stats_of(const Tensor& t) { return {data<float>(t), t.size(1)}; }
-
-// Returns p and q of pair matching, or null.
-const float* plane_values(const SimilarityCall& call) { return call.plane ? data<float>(*call.plane) : nullptr; }
 
 // Merges statistics of the columns over each strip of a chunk, [strips, 3 or 1, M], into those of whole columns.
 void merge(const Tensor& parts, int64_t strips, const Stats& whole) {
@@ -36,10 +29,8 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(const SimilarityCall& cal
   // no strips if statistics of columns are not needed
   const Tensor parts = allocate(
       call.image, {call.columns ? strips_of(sweep.chunk) : 0, sweep.teacher ? 3 : 1, sweep.m}, ScalarType::Float);
-  Tensor row_stats = allocate(call.image, {int64_t(RowStat::kCount), sweep.n}, ScalarType::Float);
-  Tensor column_stats = allocate(call.image, {int64_t(ColumnStat::kCount), sweep.m}, ScalarType::Float);
-  std::fill_n(data<float>(row_stats), row_stats.numel(), 0.0f);
-  std::fill_n(data<float>(column_stats), column_stats.numel(), 0.0f);
+  const Tensor row_stats = zeros(call.image, int64_t(RowStat::kCount), sweep.n);
+  const Tensor column_stats = zeros(call.image, int64_t(ColumnStat::kCount), sweep.m);
   const Stats rows = stats_of(row_stats), columns = stats_of(column_stats);
   if (call.columns) std::fill_n(columns[RowStat::kLseStudent], sweep.m, -kInf);
   if (call.columns && sweep.teacher) std::fill_n(columns[RowStat::kLseTeacher], sweep.m, -kInf);
@@ -47,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(const SimilarityCall& cal
   sweep.for_chunks([&](int64_t first, int64_t count) {
     sweep.for_strips(first, count, false, [&](const Strip& strip, int64_t i, int64_t index) {
       float* const part = call.columns ? data<float>(parts) + index * parts.stride(0) : nullptr;
-      instruction_set().strip.forward(strip, {rows.from(first + i), {part, sweep.m}, plane_values(call)}, sweep.is_bf16);
+      instruction_set().strip.forward(strip, {rows.from(first + i), {part, sweep.m}, sweep.plane()}, sweep.is_bf16);
     });
     if (call.columns) merge(parts, strips_of(count), columns);
   });
@@ -87,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_loss_bwd(const SimilarityG
   whole.g_rows = stats_of(call.grad_rows);
   whole.columns = stats_of(call.column_stats);
   whole.g_columns = stats_of(call.grad_columns);
-  whole.plane = plane_values(call);
+  whole.plane = sweep.plane();
 
   Softmax kind = Softmax::kRows;
   std::optional<Sharing> student, teacher;
@@ -127,9 +118,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_loss_bwd(const SimilarityG
   return {gradients.image(), gradients.text(), d_scale, d_plane};
 }
 
+// Returns the results of SimilarityCall: the loss, the terms, rows, columns, excess, no parts, and the stored rows.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_terms_fwd(const SimilarityCall& call) {
+  const auto [rows, columns, stored] = similarity_loss_fwd(call);
+  const auto [loss, terms, excess] = Terms(call, rows, columns).values();
+  return {loss, terms, rows, columns, excess, allocate(call.scale, {0}), stored};
+}
+
+// Returns d_image, d_text (empty when not needed), d_scale [] and d_plane [2] from the gradients of the loss and the terms.
+std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_terms_bwd(const TermsGradient& call) {
+  const auto of_terms = Terms(call, call.row_stats, call.column_stats).gradients(call);
+  SimilarityGradient gradient{call, of_terms.rows, of_terms.columns};
+  const auto results = similarity_loss_bwd(gradient);
+  *data<float>(std::get<2>(results)) += float(of_terms.scale);
+  float* const d_plane = data<float>(std::get<3>(results));
+  d_plane[0] += float(of_terms.p);
+  d_plane[1] += float(of_terms.q);
+  return results;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {
   m.impl("similarity_loss_fwd_cpu", TORCH_BOX((&Unpacked<SimilarityCall, similarity_loss_fwd>::run)));
   m.impl("similarity_loss_bwd_cpu", TORCH_BOX((&Unpacked<SimilarityGradient, similarity_loss_bwd>::run)));
+  m.impl("similarity_terms_fwd_cpu", TORCH_BOX((&Unpacked<SimilarityCall, similarity_terms_fwd>::run)));
+  m.impl("similarity_terms_bwd_cpu", TORCH_BOX((&Unpacked<TermsGradient, similarity_terms_bwd>::run)));
 }
 
 }  // namespace

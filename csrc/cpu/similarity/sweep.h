@@ -59,6 +59,7 @@ struct Sweep {
         is_bf16(call.image.scalar_type() == ScalarType::BFloat16), student{call.image, call.text} {
     if (call.scale.defined()) scale = *data<float>(call.scale);
     const bool has_teacher = call.teacher_image.has_value();
+    if (call.plane_weight) plane_ = {*data<float>(*call.plane_weight), *data<float>(*call.plane_bias)};
     if (call.ids) number_ids();
     stored = kept ? *kept : allocate(call.image, {stored_rows ? 1 + has_teacher : 0, stored_rows, m});
     const int64_t missing = stored_rows < n ? chunk : 0;
@@ -70,6 +71,9 @@ struct Sweep {
     teacher->scratch = allocate(call.image, {missing, m});
     if (stored_rows) teacher->kept = view(stored, stored_rows, m, m, 1, stored_rows * m);
   }
+
+  // Returns p and q of pair matching, or null.
+  const float* plane() const { return call.plane_weight ? plane_.data() : nullptr; }
 
   // Calls f(first, count) for each chunk; no chunk crosses the end of the stored rows.
   template <class F>
@@ -108,6 +112,8 @@ struct Sweep {
   }
 
  private:
+  std::array<float, 2> plane_{};
+
   // Replaces 64-bit ids by 32-bit numbers, of which a vector holds more: equal ids have equal numbers.
   void number_ids() {
     std::unordered_map<int64_t, int32_t> numbers;

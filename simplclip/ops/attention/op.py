@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -23,9 +24,9 @@ def facts_of(shape: Sequence[int], lengths: Tensor | None) -> Facts:
     return Facts(length=shape[1], width=shape[3], lengths=lengths is not None)
 
 
-def run_forward(function: Callable, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns out, the log-sum-exps and A v, which is empty if the function returns none."""
-    results = function(call)
+def run_forward(backend: ModuleType, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns out, the log-sum-exps and A v, which is empty if the backend returns none."""
+    results = backend.shaped_attention_fwd(call)
     if len(results) == 2:
         results = (*results, results[0].new_empty(0))
     return results
@@ -51,10 +52,11 @@ def _fwd_empty(call: AttentionCall, names: str) -> tuple[Tensor, Tensor, Tensor]
     return call.q.new_empty(call.q.shape), lse, call.q.new_empty(av)
 
 
-def _bwd(function: Callable, call: AttentionGradient) -> tuple[Tensor, ...]:
-    """Returns the gradients of q, k, v and gains, by a function that takes an AttentionInto."""
+def _bwd(backend: ModuleType, call: AttentionGradient) -> tuple[Tensor, ...]:
+    """Returns the gradients of q, k, v and gains, by a backend."""
     dq, dk, dv = _empty_gradients(call)
-    return dq, dk, dv, function(AttentionInto(**vars(call), dq=dq, dk=dk, dv=dv))
+    into = AttentionInto(**vars(call), dq=dq, dk=dk, dv=dv)
+    return dq, dk, dv, backend.shaped_attention_bwd(into)
 
 
 def _bwd_empty(call: AttentionGradient, names: str) -> tuple[Tensor, ...]:

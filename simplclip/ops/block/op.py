@@ -91,9 +91,7 @@ def _fwd(attention: ModuleType, mlp: ModuleType, call: BlockCall) -> tuple[Tenso
     n, _ = norm_fwd(x, call)
     qk = F.linear(n, call.qk_weight)
     # a call that had a name would keep qk while the MLP runs
-    out, lse, av = run_forward(
-        attention.shaped_attention_fwd, _attention_call(call, shape, n, qk, gains_of(call))
-    )
+    out, lse, av = run_forward(attention, _attention_call(call, shape, n, qk, gains_of(call)))
     out = out.view(x.shape)
     if not call.keep:
         qk = x.new_empty(0)
@@ -102,7 +100,7 @@ def _fwd(attention: ModuleType, mlp: ModuleType, call: BlockCall) -> tuple[Tenso
         out = F.linear(out, call.output_weight)
     weight = call.fc2_weight * call.mlp_gain
     bias = call.fc2_bias * call.mlp_gain
-    h = write_mlp(mlp.parallel_mlp_fwd, n, call, weight, bias, out, accumulate=True)
+    h = write_mlp(mlp, n, call, weight, bias, out, accumulate=True)
     # autograd lets no view that an op returns be changed in place
     out = torch.ops.aten._unsafe_view(out, call.x.shape)
     return out, qk, h, lse, av

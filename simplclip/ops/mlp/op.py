@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ def keeps_hidden(*tensors: Tensor | None, recompute: bool = False) -> bool:
 
 
 def write_mlp(
-    function: Callable,
+    backend: ModuleType,
     x: Tensor,  # [T, C]
     call: MlpCall | BlockCall,
     fc2_weight: Tensor,
@@ -51,7 +52,9 @@ def write_mlp(
         h = x.new_empty(0, call.fc1_weight.shape[0])
         chunks = _hidden_rows(*fc1, out)
     for h_chunk, out_chunk in chunks:
-        function(HiddenCall(h_chunk, fc2_weight, fc2_bias, call.act, out_chunk, accumulate))
+        backend.parallel_mlp_fwd(
+            HiddenCall(h_chunk, fc2_weight, fc2_bias, call.act, out_chunk, accumulate)
+        )
     return h
 
 
@@ -67,10 +70,10 @@ def _hidden_rows(
         yield h_chunk, out[first : first + rows]
 
 
-def _fwd(function: Callable, call: MlpCall) -> tuple[Tensor, Tensor]:
-    """Returns out [T, C_out] by a backend's function, and h [T, F], or [0, F] unless call.keep."""
+def _fwd(backend: ModuleType, call: MlpCall) -> tuple[Tensor, Tensor]:
+    """Returns out [T, C_out] by a backend, and h [T, F], or [0, F] unless call.keep."""
     out = call.x.new_empty(call.x.shape[0], call.fc2_weight.shape[0])
-    h = write_mlp(function, call.x, call, call.fc2_weight, call.fc2_bias, out, accumulate=False)
+    h = write_mlp(backend, call.x, call, call.fc2_weight, call.fc2_bias, out, accumulate=False)
     return out, h
 
 
@@ -82,8 +85,8 @@ def _fwd_empty(call: MlpCall, names: str) -> tuple[Tensor, Tensor]:
     return out, h
 
 
-def _bwd(function: Callable, call: MlpGradient) -> tuple[Tensor, ...]:
-    """Returns the gradients of MlpGradient by a backend's function; those not needed are empty."""
+def _bwd(backend: ModuleType, call: MlpGradient) -> tuple[Tensor, ...]:
+    """Returns the gradients of MlpGradient by a backend; those not needed are empty."""
     need_x, need_fc1_weight, need_fc1_bias, need_fc2_weight, need_fc2_bias = call.need
     grad = call.grad
     h = call.h
@@ -91,7 +94,8 @@ def _bwd(function: Callable, call: MlpGradient) -> tuple[Tensor, ...]:
     if need_fc2_bias:
         d_fc2_bias = grad.sum(0)
     # overwrites h by its gradient
-    d_weight = function(HiddenGradient(grad, h, call.fc2_weight, call.act, need_fc2_weight))
+    hidden = HiddenGradient(grad, h, call.fc2_weight, call.act, need_fc2_weight)
+    d_weight = backend.parallel_mlp_bwd(hidden)
     if need_fc2_weight:
         d_fc2_weight = d_weight
     if need_fc1_bias:

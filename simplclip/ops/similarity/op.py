@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simplclip.calls.similarity import DIVERGENCES, SigmoidCall
+from simplclip.calls.similarity import DIVERGENCES, SigmoidCall, SimilarityCall
 from simplclip.common.terms import PLANE_TERMS, SWEPT, TEACHER_TERMS, TERMS
 from simplclip.ops import backends, checks, distributed, registry
 from simplclip.ops.modes import autocast, wants_grad
@@ -17,7 +17,6 @@ from simplclip.ops.similarity import inputs
 from simplclip.ops.similarity.sweeps import (
     FORWARD,
     SIGMOID,
-    TermsCall,
     stored_rows,
     sweep_rows,
 )
@@ -179,7 +178,7 @@ def similarity_loss(
         if wants_grad(image, text, scale, *of_sweep):
             kept_rows = stored_rows(image, m, matrices, store_bytes, chunk)
         mix = weights if weights is not None and len(softmaxes) > 1 else {}
-        of_terms_call: Callable = TermsCall
+        of_terms_call: Callable = SimilarityCall
         call = of_terms_call(
             image,
             text,

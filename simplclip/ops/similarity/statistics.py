@@ -8,6 +8,8 @@ rows, a row's divergence is
     R - E_T[Z] + entropy (E_T[T] - R̂) = (R - z) - entropy (R̂ - t) + m (mean + z - entropy t).
 
 All are linear or softplus in the student's statistics, so that the gradients are closed formulas.
+
+csrc/cpu/similarity/terms.h has the same formulas for the CPU's kernels, without a process group.
 """
 
 from __future__ import annotations
@@ -51,8 +53,8 @@ def terms(call: Any, stats: Tensor) -> tuple[list[Tensor], Tensor]:
     and the log-sum-exps minus the positives' logits for `gradients`, in a row for each matrix and
     direction.
 
-    call: a TermsCall. stats: RowStat [6, N] and, with both directions, below them ColumnStat [3, N]
-    of the positives' columns. A term is NaN where a positive's logit is infinite.
+    call: a SimilarityCall. stats: RowStat [6, N] and, with both directions, below them ColumnStat
+    [3, N] of the positives' columns. A term is NaN where a positive's logit is infinite.
     """
     results = []
     positive, excess = _excess(stats, *_STUDENT, call.scale)
@@ -79,15 +81,14 @@ def terms(call: Any, stats: Tensor) -> tuple[list[Tensor], Tensor]:
     return results, excess
 
 
-def gradients(
-    call: Any, rows: Tensor, excess: Tensor, factors: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def gradients(call: Any, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns the gradients of Σ factor · term: of stats, minus that of scale [], and -2 N times
     that of the plane [2], or None without; the last two as far as the terms depend on these beside
     stats.
 
-    rows: [6, N] RowStat. excess: what `terms` returns. factors: of the terms that it returns.
+    call: a TermsGradient. factors: of the terms that `terms` returns.
     """
+    rows, excess = call.row_stats, call.excess
     diagonal = rows[RowStat.DIAGONAL_STUDENT]
     slots = SLOTS + (len(ColumnStat) if call.columns else 0)
     d_stats = rows.new_zeros(slots, rows.shape[1])

@@ -5,7 +5,8 @@ the softmax terms with their gradients, and the sigmoid terms with theirs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,7 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.calls.fields import flat
-from simplclip.calls.similarity import SigmoidCall, SigmoidRow, SimilarityCall, SimilarityGradient
+from simplclip.calls.similarity import (
+    SigmoidCall,
+    SigmoidRow,
+    SimilarityCall,
+    SimilarityGradient,
+    TermsGradient,
+)
 from simplclip.ops import backends, distributed, registry
 from simplclip.ops.backends import computes_in
 from simplclip.ops.registry import define, register_gradient
@@ -98,147 +105,27 @@ def stored_rows(image: Tensor, m: int, matrices: int, store_bytes: int | None, c
     return rows // _STRIP * _STRIP
 
 
-@dataclass
-class TermsCall:
-    """Arguments of simplclip::similarity_loss_fwd: a sweep of the matrices, and terms of it.
-
-    The terms are contrastive if `contrastive`, relational with a teacher, and pair matching with a
-    plane. The results are the loss [], which is their weighted sum; the terms [T], or [0] if there
-    is one, of weight 1; and for backward the statistics of rows [6, N] and columns [3, M], what
-    statistics.terms returns, the columns' of each rank's rows [W, 3, N] with a group, and stored
-    products.
-    """
-
-    image: Tensor  # [N, D]
-    text: Tensor  # [M, D]
-    scale: Tensor  # []
-    teacher_image: Tensor | None  # [N, D̂]
-    teacher_text: Tensor | None  # [M, D̂]
-    teacher_scale: Tensor | None  # []
-    plane_weight: Tensor | None  # []
-    plane_bias: Tensor | None  # []
-    ids: Tensor | None  # [N] int64
-    text_ids: Tensor | None  # [M] int64
-    share: Tensor | None  # [] `negative_share` with ids
-    label_offset: int
-    columns: bool  # whether both directions count
-    entropy: float
-    chunk: int
-    stored_rows: int
-    contrastive: bool
-    contrastive_weight: float
-    relational_weight: float
-    pair_matching_weight: float
-    group: str  # the name of a process group whose ranks exchange statistics of columns; "": none
-
-    @property
-    def has_teacher(self) -> bool:
-        """Whether the relational term is asked for."""
-        return self.teacher_image is not None
-
-    @property
-    def plane(self) -> tuple[Tensor, Tensor] | None:
-        """p and q of pair matching, if it is asked for."""
-        if self.plane_weight is None or self.plane_bias is None:
-            return None
-        return self.plane_weight, self.plane_bias
-
-    @property
-    def weights(self) -> list[float]:
-        """The weights of the terms that the call has."""
-        weights = [self.contrastive_weight] if self.contrastive else []
-        if self.has_teacher:
-            weights.append(self.relational_weight)
-        if self.plane_weight is not None:
-            weights.append(self.pair_matching_weight)
-        return weights
-
-    @property
-    def negative_share(self) -> Tensor | float:
-        """0.5 over the number of all negatives, at least 1."""
-        if self.share is not None:
-            return self.share
-        return 0.5 / max(1, self.image.shape[0] * (self.text.shape[0] - 1))
-
-    def of_kernels(self) -> tuple[Any, ...]:
-        """Returns the fields of a SimilarityCall, features in the dtype of products."""
-        image, text = self.image, self.text
-        teacher_image, teacher_text = self.teacher_image, self.teacher_text
-        dtype = computes_in(image.dtype, image.device.type)
-        if image.dtype != dtype:
-            image, text = image.to(dtype), text.to(dtype)
-        if teacher_image is not None and teacher_text is not None:
-            teacher_image, teacher_text = teacher_image.to(dtype), teacher_text.to(dtype)
-        return (
-            image,
-            text,
-            self.scale,
-            teacher_image,
-            teacher_text,
-            self.teacher_scale,
-            None if self.plane is None else torch.stack(self.plane),
-            self.ids,
-            self.text_ids,
-            self.label_offset,
-            self.columns,
-            self.entropy,
-            self.chunk,
-            self.stored_rows,
-        )
-
-    def statistics(self, rows: Tensor, columns: Tensor, parts: Tensor) -> Tensor:
-        """Returns the statistics of rows, and below them of the positives' columns if they count.
-
-        parts: the columns' of each rank, [0] without a group.
-        """
-        if not self.columns:
-            return rows
-        n = rows.shape[1]
-        if self.group:
-            columns = statistics.merge_columns(parts)
-        elif columns.shape[1] != n:
-            columns = columns[:, self.label_offset : self.label_offset + n]
-        return torch.cat([rows, columns])
-
-    def column_gradient(self, d_stats: Tensor, columns: Tensor, parts: Tensor) -> Tensor:
-        """Returns the gradient of `columns` from that of the result of `statistics`."""
-        if not self.columns:
-            return torch.zeros_like(columns)
-        gradient = d_stats[statistics.SLOTS :]
-        if self.group:
-            return distributed.exchange_parts(statistics.of_parts(gradient, parts), self.group)
-        after = columns.shape[1] - self.label_offset - gradient.shape[1]
-        if self.label_offset or after:
-            gradient = F.pad(gradient, (self.label_offset, after))
-        return gradient
+def _in_products(call: Any) -> Any:
+    """Returns the call with features in the dtype of products."""
+    dtype = computes_in(call.image.dtype, call.image.device.type)
+    if call.image.dtype == dtype:
+        return call
+    names = "image", "text", "teacher_image", "teacher_text"
+    features = {name: getattr(call, name, None) for name in names}
+    cast = {name: t.to(dtype) for name, t in features.items() if t is not None}
+    return replace(call, **cast)
 
 
-@dataclass
-class TermsGradient(TermsCall):
-    """Arguments of simplclip::similarity_loss_bwd: forward's, its results and their gradients.
-
-    The results are d_image, d_text (without rows where not needed), d_scale [] and d_plane [2].
-    """
-
-    grad_loss: Tensor | None  # []
-    grad_terms: Tensor | None  # [T]
-    row_stats: Tensor  # [6, N] RowStat
-    column_stats: Tensor  # [3, M] ColumnStat
-    excess: Tensor  # see statistics.terms
-    parts: Tensor  # [W, 3, N], or [0]
-    stored: Tensor  # [matrices, stored_rows, M]
-    need_image: bool
-    need_text: bool
-
-
-def _fwd(function: Callable, call: TermsCall) -> tuple[Tensor, ...]:
-    """Returns the results of TermsCall, of statistics by a backend's function."""
-    rows, columns, stored = function(SimilarityCall(*call.of_kernels()))
+def _fwd(backend: ModuleType, call: SimilarityCall) -> tuple[Tensor, ...]:
+    """Returns the results of SimilarityCall, of a backend's terms or of its statistics."""
+    products = _in_products(call)
+    if hasattr(backend, "similarity_terms_fwd") and not call.group:
+        return backend.similarity_terms_fwd(products)
+    rows, columns, stored = backend.similarity_loss_fwd(products)
+    parts = rows.new_empty(0)
     if call.group:
         parts = distributed.exchange_columns(columns, call.group)
-    else:
-        parts = rows.new_empty(0)
-    terms, excess = statistics.terms(call, call.statistics(rows, columns, parts))
+    terms, excess = statistics.terms(call, _statistics(call, rows, columns, parts))
     kept = rows, columns, excess, parts, stored
     if len(terms) == 1:
         return terms[0], rows.new_empty(0), *kept
@@ -249,41 +136,72 @@ def _fwd(function: Callable, call: TermsCall) -> tuple[Tensor, ...]:
     return loss, torch.stack(terms), *kept
 
 
-def _fwd_empty(call: TermsCall, spec: str) -> tuple[Tensor, ...]:
-    """Returns uninitialised results of TermsCall."""
-    rows, columns, stored = empty_statistics(SimilarityCall(*call.of_kernels()))
+def _statistics(call: SimilarityCall, rows: Tensor, columns: Tensor, parts: Tensor) -> Tensor:
+    """Returns the statistics of rows, and below them of the positives' columns if they count.
+
+    parts: the columns' of each rank, [0] without a group.
+    """
+    if not call.columns:
+        return rows
+    n = rows.shape[1]
+    if call.group:
+        columns = statistics.merge_columns(parts)
+    elif columns.shape[1] != n:
+        columns = columns[:, call.label_offset : call.label_offset + n]
+    return torch.cat([rows, columns])
+
+
+def _column_gradient(call: TermsGradient, d_stats: Tensor) -> Tensor:
+    """Returns the gradient of the columns' statistics from that of the result of `_statistics`."""
+    if not call.columns:
+        return torch.zeros_like(call.column_stats)
+    gradient = d_stats[statistics.SLOTS :]
+    if call.group:
+        return distributed.exchange_parts(statistics.of_parts(gradient, call.parts), call.group)
+    after = call.text.shape[0] - call.label_offset - gradient.shape[1]
+    if call.label_offset or after:
+        gradient = F.pad(gradient, (call.label_offset, after))
+    return gradient
+
+
+def _fwd_empty(call: SimilarityCall, names: str) -> tuple[Tensor, ...]:
+    """Returns uninitialised results of SimilarityCall."""
+    rows, columns, stored = empty_statistics(call)
     n = rows.shape[1]
     parts = [0]
     if call.group:
         parts = [call.text.shape[0] // n, columns.shape[0], n]
     count = len(call.weights)
     terms = rows.new_empty(count if count > 1 else 0)
-    excess = rows.new_empty((2 if call.columns else 1) * (2 if call.has_teacher else 1), n)
+    excess = rows.new_empty((2 if call.columns else 1) * call.matrices, n)
     return rows.new_empty(()), terms, rows, columns, excess, rows.new_empty(parts), stored
 
 
-def _bwd(function: Callable, call: TermsGradient) -> tuple[Tensor, ...]:
-    """Returns the gradients of TermsGradient, by a backend's function from those of statistics."""
-    rows, columns = call.row_stats, call.column_stats
-    d_stats, minus_d_scale, d_plane = statistics.gradients(call, rows, call.excess, _factors(call))
-    of_gradient: Callable = SimilarityGradient
-    gradient = of_gradient(
-        *call.of_kernels(),
-        d_stats[: statistics.SLOTS],
-        call.column_gradient(d_stats, columns, call.parts),
-        rows,
-        columns,
-        call.stored,
-        call.need_image,
-        call.need_text,
-    )
-    d_image, d_text, scale_by_matrix, plane_by_matrix = function(gradient)
+def _bwd(backend: ModuleType, call: TermsGradient) -> tuple[Tensor, ...]:
+    """Returns the gradients of TermsGradient, by a backend's from those of terms or statistics."""
+    products = _in_products(call)
+    if hasattr(backend, "similarity_terms_bwd") and not call.group:
+        d_image, d_text, d_scale, d_plane = backend.similarity_terms_bwd(products)
+    else:
+        d_image, d_text, d_scale, d_plane = _bwd_of_statistics(backend, products)
     dtype = call.image.dtype
     if d_image.dtype != dtype:
         d_image, d_text = d_image.to(dtype), d_text.to(dtype)
-    if d_plane is not None:
-        plane_by_matrix = torch.add(plane_by_matrix, d_plane, alpha=-0.5 / rows.shape[1])
-    return d_image, d_text, scale_by_matrix - minus_d_scale, plane_by_matrix
+    return d_image, d_text, d_scale, d_plane
+
+
+def _bwd_of_statistics(backend: ModuleType, call: TermsGradient) -> tuple[Tensor, ...]:
+    """Returns what `_bwd` does, by a backend's function from the gradients of the statistics."""
+    rows = call.row_stats
+    d_stats, minus_d_scale, terms_plane = statistics.gradients(call, _factors(call))
+    of_gradient: Callable = SimilarityGradient
+    gradient = of_gradient(
+        *flat(call), d_stats[: statistics.SLOTS], _column_gradient(call, d_stats)
+    )
+    d_image, d_text, d_scale, d_plane = backend.similarity_loss_bwd(gradient)
+    if terms_plane is not None:
+        d_plane = torch.add(d_plane, terms_plane, alpha=-0.5 / rows.shape[1])
+    return d_image, d_text, d_scale - minus_d_scale, d_plane
 
 
 def _factors(call: TermsGradient) -> list[Tensor]:
@@ -298,19 +216,16 @@ def _factors(call: TermsGradient) -> list[Tensor]:
     return factors
 
 
-def _sigmoid(function: Callable, call: SigmoidCall) -> tuple[Tensor, ...]:
+def _sigmoid(backend: ModuleType, call: SigmoidCall) -> tuple[Tensor, ...]:
     """Returns Σ MIX term [], the terms [K], d_image, d_text and d_sigmoids [2, K], by a backend."""
-    dtype = computes_in(call.image.dtype, call.image.device.type)
-    if call.image.dtype != dtype:
-        call = replace(call, image=call.image.to(dtype), text=call.text.to(dtype))
-    values, *gradients = function(call)
+    values, *gradients = backend.similarity_sigmoid(_in_products(call))
     return (values * call.sigmoids[SigmoidRow.MIX]).sum(), values, *gradients
 
 
 FORWARD = define(
     "similarity_loss_fwd",
     "similarity_loss",
-    TermsCall,
+    SimilarityCall,
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd,
     _fwd_empty,
@@ -335,7 +250,7 @@ SIGMOID = define(
 
 
 def _gradient(
-    call: TermsCall,
+    call: SimilarityCall,
     kept: Sequence[Tensor],
     grads: Sequence[Tensor | None],
     needed: Mapping[str, bool],
