@@ -21,10 +21,15 @@ class Card(NamedTuple):
 
 
 @functools.cache
-def card(index: int) -> Card:
+def _card(index: int) -> Card:
     """Returns the GPU of this index. Cached."""
     found = torch.cuda.get_device_properties(index)
     return Card(10 * found.major + found.minor, found.multi_processor_count, found.L2_cache_size)
+
+
+def card(tensor: Tensor) -> Card:
+    """Returns the tensor's GPU."""
+    return _card(tensor.device.index)
 
 
 def precision_of(dtype: torch.dtype) -> str:

@@ -14,9 +14,9 @@ import triton
 from torch import Tensor
 
 from simplclip.calls.mlp import HiddenCall, HiddenGradient
-from simplclip.kernels import runtime, tuning
+from simplclip.kernels import tuning
 from simplclip.kernels.mlp.hidden import _parallel_mlp_activate_kernel, _parallel_mlp_hidden_kernel
-from simplclip.kernels.runtime import launch, precision_of, product
+from simplclip.kernels.runtime import card, launch, precision_of, product
 
 BLOCK = 2048  # elements that a program activates
 SCRATCH_BYTES = 16 << 20  # of the rows of act(h) that exist at a time
@@ -81,8 +81,7 @@ def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], [0, F] if not n
 def _overwrite_hidden(grad: Tensor, weight: Tensor, h: Tensor, act: str) -> None:
     """Overwrites h [T, F] by (grad weight) ∘ act'(h); grad [T, C], weight [C, F]."""
     precision = precision_of(h.dtype)
-    architecture = runtime.card(h.device.index).architecture
-    tile = tuning.lookup(precision, architecture, "parallel_mlp")
+    tile = tuning.lookup(precision, card(h).architecture, "parallel_mlp")
     tokens, width = grad.shape
     hidden = h.shape[1]
     launch(

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from simplclip.calls.similarity import SigmoidCall, SimilarityGradient
-from simplclip.kernels import runtime
-from simplclip.kernels.runtime import launch, product
+from simplclip.kernels.runtime import card, launch, product
 from simplclip.kernels.similarity.gradient import _similarity_range_kernel
 from simplclip.kernels.similarity.plan import block_sides, blocks_of
 from simplclip.kernels.tuning import Tile
@@ -69,7 +68,7 @@ def gradients_in_blocks(
     factor, unscale = range_
     n, width = call.image.shape
     m = call.text.shape[0]
-    processors = runtime.card(call.image.device.index).processors
+    processors = card(call.image).processors
     rows, columns = block_sides(n, m, call.chunk * m, width, processors)
     # rows begin at multiples of 16 bytes, which the fast kernels of the BLAS need
     pitch = -(-columns // 16) * 16

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from simplclip.calls.similarity import SigmoidCall, SimilarityCall
-from simplclip.kernels import runtime, tuning
-from simplclip.kernels.runtime import precision_of, splits
+from simplclip.kernels import tuning
+from simplclip.kernels.runtime import card, precision_of, splits
 
 # sides of a block of G are multiples of 128, and so of a tile's sides, unless they end with the
 # matrix
@@ -25,7 +25,7 @@ PARTS = {"teacher": "teacher_image", "plane": "plane", "ids": "ids"}
 
 def tile_of(call: SimilarityCall | SigmoidCall, kernel: str) -> tuning.Tile:
     """Returns the tile of a kernel for this call: "statistics", "gradient" or "sigmoid"."""
-    architecture = runtime.card(call.image.device.index).architecture
+    architecture = card(call.image).architecture
     parts = [part for part, field in PARTS.items() if getattr(call, field, None) is not None]
     return tuning.lookup(precision_of(call.image.dtype), architecture, kernel, *parts)
 
@@ -67,17 +67,17 @@ def sweeps(call: SimilarityCall, tile: tuning.Tile) -> Iterator[Sweep]:
     of one block of rows. Each program reads its rows once for each tile of columns, so that columns
     have so many ranges that the rows of all programs at a time fit half of the L2 cache.
     """
-    card = runtime.card(call.image.device.index)
+    gpu = card(call.image)
     n = call.image.shape[0]
     m = call.text.shape[0]
     blocks = -(-n // tile.block_m)
     if call.columns:
         blocks = min(blocks, max(1, call.chunk * call.image.itemsize // (4 * column_slots(call))))
     tiles = -(-m // tile.block_n)
-    slots = card.processors * tile.blocks
+    slots = gpu.processors * tile.blocks
     features = (call.image, call.teacher_image)
     row_bytes = sum(each.shape[1] * each.itemsize for each in features if each is not None)
-    half = card.cache // 2
+    half = gpu.cache // 2
     # a driver may report no cache
     least = -(-slots * tile.block_m * row_bytes // half) if half else 1
     for first in range(0, n, blocks * tile.block_m):

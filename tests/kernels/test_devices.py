@@ -32,7 +32,7 @@ def test_launchers_ask_the_tensors_device_for_its_properties():
     name = next(iter(QUICK_IN_BF16))
     with kernels_alone(name), ptx.card(86), recorded():
         case_of(name, "bf16").run()
-        assert {of_call.args for of_call in runtime.card.call_args_list} == {(None,)}
+        assert {of_call.args for of_call in runtime._card.call_args_list} == {(None,)}
 
 
 def test_the_host_code_of_cuda_begins_with_a_guard():

@@ -237,7 +237,7 @@ def card(
             backends, "extension_on_cuda", return_value="the card executes PTX alone"
         ),
         mock.patch.object(backends, "capability", return_value=divmod(sm, 10)),
-        mock.patch.object(launching, "card", return_value=properties),
+        mock.patch.object(launching, "_card", return_value=properties),
         mock.patch.object(sweeps, "computes_in", side_effect=lambda dtype, device: dtype),
         mock.patch.object(op, "sweep_rows", _as_on_cuda(sweeps.sweep_rows)),
         mock.patch.object(torch, "mm", widening(torch.mm)),

@@ -122,10 +122,10 @@ def on_card(card: Card) -> Iterator[Recorder]:
         mock.patch.object(JITFunction, "run", launch),
         recorder,
     ):
-        runtime.card.cache_clear()
+        runtime._card.cache_clear()
         registry.forget_calls()
         yield recorder
-    runtime.card.cache_clear()
+    runtime._card.cache_clear()
     registry.forget_calls()
 
 
