@@ -1,10 +1,9 @@
-"""What all launchers share: the device, the precision, products, and the start of kernels."""
+"""What all launchers share: the card, the precision, products, and the start of kernels."""
 
 from __future__ import annotations
 
 import functools
-import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,25 +12,24 @@ from torch import Tensor
 COMPILE = {"enable_fp_fusion": True}
 
 
+class Card(NamedTuple):
+    """A GPU."""
+
+    architecture: int  # e.g. 90
+    processors: int  # multiprocessors
+    cache: int  # bytes of the L2 cache
+
+
 @functools.cache
-def card_of(index: int) -> tuple[int, int, int]:
-    """Returns (architecture, multiprocessors, bytes of L2 cache) of the GPU of this index. Cached.
-
-    For example (90, 132, 52428800).
-    """
-    properties = torch.cuda.get_device_properties(index)
-    architecture = 10 * properties.major + properties.minor
-    return architecture, properties.multi_processor_count, properties.L2_cache_size
+def card_of(index: int) -> Card:
+    """Returns the GPU of this index. Cached."""
+    found = torch.cuda.get_device_properties(index)
+    return Card(10 * found.major + found.minor, found.multi_processor_count, found.L2_cache_size)
 
 
-def architecture_and_processors(tensor: Tensor) -> tuple[int, int]:
-    """Returns the architecture of the tensor's GPU, e.g. 90, and its number of multiprocessors."""
-    return card_of(tensor.device.index)[:2]
-
-
-def cache_bytes(tensor: Tensor) -> int:
-    """Returns the size of the L2 cache of the tensor's GPU."""
-    return card_of(tensor.device.index)[2]
+def card(tensor: Tensor) -> Card:
+    """Returns the tensor's GPU."""
+    return card_of(tensor.device.index)
 
 
 def precision_of(dtype: torch.dtype) -> str:
@@ -39,19 +37,6 @@ def precision_of(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "half"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-@functools.cache
-def _warn(name: str, spills: int, architecture: int) -> None:
-    """Warns, once for each set of arguments, that kernel `name` spills so many registers."""
-    from triton import __version__ as version
-
-    warnings.warn(
-        f"{name}: expected no spilled registers on sm_{architecture}, got {spills} from Triton "
-        f"{version}; it runs slower than without spills",
-        RuntimeWarning,
-        stacklevel=3,
-    )
 
 
 def product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
@@ -66,15 +51,15 @@ def product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
         torch.mm(left, right, out=out, **wide)
 
 
-def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+def launch(kernel: Any, programs: int, *args: Any, of: Any = None, **options: Any) -> None:
     """Starts a Triton kernel with a grid of `programs`, its arguments and options (num_warps etc.).
 
-    Warns, once per kernel, if the compiler spilled registers: with the versions of Triton of the
-    gates (make aot) no kernel spills, with others it may.
+    of: the op's call, whose fields are the arguments of their names, unless `options` has others;
+    an argument that both lack is None.
     """
-    compiled = kernel[(programs,)](*args, **{**options, **COMPILE})
-    if getattr(compiled, "n_spills", 0):
-        _warn(compiled.name, compiled.n_spills, compiled.metadata.target.arch)
+    if of is not None:
+        options = {name: getattr(of, name, None) for name in kernel.arg_names} | options
+    kernel[(programs,)](*args, **options, **COMPILE)
 
 
 @functools.cache

@@ -7,7 +7,19 @@ none may spill.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The constants with which a kernel computes a tile of a product."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    EVEN: bool  # the widths are multiples of BLOCK_K
+    PRECISION: str  # tl.dot's input_precision
 
 
 class Tile(NamedTuple):
@@ -28,13 +40,13 @@ class Tile(NamedTuple):
         """Returns a launch's options num_warps, num_stages and maxnreg by name."""
         return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
+    def tiling(self, precision: str, *widths: int) -> Tiling:
+        """Returns the constants for a precision and products over so many columns."""
+        even = all(width % self.block_k == 0 for width in widths)
+        return Tiling(*self[:3], even, "tf32" if precision == "tf32" else "ieee")
+
 
 PRECISIONS = ("half", "tf32", "ieee")
-
-
-def dot_precision(precision: str) -> str:
-    """Returns tl.dot's input_precision, "tf32" or "ieee", for "half", "tf32" or "ieee"."""
-    return "tf32" if precision == "tf32" else "ieee"
 
 
 # By words: the architecture, the precision, the kernel (statistics, gradient, sigmoid or

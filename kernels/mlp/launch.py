@@ -16,12 +16,7 @@ from torch import Tensor
 from simplclip.calls.mlp import HiddenCall, HiddenGradient
 from simplclip.kernels import tuning
 from simplclip.kernels.mlp.hidden import _parallel_mlp_activate_kernel, _parallel_mlp_hidden_kernel
-from simplclip.kernels.runtime import (
-    architecture_and_processors,
-    launch,
-    precision_of,
-    product,
-)
+from simplclip.kernels.runtime import card, launch, precision_of, product
 
 BLOCK = 2048  # elements that a program activates
 SCRATCH_BYTES = 16 << 20  # of the rows of act(h) that exist at a time
@@ -51,7 +46,7 @@ def parallel_mlp_fwd(call: HiddenCall) -> None:
     h = call.h
     out = call.out
     bias = call.bias
-    weight = call.weight.T
+    weight = call.weight.T  # [F, C]
     if not out.numel():
         return
     chunks = _chunks(h)
@@ -61,13 +56,11 @@ def parallel_mlp_fwd(call: HiddenCall) -> None:
     with torch.cuda.device_of(h):
         for rows in chunks:
             activated = _write_activated(h[rows], call.act, scratch)
-            out_chunk = out[rows]
-            if call.accumulate:
-                out_chunk.addmm_(activated, weight)
-            elif bias is None:
-                torch.mm(activated, weight, out=out_chunk)
+            before = out[rows] if call.accumulate else bias
+            if before is None:
+                torch.mm(activated, weight, out=out[rows])
             else:
-                torch.addmm(bias, activated, weight, out=out_chunk)
+                torch.addmm(before, activated, weight, out=out[rows])
 
 
 def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], [0, F] if not needed
@@ -88,23 +81,16 @@ def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], [0, F] if not n
 def _overwrite_hidden(grad: Tensor, weight: Tensor, h: Tensor, act: str) -> None:
     """Overwrites h [T, F] by (grad weight) ∘ act'(h); grad [T, C], weight [C, F]."""
     precision = precision_of(h.dtype)
-    tile = tuning.lookup(precision, architecture_and_processors(h)[0], "parallel_mlp")
+    tile = tuning.lookup(precision, card(h).architecture, "parallel_mlp")
     tokens, width = grad.shape
     hidden = h.shape[1]
-    sizes = (tokens, width, hidden, grad.stride(0), weight.stride(0), h.stride(0))
     launch(
         _parallel_mlp_hidden_kernel,
         triton.cdiv(tokens, tile.block_m) * triton.cdiv(hidden, tile.block_n),
-        grad,
-        weight,
-        h,
-        *sizes,
+        *(grad, weight, h, tokens, width, hidden),
+        *(grad.stride(0), weight.stride(0), h.stride(0)),
         ACT=act,
-        EVEN=width % tile.block_k == 0,
-        PRECISION=tuning.dot_precision(precision),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
+        **vars(tile.tiling(precision, width)),
         **tile.options(),
     )
 

@@ -110,7 +110,7 @@ def _similarity_gradient_kernel(
     row_blocks,
     column_blocks,
     out_stride,
-    TILE: tl.constexpr,  # plan.Tiling
+    TILE: tl.constexpr,  # tuning.Tiling
 ):
     """Writes a tile of G, the gradient of the similarities; adds to this program's sums.
 

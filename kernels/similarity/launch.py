@@ -22,18 +22,16 @@ from simplclip.calls.similarity import (
 from simplclip.kernels.runtime import launch
 from simplclip.kernels.similarity.blocks import gradients_in_blocks, range_factor
 from simplclip.kernels.similarity.gradient import SUMS, _similarity_gradient_kernel
-from simplclip.kernels.similarity.plan import ROW_SLOTS, arguments, column_slots, sweeps, tile_of
+from simplclip.kernels.similarity.plan import ROW_SLOTS, column_slots, sizes, sweeps, tile_of
 from simplclip.kernels.similarity.sigmoid import _similarity_sigmoid_kernel
 from simplclip.kernels.similarity.statistics import (
     _similarity_diagonal_kernel,
     _similarity_merge_kernel,
     _similarity_statistics_kernel,
 )
-from simplclip.kernels.tuning import Tile
 
 # Blocks of the small kernels, which have no tiles in tuning.py.
-MERGE = {"BLOCK_PARTS": 16, "BLOCK": 64}
-MERGE_WARPS = 8
+MERGE = {"BLOCK_PARTS": 16, "BLOCK": 64, "num_warps": 8}
 DIAGONAL = {"BLOCK_M": 16, "BLOCK_K": 128}
 
 
@@ -56,32 +54,22 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
         ):
             if left is not None:
                 blocks = -(-n // DIAGONAL["BLOCK_M"])
-                sizes = (int(stat), n, left.shape[1], call.label_offset)
-                launch(_similarity_diagonal_kernel, blocks, left, right, rows, *sizes, **DIAGONAL)
+                numbers = (int(stat), n, left.shape[1], call.label_offset)
+                launch(_similarity_diagonal_kernel, blocks, left, right, rows, *numbers, **DIAGONAL)
         _write_statistics(call, rows, columns)
     # none on a GPU
     stored = image.new_empty(call.matrices if call.stored_rows else 0, call.stored_rows, m)
     return rows, columns, stored
 
 
-def _matrix_arguments(call: SimilarityCall, tile: Tile) -> dict[str, Any]:
-    """Returns the arguments by name that the kernels of statistics and of the gradient share."""
-    teacher_width = 0 if call.teacher_image is None else call.teacher_image.shape[1]
-    return {
-        **arguments(call, tile, teacher_width),
-        "teacher_image": call.teacher_image,
-        "teacher_text": call.teacher_text,
-        "teacher_scale": call.teacher_scale,
-        "scale": call.scale,
-        "plane": call.plane,
-        "teacher_width": teacher_width,
-    }
+def _teacher_width(call: SimilarityCall) -> int:
+    return 0 if call.teacher_image is None else call.teacher_image.shape[1]
 
 
 def _write_statistics(call: SimilarityCall, rows: Tensor, columns: Tensor) -> None:
     """Writes all statistics but those of the positives to rows [6, N] and columns [3, M]."""
     tile = tile_of(call, "statistics")
-    shared = _matrix_arguments(call, tile)
+    shared = sizes(call, tile, teacher_width=_teacher_width(call))
     m = call.text.shape[0]
     slots = column_slots(call)
     for sweep in sweeps(call, tile):
@@ -90,11 +78,11 @@ def _write_statistics(call: SimilarityCall, rows: Tensor, columns: Tensor) -> No
         launch(
             _similarity_statistics_kernel,
             sweep.row_blocks * sweep.splits,
+            of=call,
             **shared,
             **sweep._asdict(),
             row_parts=row_parts,
             column_parts=column_parts,
-            entropy=call.entropy,
             ROW_SLOTS=ROW_SLOTS,
             COLUMN_SLOTS=slots,
         )
@@ -117,18 +105,12 @@ def _merge(
     launch(
         _similarity_merge_kernel,
         -(-size // MERGE["BLOCK"]),
-        parts,
-        out,
-        size,
-        count,
-        out.shape[1],
-        first,
+        *(parts, out, size, count, out.shape[1], first),
         SLOTS=slots,
         HAS_TEACHER=call.has_teacher,
         HAS_PLANE=plane,
         PREVIOUS=previous,
         **MERGE,
-        num_warps=MERGE_WARPS,
     )
 
 
@@ -138,16 +120,11 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tenso
     Scratch besides the results: as many elements as `chunk` rows of one matrix; for half types also
     the gradients in float32.
     """
-    grads: dict[str, Any] = {"grad_rows": call.grad_rows, "grad_columns": None}
-    columns = None
-    if call.columns:
-        columns = call.column_stats
-        grads["grad_columns"] = call.grad_columns
+    columns = call.column_stats if call.columns else None
+    grads: dict[str, Any] = {"grad_columns": call.grad_columns if call.columns else None}
     tile = tile_of(call, "gradient")
     with torch.cuda.device_of(call.image):
-        factor = range_factor(
-            call, scale=call.scale, plane=call.plane, **grads, HAS_TEACHER=call.has_teacher
-        )
+        factor = range_factor(call, **grads, HAS_TEACHER=call.has_teacher)
         d_image, d_text, sums = gradients_in_blocks(
             call,
             _similarity_gradient_kernel,
@@ -155,7 +132,7 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tenso
             SUMS,
             factor,
             call.image.dtype,
-            **_matrix_arguments(call, tile),
+            **sizes(call, tile, teacher_width=_teacher_width(call)),
             rows=call.row_stats,
             columns=columns,
             **grads,
@@ -174,12 +151,11 @@ def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tenso
     """
     terms = call.sigmoids.shape[1]
     dtype = torch.float32 if call.image.dtype == torch.float16 else call.image.dtype
-    inputs: dict[str, Any] = {"sigmoids": call.sigmoids, "TERMS": terms}
     tile = tile_of(call, "sigmoid")
     with torch.cuda.device_of(call.image):
         factor: tuple[Tensor | None, Tensor | None] = (None, None)
         if call.gradient:
-            factor = range_factor(call, **inputs)
+            factor = range_factor(call, TERMS=terms)
         d_image, d_text, sums = gradients_in_blocks(
             call,
             _similarity_sigmoid_kernel,
@@ -188,8 +164,8 @@ def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tenso
             factor,
             dtype,
             stored=call.gradient,
-            **arguments(call, tile),
-            **inputs,
+            **sizes(call, tile),
+            TERMS=terms,
             GRADIENT=call.gradient,
         )
     return sums[:, :terms].sum(0), d_image, d_text, sums[:, terms:].sum(0).view(2, terms)

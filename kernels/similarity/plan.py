@@ -7,33 +7,16 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from simplclip.calls.similarity import SigmoidCall, SimilarityCall
 from simplclip.kernels import tuning
-from simplclip.kernels.runtime import (
-    architecture_and_processors,
-    cache_bytes,
-    precision_of,
-    splits,
-)
+from simplclip.kernels.runtime import card, precision_of, splits
 
 # sides of a block of G are multiples of 128, and so of a tile's sides, unless they end with the
 # matrix
 SIDE = 128
 ROW_SLOTS = 6  # statistics of a row in forward's parts
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """The constants with which the kernels compute a tile of a product."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    EVEN: bool  # the widths are multiples of BLOCK_K
-    PRECISION: str
 
 
 # parts of a call by which tiles differ, and the field that is None without one
@@ -42,33 +25,24 @@ PARTS = {"teacher": "teacher_image", "plane": "plane", "ids": "ids"}
 
 def tile_of(call: SimilarityCall | SigmoidCall, kernel: str) -> tuning.Tile:
     """Returns the tile of a kernel for this call: "statistics", "gradient" or "sigmoid"."""
-    architecture, _ = architecture_and_processors(call.image)
+    architecture = card(call.image).architecture
     parts = [part for part, field in PARTS.items() if getattr(call, field, None) is not None]
     return tuning.lookup(precision_of(call.image.dtype), architecture, kernel, *parts)
 
 
-def arguments(
-    call: SimilarityCall | SigmoidCall, tile: tuning.Tile, *widths: int
-) -> dict[str, object]:
-    """Returns arguments and launch options by name, of every kernel that multiplies features.
+def sizes(
+    call: SimilarityCall | SigmoidCall, tile: tuning.Tile, **teacher_width: int
+) -> dict[str, Any]:
+    """Returns what every kernel that multiplies features takes beside the call's fields: sizes,
+    the tile, and options.
 
-    widths: of the teacher's features, if the kernel multiplies them too.
+    teacher_width: of the teacher's features or 0, if the kernel multiplies them too.
     """
     n, width = call.image.shape
-    even = all(count % tile.block_k == 0 for count in (width, *widths))
-    precision = tuning.dot_precision(precision_of(call.image.dtype))
-    return {
-        "image": call.image,
-        "text": call.text,
-        "ids": call.ids,
-        "text_ids": call.text_ids,
-        "n": n,
-        "m": call.text.shape[0],
-        "width": width,
-        "label_offset": call.label_offset,
-        "TILE": Tiling(*tile[:3], even, precision),
-        **tile.options(),
-    }
+    precision = precision_of(call.image.dtype)
+    tiling = tile.tiling(precision, width, *teacher_width.values())
+    given = {"n": n, "m": call.text.shape[0], "width": width, **teacher_width}
+    return {**given, "TILE": tiling, **tile.options()}
 
 
 def column_slots(call: SimilarityCall) -> int:
@@ -93,17 +67,17 @@ def sweeps(call: SimilarityCall, tile: tuning.Tile) -> Iterator[Sweep]:
     of one block of rows. Each program reads its rows once for each tile of columns, so that columns
     have so many ranges that the rows of all programs at a time fit half of the L2 cache.
     """
-    _, processors = architecture_and_processors(call.image)
+    gpu = card(call.image)
     n = call.image.shape[0]
     m = call.text.shape[0]
     blocks = -(-n // tile.block_m)
     if call.columns:
         blocks = min(blocks, max(1, call.chunk * call.image.itemsize // (4 * column_slots(call))))
     tiles = -(-m // tile.block_n)
-    slots = processors * tile.blocks
+    slots = gpu.processors * tile.blocks
     features = (call.image, call.teacher_image)
     row_bytes = sum(each.shape[1] * each.itemsize for each in features if each is not None)
-    half = cache_bytes(call.image) // 2
+    half = gpu.cache // 2
     # a driver may report no cache
     least = -(-slots * tile.block_m * row_bytes // half) if half else 1
     for first in range(0, n, blocks * tile.block_m):

@@ -42,7 +42,7 @@ def _similarity_sigmoid_kernel(
     out_stride,
     TERMS: tl.constexpr,
     GRADIENT: tl.constexpr,
-    TILE: tl.constexpr,  # plan.Tiling
+    TILE: tl.constexpr,  # tuning.Tiling
 ):
     """Adds a tile's part of the terms, with GRADIENT also of their gradients, to sums.
 

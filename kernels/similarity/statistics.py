@@ -69,7 +69,7 @@ def _similarity_statistics_kernel(
     tiles_per_split,
     ROW_SLOTS: tl.constexpr,
     COLUMN_SLOTS: tl.constexpr,
-    TILE: tl.constexpr,  # plan.Tiling
+    TILE: tl.constexpr,  # tuning.Tiling
 ):
     """Writes parts of statistics: of BLOCK_M rows over a range of columns, of these over the rows.
 

@@ -15,7 +15,7 @@ def product(
     n,
     m,
     width,
-    TILE: tl.constexpr,  # plan.Tiling
+    TILE: tl.constexpr,  # tuning.Tiling
 ):  # [BLOCK_M, BLOCK_N] float32
     """Returns the tile of left rightᵀ at these rows and columns."""
     # Triton 3.6 takes no string, and no number in a tuple, that is not a constexpr

@@ -226,7 +226,7 @@ def card(
     """
     machine = Card(sm=sm, **options)
     why_not = backends.why_not_kernels
-    properties = (sm, processors or PROCESSORS[sm], CACHE)
+    properties = launching.Card(sm, processors or PROCESSORS[sm], CACHE)
 
     def serves(served: str, *of_call: Any) -> str | None:
         return why_not("cpu" if served == "cuda" else served, *of_call)
