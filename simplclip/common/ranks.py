@@ -63,7 +63,7 @@ def join(minutes: float = WEEK) -> Iterator[None]:
     starts, limit = launched and not dist.is_initialized(), timedelta(minutes=minutes)
     try:
         if starts:
-            dist.init_process_group(timeout=limit)
+            _init_process_group(limit)
         if dist.is_initialized():
             _objects = dist.new_group(backend="gloo", timeout=limit)
         yield
@@ -74,6 +74,18 @@ def join(minutes: float = WEEK) -> Iterator[None]:
     # after an error the other ranks may be in a collective, and would wait for this one
     if starts:
         dist.destroy_process_group()
+
+
+def _init_process_group(limit: timedelta) -> None:
+    """Makes torchrun's process group, on one node without addresses of ranks before a restart.
+
+    torchrun keeps its store when it restarts the ranks, so that a rank could find the address of a
+    killed one in it. Nodes count restarts for themselves.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(store=store, rank=rank, world_size=size, timeout=limit)
 
 
 def as_rank_error(error: Exception) -> Exception:
