@@ -193,11 +193,12 @@ api: install  ## pages of the public names, from their docstrings, in build/api
 lint: install lint-source  ## ruff, the contracts of imports, mypy
 	$(BIN)/python -m mypy
 
-# Needs no torch. Imports are checked in a copy, in which simplclip/kernels is a folder, not a link.
+# Needs no torch. Imports are checked in a copy, in which simplclip/kernels is a folder, not a link, and a package, as
+# import-linter asks.
 lint-source:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/lint && mkdir -p build/lint && cp -rL simplclip build/lint
+	rm -rf build/lint && mkdir -p build/lint && cp -rL simplclip build/lint && touch build/lint/simplclip/kernels/__init__.py
 	cd build/lint && PYTHONPATH=. $(abspath $(BIN))/lint-imports --no-cache --config ../../pyproject.toml
 
 clean:  ## remove what was built; keeps data, runs and venvs

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 import torch
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 
 def find_toolkit() -> None:
@@ -239,9 +239,10 @@ CALL_HEADERS = runpy.run_path("csrc/call_headers.py")["headers"]
 EXTENSIONS, NO_CUDA = extensions()
 
 setup(
-    # kernels/ lies at the top level beside csrc/, and simplclip/kernels is a link to it: PyPI has
-    # another package kernels.
-    packages=find_packages(include=["simplclip", "simplclip.*"]),
+    # kernels/ lies at the top level beside csrc/, and simplclip/kernels is a link to it. It has no
+    # __init__.py, so that in a checkout `import kernels` is still PyPI's, which transformers
+    # requires.
+    packages=find_namespace_packages(include=["simplclip", "simplclip.*"]),
     # With this, an editable installation is an entry of sys.path. By default it is a finder, which
     # Python asks only after it has taken a folder without __init__.py for the package: a checkout
     # in a folder named simplclip, beside a script.

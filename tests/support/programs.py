@@ -75,10 +75,12 @@ def forked(action: Callable[[], object]) -> int:
     """Runs `action()` in a process of its own. Returns its exit code, 1 after an exception."""
     child = os.fork()
     if child == 0:
-        with contextlib.suppress(BaseException):
+        try:
             torch.set_num_threads(1)
             action()
             os._exit(0)
+        except BaseException:
+            traceback.print_exc()
         os._exit(1)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
