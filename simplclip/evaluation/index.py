@@ -22,8 +22,8 @@ from simplclip.evaluation.encoder import Encoder
 from simplclip.evaluation.results import KS, Recall
 
 BATCH_SIZE = 64  # images or captions that are encoded at a time
-_TILE_BYTES = 64 * 2**20  # of a tile of similarities
-_TILE_COLUMNS = 16384
+TILE_BYTES = 64 * 2**20  # of a tile of similarities
+TILE_COLUMNS = 16384
 
 
 def nearest(
@@ -36,8 +36,8 @@ def nearest(
     k] of the candidates, the most similar first (min(k, m) of them), both on `device`. The
     similarities are computed there in tiles of at most 64 MiB.
     """
-    width = min(len(candidates), _TILE_COLUMNS)
-    height = max(1, _TILE_BYTES // (4 * width))
+    width = min(len(candidates), TILE_COLUMNS)
+    height = max(1, TILE_BYTES // (4 * width))
     for start in range(0, len(queries), height):
         part = queries[start : start + height].to(device)
         similarities = part.new_empty(len(part), 0)

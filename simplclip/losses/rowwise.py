@@ -16,7 +16,7 @@ from simplclip.ops import checks
 from simplclip.ops.modes import autocast, no_autocast
 from simplclip.ops.similarity import inputs
 
-_LEAST_ROWS = 64  # of a chunk but the last: fewer make products slow
+LEAST_ROWS = 64  # of a chunk but the last: fewer make products slow
 
 
 class RowwiseLoss(DistributedLoss):
@@ -235,11 +235,11 @@ class _Unchanged(torch.autograd.Function):
 
 
 def _chunk_sizes(n: int, most: int) -> list[int]:
-    """Returns the rows of each chunk of n rows: at most `most`, or 2 _LEAST_ROWS if that is more.
+    """Returns the rows of each chunk of n rows: at most `most`, or 2 LEAST_ROWS if that is more.
 
     Each has a row less than the one before, so that matrices fit where those of that chunk were.
     """
-    most = max(2 * _LEAST_ROWS, most)
+    most = max(2 * LEAST_ROWS, most)
     sizes: list[int] = []
     while n > 0:
         sizes.append(min(n, most - len(sizes) % (most // 2)))

@@ -67,7 +67,7 @@ class TextCrop:
         """Returns features [N, D] of token ids [N, L], in the same order, as `encode_text` does."""
         checks.check_instance("text", text, Tensor, "token ids [N, L], made by a tokenizer")
         if torch.compiler.is_exporting():
-            return self._encode(text, args, options)
+            return self.encode(text, args, options)
         return self._cropped(text, args, options)
 
     @torch.compiler.disable(recursive=False)
@@ -76,19 +76,19 @@ class TextCrop:
         device = next(text_tower(self.model).parameters()).device
         # fake and traced texts have no values
         if not has_values(text) or torch.jit.is_tracing() or text.ndim != 2 or not len(text):
-            return self._encode(text.to(device), args, options)
+            return self.encode(text.to(device), args, options)
         lengths = self.rounded(text)
         cuts = _cuts(lengths, self.groups)
         if len(cuts) == 1:
             cropped = text[:, : int(lengths.max())]
-            return self._encode(cropped.to(device, non_blocking=True), args, options)
+            return self.encode(cropped.to(device, non_blocking=True), args, options)
         order = lengths.argsort(stable=True)
         features = []
         for start, stop in itertools.pairwise((0, *cuts)):
             rows = order[start:stop]
             length = int(lengths[rows[-1]])
             group = text[rows.to(text.device), :length]
-            features.append(self._encode(group.to(device, non_blocking=True), args, options))
+            features.append(self.encode(group.to(device, non_blocking=True), args, options))
         positions = order.argsort().to(device, non_blocking=True)
         return torch.cat(features).index_select(0, positions)
 
@@ -126,7 +126,7 @@ class TextCrop:
         rounded = (lengths + self.multiple - 1) // self.multiple * self.multiple
         return rounded.clamp(max=text.shape[1])
 
-    def _encode(self, text: Tensor, args: tuple, options: dict[str, Any]) -> Tensor:
+    def encode(self, text: Tensor, args: tuple, options: dict[str, Any]) -> Tensor:
         """Returns the result of the model's own function; not for several threads at once."""
         encode = getattr(type(self.model), self.name)
         tower = text_tower(self.model)

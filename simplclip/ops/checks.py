@@ -176,9 +176,6 @@ def scalar(
     return torch.full((), value, device=device, dtype=dtype)
 
 
-_warned: set[str] = set()
-
-
 def savable(t: Tensor) -> Tensor:
     """Returns t, or a copy of a tensor of torch.inference_mode, which autograd cannot save."""
     if torch.compiler.is_compiling() or not t.is_inference() or torch.is_inference_mode_enabled():
@@ -187,12 +184,11 @@ def savable(t: Tensor) -> Tensor:
 
 
 def constant(name: str, t: Tensor) -> Tensor:
-    """Returns t detached and savable; warns, once per name, if it requires a gradient."""
+    """Returns t detached and savable; warns if it requires a gradient."""
     if not t.requires_grad:
         return savable(t)
     compiling = torch.compiler.is_compiling()  # a warning would break the compiled graph
-    if torch.is_grad_enabled() and not compiling and name not in _warned:
-        _warned.add(name)
+    if torch.is_grad_enabled() and not compiling:
         warnings.warn(
             f"{name} requires a gradient, but is a constant here and gets none", stacklevel=4
         )

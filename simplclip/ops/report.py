@@ -42,7 +42,7 @@ def report() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "cores": os.cpu_count(),
         },
-        "gpu": _gpu(),
+        "gpu": gpu(),
         "extension": {"cpu": _cpu_extension(), "cuda": _cuda_extension()},
         "forced_backend": backends.forced() or None,
         "ops": {
@@ -63,23 +63,23 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _gpu() -> dict[str, Any]:
+def gpu() -> dict[str, Any]:
     """Returns what is known of GPU 0, as plain types; "reason" says why it cannot be used."""
     if not torch.cuda.is_available():
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
         return {"available": False, "reason": f"torch {torch.__version__} ({built}) sees no device"}
     properties = torch.cuda.get_device_properties(0)
-    gpu: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "available": True,
         "name": properties.name,
         "memory_bytes": properties.total_memory,
     }
-    gpu["capability"] = f"{properties.major}.{properties.minor}"
+    facts["capability"] = f"{properties.major}.{properties.minor}"
     if backends.cuda_extension is not None:
         reason = backends.extension_on_cuda(torch.device("cuda", 0), torch.float32)
         if reason:
-            gpu["reason"] = f"the CUDA extension {reason}"
-    return gpu
+            facts["reason"] = f"the CUDA extension {reason}"
+    return facts
 
 
 def _cpu_extension() -> dict[str, Any]:

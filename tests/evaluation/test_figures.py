@@ -44,8 +44,8 @@ def plain_recall(x, y, gx, gy, k):
     ("tile_bytes", "columns"), [(1, 1), (500, 3), (500, 16), (2**20, 11), (2**20, 100)]
 )
 def test_recall_is_the_plain_one_whatever_the_tiles(monkeypatch, n, m, groups, tile_bytes, columns):
-    monkeypatch.setattr(indexing, "_TILE_BYTES", tile_bytes)
-    monkeypatch.setattr(indexing, "_TILE_COLUMNS", columns)
+    monkeypatch.setattr(indexing, "TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(indexing, "TILE_COLUMNS", columns)
     x, y, gx, gy = features(n, m, groups)
     for k in (1, 5, 10):
         assert evaluation.recall(x, y, gx, gy)[f"R@{k}"]["value"] == pytest.approx(

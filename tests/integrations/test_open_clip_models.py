@@ -11,7 +11,7 @@ from PIL import Image
 
 from simplclip import models
 from simplclip.common.errors import InputError
-from simplclip.integrations import open_clip as ours
+from simplclip.integrations.open_clip import register_models
 from simplclip.models.mobileclip import TextTower
 from simplclip.models.simplify import TransformerBlock
 from support.models.mobileclip_s0 import SMALL, SMALL_FEATURES, small_state
@@ -22,15 +22,10 @@ pytestmark = pytest.mark.long
 TINY = {"width": 16, "heads": 2, "layers": 1}
 
 
-@pytest.fixture
-def registered(monkeypatch):
-    """Registers the models and returns their names; afterwards open_clip is as it was."""
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
-    monkeypatch.setattr(ours, "_registered", {})
-    for theirs in (open_clip.factory.create_model, open_clip.factory.get_tokenizer):
-        for module, name in list(ours._names_of(theirs)):
-            monkeypatch.setattr(module, name, theirs)
-    return ours.register_models()
+@pytest.fixture(scope="module")
+def registered():
+    """The names of the models, which open_clip knows from here on."""
+    return register_models()
 
 
 @pytest.mark.slow
@@ -108,7 +103,7 @@ def test_other_models_are_open_clips_own(registered):
     assert (open_clip.factory.CLIP, open_clip.factory.CustomTextCLIP) == (CLIP, CustomTextCLIP)
     assert open_clip.factory.convert_state_dict is open_clip.convert.convert_state_dict
     made = open_clip.create_model
-    assert ours.register_models() == registered  # a second call changes nothing
+    assert register_models() == registered  # a second call changes nothing
     assert open_clip.create_model is open_clip.factory.create_model is made
 
 

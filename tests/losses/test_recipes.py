@@ -51,7 +51,7 @@ def test_a_recipe_equals_the_definition(definition, page, monkeypatch):
     one_sided = definition is several_positives_sigmoid
     loss = RowwiseLoss(page[definition.__name__], symmetric=not one_sided)
     loss.scratch_bytes = 1
-    monkeypatch.setattr(rowwise, "_LEAST_ROWS", 24)  # three chunks
+    monkeypatch.setattr(rowwise, "LEAST_ROWS", 24)  # three chunks
     if one_sided:
         value = loss(*leaves)
         expected = definition(leaves[2] * leaves[0] @ leaves[1].T + leaves[3]).mean()

@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simplclip.losses import RowwiseLoss
-from simplclip.ops import checks
 from support.devices import cpu_peak_bytes
 from support.losses import D, N, Tempered, batch, call, chunked, dense, distilled, focal
 from support.ops.compare import assert_within
@@ -266,9 +265,8 @@ def test_errors_of_the_arguments():
         RowwiseLoss(3)
 
 
-def test_a_teacher_is_constant(monkeypatch):
+def test_a_teacher_is_constant():
     """A scale that the student shares with its teacher is not trained by the teacher's logits."""
-    monkeypatch.setattr(checks, "_warned", set())
     leaves, (x, y, _) = batch()
     scale = leaves[2]
     with pytest.warns(

@@ -64,13 +64,13 @@ def gradients(model, text):
 def tokens(monkeypatch):
     """The shapes of the texts in each call of a tower; groups are small, since texts are few."""
     monkeypatch.setattr(crop, "GROUP_TOKENS", 8)
-    shapes, real = [], crop.TextCrop._encode
+    shapes, real = [], crop.TextCrop.encode
 
     def encode(self, text, *rest):
         shapes.append(text.shape)
         return real(self, text, *rest)
 
-    monkeypatch.setattr(crop.TextCrop, "_encode", encode)
+    monkeypatch.setattr(crop.TextCrop, "encode", encode)
     return shapes
 
 

@@ -196,7 +196,7 @@ def test_report_is_json_and_names_a_backend_for_every_op():
 def test_report_has_the_dtype_of_training(monkeypatch, capability, dtype):
     """On a GPU bfloat16 if it has it, and without one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-    monkeypatch.setattr(reports, "_gpu", lambda: {"available": False, "reason": "none"})
+    monkeypatch.setattr(reports, "gpu", lambda: {"available": False, "reason": "none"})
     native = capability is not None and capability >= (8, 0)
     monkeypatch.setattr(hardware, "native_bf16", lambda device: native)
     machine = reports.report()
