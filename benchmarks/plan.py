@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from simplclip.commands.plan import chosen
-from simplclip.plan.cards import CARDS, GIB, step_ms
-from simplclip.plan.step import Row, Step
+from simplclip.commands.plan import images_per_s
+from simplclip.plan.cards import CARDS, GIB
+from simplclip.plan.step import Step
 from simplclip.train import config
 
 SHOWN = ("rtx-3090", "rtx-4090", "rtx-5090")
@@ -39,11 +39,6 @@ FORMS = {
 }
 
 
-def rate(row: Row, card: str) -> float:
-    """Returns the images a second of a step on a card."""
-    return 1e3 * row.batch_size / step_ms(row.works, card)
-
-
 def hours() -> None:
     """Prints the table of hours."""
     heads = "".join(f" {name[4:]}: pairs | images/s | hours |" for name in SHOWN)
@@ -57,9 +52,9 @@ def hours() -> None:
             memory = CARDS[card].memory * GIB
             row = step.largest(memory)
             if "configured" in form:
-                row = chosen(step, values, memory)
-            each = PAIRS / rate(row, card) / 3600
-            cells += [f"{row.batch_size:,}", f"{rate(row, card):,.0f}", f"{each:.0f}"]
+                row = step.row(values.data.batch_size, values.data.micro_batch, memory)
+            each = PAIRS / images_per_s(row, card) / 3600
+            cells += [f"{row.batch_size:,}", f"{images_per_s(row, card):,.0f}", f"{each:.0f}"]
         print("| " + " | ".join(cells) + " |")
 
 
@@ -77,7 +72,7 @@ def fine_tuning() -> None:
         count = sum(p.numel() for p in step.model.parameters() if p.requires_grad)
         sizes = f"{few.peak / GIB:.2f} | {many.peak / GIB:.2f}"
         print(
-            f"| {form} | {count / 1e6:.1f} M | {sizes} | {rate(many, card):,.0f} | "
+            f"| {form} | {count / 1e6:.1f} M | {sizes} | {images_per_s(many, card):,.0f} | "
             f"{most.batch_size:,} |"
         )
 

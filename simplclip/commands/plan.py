@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 # Required keys, which a config or a model that is only planned may lack.
 REQUIRED = {"data": {"train": "planned/*.tar"}, "run": {"out": "runs/planned"}}
-SMALL_MICRO_BATCH = 256  # if none is configured
 DECODED = 300  # images a second, by a loader's worker
 EPOCHS = 10  # of a run, if the config has neither steps nor epochs
 ASSUMED = (
@@ -79,100 +78,121 @@ def plan(
     from simplclip.plan.step import Step
 
     step = Step(values, precision)
-    rows = [values_of(*each, name) for each in rows_of(step, values, memory)]
-    best = chosen(step, values, memory)
+    rows = dict(rows_of(step, values, memory))
+    most = {form: largest(step, row, memory) for form, row in rows.items()}
+    best = fastest(rows, most, name)
     if as_json:
         about = {"model": values.model.name, "precision": precision, "card": name}
-        print(json.dumps(about | {"memory": memory, "rows": rows}, indent=2))
+        listed = [values_of(form, rows[form], most[form], name) for form in rows]
+        print(json.dumps(about | {"memory": memory, "fastest": best, "rows": listed}, indent=2))
         return
-    print(f"{values.model.name}, {precision}")
-    print("\n".join(table(rows, memory, name)))
-    for topic, text in answers(best, values, name) if name else ():
+    print(f"{values.model.name}, {precision}, {values.data.batch_size:,} pairs")
+    print("\n".join(table(rows, most, memory, name)))
+    for topic, text in answers(best, rows[best] if rows[best].fits else most[best], values, name):
         print(f"{topic:<9}{text}")
     for text in ASSUMED:
         print(f"assumed  {text}")
 
 
-def rows_of(step: Step, config: Config, memory: int) -> Iterator[tuple[str, Row | None]]:
-    """Yields the step as configured, and the largest batches in one graph and by gradient caching,
-    with their names.
+def rows_of(step: Step, config: Config, memory: int) -> Iterator[tuple[str, Row]]:
+    """Yields the step of the configured batch in each form, with its name.
 
-    A row is None if no batch fits; the last one is missing if the model does not allow caching.
+    The last two are missing if the model does not allow gradient caching.
     """
     size, micro = config.data.batch_size, config.data.micro_batch
-    if micro == "auto":
-        micro = step.fitting(size, memory).micro_batch
-    yield "as configured", step.row(size, micro, memory)
-    whole = step.largest(memory)
-    yield "largest in one graph", whole
-    micro = micro or min(SMALL_MICRO_BATCH, size)
-    if whole and micro >= whole.batch_size:  # which would leave no memory for a larger batch
-        micro = max(1, whole.batch_size // 2)
-    with contextlib.suppress(InputError):
-        yield "largest by gradient caching", step.largest(memory, micro)
+    yield "plain", step.row(size, None, memory, checkpointed=False)
+    yield "checkpointed", step.row(size, None, memory, checkpointed=True)
+    for form, checkpointed in (("cached", False), ("checkpointed, cached", True)):
+        with contextlib.suppress(InputError):
+            if isinstance(micro, int):
+                yield form, step.row(size, micro, memory, checkpointed)
+            else:
+                yield form, step.cached(size, memory, checkpointed)
 
 
-def chosen(step: Step, config: Config, memory: int) -> Row | None:
-    """Returns the fastest step of the configured batch that fits; else the largest in one graph."""
-    size, micro = config.data.batch_size, config.data.micro_batch
-    for configured in (None, micro) if isinstance(micro, int) else (None,):
-        row = step.row(size, configured, memory)
-        if row.fits:
-            return row
-    try:
-        return step.fitting(size, memory)
-    except InputError:
-        return step.largest(memory)
+def largest(step: Step, row: Row, memory: int) -> Row | None:
+    """Returns the largest batch of a row's form that fits; None if none does.
+
+    By gradient caching, micro-batches leave half of what they could take to a larger batch.
+    """
+    micro = row.micro_batch
+    if micro is not None:
+        whole = step.largest(memory, None, row.checkpointed)
+        micro = max(1, min(micro, whole.batch_size // 2)) if whole else 1
+    return step.largest(memory, micro, row.checkpointed)
 
 
-def values_of(what: str, row: Row | None, card: str | None) -> dict[str, Any]:
-    """Returns a row of the plan as JSON. at_least: larger batches were not tried."""
+def fastest(rows: dict[str, Row], most: dict[str, Row | None], card: str | None) -> str:
+    """Returns the form of the fastest step that fits, of all forms' largest ones if none does.
+
+    Without a card it is the first form that fits, or the one of the largest batch.
+    """
+    fitting = {form: row for form, row in rows.items() if row.fits}
+    if fitting and card is None:
+        return next(iter(fitting))
+    fitting = fitting or {form: row for form, row in most.items() if row} or rows
+    if card is None:
+        return max(fitting, key=lambda form: fitting[form].batch_size)
+    return max(fitting, key=lambda form: images_per_s(fitting[form], card))
+
+
+def images_per_s(row: Row, card: str) -> float:
+    """Returns the images a second of a step."""
+    return 1e3 * row.batch_size / step_ms(row.works, card)
+
+
+def values_of(form: str, row: Row, most: Row | None, card: str | None) -> dict[str, Any]:
+    """Returns a row of the plan as JSON. at_least: batches above most_pairs were not tried."""
     from simplclip.plan.step import MOST_PAIRS
 
-    if row is None:
-        return {"what": what, "batch_size": 0, "fits": False}
-    values: dict[str, Any] = {"what": what} | row._asdict()
+    values: dict[str, Any] = {"form": form} | row._asdict()
     del values["works"]
-    values["at_least"] = row.batch_size + (row.micro_batch or 1) > MOST_PAIRS
     if card:
-        ms = step_ms(row.works, card)
-        values |= {"ms": round(ms, 1), "images_per_s": round(1e3 * row.batch_size / ms, 1)}
-    return values
+        rate = images_per_s(row, card)
+        ms = 1e3 * row.batch_size / rate
+        values |= {"ms": round(ms, 1), "images_per_s": round(rate, 1)}
+    if most is None:
+        return values | {"most_pairs": 0, "at_least": False}
+    at_least = most.batch_size + (most.micro_batch or 1) > MOST_PAIRS
+    return values | {"most_pairs": most.batch_size, "at_least": at_least}
 
 
-def table(rows: list[dict[str, Any]], memory: int, card: str | None) -> Iterator[str]:
+def table(
+    rows: dict[str, Row], most: dict[str, Row | None], memory: int, card: str | None
+) -> Iterator[str]:
     """Yields the lines of a plan's table."""
     from simplclip.plan.step import usable
 
     yield f"{card or 'a GPU'}: {usable(memory) / GIB:.2f} of {memory / GIB:.2f} GiB are usable\n"
-    head = f"{'step':<27}{'pairs':>9}{'at a time':>10}{'GiB':>8}  fits"
-    yield head + (f"{'ms':>10}{'images/s':>10}" if card else "")
-    for row in rows:
-        if not row["batch_size"]:
-            yield f"{row['what']:<27}{'0':>9}"
-            continue
-        pairs = f"{row['batch_size']:,}{'+' if row['at_least'] else ''}"
-        at_a_time = f"{row['micro_batch']:,}" if row["micro_batch"] else "all"
-        fits = "yes" if row["fits"] else "no"
-        line = f"{row['what']:<27}{pairs:>9}{at_a_time:>10}{row['peak'] / GIB:>8.2f}  {fits:<4}"
-        if card:
-            line += f"{row['ms']:>10,.0f}{row['images_per_s']:>10,.0f}"
-        yield line.rstrip()
+    times = f"{'ms':>10}{'images/s':>10}" if card else ""
+    yield f"{'step':<21}{'at a time':>10}{'GiB':>9}  fits{times}{'most pairs':>13}"
+    for form, row in rows.items():
+        values = values_of(form, row, most[form], card)
+        at_a_time = f"{row.micro_batch:,}" if row.micro_batch else "all"
+        fits = "yes" if row.fits else "no"
+        times = f"{values['ms']:>10,.0f}{values['images_per_s']:>10,.0f}" if card else ""
+        pairs = f"{values['most_pairs']:,}{'+' if values['at_least'] else ''}"
+        yield f"{form:<21}{at_a_time:>10}{row.peak / GIB:>9.2f}  {fits:<4}{times}{pairs:>13}"
     yield ""
 
 
-def answers(row: Row | None, config: Config, card: str) -> Iterator[tuple[str, str]]:
-    """Yields (topic, text) for each line on the run of a `chosen` row."""
+def answers(
+    form: str, row: Row | None, config: Config, card: str | None
+) -> Iterator[tuple[str, str]]:
+    """Yields (topic, text) for each line on the run of the `fastest` form, whose step is `row`."""
     if row is None:
-        yield "run", "no step fits; a smaller model, or frozen parts, may"
+        yield "fastest", "no step fits; a smaller model, or frozen parts, may"
         return
-    rate = 1e3 * row.batch_size / step_ms(row.works, card)
-    images, length = run_images(config)
-    hours = f"{images / rate / 3600:,.1f} hours" if images else "unknown hours"
-    yield "run", f"{rate:,.0f} images/s; {length}: {hours}"
-    yield "loader", f"{math.ceil(rate / DECODED)} workers, if each decodes {DECODED} images/s"
+    if card:
+        rate = images_per_s(row, card)
+        images, length = run_images(config)
+        hours = f"{images / rate / 3600:,.1f} hours" if images else "unknown hours"
+        yield "fastest", f"{form}, {rate:,.0f} images/s; {length}: {hours}"
+        yield "loader", f"{math.ceil(rate / DECODED)} workers, if each decodes {DECODED} images/s"
     micro = row.micro_batch or "null"
     yield "paste", f"--set data.batch_size={row.batch_size} --set data.micro_batch={micro}"
+    if row.checkpointed != config.model.grad_checkpointing:
+        yield "", f"--set model.grad_checkpointing={json.dumps(row.checkpointed)}"
 
 
 def run_images(config: Config) -> tuple[float | None, str]:

@@ -107,7 +107,12 @@ def predict_micro_batch(config: Config) -> Config:
     share = config.replaced(data={"batch_size": size, "micro_batch": None})
     precision, _ = hardware.pick_precision(config.run.precision, device)
     step = Step(share, precision, device)
-    micro = step.fitting(size, hardware.total_memory(device)).micro_batch
+    row = step.fitting(size, hardware.total_memory(device))
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(f"memory     data.micro_batch = {micro or 'null'} fits, by simplclip plan")
-    return config.replaced(data={"micro_batch": micro})
+        from simplclip.train.resolve import memory_line
+
+        line = memory_line(row.micro_batch, row.checkpointed)
+        typer.echo(f"{line}, by simplclip plan")
+    return config.replaced(
+        model={"grad_checkpointing": row.checkpointed}, data={"micro_batch": row.micro_batch}
+    )

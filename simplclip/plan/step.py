@@ -17,7 +17,6 @@ from torch.nn.modules.module import register_module_forward_hook
 from simplclip import gradient_cache
 from simplclip.common.terms import BY_NAME
 from simplclip.models.inherit import largest_modules
-from simplclip.nn import SimplifiedBlock
 from simplclip.ops.similarity.sweeps import SCRATCH_BYTES_ELSEWHERE
 from simplclip.plan.cards import GIB, Work
 from simplclip.plan.meter import Meter, Pass, fake_device
@@ -41,10 +40,11 @@ def usable(memory: int) -> int:
 
 
 class Row(NamedTuple):
-    """A step of a plan. micro_batch: None: the whole batch. peak: bytes of torch's allocator."""
+    """A step of a plan. peak: bytes of torch's allocator."""
 
     batch_size: int
-    micro_batch: int | None
+    micro_batch: int | None  # None: the whole batch
+    checkpointed: bool  # by gradient checkpointing
     peak: int
     fits: bool
     works: list[Work]
@@ -59,7 +59,9 @@ class Step:
         All terms of the loss that the run has at some step count. A teacher has features as
         TEACHER. Towers are not compiled. precision: "fp32", "bf16" or "fp16".
         """
+        self.checkpointed = config.model.grad_checkpointing
         self.config = config = config.replaced(
+            model={"grad_checkpointing": False},
             # memory does not depend on steps, and the data to count may be elsewhere
             run={"compile": False, "steps": 1, "epochs": None},
             loss={BY_NAME[term].weight: each.largest for term, each in config.loss.weights.items()},
@@ -68,18 +70,18 @@ class Step:
             prepared = setup.prepare_model(*setup.shapes_of(config), [], config, device)
         self.model = prepared.model
         with fake_device([self.model, *prepared.folded.values()], device) as meter:
-            for block in self.model.modules():
-                if isinstance(block, SimplifiedBlock) and block.recompute:
-                    block.recompute = False
-                    vars(block)["forward"] = partial(meter.checkpoint, block.forward)
             teacher = TEACHER if config.loss.needs_teacher else None
             with meter:
                 state = setup.make_state(
                     config, device, precision, prepared=prepared, teacher=teacher
                 )
             self._count_update(state, meter)
-            self._count_towers(state, meter)
             self._count_loss(state, meter)
+            self._towers = {False: self._count_towers(state, meter)}
+            for block in setup.checkpoint_blocks(self.model):
+                block.recompute = False
+                vars(block)["forward"] = partial(meter.checkpoint, block.forward)
+            self._towers[True] = self._count_towers(state, meter)
 
     def _count_update(self, state: setup.State, meter: Meter) -> None:
         """Counts the state of the training, its gradients, and an update."""
@@ -93,8 +95,9 @@ class Step:
         self._bytes = meter.live  # of weights, averages and the optimizer's moments
         self._text_gradients = sum(p.nbytes for p in {*trained} - {*self.model.visual.parameters()})
 
-    def _count_towers(self, state: setup.State, meter: Meter) -> None:
-        """Counts passes of both towers, and the bytes of a pair after frozen beginnings.
+    def _count_towers(self, state: setup.State, meter: Meter) -> tuple[list[Pass], list[Pass]]:
+        """Counts passes of both towers over a batch and a micro-batch, and the bytes of a pair
+        after frozen beginnings.
 
         Texts have all tokens, or so many on average; rounding and groups of lengths add less than
         an eighth and 8 tokens for captions like COCO's and CC12M's.
@@ -120,10 +123,11 @@ class Step:
 
         whole = (model if hasattr(model, "context_length") else model.text).context_length
         with register_module_forward_hook(note):
-            self._of_batch = self._of_micro_batch = line(whole)
+            of_batch = of_micro_batch = line(whole)
         if state.prepared.crop is not None and options.mean_tokens is not None:
-            self._of_batch = line(min(whole, math.ceil(options.mean_tokens * 9 / 8 + 8)))
+            of_batch = line(min(whole, math.ceil(options.mean_tokens * 9 / 8 + 8)))
         self._frozen = sum(ends.values()) if self.config.run.keep_frozen else 0
+        return of_batch, of_micro_batch
 
     def _count_loss(self, state: setup.State, meter: Meter) -> None:
         """Counts the pass of a loss over the features of OF_LOSS pairs."""
@@ -142,13 +146,18 @@ class Step:
         self._features = (image.nbytes + text.nbytes) / OF_LOSS
         self._loss = meter.count(lambda: steps.compute_losses(state, [batch], image, text))
 
-    def row(self, pairs: int, micro: int | None, memory: int) -> Row:
+    def row(
+        self, pairs: int, micro: int | None, memory: int, checkpointed: bool | None = None
+    ) -> Row:
         """Predicts a step of so many pairs, `micro` at a time.
 
+        checkpointed: by gradient checkpointing; None: as the config says.
         memory: the device's bytes, of which gradient caching may fill a part with outputs of
         frozen beginnings. Raises InputError if `micro` is given and the model does not allow it.
         """
-        encoded = at(micro or pairs, *(self._of_micro_batch if micro else self._of_batch))
+        if checkpointed is None:
+            checkpointed = self.checkpointed
+        encoded = at(micro or pairs, *self._towers[checkpointed][micro is not None])
         # the loss's multiply-adds grow as the square of the pairs, its bytes as the pairs; backward
         # has a chunk of a matrix of similarities
         kept, peak, works = self._loss
@@ -171,29 +180,46 @@ class Step:
             again = (encoded.kept if kept else encoded.peak) + features + self._text_gradients
             peak = kept + features + max(peak, again)
         peak = round(max(self._bytes + peak, self._most_of_update))
-        return Row(pairs, micro, peak, peak <= usable(memory), works)
+        return Row(pairs, micro, checkpointed, peak, peak <= usable(memory), works)
 
-    def largest(self, memory: int, micro: int | None = None) -> Row | None:
+    def largest(
+        self, memory: int, micro: int | None = None, checkpointed: bool | None = None
+    ) -> Row | None:
         """Predicts the largest batch of at most MOST_PAIRS that fits; None if none does.
 
         micro: pairs at a time, of which the batch is a multiple; None: one graph.
         """
         unit = micro or 1
         sizes = range(unit, MOST_PAIRS + 1, unit)
-        count = bisect_left(sizes, True, key=lambda size: not self.row(size, micro, memory).fits)
-        return self.row(count * unit, micro, memory) if count else None
 
-    def fitting(self, size: int, memory: int) -> Row:
-        """Predicts the step of a batch in one graph or, if it does not fit, by gradient caching.
+        def exceeds(size: int) -> bool:
+            return not self.row(size, micro, memory, checkpointed).fits
 
-        The micro-batch is the largest divisor of `size` that fits. Raises ConfigError if none fits,
-        InputError if the model does not allow gradient caching, which the batch needs.
-        """
-        divisors = [n for n in range(size - 1, 0, -1) if size % n == 0]
-        for micro in (None, *divisors):
-            row = self.row(size, micro, memory)
+        count = bisect_left(sizes, True, key=exceeds)
+        return self.row(count * unit, micro, memory, checkpointed) if count else None
+
+    def cached(self, size: int, memory: int, checkpointed: bool | None = None) -> Row:
+        """Predicts the step by gradient caching with the largest micro-batch that fits, else 1."""
+        for micro in (n for n in range(size - 1, 0, -1) if size % n == 0):
+            row = self.row(size, micro, memory, checkpointed)
             if row.fits:
                 return row
+        return self.row(size, 1, memory, checkpointed)
+
+    def fitting(self, size: int, memory: int) -> Row:
+        """Predicts the step of a batch in the cheapest form that fits: in one graph, by gradient
+        checkpointing, or by gradient caching, in micro-batches of the largest divisor of `size`
+        that fits.
+
+        Raises ConfigError if none fits, InputError if the model does not allow gradient caching.
+        """
+        for checkpointed in (None, True):
+            row = self.row(size, None, memory, checkpointed)
+            if row.fits:
+                return row
+        row = self.cached(size, memory)
+        if row.fits:
+            return row
         raise ConfigError(
             f"data.batch_size: expected one that fits {usable(memory) / GIB:.2f} GiB one pair at a "
             f"time, got {size:,}"

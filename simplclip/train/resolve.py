@@ -8,6 +8,7 @@ run.epochs          becomes run.steps, by the number of samples
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from simplclip.models.trained import tokenizer
 from simplclip.train import checkpoint
 from simplclip.train import step as steps
 from simplclip.train.config import Config, ConfigError, check_new_run
-from simplclip.train.setup import State, make_state, width_of
+from simplclip.train.setup import State, checkpoint_blocks, make_state, width_of
 
 # of the GPU's free memory; the rest is for fragmentation and outputs of frozen beginnings
 SHARE = 0.85
@@ -51,9 +52,10 @@ def resolve(config: Config, former: dict[str, Any] | None, console: Console) -> 
     remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
     micro_batch = config.data.micro_batch
     if micro_batch == "auto":
-        micro_batch = measured(config)
-        line = f"memory     data.micro_batch = {micro_batch or 'null'} fits, as measured"
-        print_lines(line, console)
+        micro_batch, checkpointed = measured(config)
+        config = config.replaced(model={"grad_checkpointing": checkpointed})
+        line = memory_line(micro_batch, checkpointed)
+        print_lines(f"{line}, as measured", console)
     shards = data.pack_shards(config.data.train, out / "shards")
     samples = config.data.samples
     if samples is None:
@@ -74,8 +76,15 @@ def resolve(config: Config, former: dict[str, Any] | None, console: Console) -> 
     return Resolved(config, samples)
 
 
-def measured(config: Config) -> int | None:
-    """Returns the largest micro-batch whose steps fit on a GPU, None if the whole batch fits.
+def memory_line(micro_batch: int | None, checkpointed: bool) -> str:
+    """Returns the line that says what data.micro_batch = auto chose."""
+    form = " with model.grad_checkpointing = true" if checkpointed else ""
+    return f"memory     data.micro_batch = {micro_batch or 'null'}{form} fits"
+
+
+def measured(config: Config) -> tuple[int | None, bool]:
+    """Returns the largest micro-batch whose steps fit on a GPU, None if the whole batch fits, and
+    whether blocks are checkpointed.
 
     Runs steps of the config's model on random images; all that they allocate is freed. Raises
     ConfigError without a GPU, with several ranks, and if not even one pair at a time fits.
@@ -90,6 +99,7 @@ def measured(config: Config) -> int | None:
     trial = config.replaced(
         data={"micro_batch": None}, run={"compile": False, "steps": 1, "epochs": None}
     )
+    checkpointed = config.model.grad_checkpointing
     with torch.random.fork_rng():
         state = make_state(trial, device, precision)
         sizes = [size]
@@ -99,34 +109,49 @@ def measured(config: Config) -> int | None:
         rows = size * (1 + config.data.captions_per_image)
         features = 3 * 4 * rows * width_of(config)  # float32, gathered, and their gradients
         limit = int(SHARE * torch.cuda.mem_get_info(device)[0]) - features
+        peak = partial(peak_of_step, state, size)
+        checkpoint = None if checkpointed else partial(checkpoint_blocks, state.model)
         try:
-            pairs = largest_that_fits(sizes, limit, partial(peak_of_step, state, size))
+            pairs, chosen = what_fits(sizes, limit, peak, checkpoint)
         finally:
-            del state
+            del state, peak, checkpoint
             torch.cuda.empty_cache()
-    return None if pairs == size else pairs
+    return None if pairs == size else pairs, checkpointed or chosen
 
 
-def largest_that_fits(sizes: Sequence[int], limit: int, peak: Callable[[int], int]) -> int:
-    """Returns the last one of the growing sizes before the first that does not fit in `limit`.
+def what_fits(
+    sizes: Sequence[int],
+    limit: int,
+    peak: Callable[[int], int],
+    checkpoint: Callable[[], object] | None,
+) -> tuple[int, bool]:
+    """Returns the pairs at a time that fit in `limit`, and whether `checkpoint` was called.
 
-    peak(pairs): runs a step with so many pairs at a time and returns its bytes, or raises
-    torch.cuda.OutOfMemoryError. Raises ConfigError if none fits.
+    These are all, the last of the growing sizes, if they fit at once, before or after `checkpoint`
+    is called; else the last size before the first that does not fit. peak(pairs): runs a step with
+    so many pairs at a time and returns its bytes, or raises torch.cuda.OutOfMemoryError. Raises
+    ConfigError if none fits.
     """
-    fitting = 0
-    for pairs in sizes:
+
+    def fits(pairs: int) -> bool:
         try:
-            if peak(pairs) > limit:
-                break
+            return peak(pairs) <= limit
         except torch.cuda.OutOfMemoryError:
-            break
-        fitting = pairs
-    if not fitting:
-        raise ConfigError(
-            f"data.micro_batch: expected one that fits the GPU, got auto; a batch of "
-            f"{sizes[-1]:,} does not fit, even with {sizes[0]:,} pairs at a time"
-        )
-    return fitting
+            return False
+
+    fitting = list(itertools.takewhile(fits, sizes))
+    if len(fitting) == len(sizes):
+        return sizes[-1], False
+    if checkpoint is not None:
+        checkpoint()
+        if fits(sizes[-1]):
+            return sizes[-1], True
+    if fitting:
+        return fitting[-1], False
+    raise ConfigError(
+        f"data.micro_batch: expected one that fits the GPU, got auto; a batch of {sizes[-1]:,} "
+        f"does not fit, even with {sizes[0]:,} pairs at a time"
+    )
 
 
 def peak_of_step(state: State, size: int, pairs: int) -> int:

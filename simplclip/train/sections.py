@@ -68,9 +68,10 @@ class ModelConfig(Section):
     freeze_norms: bool = setting(
         False, "keep batch norms in eval mode; gradient caching needs it unless they are inherited"
     )
-    recompute: bool = setting(
+    grad_checkpointing: bool = setting(
         False,
-        "blocks keep only their input and are computed again in backward: a quarter more time",
+        "gradient checkpointing: blocks keep only their input and are computed again in backward, "
+        "for about a quarter more time",
     )
     lora: LoraConfig | None = setting(
         None,

@@ -197,12 +197,8 @@ def prepare_model(
     lines = list(lines)
     if config.model.freeze_norms:
         freeze_norms(model)
-    if config.model.recompute:
-        blocks = [module for module in model.modules() if isinstance(module, SimplifiedBlock)]
-        for block in blocks:
-            block.recompute = True
-        if not blocks:
-            model.set_grad_checkpointing()
+    if config.model.grad_checkpointing:
+        checkpoint_blocks(model)
     try:
         crop = crop_texts(model)
     except InputError as error:
@@ -218,6 +214,19 @@ def prepare_model(
     if config.run.compile:
         compile_towers(prepared)
     return prepared
+
+
+def checkpoint_blocks(model: Any) -> list[SimplifiedBlock]:
+    """Makes a model's blocks compute again in backward; returns the simplified ones.
+
+    Where a model has simplified blocks, its other ones keep what they keep.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, SimplifiedBlock)]
+    for block in blocks:
+        block.recompute = True
+    if not blocks:
+        model.set_grad_checkpointing()
+    return blocks
 
 
 def runs_channels_last(model: Any, config: Config, device: torch.device) -> bool:

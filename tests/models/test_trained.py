@@ -15,7 +15,7 @@ SECTION = {
     "options": tiny.MODEL,
     "image_size": None,
     "context_length": None,
-    "recompute": False,
+    "grad_checkpointing": False,
 }
 
 

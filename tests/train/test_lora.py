@@ -170,7 +170,7 @@ def test_gradient_caching_is_one_graph(folder, kind, dropout):
 def test_recomputed_blocks_have_the_same_gradient(folder, kind):
     plain, recomputed = (
         started(folder, kind, change, lora="{rank: 4, dropout: 0.3}")
-        for change in ("model.recompute=false", "model.recompute=true")
+        for change in ("model.grad_checkpointing=false", "model.grad_checkpointing=true")
     )
     for state in (plain, recomputed):
         torch.manual_seed(5)

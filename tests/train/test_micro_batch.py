@@ -13,27 +13,36 @@ from support.train import tiny
 from support.train.runs import go
 
 
-def searched(sizes, limit, real=math.inf):
-    """Searches on a card with `real` bytes, where a pair takes 10 beside 1,000."""
+def searched(sizes, limit, real=math.inf, checkpointed=None):
+    """Searches on a card with `real` bytes, where a pair takes 10 beside 1,000.
+
+    checkpointed: the bytes of a pair once blocks are checkpointed; None: they cannot be.
+    """
+    bytes_of_pair = [10]
 
     def peak(pairs):
-        if 1000 + 10 * pairs > real:
+        bytes_of_step = 1000 + bytes_of_pair[-1] * pairs
+        if bytes_of_step > real:
             raise torch.cuda.OutOfMemoryError
-        return 1000 + 10 * pairs
+        return bytes_of_step
 
-    return resolve.largest_that_fits(sizes, limit, peak)
+    checkpoint = checkpointed and (lambda: bytes_of_pair.append(checkpointed))
+    return resolve.what_fits(sizes, limit, peak, checkpoint)
 
 
 def test_the_largest_that_fits():
     sizes = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 96]
-    for limit, real, pairs in ((1970, 1970, 96), (1250, 9999, 24), (1970, 1300, 24), (1010, 0, 0)):
-        if pairs:
-            assert searched(sizes, limit, real) == pairs
-            continue
-        with pytest.raises(ConfigError, match="does not fit, even with 1 pairs at a time"):
-            searched(sizes, limit, real)
+    assert searched(sizes, 1970) == (96, False)
+    assert searched(sizes, 1970, checkpointed=2) == (96, False)
+    for limit, real in ((1250, 9999), (1970, 1300)):
+        assert searched(sizes, limit, real) == (24, False)
+        assert searched(sizes, limit, real, checkpointed=4) == (24, False)
+        assert searched(sizes, limit, real, checkpointed=2) == (96, True)
+    with pytest.raises(ConfigError, match="does not fit, even with 1 pairs at a time"):
+        searched(sizes, 1010, 0, checkpointed=2)
     with pytest.raises(ConfigError, match="even with 96 pairs at a time"):
         searched([96], 1500)  # a model with batch norms
+    assert searched([96], 1500, checkpointed=2) == (96, True)
 
 
 @pytest.mark.slow
