@@ -4,6 +4,7 @@ signals that end a run, or an evaluation, after a whole step.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -139,6 +140,9 @@ def evaluate(
             state.model.train()
         snapshot.progress["evaluated"] = state.step
         snapshot.save()
+    # A figure of matplotlib is thousands of objects in cycles. Python alone would let those of many
+    # evaluations pile up, since it waits until they are a quarter of all objects.
+    gc.collect()
     return stop.agree_to_stop()
 
 

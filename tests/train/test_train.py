@@ -2,12 +2,14 @@
 and refusals.
 """
 
+import gc
 import itertools
 import re
 from unittest import mock
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
@@ -103,6 +105,20 @@ def test_evaluating_on_the_way_does_not_change_the_run(tmp_path, monkeypatch):
     assert re.search(r"evaluation held text to image: R@1 \d+\.\d% \(chance \d+\.\d%\)", text)
     plain, more = (Image.open(tmp_path / name / "curves.png") for name in ("plain", "seen"))
     assert more.height > plain.height, "its last row has R@k over the steps"
+
+
+@pytest.mark.slow
+def test_the_pictures_of_evaluations_do_not_pile_up(tmp_path):
+    held = tiny.write_shard(tmp_path / "data" / "held.tar")
+    gc.collect()
+    gc.disable()
+    try:
+        changes = ["run.steps=3", "eval.every=1", f"eval.splits.held={held}"]
+        go(tiny.settings(tmp_path, *changes), curves=True)
+        figures = sum(isinstance(thing, Figure) for thing in gc.get_objects())
+    finally:
+        gc.enable()
+    assert figures == 1, "the one that is drawn at the end"
 
 
 @pytest.mark.slow
